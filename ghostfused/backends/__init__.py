@@ -1,0 +1,41 @@
+"""Backends: each answers whether it works on this machine, whether it can run a call, and runs it.
+
+A backend is a module with three functions:
+
+``unavailable() -> str | None``
+    Why this backend can't run anything here (no compiler, no GPU, …); None if it can.
+``supports(args) -> str | None``
+    Why it can't run this call; None if it can. Used to choose and to explain a refusal.
+``forward(args) -> Tensor``
+    Runs it. ``ops.py`` wraps this in a registered op.
+"""
+
+from __future__ import annotations
+
+from ..spec import GhostArgs
+from . import cuda, reference, triton, triton_two_kernel
+
+BACKENDS = {"cuda": cuda, "triton": triton, "triton_two_kernel": triton_two_kernel, "reference": reference}
+AUTO = ("cuda", "triton")
+"""The kernels that ``backend="auto"`` tries in this order before the reference."""
+
+
+def choose(args: GhostArgs, backend: str = "auto") -> str:
+    """The name of the backend that will run ``args``.
+
+    Raises:
+        ValueError: ``backend`` is no backend's name.
+        RuntimeError: ``backend`` was asked for by name and can't run this call; the message says why.
+    """
+    if backend == "auto":
+        if args.x.is_cuda:
+            for name in AUTO:
+                if BACKENDS[name].supports(args) is None:
+                    return name
+        return "reference"
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected 'auto' or one of {sorted(BACKENDS)}, got {backend!r}")
+    reason = BACKENDS[backend].supports(args)
+    if reason is not None:
+        raise RuntimeError(f"backend={backend!r} can't run this Ghost module: {reason}")
+    return backend

@@ -1,0 +1,98 @@
+"""``ghost_module``: the function under FusedGhostModule, for those who have tensors and no module."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import backends, reference
+from .autograd import call
+from .spec import Act, BatchNorm, GhostArgs
+from .validate import activation, validate
+
+_NO_NORM = BatchNorm(None, None)  # type: ignore[arg-type]
+
+
+def ghost_module(
+    x: Tensor,
+    primary_weight: Tensor,
+    cheap_weight: Tensor,
+    *,
+    primary_bias: Tensor | None = None,
+    primary_bn: BatchNorm | None = None,
+    act_primary: str | Act = "relu",
+    primary_slope: float | Tensor | None = None,
+    cheap_bias: Tensor | None = None,
+    cheap_bn: BatchNorm | None = None,
+    act_cheap: str | Act = "relu",
+    cheap_slope: float | Tensor | None = None,
+    out_channels: int | None = None,
+    stride: int = 1,
+    dilation: int = 1,
+    groups: int = 1,
+    input_gate: Tensor | None = None,
+    residual: Tensor | None = None,
+    output_gate: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """A Ghost module (Han et al., CVPR 2020) with stored BatchNorm statistics, in one kernel where there is one.
+
+    ``x1 = act(bn(conv(x * input_gate)))``, ``x2 = act(bn(depthwise(x1)))``,
+    ``concat([x1, x2])[:, :out_channels] * upsample(output_gate) + residual``.
+
+    Args:
+        x: (N, Cin, H, W), any strides; float32, float16, bfloat16 or float64.
+        primary_weight: (Cp, Cin / groups, k, k), x's dtype. The conv pads by ``dilation * (k - 1) // 2``.
+        cheap_weight: (Cp * (ratio - 1), 1, d, d), d odd, x's dtype; ratio is read off its shape.
+        primary_bias, cheap_bias: (Cp,) and (Cp * (ratio - 1),), added before the norm.
+        primary_bn, cheap_bn: statistics and affine tensors, of x's dtype or float32; None for no norm.
+        act_primary, act_cheap: "none", "relu", "relu6", "silu", "hardswish", "leaky_relu", "prelu" or "gelu".
+        primary_slope, cheap_slope: LeakyReLU's negative slope (a float, default 0.01), or PReLU's weight, of
+            shape (1,) or one per channel.
+        out_channels: the output's channels; the default is all Cp * ratio.
+        stride, dilation, groups: of the primary conv.
+        input_gate: (N, Cin), multiplies x: the scale of a squeeze-and-excite block.
+        residual: (N, out_channels, H', W'), added last.
+        output_gate: (N, out_channels, Hg, Wg), multiplies the output after nearest upsampling to (H', W'), as
+            GhostNetV2's DFC attention does.
+        backend: "auto", or a name in ``ghostfused.backends.BACKENDS``.
+
+    Returns:
+        (N, out_channels, H', W'), a fresh tensor, channels_last if x is, else contiguous.
+
+    Raises:
+        ValueError, TypeError: an argument doesn't fit; the message names it, what was expected and what came.
+        RuntimeError: the backend asked for can't run this call; the message says why.
+    """
+    primary_act, primary_negative_slope, primary_prelu = activation("primary", act_primary, primary_slope)
+    cheap_act, cheap_negative_slope, cheap_prelu = activation("cheap", act_cheap, cheap_slope)
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, primary_weight, cheap_weight, primary_bias, cheap_bias, primary_prelu, cheap_prelu = (
+            t if t is None or t.dtype == torch.float64 else t.to(dtype)
+            for t in (x, primary_weight, cheap_weight, primary_bias, cheap_bias, primary_prelu, cheap_prelu)
+        )
+        input_gate, residual, output_gate = (
+            t if t is None else t.to(x.dtype) for t in (input_gate, residual, output_gate)
+        )
+    p, c = primary_bn or _NO_NORM, cheap_bn or _NO_NORM
+    args = GhostArgs(
+        x, primary_weight, primary_bias, p.mean, p.var, p.weight, p.bias, primary_prelu,
+        cheap_weight, cheap_bias, c.mean, c.var, c.weight, c.bias, cheap_prelu,
+        input_gate, residual, output_gate,
+        p.eps, primary_act, primary_negative_slope, c.eps, cheap_act, cheap_negative_slope,
+        cheap_weight.shape[0] + primary_weight.shape[0] if out_channels is None else out_channels,
+        stride, dilation, groups, x.is_cuda and x.dtype == torch.float32 and tf32_allowed(),
+    )  # fmt: skip
+    validate(args)
+    name = backends.choose(args, backend)
+    return reference.ghost_module(args) if name == "reference" else call(name, args)
+
+
+@torch.compiler.assume_constant_result  # Dynamo can't trace the getter; its guard on global state covers a change
+def tf32_allowed() -> bool:
+    """Whether PyTorch's setting for float32 matrix products allows TF32 (by default it doesn't).
+
+    The 1×1 convolution is a matrix product, so the stricter of PyTorch's two settings counts, not cuDNN's.
+    """
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"

@@ -1,0 +1,66 @@
+"""The ground truth: a Ghost module in plain PyTorch operations, on any device and dtype, differentiable.
+
+Every backend is tested against this function in float64.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .spec import Act, GhostArgs
+
+
+def activate(x: Tensor, act: int, negative_slope: float = 0.01, slope: Tensor | None = None) -> Tensor:
+    """The activation ``act`` (an ``Act``) of x; ``slope`` is PReLU's weight."""
+    if act == Act.NONE:
+        return x
+    if act == Act.RELU:
+        return F.relu(x)
+    if act == Act.RELU6:
+        return F.relu6(x)
+    if act == Act.SILU:
+        return F.silu(x)
+    if act == Act.HARDSWISH:
+        return F.hardswish(x)
+    if act == Act.LEAKY_RELU:
+        return F.leaky_relu(x, negative_slope)
+    if act == Act.PRELU:
+        assert slope is not None
+        return F.prelu(x, slope)
+    if act == Act.GELU:
+        return F.gelu(x)
+    raise ValueError(f"act: expected a member of Act, got {act!r}")
+
+
+def normalize(
+    x: Tensor, mean: Tensor | None, var: Tensor | None, gamma: Tensor | None, beta: Tensor | None, eps: float
+) -> Tensor:
+    """BatchNorm with stored statistics; the identity where there are none."""
+    if mean is None:
+        return x
+    return F.batch_norm(x, mean, var, gamma, beta, training=False, eps=eps)
+
+
+def ghost_module(a: GhostArgs) -> Tensor:
+    """The Ghost module of ``a``, shape (N, out_channels, H', W')."""
+    x = a.x if a.input_gate is None else a.x * a.input_gate[:, :, None, None]
+    padding = a.dilation * (a.kernel_size - 1) // 2
+    x1 = F.conv2d(x, a.primary_weight, a.primary_bias, a.stride, padding, a.dilation, a.groups)
+    x1 = normalize(x1, a.primary_mean, a.primary_var, a.primary_gamma, a.primary_beta, a.primary_eps)
+    x1 = activate(x1, a.primary_act, a.primary_negative_slope, a.primary_slope)
+
+    x2 = F.conv2d(x1, a.cheap_weight, a.cheap_bias, padding=a.dw_size // 2, groups=a.init_channels)
+    x2 = normalize(x2, a.cheap_mean, a.cheap_var, a.cheap_gamma, a.cheap_beta, a.cheap_eps)
+    x2 = activate(x2, a.cheap_act, a.cheap_negative_slope, a.cheap_slope)
+
+    out = torch.cat([x1, x2], dim=1)
+    if out.shape[1] != a.out_channels:
+        # a copy: our output never aliases a larger buffer, as a view would, and can be written in place
+        out = out[:, : a.out_channels].clone(memory_format=torch.preserve_format)
+    if a.output_gate is not None:
+        out = out * F.interpolate(a.output_gate, size=out.shape[2:], mode="nearest")
+    if a.residual is not None:
+        out = out + a.residual
+    return out

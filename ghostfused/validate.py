@@ -1,0 +1,114 @@
+"""Checks of a user's arguments: nothing reaches a kernel unchecked, and each error names the argument."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .spec import TENSORS, Act, GhostArgs
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def activation(half: str, act: str | Act, slope: float | Tensor | None) -> tuple[int, float, Tensor | None]:
+    """(Act, LeakyReLU's slope, PReLU's weight) of one half's activation."""
+    if isinstance(act, Act):
+        kind = act
+    else:
+        try:
+            kind = Act[act.upper()]
+        except (KeyError, AttributeError):
+            names = [a.name.lower() for a in Act]
+            raise ValueError(f"act_{half}: expected one of {names}, got {act!r}") from None
+    if kind == Act.PRELU:
+        if not isinstance(slope, Tensor):
+            raise TypeError(f"{half}_slope: PReLU expects its weight as a tensor, got {type(slope).__name__}")
+        return int(kind), 0.0, slope
+    if isinstance(slope, Tensor) or (slope is not None and kind != Act.LEAKY_RELU):
+        raise TypeError(f"{half}_slope: expected None with {kind.name.lower()}, got {type(slope).__name__}")
+    return int(kind), 0.01 if slope is None else float(slope), None
+
+
+def _expect(name: str, expected: str, got: object) -> ValueError:
+    return ValueError(f"{name}: expected {expected}, got {got}")
+
+
+def _shape(name: str, t: Tensor, expected: tuple[int, ...], meaning: str) -> None:
+    if tuple(t.shape) != expected:
+        raise _expect(name, f"shape {meaning} = {expected}", tuple(t.shape))
+
+
+def _half(args: GhostArgs, half: str, channels: int, meaning: str) -> None:
+    mean, var = getattr(args, f"{half}_mean"), getattr(args, f"{half}_var")
+    if (mean is None) != (var is None):
+        raise _expect(f"{half}_bn", "both mean and var, or neither", "one of them")
+    for field in ("bias", "mean", "var", "gamma", "beta"):
+        t = getattr(args, f"{half}_{field}")
+        if t is not None:
+            if mean is None and field != "bias":
+                raise _expect(f"{half}_{field}", "None without mean and var", "a tensor")
+            _shape(f"{half}_{field}", t, (channels,), meaning)
+    slope = getattr(args, f"{half}_slope")
+    if slope is not None and tuple(slope.shape) not in ((1,), (channels,)):
+        raise _expect(f"{half}_slope", f"shape (1,) or {meaning} = ({channels},)", tuple(slope.shape))
+
+
+def validate(args: GhostArgs) -> None:
+    """Raises ValueError or TypeError for the first argument that doesn't fit; else returns."""
+    x, pw, cw = args.x, args.primary_weight, args.cheap_weight
+    for name, ndim in (("x", 4), ("primary_weight", 4), ("cheap_weight", 4)):
+        t = getattr(args, name)
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}: expected a Tensor, got {type(t).__name__}")
+        if t.dim() != ndim:
+            raise _expect(name, "4 dimensions", f"{t.dim()} (shape {tuple(t.shape)})")
+    if x.dtype not in _FLOATS:
+        raise TypeError(f"x: expected float32, float16, bfloat16 or float64, got {x.dtype}")
+    for name, t in zip(TENSORS, args, strict=False):
+        if t is None:
+            continue
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}: expected a Tensor or None, got {type(t).__name__}")
+        if t.device != x.device:
+            raise _expect(name, f"x's device {x.device}", t.device)
+        if t.dtype != x.dtype and not (
+            t.dtype == torch.float32 and name.endswith(("_mean", "_var", "_gamma", "_beta"))
+        ):
+            raise TypeError(f"{name}: expected x's dtype {x.dtype}, got {t.dtype}")
+
+    for name in ("stride", "dilation", "groups", "out_channels"):
+        if getattr(args, name) < 1:
+            raise _expect(name, "a positive number", getattr(args, name))
+    cp, k = pw.shape[0], pw.shape[2]
+    if cp < 1 or x.shape[1] < 1:
+        raise _expect("x, primary_weight", "at least one channel", f"{tuple(x.shape)}, {tuple(pw.shape)}")
+    if x.shape[2] < 1 or x.shape[3] < 1:
+        raise _expect("x", "height and width of at least 1", tuple(x.shape))
+    if pw.shape[3] != k or k % 2 == 0:
+        raise _expect("primary_weight", "an odd square kernel", f"{k}×{pw.shape[3]}")
+    if pw.shape[1] * args.groups != x.shape[1] or cp % args.groups:
+        raise _expect(
+            "primary_weight",
+            f"shape (init_channels, in_channels / groups, k, k) with in_channels = {x.shape[1]}, groups = {args.groups}",
+            tuple(pw.shape),
+        )
+    new, d = cw.shape[0], cw.shape[2]
+    if new < cp or new % cp or cw.shape[1] != 1:
+        raise _expect(
+            "cheap_weight", f"shape (init_channels * (ratio - 1), 1, d, d) with init_channels = {cp}", tuple(cw.shape)
+        )
+    if cw.shape[3] != d or d % 2 == 0:
+        raise _expect("cheap_weight", "an odd square kernel", f"{d}×{cw.shape[3]}")
+    if args.out_channels > cp + new:
+        raise _expect("out_channels", f"at most init_channels * ratio = {cp + new}", args.out_channels)
+    _half(args, "primary", cp, "(init_channels,)")
+    _half(args, "cheap", new, "(init_channels * (ratio - 1),)")
+
+    if args.input_gate is not None:
+        _shape("input_gate", args.input_gate, tuple(x.shape[:2]), "(N, in_channels)")
+    shape = args.output_shape()
+    if args.residual is not None:
+        _shape("residual", args.residual, shape, "of the output")
+    gate = args.output_gate
+    if gate is not None and (gate.dim() != 4 or tuple(gate.shape[:2]) != shape[:2] or 0 in gate.shape[2:]):
+        raise _expect("output_gate", f"shape (N, out_channels, Hg, Wg) with {shape[:2]}", tuple(gate.shape))
