@@ -66,7 +66,7 @@ def ghost_module(
     """
     primary_act, primary_negative_slope, primary_prelu = activation("primary", act_primary, primary_slope)
     cheap_act, cheap_negative_slope, cheap_prelu = activation("cheap", act_cheap, cheap_slope)
-    if torch.is_autocast_enabled(x.device.type):
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, primary_weight, cheap_weight, primary_bias, cheap_bias, primary_prelu, cheap_prelu = (
             t if t is None or t.dtype == torch.float64 else t.to(dtype)
@@ -84,9 +84,20 @@ def ghost_module(
         cheap_weight.shape[0] + primary_weight.shape[0] if out_channels is None else out_channels,
         stride, dilation, groups, x.is_cuda and x.dtype == torch.float32 and tf32_allowed(),
     )  # fmt: skip
-    validate(args)
-    name = backends.choose(args, backend)
-    return reference.ghost_module(args) if name == "reference" else call(name, args)
+    return run(args, backend)
+
+
+def run(args: GhostArgs, backend: str = "auto") -> Tensor:
+    """``ghost_module`` for arguments that are a GhostArgs already: choose a backend, check, call it."""
+    try:
+        name = backends.choose(args, backend)
+        if name != "cuda":  # its binding checks all that validate does, at a tenth of the host time
+            validate(args)
+        # the reference needs no op: autograd and torch.compile see through it
+        return reference.ghost_module(args) if name == "reference" else call(name, args)
+    except Exception:
+        validate(args)  # if an argument is to blame, this says which
+        raise
 
 
 @torch.compiler.assume_constant_result  # Dynamo can't trace the getter; its guard on global state covers a change

@@ -52,7 +52,9 @@ _library.define(
 def _backward(grad_output: Tensor, *args) -> list[Tensor]:
     """Gradients of the tensor arguments for which ``needs_grad`` holds, by recomputing through the reference."""
     *fields, needs_grad = args
-    with torch.enable_grad():
+    # under a TorchDispatchMode an op's kernel runs with autograd keys excluded: take them back in
+    key = torch._C.DispatchKey.AutogradFunctionality
+    with torch._C._SetExcludeDispatchKeyGuard(key, False), torch.enable_grad():
         tensors = [
             t.detach().requires_grad_(need) if t is not None else None
             for t, need in zip(fields[: len(TENSORS)], needs_grad, strict=True)

@@ -7,6 +7,7 @@ at most ``factor`` times the error that PyTorch itself makes in that dtype on th
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -149,8 +150,9 @@ def relative_error(out: Tensor, expected: Tensor) -> float:
     """The largest difference over the largest expected magnitude; infinite where either is not finite."""
     if out.shape != expected.shape:
         raise AssertionError(f"shape {tuple(out.shape)}, expected {tuple(expected.shape)}")
-    error = (out.detach().cpu().double() - expected).abs().max() / expected.abs().max().clamp_min(1e-300)
-    return float(error) if torch.isfinite(error) else float("inf")
+    error = (out.detach().cpu().double() - expected.detach()).abs().max() / expected.abs().max().clamp_min(1e-300)
+    error = error.item()
+    return error if math.isfinite(error) else math.inf
 
 
 def _round_to_tf32(t: Tensor) -> Tensor:

@@ -1,0 +1,43 @@
+# Everything below sets up its own virtual environment and is quick when run again.
+PYTHON ?= python3
+TORCH ?= torch==2.14.1 torchvision==0.29.1
+VENV := .venv
+PY := $(VENV)/bin/python
+# One architecture for local builds: the GPU's if there is one, else sm_80 with PTX, which the CPU runner executes.
+export TORCH_CUDA_ARCH_LIST ?= $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1),8.0+PTX)
+
+.PHONY: demo test check format bench clean
+
+$(VENV)/installed: pyproject.toml
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade "setuptools>=77" wheel ninja $(TORCH)
+	GHOSTFUSED_CUDA=0 $(PY) -m pip install --quiet --no-build-isolation -e ".[dev]"
+	touch $@
+
+# The package is installed in place: only a change of C++ or CUDA needs a build.
+$(VENV)/built: $(VENV)/installed setup.py $(wildcard csrc/*)
+	$(PY) -m pip install --quiet --no-build-isolation --no-deps -e .
+	touch $@
+
+demo: $(VENV)/built
+	$(PY) examples/demo.py
+
+test: $(VENV)/built
+	$(PY) tests/run.py
+
+check: $(VENV)/built
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $(wildcard csrc/*)
+
+format: $(VENV)/built
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(wildcard csrc/*)
+
+bench: $(VENV)/built
+	$(PY) -m bench.static
+
+clean:
+	rm -rf $(VENV) build out *.egg-info ghostfused/*.so

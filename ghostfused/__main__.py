@@ -1,0 +1,24 @@
+"""``python -m ghostfused info | verify``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from . import info, verify
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m ghostfused", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for module in (info, verify):
+        name = module.__name__.rpartition(".")[2]
+        sub = commands.add_parser(name, help=module.main.__doc__, description=module.__doc__)
+        module.add_arguments(sub)
+        sub.set_defaults(main=module.main)
+    options = parser.parse_args(argv)
+    return options.main(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

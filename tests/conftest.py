@@ -1,0 +1,28 @@
+import os
+
+import hypothesis
+import pytest
+import torch
+
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else torch.get_num_threads())
+
+hypothesis.settings.register_profile(
+    "default",
+    deadline=None,
+    derandomize=True,  # CI judges the code, not the draw; HYPOTHESIS_PROFILE=explore draws anew
+    max_examples=40,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.register_profile(
+    "explore", parent=hypothesis.settings.get_profile("default"), derandomize=False, max_examples=400
+)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed_and_settings():
+    """Every test starts from one seed, and leaves PyTorch's global settings as it found them."""
+    torch.manual_seed(0)
+    precision = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(precision)

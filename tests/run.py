@@ -1,0 +1,57 @@
+"""Runs all the tests that this machine can run: ``make test``.
+
+Three environments, since each has to be set before torch or Triton is imported:
+
+1. as it is: everything that needs no kernel, and on a GPU the kernels too;
+2. Triton's interpreter, where there is no GPU;
+3. the compiled CUDA extension on the CPU, where there is no GPU and PTX_ON_CPU names a ptx-on-cpu folder.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
+PYTEST = [sys.executable, "-m", "pytest", "-rs", "-p", "no:cacheprovider"]
+INTERPRETED = ["tests/test_triton.py"]
+ON_CUDA_TENSORS = ["tests/test_cuda.py"]
+
+
+def run(title: str, command: list[str], **environment: str) -> bool:
+    print(f"\n== {title}", flush=True)
+    ok = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}).returncode == 0
+    if not ok:
+        print(f"== FAILED: {title}", flush=True)
+    return ok
+
+
+def main() -> int:
+    import torch
+
+    gpu = torch.cuda.is_available()
+    workers = [] if gpu else ["-n", "2"]
+    tool = os.environ.get("PTX_ON_CPU")
+    if tool:
+        os.environ["PTX_ON_CPU"] = tool = str((ROOT / tool).resolve())
+    results = [run("tests", [*PYTEST, *workers, "tests"])]
+    if not gpu:
+        results.append(
+            run("Triton kernels in the interpreter", [*PYTEST, *workers, *INTERPRETED], TRITON_INTERPRET="1")
+        )
+        extension = next((ROOT / "ghostfused").glob("_C*.so"), None)
+        if not tool:
+            print("\n== CUDA kernels: not run. They need a GPU, or PTX_ON_CPU set to a ptx-on-cpu folder")
+        elif extension is None:
+            print("\n== CUDA kernels: not run. The extension is not built: see `python -m ghostfused info`")
+        else:
+            runner = [f"{tool}/run-extension", str(extension)]
+            results.append(run("compiled CUDA kernels on the CPU", [*runner, *PYTEST, *workers, *ON_CUDA_TENSORS]))
+    return 0 if all(results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
