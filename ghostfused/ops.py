@@ -61,7 +61,16 @@ def _backward(grad_output: Tensor, *args) -> list[Tensor]:
         ]
         out = reference.ghost_module(GhostArgs(*tensors, *fields[len(TENSORS) :]))
         wanted = [t for t, need in zip(tensors, needs_grad, strict=True) if need]
-        return list(torch.autograd.grad(out, wanted, grad_output, allow_unused=True, materialize_grads=True))
+        grads = torch.autograd.grad(out, wanted, grad_output, allow_unused=True, materialize_grads=True)
+    return [_owned(grad, like, grad_output) for grad, like in zip(grads, wanted, strict=True)]
+
+
+def _owned(grad: Tensor, like: Tensor, grad_output: Tensor) -> Tensor:
+    """``grad`` with the strides that the fake promises, and no alias of ``grad_output`` (the residual's is itself)."""
+    promised = torch.empty_like(like)
+    if grad.stride() == promised.stride() and grad.data_ptr() != grad_output.data_ptr():
+        return grad
+    return promised.copy_(grad)
 
 
 def _fake_backward(grad_output: Tensor, *args) -> list[Tensor]:
