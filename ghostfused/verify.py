@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from . import backends, functional
-from .fuse import fuse
+from .fuse import fuse_with_report
 from .testing import TOLERANCES, Case, Verdict, judge, make_args, relative_error, to_device
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "tf32": torch.float32}
@@ -188,7 +188,7 @@ def _network(options: argparse.Namespace, device: str) -> Iterator[tuple[str, Ve
         x = torch.randn(options.batch, 3, size, size)
         model = calibrate(model, x)
     model.eval()
-    fused, report = fuse(model, backend=options.backend, with_report=True)
+    fused, report = fuse_with_report(model, backend=options.backend)
     swapped = [row for row in report if row.fused]
     if not swapped:
         raise SystemExit(f"--model: found no Ghost module to fuse in {options.model}: {report}")
