@@ -1,0 +1,102 @@
+// The bridge between Torch and the kernels: plain structs of pointers, sizes and strides, and three functions.
+// Neither Torch nor CUDA is needed to read or include it.
+#pragma once
+
+#include <cstdint>
+
+namespace ghostfused {
+
+// How the numbers are stored and multiplied. Sums are fp32 on every path.
+enum class Path : int { kFloat16, kBFloat16, kTF32, kFloat32 };
+
+// The values of ghostfused/spec.py's Act. The kernels have no GELU.
+enum class Act : int { kNone, kReLU, kReLU6, kSiLU, kHardswish, kLeakyReLU, kPReLU };
+
+// A (N, C, H, W) tensor with any strides, in elements.
+struct Tensor4 {
+  void* data;
+  int64_t stride_n, stride_c, stride_h, stride_w;
+};
+
+// One number per channel. Stride 0: one number for all; data null: absent.
+struct ChannelVector {
+  const void* data;
+  int64_t stride;
+};
+
+// What follows either convolution: bias, then a norm with stored statistics (mean null: none), then an activation.
+struct NormAct {
+  ChannelVector bias, mean, var, gamma, beta, slope;  // slope is PReLU's
+  float eps, negative_slope;                          // LeakyReLU's
+  Act act;
+  bool norm_is_float32;  // mean, var, gamma, beta; else they are of x's type
+};
+
+// What a launch plan depends on.
+struct GhostShape {
+  Path path;
+  bool channels_last;  // of the output
+  bool input_gate;
+  int batch, in_channels, height, width, init_channels, out_channels, ratio, dw_size;
+  int sm_count, smem_per_block, smem_per_sm;  // of the device, in bytes
+
+  bool operator==(const GhostShape&) const = default;
+};
+
+struct GhostForwardParams {
+  GhostShape shape;
+  Tensor4 x, out, residual, output_gate;  // data null: absent
+  int gate_height, gate_width;            // of output_gate
+  const void* input_gate;                 // (N, Cin)
+  int64_t input_gate_stride_n, input_gate_stride_c;
+  const void* primary_weight;  // (Cp, Cin)
+  int64_t primary_weight_stride_n, primary_weight_stride_k;
+  const void* cheap_weight;  // (Cp * (ratio - 1), d, d)
+  int64_t cheap_weight_stride_c, cheap_weight_stride_h, cheap_weight_stride_w;
+  NormAct primary, cheap;
+};
+
+// How a module is cut into blocks, and what that costs. See plan.cpp.
+struct LaunchPlan {
+  int tile_h, tile_w;        // output pixels of a block
+  int block_c;               // init channels of a block, a multiple of 8
+  int block_k;               // input channels of one pipeline stage
+  int stages;                // of the cp.async pipeline
+  int threads, warps_n;      // warps side by side along the channels; the others lie along the pixels
+  int strip_h;               // rows that a thread of the depthwise conv slides down
+  int col_align;             // NCHW: the halo's columns start and end at multiples of this, so that loads stay aligned
+  bool weights_resident;     // the block's 1×1 weights stay in shared memory; else they are loaded for each pixel chunk
+  int tiles_h, tiles_w, channel_blocks;
+  int64_t grid;
+
+  int pixels;                // of the largest tile with halo, inside the image
+  int k_chunks;
+  // Shared memory, in bytes: offsets of its parts and the whole.
+  int a_pitch, w_pitch, x1_pitch, staging_pitch;  // rows of x, of the 1×1 weights, of x1, of the staged output
+  int a_stage, w_stage;                           // one stage of either
+  int cheap_offset, dw_offset, gate_offset, x1_offset, pipeline_offset, resident_offset;
+  int smem_bytes;
+
+  // The traffic that this plan implies, in bytes.
+  int64_t dram_read;    // x and the parameters once: blocks that share pixels or weights run close in time
+  int64_t dram_write;   // the output
+  int64_t l2_read;      // all loads of x and the 1×1 weights, halos and channel blocks repeated
+  double recompute;     // pixels of the 1×1 conv / pixels of the image
+  int blocks_per_sm;    // by shared memory and threads
+};
+
+// Chooses the plan. A pure function; block_c = 0 in the result means that nothing fits the device.
+LaunchPlan plan_forward(const GhostShape& shape);
+
+// Queues the one kernel on ``stream`` (a cudaStream_t). Returns null, or what went wrong.
+const char* launch_forward(const GhostForwardParams& params, const LaunchPlan& plan, void* stream);
+
+// For tests and reports: one entry per compiled kernel.
+struct KernelAttributes {
+  char name[64];
+  int registers, local_bytes, static_smem_bytes, max_threads, binary_version;
+};
+constexpr int kKernelCount = 24;  // 4 paths × dw 3, 5, other × 2 layouts
+const char* kernel_attributes(int index, KernelAttributes* attributes);
+
+}  // namespace ghostfused

@@ -1,0 +1,77 @@
+// Picks the compiled kernel for a plan and queues it.
+#include "launch.h"
+
+#include <cuda_runtime_api.h>
+
+#include <atomic>
+#include <cstdio>
+
+namespace ghostfused {
+namespace {
+
+const Kernel* kernels_of(Path path) {
+  switch (path) {
+    case Path::kFloat16:
+      return kFloat16Kernels;
+    case Path::kBFloat16:
+      return kBFloat16Kernels;
+    case Path::kTF32:
+      return kTF32Kernels;
+    default:
+      return kFloat32Kernels;
+  }
+}
+
+int kernel_index(const GhostShape& s) {
+  const int dw = s.dw_size == 3 ? 0 : s.dw_size == 5 ? 1 : 2;
+  return static_cast<int>(s.path) * kKernelsPerPath + dw * 2 + s.channels_last;
+}
+
+const Kernel& kernel_at(int index) {
+  return kernels_of(static_cast<Path>(index / kKernelsPerPath))[index % kKernelsPerPath];
+}
+
+// Lets the kernel use all of the device's shared memory; once per kernel and device, since it isn't free.
+cudaError_t allow_shared_memory(int index, int bytes) {
+  constexpr int kMaxDevices = 64;
+  static std::atomic<bool> done[kKernelCount][kMaxDevices];
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  if (device < kMaxDevices && done[index][device].load(std::memory_order_relaxed)) return cudaSuccess;
+  const void* function = kernel_at(index).function;
+  error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error != cudaSuccess) return error;
+  error = cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  if (error == cudaSuccess && device < kMaxDevices) done[index][device].store(true, std::memory_order_relaxed);
+  return error;
+}
+
+}  // namespace
+
+const char* launch_forward(const GhostForwardParams& params, const LaunchPlan& plan, void* stream) {
+  if (plan.block_c == 0) return "no tile fits the device's shared memory";
+  const int index = kernel_index(params.shape);
+  cudaError_t error = allow_shared_memory(index, params.shape.smem_per_block);
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  KernelParams p{params, plan, vector_widths(params, plan)};
+  void* arguments[] = {&p};
+  error = cudaLaunchKernel(kernel_at(index).function, dim3(static_cast<unsigned>(plan.grid)), dim3(plan.threads),
+                           arguments, plan.smem_bytes, static_cast<cudaStream_t>(stream));
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+const char* kernel_attributes(int index, KernelAttributes* out) {
+  cudaFuncAttributes a;
+  const cudaError_t error = cudaFuncGetAttributes(&a, kernel_at(index).function);
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  std::snprintf(out->name, sizeof out->name, "%s", kernel_at(index).name);
+  out->registers = a.numRegs;
+  out->local_bytes = static_cast<int>(a.localSizeBytes);
+  out->static_smem_bytes = static_cast<int>(a.sharedSizeBytes);
+  out->max_threads = a.maxThreadsPerBlock;
+  out->binary_version = a.binaryVersion;
+  return nullptr;
+}
+
+}  // namespace ghostfused

@@ -1,0 +1,133 @@
+// Global to shared memory: x and the 1×1 weights through the cp.async pipeline, parameters once.
+#pragma once
+
+#include "activation.cuh"
+#include "mma.cuh"
+#include "tile.cuh"
+
+namespace ghostfused {
+
+// Copies one vector, zero from ``valid`` bytes on. cp.async can't copy 2 bytes, so those go through a register;
+// the barrier before the stage is read covers both.
+__device__ __forceinline__ void copy_vector(unsigned char* dst, const void* src, int bytes, int valid) {
+  if (bytes == 2) {
+    *reinterpret_cast<uint16_t*>(dst) = valid > 0 ? *static_cast<const uint16_t*>(src) : uint16_t{0};
+  } else {
+    cp_async(smem_address(dst), src, bytes, valid);
+  }
+}
+
+// Halo pixels [m0, m0 + block_m) × input channels [k0, k0 + block_k) of image ``x``, as [pixel][k] for channels_last and
+// [k][pixel] for NCHW. K beyond Cin is zero; rows of pixels beyond the halo stay as they are, and nobody reads x1 there.
+template <typename T, bool kChannelsLast>
+__device__ __forceinline__ void load_x(const KernelParams& p, const BlockTile& t, const FastDivisor& halo_cols,
+                                       unsigned char* stage, const T* x, int m0, int k0, int block_m) {
+  const Tensor4& xs = p.args.x;
+  const int bytes = p.width.x, count = bytes / static_cast<int>(sizeof(T));
+  const int pixels = min(block_m, t.pixels - m0);
+  const int per_row = kChannelsLast ? p.plan.block_k / count : (pixels + count - 1) / count;
+  const int vectors = (kChannelsLast ? pixels : p.plan.block_k) * per_row;
+  const FastDivisor by_row(per_row);
+#pragma unroll 4
+  for (int i = threadIdx.x; i < vectors; i += blockDim.x) {
+    const int row = by_row.divide(i), col = (i - row * per_row) * count;
+    const int m = m0 + (kChannelsLast ? row : col), k = k0 + (kChannelsLast ? col : row);
+    const int left = kChannelsLast ? p.args.shape.in_channels - k : k < p.args.shape.in_channels ? t.pixels - m : 0;
+    const int valid = max(0, min(left, count)) * static_cast<int>(sizeof(T));
+    const int h = halo_cols.divide(m), w = m - h * t.halo_cols;
+    const T* src = x + k * xs.stride_c + (t.halo_h0 + h) * xs.stride_h + (t.halo_w0 + w) * xs.stride_w;
+    copy_vector(stage + row * p.plan.a_pitch + col * sizeof(T), valid > 0 ? src : x, bytes, valid);
+  }
+}
+
+// 1×1 weights of the block's channels × [k0, k0 + block_k), as [channel][k], zero outside.
+template <typename T>
+__device__ __forceinline__ void load_primary_weight(const KernelParams& p, const BlockTile& t, unsigned char* stage,
+                                                    int k0) {
+  const int bytes = p.width.primary_weight, count = bytes / static_cast<int>(sizeof(T));
+  const int per_row = p.plan.block_k / count;
+  const T* weight = static_cast<const T*>(p.args.primary_weight);
+  const FastDivisor by_row(per_row);
+#pragma unroll 4
+  for (int i = threadIdx.x; i < p.plan.block_c * per_row; i += blockDim.x) {
+    const int row = by_row.divide(i), col = (i - row * per_row) * count;
+    const int left = row < t.channels ? p.args.shape.in_channels - k0 - col : 0;
+    const int valid = max(0, min(left, count)) * static_cast<int>(sizeof(T));
+    const T* src =
+        weight + (t.c0 + row) * p.args.primary_weight_stride_n + (k0 + col) * p.args.primary_weight_stride_k;
+    copy_vector(stage + row * p.plan.w_pitch + col * sizeof(T), valid > 0 ? src : weight, bytes, valid);
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ float channel_value(const ChannelVector& v, int64_t c, float absent, bool is_float32) {
+  if (v.data == nullptr) return absent;
+  return is_float32 ? static_cast<const float*>(v.data)[c * v.stride]
+                    : to_float(static_cast<const T*>(v.data)[c * v.stride]);
+}
+
+// Bias and norm as y = x * scale + shift, and the slope of the activation below zero.
+struct Affine {
+  float scale, shift, slope;
+};
+
+template <typename T>
+__device__ __forceinline__ Affine affine(const NormAct& p, int64_t c) {
+  Affine a;
+  a.scale = 1.f;
+  a.shift = 0.f;
+  if (p.mean.data != nullptr) {
+    const float var = channel_value<T>(p.var, c, 1.f, p.norm_is_float32);
+    a.scale = channel_value<T>(p.gamma, c, 1.f, p.norm_is_float32) / sqrtf(var + p.eps);
+    a.shift = channel_value<T>(p.beta, c, 0.f, p.norm_is_float32) -
+              channel_value<T>(p.mean, c, 0.f, p.norm_is_float32) * a.scale;
+  }
+  a.shift += channel_value<T>(p.bias, c, 0.f, false) * a.scale;
+  a.slope = slope_of(p, channel_value<T>(p.slope, c, 0.f, false));
+  return a;
+}
+
+// [scale | shift | slope] of the block's init channels, zero for those beyond the last.
+template <typename T>
+__device__ __forceinline__ void load_primary_affine(const KernelParams& p, const BlockTile& t, float* out) {
+  const int block_c = p.plan.block_c;
+  for (int c = threadIdx.x; c < block_c; c += blockDim.x) {
+    const Affine a = c < t.channels ? affine<T>(p.args.primary, t.c0 + c) : Affine{0.f, 0.f, 0.f};
+    out[c] = a.scale;
+    out[block_c + c] = a.shift;
+    out[2 * block_c + c] = a.slope;
+  }
+}
+
+// New channels [j0, j0 + count) of the cheap operation: [shift | slope], and the weights as [tap][channel], in fp32 and
+// already multiplied by the norm's scale, so that the depthwise conv starts at shift and ends with the activation.
+template <typename T>
+__device__ __forceinline__ void load_cheap(const KernelParams& p, int j0, int count, float* affines, float* weights) {
+  const int block_c = p.plan.block_c, d = p.args.shape.dw_size;
+  const T* weight = static_cast<const T*>(p.args.cheap_weight);
+  for (int i = threadIdx.x; i < block_c * d * d; i += blockDim.x) {
+    const int c = i / (d * d), tap = i - c * (d * d), kh = tap / d, kw = tap - kh * d;
+    const Affine a = c < count ? affine<T>(p.args.cheap, j0 + c) : Affine{0.f, 0.f, 0.f};
+    float w = 0.f;
+    if (c < count) {
+      w = a.scale * to_float(weight[(j0 + c) * p.args.cheap_weight_stride_c + kh * p.args.cheap_weight_stride_h +
+                                    kw * p.args.cheap_weight_stride_w]);
+    }
+    weights[tap * block_c + c] = w;
+    if (tap == 0) {
+      affines[c] = a.shift;
+      affines[block_c + c] = a.slope;
+    }
+  }
+}
+
+// The image's gate in x's type, zero beyond Cin.
+template <typename T>
+__device__ __forceinline__ void load_input_gate(const KernelParams& p, const BlockTile& t, T* out) {
+  const T* gate = static_cast<const T*>(p.args.input_gate) + t.n * p.args.input_gate_stride_n;
+  for (int k = threadIdx.x; k < p.plan.k_chunks * p.plan.block_k; k += blockDim.x) {
+    out[k] = k < p.args.shape.in_channels ? gate[k * p.args.input_gate_stride_c] : from_float<T>(0.f);
+  }
+}
+
+}  // namespace ghostfused

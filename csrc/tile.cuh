@@ -1,0 +1,115 @@
+// What all stages of the kernel share: its parameters, a block's place in the image, vectors, conversions.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "ghost_module.h"
+#include "launch.h"
+
+namespace ghostfused {
+
+template <Path kPath>
+struct PathType {
+  using T = float;
+};
+template <>
+struct PathType<Path::kFloat16> {
+  using T = __half;
+};
+template <>
+struct PathType<Path::kBFloat16> {
+  using T = __nv_bfloat16;
+};
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+template <typename T>
+__device__ __forceinline__ T from_float(float x) {
+  if constexpr (__is_same(T, __half)) {
+    return __float2half_rn(x);
+  } else if constexpr (__is_same(T, __nv_bfloat16)) {
+    return __float2bfloat16_rn(x);
+  } else {
+    return x;
+  }
+}
+
+// kCount numbers that are loaded and stored as one aligned vector of 2, 4, 8 or 16 bytes.
+template <typename T, int kCount>
+struct Vector {
+  static constexpr int kBytes = sizeof(T) * kCount;
+  template <int kB, int = 0>
+  struct Raw;
+  template <int kDummy>
+  struct Raw<2, kDummy> {
+    using Type = uint16_t;
+  };
+  template <int kDummy>
+  struct Raw<4, kDummy> {
+    using Type = uint32_t;
+  };
+  template <int kDummy>
+  struct Raw<8, kDummy> {
+    using Type = uint2;
+  };
+  template <int kDummy>
+  struct Raw<16, kDummy> {
+    using Type = uint4;
+  };
+  using RawType = typename Raw<kBytes>::Type;
+
+  union {
+    RawType raw;
+    T at[kCount];
+  };
+
+  __device__ __forceinline__ Vector() : raw{} {}
+  __device__ __forceinline__ void load(const void* p) { raw = *static_cast<const RawType*>(p); }
+  __device__ __forceinline__ void store(void* p) const { *static_cast<RawType*>(p) = raw; }
+};
+
+// Division by a number that many threads divide by: exact while dividend * divisor < 2^32.
+struct FastDivisor {
+  uint32_t divisor, reciprocal;
+  __device__ __forceinline__ explicit FastDivisor(uint32_t d) : divisor(d), reciprocal(0xffffffffu / d + 1) {}
+  __device__ __forceinline__ int divide(int x) const { return divisor == 1 ? x : __umulhi(x, reciprocal); }
+};
+
+// One block's work: output pixels [h0, h0 + rows) × [w0, w0 + cols) of image n, init channels [c0, c0 + channels).
+// Its halo is cut off at the image's edges: x1 exists only for pixels inside, and the depthwise conv reads zeros for
+// those outside. They must be zeros after norm and activation, and act(shift) isn't zero.
+struct BlockTile {
+  int64_t n;
+  int c0, channels;
+  int h0, w0, rows, cols;
+  int halo_h0, halo_w0, halo_cols, pixels;  // of x1; pixels = halo rows * halo_cols
+};
+
+__device__ __forceinline__ BlockTile block_tile(const KernelParams& p) {
+  const GhostShape& s = p.args.shape;
+  const LaunchPlan& plan = p.plan;
+  BlockTile t;
+  unsigned b = blockIdx.x;
+  t.c0 = b % plan.channel_blocks * plan.block_c;
+  b /= plan.channel_blocks;
+  t.w0 = b % plan.tiles_w * plan.tile_w;
+  b /= plan.tiles_w;
+  t.h0 = b % plan.tiles_h * plan.tile_h;
+  t.n = b / plan.tiles_h;
+  t.channels = min(plan.block_c, s.init_channels - t.c0);
+  t.rows = min(plan.tile_h, s.height - t.h0);
+  t.cols = min(plan.tile_w, s.width - t.w0);
+  const int pad = s.dw_size / 2, align = plan.col_align;
+  t.halo_h0 = max(t.h0 - pad, 0);
+  t.halo_w0 = max(t.w0 - pad, 0) / align * align;
+  t.halo_cols = min((t.w0 + t.cols + pad + align - 1) / align * align, s.width) - t.halo_w0;
+  t.pixels = (min(t.h0 + t.rows + pad, s.height) - t.halo_h0) * t.halo_cols;
+  return t;
+}
+
+}  // namespace ghostfused
