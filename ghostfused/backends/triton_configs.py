@@ -1,4 +1,88 @@
-def config(args, nhwc):
-    cin = args.x.shape[1]
-    bk = 64 if cin > 32 else 32 if cin > 16 else 16
-    return dict(run=256, BLOCK_M=64, BLOCK_N=16, BLOCK_K=bk, BLOCK_P=64, BLOCK_C=16, HOIST=True, ONE_K=cin <= bk, num_warps=4, num_stages=3)
+"""Block sizes of the Triton kernels: a small table per shape class, and the length of a run.
+
+``python -m bench.regenerate_configs`` writes the table, ``triton_configs.json``; nothing is tuned at a user's call.
+Each step of the kernel has its own table, since the step's cost depends on its own blocks only.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..spec import GhostArgs
+
+PATH = Path(__file__).with_suffix(".json")
+NUM_WARPS = 4
+PROGRAMS = 528
+"""Programs that a launch should have: four for each of an H100's 132 multiprocessors."""
+
+CIN_CLASSES = (16, 32, 64, 65)
+CP_CLASSES = (8, 16, 32, 33)
+PIXEL_CLASSES = (64, 65)
+"""Upper bounds of the shape classes; the last class of each is open."""
+
+
+def _class(size: int, bounds: tuple[int, ...]) -> int:
+    return next((bound for bound in bounds if size <= bound), bounds[-1])
+
+
+class Primary(NamedTuple):
+    """Blocks of the 1×1 conv: pixels × init channels, in steps of BLOCK_K input channels."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    num_stages: int
+
+
+class Cheap(NamedTuple):
+    """Blocks of the depthwise conv: pixels × init channels; HOIST keeps its weights in registers."""
+
+    BLOCK_P: int
+    BLOCK_C: int
+    HOIST: bool
+
+
+def primary_key(itemsize: int, nhwc: bool, cin: int, cp: int, pixels: int) -> str:
+    layout = "nhwc" if nhwc else "nchw"
+    return (
+        f"{layout} bytes={itemsize} cin={_class(cin, CIN_CLASSES)} cp={_class(cp, CP_CLASSES)} "
+        f"pixels={_class(pixels, PIXEL_CLASSES)}"
+    )
+
+
+def cheap_key(itemsize: int, nhwc: bool, dw_size: int, cp: int, pixels: int) -> str:
+    layout = "nhwc" if nhwc else "nchw"
+    return f"{layout} bytes={itemsize} dw={dw_size} cp={_class(cp, CP_CLASSES)} pixels={_class(pixels, PIXEL_CLASSES)}"
+
+
+@functools.cache
+def tables() -> dict[str, dict[str, list]]:
+    return json.loads(PATH.read_text())
+
+
+def run_length(pixels: int, halo: int, units: int, step: int) -> int:
+    """Pixels per program, a multiple of ``step``, for ``units`` = images × channel blocks of ``pixels`` pixels.
+
+    As many as give PROGRAMS programs, but at most 8 halos, which bounds the recomputed pixels to a quarter.
+    """
+    longest = max(8 * halo, 1024)
+    wanted = -(-pixels * units // PROGRAMS)
+    return -(-max(min(wanted, longest, pixels), 1) // step) * step
+
+
+def blocks(args: GhostArgs, nhwc: bool, primary: bool = True, cheap: bool = True) -> dict[str, Any]:
+    """The launch constants of both steps in one kernel, or of one step in its own."""
+    n, cin, h, w = args.x.shape
+    cp, pixels, itemsize = args.init_channels, h * w, args.x.element_size()
+    p = Primary(*tables()["primary"][primary_key(itemsize, nhwc, cin, cp, pixels)])
+    c = Cheap(*tables()["cheap"][cheap_key(itemsize, nhwc, args.dw_size, cp, pixels)])
+    block_n = p.BLOCK_N if primary else c.BLOCK_C
+    step = c.BLOCK_P if cheap else p.BLOCK_M
+    halo = args.dw_size // 2 * (w + 1) if primary and cheap else 0
+    return dict(
+        p._asdict(), BLOCK_N=block_n, BLOCK_P=c.BLOCK_P, BLOCK_C=min(c.BLOCK_C, block_n), HOIST=c.HOIST,
+        ONE_K=cin <= p.BLOCK_K, num_warps=NUM_WARPS, run=run_length(pixels, halo, n * -(-cp // block_n), step),
+    )  # fmt: skip

@@ -10,8 +10,9 @@ So x1 makes a round trip through the output, of which it is the first half; the 
 belong to a neighbour's run and are stored by the neighbour as well. That race is benign: a pixel's value does not
 depend on its place in a tile (the sum over input channels has one order), so both store the same bits, and each
 program reads only what it stored itself before its own barrier. Within a program the barrier orders the accesses:
-``bar.sync`` makes the block's writes visible to the block (PTX ISA, "Memory consistency model"), and on AMD the
-compiler drains the vector memory counter in front of ``s_barrier``.
+``bar.sync`` makes a block's writes visible to the block (PTX ISA, "Parallel synchronization: barrier"), and on AMD
+Triton emits a workgroup fence on either side of ``s_barrier``. With a gate or a residual the output's first half is no
+longer x1, which then goes to a scratch buffer.
 
 Pixels are flat indices, p = h * W + w. Maps are either NCHW or NHWC (channels_last); ``*_ALIGN`` are the powers of
 two that divide a tensor's sizes and strides, without which Triton could not prove that wide accesses are aligned.
@@ -19,10 +20,10 @@ two that divide a tensor's sizes and strides, without which Triton could not pro
 
 import triton
 import triton.language as tl
+from triton import knobs
 
 from ..spec import Act
 
-NONE = tl.constexpr(int(Act.NONE))
 RELU = tl.constexpr(int(Act.RELU))
 RELU6 = tl.constexpr(int(Act.RELU6))
 SILU = tl.constexpr(int(Act.SILU))
@@ -30,12 +31,24 @@ HARDSWISH = tl.constexpr(int(Act.HARDSWISH))
 LEAKY_RELU = tl.constexpr(int(Act.LEAKY_RELU))
 PRELU = tl.constexpr(int(Act.PRELU))
 NAN = tl.constexpr(tl.PropagateNan.ALL)
+UPCAST = tl.constexpr(knobs.runtime.interpret)  # the interpreter's tl.dot takes bfloat16's bits for integers
 
 
 @triton.jit
-def _activate(y, channel, mask, act):
+def _multiple(size, ALIGN: tl.constexpr):
+    """size, written so that the compiler sees a multiple of ALIGN (tl.multiple_of is lost on a kernel's argument)."""
+    return size // ALIGN * ALIGN
+
+
+@triton.jit
+def _wide(size):
+    return size.to(tl.int64)
+
+
+@triton.jit
+def _activate(y, channel, mask, act, ACT: tl.constexpr):
     """The activation of y (pixels, channels); NaN stays NaN, as in PyTorch."""
-    slope_ptr, negative_slope, ACT, SLOPE_PER_CHANNEL = act
+    slope_ptr, slope_stride, negative_slope = act
     if ACT == RELU:
         y = tl.maximum(y, 0.0, NAN)
     elif ACT == RELU6:
@@ -47,11 +60,8 @@ def _activate(y, channel, mask, act):
     elif ACT == LEAKY_RELU:
         y = tl.where(y > 0.0, y, y * negative_slope)
     elif ACT == PRELU:
-        if SLOPE_PER_CHANNEL:
-            slope = tl.load(slope_ptr + channel, mask=mask, other=0.0).to(tl.float32)[None, :]
-        else:
-            slope = tl.load(slope_ptr).to(tl.float32)
-        y = tl.where(y > 0.0, y, y * slope)
+        slope = tl.load(slope_ptr + channel * slope_stride, mask=mask, other=0.0).to(tl.float32)
+        y = tl.where(y > 0.0, y, y * slope[None, :])
     return y
 
 
@@ -62,7 +72,9 @@ def _scale_shift(norm, channel, mask):
     scale = tl.full(channel.shape, 1.0, tl.float32)
     shift = tl.zeros(channel.shape, tl.float32)
     if mean_ptr is not None:
-        scale = 1.0 / tl.sqrt_rn(tl.load(var_ptr + channel, mask=mask, other=1.0).to(tl.float32) + eps)
+        var = tl.load(var_ptr + channel, mask=mask, other=1.0).to(tl.float32) + eps
+        scale = tl.rsqrt(var)
+        scale += scale * (0.5 - 0.5 * var * scale * scale)  # Newton: the hardware's rsqrt is off by an ulp or two
         if gamma_ptr is not None:
             scale *= tl.load(gamma_ptr + channel, mask=mask, other=0.0).to(tl.float32)
         shift -= tl.load(mean_ptr + channel, mask=mask, other=0.0).to(tl.float32) * scale
@@ -74,11 +86,12 @@ def _scale_shift(norm, channel, mask):
 
 
 @triton.jit
-def _pixel_offset(p, W, stride_h, stride_w, FLAT: tl.constexpr):
-    """The offset of flat pixel p; FLAT: rows follow each other without a gap (stride_h == W * stride_w)."""
-    if FLAT:
+def _pixel_offset(p, W, stride_h, stride_w):
+    """The offset of flat pixel p; stride_h is None if rows follow each other without a gap."""
+    if stride_h is None:
         return p * stride_w
-    return p // W * stride_h + p % W * stride_w
+    else:
+        return p // W * stride_h + p % W * stride_w
 
 
 @triton.jit
@@ -86,13 +99,15 @@ def _offset(p, c, HW, channels, NHWC: tl.constexpr):
     """The offset of pixels p × channels c in an image of a contiguous or channels_last tensor."""
     if NHWC:
         return p[:, None] * channels + c[None, :]
-    return c[None, :] * HW + p[:, None]
+    else:
+        return c[None, :] * HW + p[:, None]
 
 
+# Arguments that belong together travel as tuples: norm, act, size, x1, residual and gate are packed in ghost_kernel.
 @triton.jit
-def _store(y, p, c, mask, size, out, residual, gate):
+def _store(y, p, c, mask, size, out, residual, gate, NHWC: tl.constexpr):
     """out = y * upsample(gate) + residual for a tile y (pixels, channels)."""
-    HW, W, out_channels, NHWC = size
+    HW, W, out_channels = size
     offset = _offset(p, c, HW, out_channels, NHWC)
     gate_ptr, gate_h, gate_w, scale_h, scale_w, gate_sc, gate_sh, gate_sw = gate
     if gate_ptr is not None:  # the index rule of F.interpolate(mode="nearest"), in float32 as there
@@ -100,120 +115,126 @@ def _store(y, p, c, mask, size, out, residual, gate):
         w = tl.minimum(((p % W).to(tl.float32) * scale_w).to(tl.int32), gate_w - 1)
         at = (h.to(p.dtype) * gate_sh + w.to(p.dtype) * gate_sw)[:, None] + (c * gate_sc)[None, :]
         y *= tl.load(gate_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    residual_ptr, residual_sc, residual_sh, residual_sw, LIKE_OUT = residual
+    residual_ptr, residual_sc, residual_sh, residual_sw = residual
     if residual_ptr is not None:
-        if LIKE_OUT:
+        if residual_sc is None:  # of the output's strides
             at = offset
         else:
-            at = _pixel_offset(p, W, residual_sh, residual_sw, False)[:, None] + (c * residual_sc)[None, :]
+            at = _pixel_offset(p, W, residual_sh, residual_sw)[:, None] + (c * residual_sc)[None, :]
         y += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
     tl.store(out + offset, y.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _load_x(x, x_pixel, k, mask, Cin, input_gate):
-    """x (pixels, input channels) as the conv sees it; the gated value is rounded to x's dtype, as in PyTorch."""
+def _dot(acc, x, x_pixel, p_mask, weight_row, c_mask, k, Cin, input_gate, PRECISION: tl.constexpr):
+    """acc + (x * input_gate) @ weight over the input channels k."""
     x_ptr, stride_c = x
-    tile = tl.load(x_ptr + x_pixel[:, None] + (k * stride_c)[None, :], mask=mask[:, None] & (k < Cin)[None, :], other=0.0)
-    if input_gate is not None:
-        scale = tl.load(input_gate + k, mask=k < Cin, other=0.0).to(tl.float32)
+    k_mask = k < Cin
+    x_tile = x_ptr + x_pixel[:, None] + (k * stride_c)[None, :]
+    tile = tl.load(x_tile, mask=p_mask[:, None] & k_mask[None, :], other=0.0)
+    weight = tl.load(weight_row + k[:, None], mask=k_mask[:, None] & c_mask[None, :], other=0.0)
+    if input_gate is not None:  # rounded to x's dtype, as x * gate would be in PyTorch
+        scale = tl.load(input_gate + k, mask=k_mask, other=0.0).to(tl.float32)
         tile = (tile.to(tl.float32) * scale[None, :]).to(tile.dtype)
-    return tile
+    if UPCAST:
+        tile, weight = tile.to(tl.float32), weight.to(tl.float32)
+    return tl.dot(tile, weight, acc, input_precision=PRECISION)
 
 
 @triton.jit
 def _primary_run(
     lo, hi, begin, end, c0, x, x_pixels, input_gate, weight_ptr, Cin, Cp, norm, act, size, x1, out, residual, gate,
-    PRECISION: tl.constexpr, ONE_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    NHWC: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr, ONE_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """x1 for the pixels lo … hi and BLOCK_N channels from c0; the final output too for begin … end if they differ."""
-    HW, W, out_channels, NHWC = size
-    x1_ptr, x1_channels, FINAL = x1
-    stride_h, stride_w, FLAT = x_pixels
+    HW, W, _ = size
+    x1_ptr, x1_channels = x1
+    stride_h, stride_w = x_pixels
     c = c0 + tl.arange(0, BLOCK_N)
     c_mask = c < Cp
     scale, shift = _scale_shift(norm, c, c_mask)
     for m in range(lo, hi, BLOCK_M):
         p = m + tl.arange(0, BLOCK_M)
         p_mask = p < hi
-        x_pixel = _pixel_offset(p, W, stride_h, stride_w, FLAT)
+        x_pixel = _pixel_offset(p, W, stride_h, stride_w)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        # the weight is read transposed: (input channels, init channels)
+        weight_row = weight_ptr + (c * Cin)[None, :]
         if ONE_K:  # no inner loop, so that the compiler can prefetch the next tile of x in this one
-            k = tl.arange(0, BLOCK_K)
-            weight = tl.load(weight_ptr + k[:, None] + (c * Cin)[None, :], mask=(k < Cin)[:, None] & c_mask[None, :], other=0.0)
-            acc = tl.dot(_load_x(x, x_pixel, k, p_mask, Cin, input_gate), weight, acc, input_precision=PRECISION)
+            acc = _dot(acc, x, x_pixel, p_mask, weight_row, c_mask, tl.arange(0, BLOCK_K), Cin, input_gate, PRECISION)
         else:
             for k0 in range(0, Cin, BLOCK_K):
                 k = k0 + tl.arange(0, BLOCK_K)
-                weight = tl.load(weight_ptr + k[:, None] + (c * Cin)[None, :], mask=(k < Cin)[:, None] & c_mask[None, :], other=0.0)
-                acc = tl.dot(_load_x(x, x_pixel, k, p_mask, Cin, input_gate), weight, acc, input_precision=PRECISION)
-        y = _activate(acc * scale[None, :] + shift[None, :], c, c_mask, act)
+                acc = _dot(acc, x, x_pixel, p_mask, weight_row, c_mask, k, Cin, input_gate, PRECISION)
+        y = _activate(acc * scale[None, :] + shift[None, :], c, c_mask, act, ACT)
         mask = p_mask[:, None] & c_mask[None, :]
         tl.store(x1_ptr + _offset(p, c, HW, x1_channels, NHWC), y.to(x1_ptr.dtype.element_ty), mask=mask)
-        if not FINAL:
+        if residual[0] is not None or gate[0] is not None:
             own = (p >= begin) & (p < end)
-            _store(y, p, c, own[:, None] & c_mask[None, :], size, out, residual, gate)
+            _store(y, p, c, own[:, None] & c_mask[None, :], size, out, residual, gate, NHWC)
 
 
 @triton.jit
 def _cheap_run(
     begin, end, c0, weight_ptr, Cp, norm, act, size, x1, out, residual, gate,
-    RATIO: tl.constexpr, DW_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-    HOIST: tl.constexpr,
+    NHWC: tl.constexpr, ACT: tl.constexpr, RATIO: tl.constexpr, DW_SIZE: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, HOIST: tl.constexpr,
 ):  # fmt: skip
-    """x2 for the pixels begin … end and all maps made from BLOCK_N init channels from c0."""
-    HW, W, out_channels, NHWC = size
-    x1_ptr, x1_channels, FINAL = x1
+    """x2 for the pixels begin … end and all maps made from BLOCK_C init channels from c0."""
+    HW, W, out_channels = size
+    x1_ptr, x1_channels = x1
     PAD: tl.constexpr = DW_SIZE // 2
-    for c1 in range(c0, tl.minimum(c0 + BLOCK_N, Cp), BLOCK_C):
-        c = c1 + tl.arange(0, BLOCK_C)
-        for r in tl.static_range(RATIO - 1):
-            j = c * (RATIO - 1) + r  # the depthwise conv's output channel
-            c_mask = (c < Cp) & (Cp + j < out_channels)
-            scale, shift = _scale_shift(norm, j, c_mask)
-            weights = ()
-            if HOIST:
-                for tap in tl.static_range(DW_SIZE * DW_SIZE):
-                    weights = weights + (tl.load(weight_ptr + j * (DW_SIZE * DW_SIZE) + tap, mask=c_mask, other=0.0).to(tl.float32),)
-            for q in range(begin, end, BLOCK_P):
-                p = q + tl.arange(0, BLOCK_P)
-                column = p % W
-                x1_tile = x1_ptr + _offset(p, c, HW, x1_channels, NHWC)
+    c = c0 + tl.arange(0, BLOCK_C)
+    for r in tl.static_range(RATIO - 1):
+        j = c * (RATIO - 1) + r  # the depthwise conv's output channel
+        c_mask = (c < Cp) & (Cp + j < out_channels)
+        scale, shift = _scale_shift(norm, j, c_mask)
+        weights = ()
+        if HOIST:
+            for tap in tl.static_range(DW_SIZE * DW_SIZE):
+                loaded = tl.load(weight_ptr + j * (DW_SIZE * DW_SIZE) + tap, mask=c_mask, other=0.0)
+                weights = weights + (loaded.to(tl.float32),)  # noqa: RUF005 (Triton has no unpacking)
+        for q in range(begin, end, BLOCK_P):
+            p = q + tl.arange(0, BLOCK_P)
+            column = p % W
+            x1_tile = x1_ptr + _offset(p, c, HW, x1_channels, NHWC)
+            acc = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+            for tap in tl.static_range(DW_SIZE * DW_SIZE):
+                dy = tap // DW_SIZE - PAD
+                dx = tap % DW_SIZE - PAD
+                row = p + dy * W
+                # zero outside the image, for the padding comes after norm and activation
+                inside = (p < end) & (row >= 0) & (row < HW) & (column + dx >= 0) & (column + dx < W)
                 step = x1_channels if NHWC else 1
-                acc = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-                for tap in tl.static_range(DW_SIZE * DW_SIZE):
-                    dy = tap // DW_SIZE - PAD
-                    dx = tap % DW_SIZE - PAD
-                    shifted = p + (dy * W + dx)
-                    # zero outside the image: the padding comes after norm and activation
-                    inside = (p < end) & (p + dy * W >= 0) & (p + dy * W < HW) & (column + dx >= 0) & (column + dx < W)
-                    tile = tl.load(x1_tile + (dy * W + dx) * step, mask=inside[:, None] & c_mask[None, :], other=0.0)
-                    if HOIST:
-                        weight = weights[tap]
-                    else:
-                        weight = tl.load(weight_ptr + j * (DW_SIZE * DW_SIZE) + tap, mask=c_mask, other=0.0).to(tl.float32)
-                    acc += tile.to(tl.float32) * weight[None, :]
-                y = _activate(acc * scale[None, :] + shift[None, :], j, c_mask, act)
-                _store(y, p, Cp + j, (p < end)[:, None] & c_mask[None, :], size, out, residual, gate)
+                tile = tl.load(x1_tile + dy * W * step + dx * step, mask=inside[:, None] & c_mask[None, :], other=0.0)
+                if HOIST:
+                    weight = weights[tap]
+                else:
+                    weight = tl.load(weight_ptr + j * (DW_SIZE * DW_SIZE) + tap, mask=c_mask, other=0.0)
+                acc += tile.to(tl.float32) * weight.to(tl.float32)[None, :]
+            y = _activate(acc * scale[None, :] + shift[None, :], j, c_mask, act, ACT)
+            _store(y, p, Cp + j, (p < end)[:, None] & c_mask[None, :], size, out, residual, gate, NHWC)
 
 
-SCALARS = (
-    "primary_eps primary_negative_slope cheap_eps cheap_negative_slope gate_scale_h gate_scale_w H W Cin Cp out_channels "
-    "run x_sn x_sc x_sh x_sw residual_sn residual_sc residual_sh residual_sw gate_h gate_w gate_sn gate_sc gate_sh gate_sw"
-).split()
+SCALARS = """
+primary_eps primary_negative_slope primary_slope_stride cheap_eps cheap_negative_slope cheap_slope_stride
+gate_scale_h gate_scale_w H W Cin Cp out_channels run x_sn x_sc x_sh x_sw
+residual_sn residual_sc residual_sh residual_sw gate_h gate_w gate_sn gate_sc gate_sh gate_sw
+""".split()  # noqa: SIM905
 
 
-# Triton would compile anew for each scalar that is 1 or a multiple of 16; the *_ALIGN constants say more, in fewer variants
+# Triton would compile a variant for each scalar that is 1 or a multiple of 16. The *_ALIGN constants say more in fewer.
 @triton.jit(do_not_specialize=SCALARS)
 def ghost_kernel(
     x_ptr, primary_weight_ptr, primary_bias_ptr, primary_mean_ptr, primary_var_ptr, primary_gamma_ptr, primary_beta_ptr,
     primary_slope_ptr, cheap_weight_ptr, cheap_bias_ptr, cheap_mean_ptr, cheap_var_ptr, cheap_gamma_ptr, cheap_beta_ptr,
     cheap_slope_ptr, input_gate_ptr, residual_ptr, output_gate_ptr, x1_ptr, out_ptr,
-    primary_eps, primary_negative_slope, cheap_eps, cheap_negative_slope, gate_scale_h, gate_scale_w,
-    H, W, Cin, Cp, out_channels, run, x_sn, x_sc, x_sh, x_sw, residual_sn, residual_sc, residual_sh, residual_sw,
-    gate_h, gate_w, gate_sn, gate_sc, gate_sh, gate_sw,
+    primary_eps, primary_negative_slope, primary_slope_stride, cheap_eps, cheap_negative_slope, cheap_slope_stride,
+    gate_scale_h, gate_scale_w, H, W, Cin, Cp, out_channels, run, x_sn, x_sc, x_sh, x_sw,
+    residual_sn, residual_sc, residual_sh, residual_sw, gate_h, gate_w, gate_sn, gate_sc, gate_sh, gate_sw,
     PRIMARY: tl.constexpr, CHEAP: tl.constexpr, RATIO: tl.constexpr, DW_SIZE: tl.constexpr,
-    PRIMARY_ACT: tl.constexpr, CHEAP_ACT: tl.constexpr, PRIMARY_SLOPES: tl.constexpr, CHEAP_SLOPES: tl.constexpr,
+    PRIMARY_ACT: tl.constexpr, CHEAP_ACT: tl.constexpr,
     NHWC: tl.constexpr, X_UNIT: tl.constexpr, X_FLAT: tl.constexpr, RESIDUAL_LIKE_OUT: tl.constexpr,
     X_ALIGN: tl.constexpr, CIN_ALIGN: tl.constexpr, CP_ALIGN: tl.constexpr, OUT_ALIGN: tl.constexpr,
     HW_ALIGN: tl.constexpr, INDEX_64: tl.constexpr, PRECISION: tl.constexpr, ONE_K: tl.constexpr,
@@ -222,40 +243,41 @@ def ghost_kernel(
 ):  # fmt: skip
     """A Ghost module (PRIMARY and CHEAP), or one of its two steps."""
     if INDEX_64:
-        H, W, Cp, out_channels = H.to(tl.int64), W.to(tl.int64), Cp.to(tl.int64), out_channels.to(tl.int64)
-        Cin = Cin.to(tl.int64)
-        x_sc, x_sh, x_sw = x_sc.to(tl.int64), x_sh.to(tl.int64), x_sw.to(tl.int64)
-        residual_sc, residual_sh, residual_sw = residual_sc.to(tl.int64), residual_sh.to(tl.int64), residual_sw.to(tl.int64)
-        gate_sc, gate_sh, gate_sw = gate_sc.to(tl.int64), gate_sh.to(tl.int64), gate_sw.to(tl.int64)
-    x_sn, x_sh = tl.multiple_of(x_sn, X_ALIGN), tl.multiple_of(x_sh, X_ALIGN)
+        # whatever is multiplied by one of these becomes 64 bits wide
+        H, W, Cin, Cp, out_channels = _wide(H), _wide(W), _wide(Cin), _wide(Cp), _wide(out_channels)
+        x_sc, x_sh, x_sw = _wide(x_sc), _wide(x_sh), _wide(x_sw)
+        residual_sc, residual_sh, residual_sw = _wide(residual_sc), _wide(residual_sh), _wide(residual_sw)
+        gate_sc, gate_sh, gate_sw = _wide(gate_sc), _wide(gate_sh), _wide(gate_sw)
+    x_sn, x_sh = _multiple(x_sn, X_ALIGN), _multiple(x_sh, X_ALIGN)
     if X_UNIT == "c":
         x_sc = 1
-        x_sw = tl.multiple_of(x_sw, X_ALIGN)
+        x_sw = _multiple(x_sw, X_ALIGN)
     elif X_UNIT == "w":
         x_sw = 1
-        x_sc = tl.multiple_of(x_sc, X_ALIGN)
-    Cin, Cp = tl.multiple_of(Cin, CIN_ALIGN), tl.multiple_of(Cp, CP_ALIGN)
-    out_channels, HW = tl.multiple_of(out_channels, OUT_ALIGN), tl.multiple_of(H * W, HW_ALIGN)
+        x_sc = _multiple(x_sc, X_ALIGN)
+    Cin, Cp = _multiple(Cin, CIN_ALIGN), _multiple(Cp, CP_ALIGN)
+    out_channels, HW = _multiple(out_channels, OUT_ALIGN), _multiple(H * W, HW_ALIGN)
 
     # Channel blocks fastest: the programs that read the same pixels of x run together and meet in L2.
     blocks, runs = tl.cdiv(Cp, BLOCK_N), tl.cdiv(HW, run)
     c0 = tl.program_id(0) % blocks * BLOCK_N
     unit = tl.program_id(0) // blocks
     image = (unit // runs).to(tl.int64)
-    begin = tl.multiple_of(unit % runs * run, 16)
+    begin = unit % runs * run
     end = tl.multiple_of(tl.minimum(begin + run, HW), HW_ALIGN)
 
-    x1_channels = Cp
-    FINAL: tl.constexpr = residual_ptr is None and output_gate_ptr is None  # x1 is the output's first half
-    if FINAL:
-        x1_channels = out_channels
-    size = (HW, W, out_channels, NHWC)
-    x1 = (x1_ptr + image * HW * x1_channels, x1_channels, FINAL)
+    x1_channels = out_channels  # x1 is the output's first half, unless something is still to be done to that
+    if residual_ptr is not None or output_gate_ptr is not None:
+        x1_channels = Cp
+    size = (HW, W, out_channels)
+    x1 = (x1_ptr + image * HW * x1_channels, x1_channels)
     out = out_ptr + image * HW * out_channels
-    residual = (None, 0, 0, 0, RESIDUAL_LIKE_OUT)
+    residual = (None, None, None, None)
     if residual_ptr is not None:
-        residual = (residual_ptr + image * residual_sn, residual_sc, residual_sh, residual_sw, RESIDUAL_LIKE_OUT)
-    gate = (None, 0, 0, 0.0, 0.0, 0, 0, 0)
+        residual = (residual_ptr + image * residual_sn, None, None, None)
+        if not RESIDUAL_LIKE_OUT:
+            residual = (residual_ptr + image * residual_sn, residual_sc, residual_sh, residual_sw)
+    gate = (None, None, None, None, None, None, None, None)
     if output_gate_ptr is not None:
         gate_ptr = output_gate_ptr + image * gate_sn
         gate = (gate_ptr, gate_h, gate_w, gate_scale_h, gate_scale_w, gate_sc, gate_sh, gate_sw)
@@ -264,22 +286,31 @@ def ghost_kernel(
         input_gate = None
         if input_gate_ptr is not None:
             input_gate = input_gate_ptr + image * Cin
+        x_pixels = (x_sh, x_sw)
+        if X_FLAT:
+            x_pixels = (None, x_sw)
         halo = DW_SIZE // 2 * (W + 1) if CHEAP else 0
         lo = tl.multiple_of(tl.maximum(begin - halo, 0) // 16 * 16, 16)  # wide accesses start at multiples of 16
         hi = tl.multiple_of(tl.minimum((end + halo + 15) // 16 * 16, HW), HW_ALIGN)
         _primary_run(
-            lo, hi, begin, end, c0, (x_ptr + image * x_sn, x_sc), (x_sh, x_sw, X_FLAT), input_gate, primary_weight_ptr,
-            Cin, Cp,
+            lo, hi, begin, end, c0, (x_ptr + image * x_sn, x_sc), x_pixels, input_gate, primary_weight_ptr, Cin, Cp,
             (primary_bias_ptr, primary_mean_ptr, primary_var_ptr, primary_gamma_ptr, primary_beta_ptr, primary_eps),
-            (primary_slope_ptr, primary_negative_slope, PRIMARY_ACT, PRIMARY_SLOPES),
-            size, x1, out, residual, gate, PRECISION, ONE_K, BLOCK_M, BLOCK_N, BLOCK_K,
+            (primary_slope_ptr, primary_slope_stride, primary_negative_slope), size, x1, out, residual, gate,
+            NHWC, PRIMARY_ACT, PRECISION, ONE_K, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     if PRIMARY and CHEAP:
         tl.debug_barrier()
     if CHEAP:
-        _cheap_run(
-            begin, end, c0, cheap_weight_ptr, Cp,
-            (cheap_bias_ptr, cheap_mean_ptr, cheap_var_ptr, cheap_gamma_ptr, cheap_beta_ptr, cheap_eps),
-            (cheap_slope_ptr, cheap_negative_slope, CHEAP_ACT, CHEAP_SLOPES),
-            size, x1, out, residual, gate, RATIO, DW_SIZE, BLOCK_N, BLOCK_P, BLOCK_C, HOIST,
-        )  # fmt: skip
+        norm = (cheap_bias_ptr, cheap_mean_ptr, cheap_var_ptr, cheap_gamma_ptr, cheap_beta_ptr, cheap_eps)
+        act = (cheap_slope_ptr, cheap_slope_stride, cheap_negative_slope)
+        if BLOCK_C == BLOCK_N:
+            _cheap_run(
+                begin, end, c0, cheap_weight_ptr, Cp, norm, act, size, x1, out, residual, gate,
+                NHWC, CHEAP_ACT, RATIO, DW_SIZE, BLOCK_P, BLOCK_C, HOIST,
+            )  # fmt: skip
+        else:
+            for c1 in range(c0, tl.minimum(c0 + BLOCK_N, Cp), BLOCK_C):
+                _cheap_run(
+                    begin, end, c1, cheap_weight_ptr, Cp, norm, act, size, x1, out, residual, gate,
+                    NHWC, CHEAP_ACT, RATIO, DW_SIZE, BLOCK_P, BLOCK_C, HOIST,
+                )  # fmt: skip
