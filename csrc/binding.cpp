@@ -1,5 +1,5 @@
-// The Torch side: checks, the output, the stream, the op's registration (stable ABI, so that one build serves torch 2.11
-// and later), and the pybind11 module for plain-data queries.
+// The Torch side: checks, the output, the stream, the op's registration (stable ABI, so that one build serves
+// torch 2.11 and later), and the pybind11 module for plain-data queries.
 #include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -64,7 +64,8 @@ struct Checker {
     return {t->data_ptr(), t->stride(0), t->stride(1), t->stride(2), t->stride(3)};
   }
 
-  ChannelVector vector(const std::string& name, const OptionalTensor& t, int64_t channels, bool or_float32 = false) const {
+  ChannelVector vector(const std::string& name, const OptionalTensor& t, int64_t channels,
+                       bool or_float32 = false) const {
     if (!t) return {};
     check(name.c_str(), *t, {channels}, or_float32);
     return {t->data_ptr(), t->stride(0)};
@@ -103,8 +104,12 @@ struct Device {
   int sm_count, smem_per_block, smem_per_sm;
 };
 
+// What plans are made for instead of the real device, for tests; sm_count 0: nothing.
+Device pretended_device{};
+
 // Of the current device; asked once per device.
 const Device& current_device(int32_t index) {
+  if (pretended_device.sm_count > 0) return pretended_device;
   thread_local std::unordered_map<int32_t, Device> known;
   const auto found = known.find(index);
   if (found != known.end()) return found->second;
@@ -122,9 +127,9 @@ const Device& current_device(int32_t index) {
 struct ShapeHash {
   size_t operator()(const GhostShape& s) const {
     size_t h = 0;
-    for (const int v : {static_cast<int>(s.path), int{s.channels_last}, int{s.input_gate}, s.batch, s.in_channels,
-                        s.height, s.width, s.init_channels, s.out_channels, s.ratio, s.dw_size, s.sm_count,
-                        s.smem_per_block}) {
+    for (const int v :
+         {static_cast<int>(s.path), int{s.channels_last}, int{s.input_gate}, s.batch, s.in_channels, s.height, s.width,
+          s.init_channels, s.out_channels, s.ratio, s.dw_size, s.sm_count, s.smem_per_block}) {
       h = h * 1000003 + static_cast<size_t>(v);
     }
     return h;
@@ -150,7 +155,8 @@ Tensor forward_cuda(Tensor x, Tensor primary_weight, OptionalTensor primary_bias
                     double primary_negative_slope, double cheap_eps, int64_t cheap_act, double cheap_negative_slope,
                     int64_t out_channels, int64_t stride, int64_t dilation, int64_t groups, bool allow_tf32) {
   if (!x.is_cuda()) fail("x: expected a CUDA tensor");
-  for (const auto& [name, t] : {std::pair{"x", &x}, {"primary_weight", &primary_weight}, {"cheap_weight", &cheap_weight}}) {
+  for (const auto& [name, t] :
+       {std::pair{"x", &x}, {"primary_weight", &primary_weight}, {"cheap_weight", &cheap_weight}}) {
     if (t->dim() != 4) fail(name, ": expected 4 dimensions, got ", t->dim());
   }
   const Checker checker{x.get_device_index(), x.scalar_type()};
@@ -273,7 +279,7 @@ py::dict plan(int batch, int in_channels, int height, int width, int init_channe
     if (v < 1) throw py::value_error("plan: expected positive sizes and a ratio of at least 2");
   }
   GhostForwardParams a{};
-  a.shape = {path_of(path), channels_last, input_gate, batch,    in_channels, height,         width,
+  a.shape = {path_of(path), channels_last, input_gate, batch,   in_channels, height,         width,
              init_channels, out_channels,  ratio,      dw_size, sm_count,    smem_per_block, smem_per_sm};
   const LaunchPlan p = plan_forward(a.shape);
   py::dict r;
@@ -312,6 +318,10 @@ py::dict plan(int batch, int in_channels, int height, int width, int init_channe
   return r;
 }
 
+void pretend_device(int sm_count, int smem_per_block, int smem_per_sm) {
+  pretended_device = {sm_count, smem_per_block, smem_per_sm};
+}
+
 py::list all_kernel_attributes() {
   py::list all;
   for (int i = 0; i < kKernelCount; ++i) {
@@ -333,7 +343,8 @@ py::list all_kernel_attributes() {
 }  // namespace ghostfused
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "ghostfused's CUDA kernels: loading this registers ghostfused::forward_cuda; its functions answer questions.";
+  m.doc() =
+      "ghostfused's CUDA kernels: loading this registers ghostfused::forward_cuda; its functions answer questions.";
   m.def("build_info", &ghostfused::build_info, "CUDA version and architectures of this build.");
   m.def("plan", &ghostfused::plan, py::kw_only(), py::arg("batch"), py::arg("in_channels"), py::arg("height"),
         py::arg("width"), py::arg("init_channels"), py::arg("out_channels"), py::arg("ratio") = 2,
@@ -341,5 +352,8 @@ PYBIND11_MODULE(_C, m) {
         py::arg("input_gate") = false, py::arg("sm_count") = 132, py::arg("smem_per_block") = 232448,
         py::arg("smem_per_sm") = 233472,
         "The launch plan for dense tensors on a device (the default is an H100); empty if nothing fits.");
+  m.def("pretend_device", &ghostfused::pretend_device, py::arg("sm_count") = 0, py::arg("smem_per_block") = 232448,
+        py::arg("smem_per_sm") = 233472,
+        "For tests: plan launches as for this device, of which the real one must have the shared memory; 0: stop it.");
   m.def("kernel_attributes", &ghostfused::all_kernel_attributes, "Registers and memory of every compiled kernel.");
 }

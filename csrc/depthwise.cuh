@@ -19,18 +19,12 @@ struct DepthwiseOperands {
   int j0, count;           // new channels [j0, j0 + count)
 };
 
-// x1 of the channels that feed new channels j, j + 1, …: new channel j is made from x1 channel j / (ratio - 1).
 template <typename T, int kV>
-__device__ __forceinline__ void load_x1(float (&v)[kV], const unsigned char* pixel, int new_per_init, int j, int c0) {
-  if (new_per_init == 1) {
-    Vector<T, kV> x;
-    x.load(pixel + (j - c0) * sizeof(T));
+__device__ __forceinline__ void load_x1(float (&v)[kV], const unsigned char* p) {
+  Vector<T, kV> x;
+  x.load(p);
 #pragma unroll
-    for (int i = 0; i < kV; ++i) v[i] = to_float(x.at[i]);
-  } else {
-#pragma unroll
-    for (int i = 0; i < kV; ++i) v[i] = to_float(reinterpret_cast<const T*>(pixel)[(j + i) / new_per_init - c0]);
-  }
+  for (int i = 0; i < kV; ++i) v[i] = to_float(x.at[i]);
 }
 
 // Stages channels c, c + 1, … (of the group) of one tile pixel.
@@ -48,8 +42,8 @@ __device__ __forceinline__ void stage(unsigned char* staging, int pitch, int pix
 }
 
 // A thread's share of a [channel vectors × positions] grid: one vector for good, so that what belongs to its channels
-// stays in registers, and every ``step``-th position. Neighbours in a warp take the next vector in channels_last and the
-// next position in NCHW, as the stage is written.
+// stays in registers, and every ``step``-th position. Neighbours in a warp take the next vector in channels_last and
+// the next position in NCHW, as the stage is written.
 struct ThreadShare {
   int vector, first, step;
   template <bool kChannelsLast>
@@ -61,57 +55,53 @@ struct ThreadShare {
   }
 };
 
+// kD > 0: ratio 2 and a kD × kD kernel, unrolled. kD = 0: any size and ratio.
 template <Path kPath, typename T, int kD, bool kChannelsLast>
 __device__ __forceinline__ void depthwise(const KernelParams& p, const BlockTile& t, const DepthwiseOperands<T>& op) {
   constexpr int kV = kDepthwiseChannels<kD>;
-  constexpr bool kExact = kPath == Path::kFloat32;
   const GhostShape& s = p.args.shape;
   const int block_c = p.plan.block_c, x1_pitch = p.plan.x1_pitch, row_pitch = t.halo_cols * x1_pitch;
-  const int d = kD > 0 ? kD : s.dw_size, pad = d / 2;
   const int strips = (t.rows + p.plan.strip_h - 1) / p.plan.strip_h, positions = strips * t.cols;
   const ThreadShare share = ThreadShare::of<kChannelsLast>((op.count + kV - 1) / kV, positions);
-  const int c = share.vector * kV, new_per_init = s.ratio - 1;
   if (share.first >= positions) return;
+  const int c = share.vector * kV;
+  const float *affines = op.affines + c, *weights = op.weights + c;
 
-  float shift[kV];
-#pragma unroll
-  for (int i = 0; i < kV; ++i) shift[i] = op.affines[c + i];
-  const auto emit = [&](float(&y)[kV], int h, int col) {
+  const auto emit = [&](float (&y)[kV], int h, int col) {
     float slope[kV];
 #pragma unroll
-    for (int i = 0; i < kV; ++i) slope[i] = op.affines[block_c + c + i];
-    activate<kV, kExact>(y, p.args.cheap.act, slope);
+    for (int i = 0; i < kV; ++i) {
+      y[i] += affines[i];
+      slope[i] = affines[block_c + i];
+    }
+    activate<kV, kPath == Path::kFloat32>(y, p.args.cheap.act, slope);
     stage<T, kV, kChannelsLast>(op.staging, p.plan.staging_pitch, (h - t.h0) * t.cols + col, c, y);
   };
 
+  float w[kD > 0 ? kD * kD : 1][kV];
   if constexpr (kD > 0) {
-    float w[kD * kD][kV];
 #pragma unroll
     for (int tap = 0; tap < kD * kD; ++tap) {
 #pragma unroll
-      for (int i = 0; i < kV; ++i) w[tap][i] = op.weights[tap * block_c + c + i];
+      for (int i = 0; i < kV; ++i) w[tap][i] = weights[tap * block_c + i];
     }
-    for (int position = share.first; position < positions; position += share.step) {
-      const int strip = position / t.cols, col = position - strip * t.cols;
-      const int first = t.h0 + strip * p.plan.strip_h, end = min(first + p.plan.strip_h, t.h0 + t.rows);
+  }
+  for (int position = share.first; position < positions; position += share.step) {
+    const int strip = position / t.cols, col = position - strip * t.cols;
+    const int first = t.h0 + strip * p.plan.strip_h, end = min(first + p.plan.strip_h, t.h0 + t.rows);
+    if constexpr (kD > 0) {
       const int left = t.w0 + col - kD / 2;
-      const unsigned char* row = op.x1 + (first - kD / 2 - t.halo_h0) * row_pitch + (left - t.halo_w0) * x1_pitch;
+      const unsigned char* row = op.x1 + (first - kD / 2 - t.halo_h0) * row_pitch + (left - t.halo_w0) * x1_pitch +
+                                 c * static_cast<int>(sizeof(T));
       // Sliding down, row h adds to the kD output rows that it touches: sums[0] is the oldest and complete after it.
-      float sums[kD][kV];
-#pragma unroll
-      for (int r = 0; r < kD; ++r) {
-#pragma unroll
-        for (int i = 0; i < kV; ++i) sums[r][i] = shift[i];
-      }
+      float sums[kD][kV] = {};
 #pragma unroll 1
       for (int h = first - kD / 2; h < end + kD / 2; ++h, row += row_pitch) {
         const bool inside = h >= 0 && h < s.height;
 #pragma unroll
         for (int kw = 0; kw < kD; ++kw) {
           float v[kV] = {};
-          if (inside && left + kw >= 0 && left + kw < s.width) {
-            load_x1<T>(v, row + kw * x1_pitch, new_per_init, op.j0 + c, t.c0);
-          }
+          if (inside && left + kw >= 0 && left + kw < s.width) load_x1<T>(v, row + kw * x1_pitch);
 #pragma unroll
           for (int kh = 0; kh < kD; ++kh) {
 #pragma unroll
@@ -123,28 +113,23 @@ __device__ __forceinline__ void depthwise(const KernelParams& p, const BlockTile
         for (int i = 0; i < kV; ++i) {
 #pragma unroll
           for (int r = 0; r + 1 < kD; ++r) sums[r][i] = sums[r + 1][i];
-          sums[kD - 1][i] = shift[i];
+          sums[kD - 1][i] = 0.f;
         }
       }
-    }
-  } else {
-    for (int position = share.first; position < positions; position += share.step) {
-      const int strip = position / t.cols, col = position - strip * t.cols;
-      const int first = t.h0 + strip * p.plan.strip_h, end = min(first + p.plan.strip_h, t.h0 + t.rows);
+    } else {
+      const int d = s.dw_size, pad = d / 2;
+      int source[kV];  // new channel j is made from x1 channel j / (ratio - 1)
+#pragma unroll
+      for (int i = 0; i < kV; ++i) source[i] = (op.j0 + c + i) / (s.ratio - 1) - t.c0;
       for (int h = first; h < end; ++h) {
-        float sum[kV];
+        float sum[kV] = {};
+        for (int tap = 0; tap < d * d; ++tap) {
+          const int hh = h + tap / d - pad, ww = t.w0 + col + tap % d - pad;
+          const bool inside = hh >= 0 && hh < s.height && ww >= 0 && ww < s.width;
+          const T* x1 = reinterpret_cast<const T*>(op.x1 + (hh - t.halo_h0) * row_pitch + (ww - t.halo_w0) * x1_pitch);
 #pragma unroll
-        for (int i = 0; i < kV; ++i) sum[i] = shift[i];
-        for (int kh = 0; kh < d; ++kh) {
-          for (int kw = 0; kw < d; ++kw) {
-            const int hh = h + kh - pad, ww = t.w0 + col + kw - pad;
-            float v[kV] = {};
-            if (hh >= 0 && hh < s.height && ww >= 0 && ww < s.width) {
-              load_x1<T>(v, op.x1 + (hh - t.halo_h0) * row_pitch + (ww - t.halo_w0) * x1_pitch, new_per_init, op.j0 + c,
-                         t.c0);
-            }
-#pragma unroll
-            for (int i = 0; i < kV; ++i) sum[i] = fmaf(v[i], op.weights[(kh * d + kw) * block_c + c + i], sum[i]);
+          for (int i = 0; i < kV; ++i) {
+            sum[i] = fmaf(inside ? to_float(x1[source[i]]) : 0.f, weights[tap * block_c + i], sum[i]);
           }
         }
         emit(sum, h, col);
@@ -165,7 +150,7 @@ __device__ __forceinline__ void transpose_x1(const KernelParams& p, const BlockT
     const int h = by_cols.divide(position), w = position - h * t.cols;
     const int pixel = (t.h0 + h - t.halo_h0) * t.halo_cols + t.w0 + w - t.halo_w0;
     float v[kV];
-    load_x1<T>(v, x1 + pixel * p.plan.x1_pitch, 1, share.vector * kV, 0);
+    load_x1<T>(v, x1 + pixel * p.plan.x1_pitch + share.vector * kV * sizeof(T));
     stage<T, kV, false>(staging, p.plan.staging_pitch, position, share.vector * kV, v);
   }
 }

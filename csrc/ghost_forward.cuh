@@ -20,8 +20,6 @@
 
 namespace ghostfused {
 
-constexpr int kMaxThreads = 256;
-
 // x1 = act(norm(sums)) for the warp's pixels from m0 on.
 template <Path kPath, typename T>
 __device__ __forceinline__ void epilogue(const KernelParams& p, const BlockTile& t, const Accumulators& acc,
@@ -93,13 +91,15 @@ __device__ __forceinline__ void pointwise(const KernelParams& p, const BlockTile
     cp_async_commit();  // an empty group at the end keeps the count that cp_async_wait goes by
   };
 
-  for (int s = 1; s < plan.stages; ++s) load_next();
   Accumulators acc = {};
   int m0 = 0, k_chunk = 0, slot = 0;
-  for (int chunk = 0; chunk < chunks; ++chunk) {
-    cp_async_wait(plan.stages - 2);
-    __syncthreads();  // this chunk has come, for all threads; and all are done with the slot that is loaded next
+  for (int chunk = 1 - plan.stages; chunk < chunks; ++chunk) {  // negative: fill the pipeline, nothing to multiply yet
+    if (chunk >= 0) {
+      cp_async_wait(plan.stages - 2);
+      __syncthreads();  // this chunk has come, for all threads; and all are done with the slot that is loaded next
+    }
     load_next();
+    if (chunk < 0) continue;
     const int warp_pixel = m0 + warp_m * kWarpPixels;
     const bool busy = n_tiles > 0 && warp_pixel < t.pixels;
     if (busy) {
@@ -143,57 +143,54 @@ __device__ __forceinline__ void pointwise(const KernelParams& p, const BlockTile
 }
 
 // The output's channels of one block, group by group: block_c new channels are made from block_c init channels
-// (ratio - 1) times over; x1 leaves with the first group.
+// (ratio - 1) times over; x1 leaves with the first group. Unrolled kernels (kD > 0) are for ratio 2 and have one group.
 template <Path kPath, typename T, int kD, bool kChannelsLast>
 __device__ __forceinline__ void cheap_and_store(const KernelParams& p, const BlockTile& t, unsigned char* smem) {
   const GhostShape& s = p.args.shape;
   unsigned char *x1 = smem + p.plan.x1_offset, *staging = smem + p.plan.pipeline_offset;
   float* affines = reinterpret_cast<float*>(smem + p.plan.cheap_offset);
   float* weights = reinterpret_cast<float*>(smem + p.plan.dw_offset);
-  const int new_per_init = s.ratio - 1;
+  const int new_per_init = kD > 0 ? 1 : s.ratio - 1;
   const int new_end = min((t.c0 + t.channels) * new_per_init, s.out_channels - s.init_channels);
 
-  if constexpr (!kChannelsLast) {
-    transpose_x1<T>(p, t, x1, staging);
-    __syncthreads();
-    with_out_vector<T>(p.width.out, [&]<int kV>(Vector<T, kV>) {
-      store_planes<T, kV>(p, t, staging, t.c0, t.channels);
-    });
-  }
-  for (int group = 0; group < new_per_init; ++group) {
-    const int j0 = t.c0 * new_per_init + group * p.plan.block_c;
+  // Group -1, NCHW only, is x1: channels_last stores x1 from where it lies, together with group 0.
+  for (int group = kChannelsLast ? 0 : -1; group < new_per_init; ++group) {
+    const int j0 = t.c0 * new_per_init + max(group, 0) * p.plan.block_c;
     const int count = max(0, min(p.plan.block_c, new_end - j0));
-    if (group > 0 && count == 0) break;
+    if (count == 0 && group >= (kChannelsLast ? 1 : 0)) break;  // sliced off
     if (group > 0) {
       load_cheap<T>(p, j0, count, affines, weights);
+      __syncthreads();
     }
-    if (group > 0 || !kChannelsLast) __syncthreads();  // the staged channels are gone, the weights are there
-    if (count > 0) {
+    if (!kChannelsLast && group < 0) {
+      transpose_x1<T>(p, t, x1, staging);
+    } else if (count > 0) {
       depthwise<kPath, T, kD, kChannelsLast>(p, t, DepthwiseOperands<T>{x1, affines, weights, staging, j0, count});
     }
-    __syncthreads();
+    __syncthreads();  // the group is staged
     with_out_vector<T>(p.width.out, [&]<int kV>(Vector<T, kV>) {
       if constexpr (kChannelsLast) {
         store_rows<T, kV>(p, t, x1, staging, group == 0 ? t.channels : 0, j0, count);
       } else {
-        if (count > 0) store_planes<T, kV>(p, t, staging, s.init_channels + j0, count);
+        store_planes<T, kV>(p, t, staging, group < 0 ? t.c0 : s.init_channels + j0, group < 0 ? t.channels : count);
       }
     });
+    __syncthreads();  // and gone: the next group may take its place
   }
 }
 
 template <Path kPath, int kD, bool kChannelsLast>
-__global__ void __launch_bounds__(kMaxThreads, 2) ghost_forward(const __grid_constant__ KernelParams p) {
+__global__ void __launch_bounds__(kMaxThreads, min_blocks(kPath, kD))
+    ghost_forward(const __grid_constant__ KernelParams p) {
   using T = typename PathType<kPath>::T;
   extern __shared__ __align__(128) unsigned char smem[];
   const BlockTile t = block_tile(p);
   const int new_per_init = p.args.shape.ratio - 1, j0 = t.c0 * new_per_init;
   load_primary_affine<T>(p, t, reinterpret_cast<float*>(smem));
-  load_cheap<T>(p, j0,
-                min(min(p.plan.block_c, t.channels * new_per_init),
-                    p.args.shape.out_channels - p.args.shape.init_channels - j0),
-                reinterpret_cast<float*>(smem + p.plan.cheap_offset),
-                reinterpret_cast<float*>(smem + p.plan.dw_offset));
+  load_cheap<T>(
+      p, j0,
+      min(min(p.plan.block_c, t.channels * new_per_init), p.args.shape.out_channels - p.args.shape.init_channels - j0),
+      reinterpret_cast<float*>(smem + p.plan.cheap_offset), reinterpret_cast<float*>(smem + p.plan.dw_offset));
   if (p.args.input_gate != nullptr) load_input_gate<T>(p, t, reinterpret_cast<T*>(smem + p.plan.gate_offset));
   pointwise<kPath, T, kChannelsLast>(p, t, smem);
   __syncthreads();  // x1 is complete, and the pipeline's memory is free
@@ -208,14 +205,11 @@ const void* kernel() {
 }  // namespace ghostfused
 
 // The six kernels of one path, in the order that launch.h gives.
-#define GHOSTFUSED_KERNELS(PATH, NAME)                                                        \
-  namespace ghostfused {                                                                      \
-  const Kernel k##PATH##Kernels[kKernelsPerPath] = {                                          \
-      {kernel<Path::k##PATH, 3, false>(), NAME "_dw3_nchw"},                                  \
-      {kernel<Path::k##PATH, 3, true>(), NAME "_dw3_nhwc"},                                   \
-      {kernel<Path::k##PATH, 5, false>(), NAME "_dw5_nchw"},                                  \
-      {kernel<Path::k##PATH, 5, true>(), NAME "_dw5_nhwc"},                                   \
-      {kernel<Path::k##PATH, 0, false>(), NAME "_dwn_nchw"},                                  \
-      {kernel<Path::k##PATH, 0, true>(), NAME "_dwn_nhwc"},                                   \
-  };                                                                                          \
+#define GHOSTFUSED_KERNELS(PATH, NAME)                                                                             \
+  namespace ghostfused {                                                                                           \
+  const Kernel k##PATH##Kernels[kKernelsPerPath] = {                                                               \
+      {kernel<Path::k##PATH, 3, false>(), NAME "_dw3_nchw"}, {kernel<Path::k##PATH, 3, true>(), NAME "_dw3_nhwc"}, \
+      {kernel<Path::k##PATH, 5, false>(), NAME "_dw5_nchw"}, {kernel<Path::k##PATH, 5, true>(), NAME "_dw5_nhwc"}, \
+      {kernel<Path::k##PATH, 0, false>(), NAME "_any_nchw"}, {kernel<Path::k##PATH, 0, true>(), NAME "_any_nhwc"}, \
+  };                                                                                                               \
   }

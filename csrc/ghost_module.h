@@ -58,18 +58,18 @@ struct GhostForwardParams {
 
 // How a module is cut into blocks, and what that costs. See plan.cpp.
 struct LaunchPlan {
-  int tile_h, tile_w;        // output pixels of a block
-  int block_c;               // init channels of a block, a multiple of 8
-  int block_k;               // input channels of one pipeline stage
-  int stages;                // of the cp.async pipeline
-  int threads, warps_n;      // warps side by side along the channels; the others lie along the pixels
-  int strip_h;               // rows that a thread of the depthwise conv slides down
-  int col_align;             // NCHW: the halo's columns start and end at multiples of this, so that loads stay aligned
-  bool weights_resident;     // the block's 1×1 weights stay in shared memory; else they are loaded for each pixel chunk
+  int tile_h, tile_w;     // output pixels of a block
+  int block_c;            // init channels of a block, a multiple of 8
+  int block_k;            // input channels of one pipeline stage
+  int stages;             // of the cp.async pipeline
+  int threads, warps_n;   // warps side by side along the channels; the others lie along the pixels
+  int strip_h;            // rows that a thread of the depthwise conv slides down
+  int col_align;          // NCHW: the halo's columns start and end at multiples of this, so that loads stay aligned
+  bool weights_resident;  // the block's 1×1 weights stay in shared memory; else they are loaded for each pixel chunk
   int tiles_h, tiles_w, channel_blocks;
   int64_t grid;
 
-  int pixels;                // of the largest tile with halo, inside the image
+  int pixels;  // of the largest tile with halo, inside the image
   int k_chunks;
   // Shared memory, in bytes: offsets of its parts and the whole.
   int a_pitch, w_pitch, x1_pitch, staging_pitch;  // rows of x, of the 1×1 weights, of x1, of the staged output
@@ -78,11 +78,11 @@ struct LaunchPlan {
   int smem_bytes;
 
   // The traffic that this plan implies, in bytes.
-  int64_t dram_read;    // x and the parameters once: blocks that share pixels or weights run close in time
-  int64_t dram_write;   // the output
-  int64_t l2_read;      // all loads of x and the 1×1 weights, halos and channel blocks repeated
-  double recompute;     // pixels of the 1×1 conv / pixels of the image
-  int blocks_per_sm;    // by shared memory and threads
+  int64_t dram_read;   // x and the parameters once: blocks that share pixels or weights run close in time
+  int64_t dram_write;  // the output
+  int64_t l2_read;     // all loads of x and the 1×1 weights, halos and channel blocks repeated
+  double recompute;    // pixels of the 1×1 conv / pixels of the image
+  int blocks_per_sm;   // by shared memory and threads
 };
 
 // Chooses the plan. A pure function; block_c = 0 in the result means that nothing fits the device.
@@ -96,7 +96,7 @@ struct KernelAttributes {
   char name[64];
   int registers, local_bytes, static_smem_bytes, max_threads, binary_version;
 };
-constexpr int kKernelCount = 24;  // 4 paths × dw 3, 5, other × 2 layouts
+constexpr int kKernelCount = 24;  // 4 paths × (3×3, 5×5, any size and ratio) × 2 layouts
 const char* kernel_attributes(int index, KernelAttributes* attributes);
 
 }  // namespace ghostfused

@@ -23,7 +23,7 @@ const Kernel* kernels_of(Path path) {
 }
 
 int kernel_index(const GhostShape& s) {
-  const int dw = s.dw_size == 3 ? 0 : s.dw_size == 5 ? 1 : 2;
+  const int dw = unrolled_dw(s) == 3 ? 0 : unrolled_dw(s) == 5 ? 1 : 2;
   return static_cast<int>(s.path) * kKernelsPerPath + dw * 2 + s.channels_last;
 }
 
@@ -42,7 +42,8 @@ cudaError_t allow_shared_memory(int index, int bytes) {
   const void* function = kernel_at(index).function;
   error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
-  error = cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  error =
+      cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
   if (error == cudaSuccess && device < kMaxDevices) done[index][device].store(true, std::memory_order_relaxed);
   return error;
 }

@@ -1,4 +1,5 @@
-// What the host hands to a kernel: the arguments, the plan, and the vector widths that these pointers and strides allow.
+// What the host hands to a kernel: the arguments, the plan, and the vector widths that these pointers and strides
+// allow.
 #pragma once
 
 #include "ghost_module.h"
@@ -7,8 +8,7 @@ namespace ghostfused {
 
 struct VectorWidths {
   int x, primary_weight;  // bytes of one copy to shared memory: 16, 8, 4, or one 2-byte element
-  int out;                // elements of one store
-  bool residual, output_gate;  // whether they can be read in vectors of ``out`` elements
+  int out;                // elements of one store, and of one load of the residual and the output gate
 };
 
 VectorWidths vector_widths(const GhostForwardParams& params, const LaunchPlan& plan);
@@ -19,12 +19,22 @@ struct KernelParams {
   VectorWidths width;
 };
 
+// A kernel's template argument kD: 3 or 5 if it is unrolled for that size and ratio 2; 0 for any size and ratio.
+constexpr int unrolled_dw(const GhostShape& s) {
+  return s.ratio == 2 && (s.dw_size == 3 || s.dw_size == 5) ? s.dw_size : 0;
+}
+
+// Blocks of kMaxThreads per SM that a kernel's registers allow: 3 leave 80 registers a thread, 2 leave 128, for 5×5
+// weights and for the fp32 product, which spill otherwise.
+constexpr int kMaxThreads = 256;
+constexpr int min_blocks(Path path, int unrolled_dw) { return unrolled_dw == 5 || path == Path::kFloat32 ? 2 : 3; }
+
 struct Kernel {
   const void* function;  // __global__ void (KernelParams)
   const char* name;
 };
 
-constexpr int kKernelsPerPath = 6;  // index: (dw 3: 0, 5: 1, other: 2) * 2 + channels_last
+constexpr int kKernelsPerPath = 6;  // index: (3×3: 0, 5×5: 1, other sizes and ratios: 2) * 2 + channels_last
 extern const Kernel kFloat16Kernels[kKernelsPerPath];
 extern const Kernel kBFloat16Kernels[kKernelsPerPath];
 extern const Kernel kTF32Kernels[kKernelsPerPath];

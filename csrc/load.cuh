@@ -7,18 +7,28 @@
 
 namespace ghostfused {
 
-// Copies one vector, zero from ``valid`` bytes on. cp.async can't copy 2 bytes, so those go through a register;
-// the barrier before the stage is read covers both.
-__device__ __forceinline__ void copy_vector(unsigned char* dst, const void* src, int bytes, int valid) {
+// Calls f(i, copy) for this thread's share of ``count`` vectors. cp.async can't copy 2 bytes, so those go through a
+// register, a few at a time; the barrier before the stage is read covers both ways.
+template <typename F>
+__device__ __forceinline__ void for_each_vector(int count, int bytes, F f) {
   if (bytes == 2) {
-    *reinterpret_cast<uint16_t*>(dst) = valid > 0 ? *static_cast<const uint16_t*>(src) : uint16_t{0};
+#pragma unroll 4
+    for (int i = threadIdx.x; i < count; i += blockDim.x) {
+      f(i, [](unsigned char* dst, const void* src, int valid) {
+        *reinterpret_cast<uint16_t*>(dst) = valid > 0 ? *static_cast<const uint16_t*>(src) : uint16_t{0};
+      });
+    }
   } else {
-    cp_async(smem_address(dst), src, bytes, valid);
+#pragma unroll 1
+    for (int i = threadIdx.x; i < count; i += blockDim.x) {
+      f(i, [bytes](unsigned char* dst, const void* src, int valid) { cp_async(smem_address(dst), src, bytes, valid); });
+    }
   }
 }
 
-// Halo pixels [m0, m0 + block_m) × input channels [k0, k0 + block_k) of image ``x``, as [pixel][k] for channels_last and
-// [k][pixel] for NCHW. K beyond Cin is zero; rows of pixels beyond the halo stay as they are, and nobody reads x1 there.
+// Halo pixels [m0, m0 + block_m) × input channels [k0, k0 + block_k) of image ``x``, as [pixel][k] for channels_last
+// and [k][pixel] for NCHW. K beyond Cin is zero; rows of pixels beyond the halo stay as they are, and nobody reads x1
+// there.
 template <typename T, bool kChannelsLast>
 __device__ __forceinline__ void load_x(const KernelParams& p, const BlockTile& t, const FastDivisor& halo_cols,
                                        unsigned char* stage, const T* x, int m0, int k0, int block_m) {
@@ -28,16 +38,15 @@ __device__ __forceinline__ void load_x(const KernelParams& p, const BlockTile& t
   const int per_row = kChannelsLast ? p.plan.block_k / count : (pixels + count - 1) / count;
   const int vectors = (kChannelsLast ? pixels : p.plan.block_k) * per_row;
   const FastDivisor by_row(per_row);
-#pragma unroll 4
-  for (int i = threadIdx.x; i < vectors; i += blockDim.x) {
+  for_each_vector(vectors, bytes, [&](int i, auto copy) {
     const int row = by_row.divide(i), col = (i - row * per_row) * count;
     const int m = m0 + (kChannelsLast ? row : col), k = k0 + (kChannelsLast ? col : row);
     const int left = kChannelsLast ? p.args.shape.in_channels - k : k < p.args.shape.in_channels ? t.pixels - m : 0;
     const int valid = max(0, min(left, count)) * static_cast<int>(sizeof(T));
     const int h = halo_cols.divide(m), w = m - h * t.halo_cols;
     const T* src = x + k * xs.stride_c + (t.halo_h0 + h) * xs.stride_h + (t.halo_w0 + w) * xs.stride_w;
-    copy_vector(stage + row * p.plan.a_pitch + col * sizeof(T), valid > 0 ? src : x, bytes, valid);
-  }
+    copy(stage + row * p.plan.a_pitch + col * sizeof(T), valid > 0 ? src : x, valid);
+  });
 }
 
 // 1×1 weights of the block's channels × [k0, k0 + block_k), as [channel][k], zero outside.
@@ -48,15 +57,13 @@ __device__ __forceinline__ void load_primary_weight(const KernelParams& p, const
   const int per_row = p.plan.block_k / count;
   const T* weight = static_cast<const T*>(p.args.primary_weight);
   const FastDivisor by_row(per_row);
-#pragma unroll 4
-  for (int i = threadIdx.x; i < p.plan.block_c * per_row; i += blockDim.x) {
+  for_each_vector(p.plan.block_c * per_row, bytes, [&](int i, auto copy) {
     const int row = by_row.divide(i), col = (i - row * per_row) * count;
     const int left = row < t.channels ? p.args.shape.in_channels - k0 - col : 0;
     const int valid = max(0, min(left, count)) * static_cast<int>(sizeof(T));
-    const T* src =
-        weight + (t.c0 + row) * p.args.primary_weight_stride_n + (k0 + col) * p.args.primary_weight_stride_k;
-    copy_vector(stage + row * p.plan.w_pitch + col * sizeof(T), valid > 0 ? src : weight, bytes, valid);
-  }
+    const T* src = weight + (t.c0 + row) * p.args.primary_weight_stride_n + (k0 + col) * p.args.primary_weight_stride_k;
+    copy(stage + row * p.plan.w_pitch + col * sizeof(T), valid > 0 ? src : weight, valid);
+  });
 }
 
 template <typename T>

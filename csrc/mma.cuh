@@ -58,10 +58,11 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t add
                : "memory");
 }
 
-#define GHOSTFUSED_MMA(SHAPE_AND_TYPES)                                                                 \
-  asm volatile("mma.sync.aligned." SHAPE_AND_TYPES " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "    \
-               "{%0, %1, %2, %3};"                                                                      \
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                         \
+#define GHOSTFUSED_MMA(SHAPE_AND_TYPES)                          \
+  asm volatile("mma.sync.aligned." SHAPE_AND_TYPES               \
+               " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, " \
+               "{%0, %1, %2, %3};"                               \
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])  \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
 
 template <Path kPath>
@@ -121,8 +122,7 @@ __device__ __forceinline__ void mma_step(Accumulators& acc, const WarpOperands<T
     } else {  // ldmatrix can't transpose 4-byte elements
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
-        const uint32_t address =
-            op.a + (step * 8 + quad + r / 2 * 4) * op.a_pitch + (16 * i + group + r % 2 * 8) * 4;
+        const uint32_t address = op.a + (step * 8 + quad + r / 2 * 4) * op.a_pitch + (16 * i + group + r % 2 * 8) * 4;
         asm volatile("ld.shared.b32 %0, [%1];" : "=r"(a[i][r]) : "r"(address) : "memory");
       }
     }

@@ -1,5 +1,6 @@
 // How a Ghost module is cut into blocks: a search over tiles with a small cost model. Pure functions, no CUDA.
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <vector>
 
@@ -15,8 +16,8 @@ int element_size(const GhostShape& s) { return s.path == Path::kFloat16 || s.pat
 constexpr int kVectorBytes = 16, kKStepBytes = 32, kWarpTile = 32, kMaxBlockC = 128;
 
 // The model's machine, per SM and clock, between an A100 and an H100: only ratios matter, and only roughly.
+constexpr int64_t kL2Capacity = 20 << 20;  // half of an A100's
 constexpr double kDramBytes = 12, kL2Bytes = 32, kLanes = 128, kLoadLatency = 1000, kBlockStart = 1500;
-constexpr int kThreadsPerSm = 2048, kRegistersPerSm = 65536, kRegistersPerThread = 128;
 
 // A row of shared memory that eight threads read 16 bytes apart without bank conflicts: an odd number of vectors.
 int odd_pitch(int64_t bytes) { return static_cast<int>((ceil_div(bytes, kVectorBytes) | 1) * kVectorBytes); }
@@ -63,8 +64,9 @@ bool complete(const GhostShape& s, const Span& rows, const Span& cols, LaunchPla
   if (p.stages > std::max(2, chunks)) return false;
 
   // ldmatrix reads 8 rows of 16 bytes; the transposed reads of 4-byte elements want rows 8 banks apart.
-  p.a_pitch = s.channels_last ? odd_pitch(p.block_k * es) : block_m * es + (es == 2 ? 16 : 32);
-  p.a_stage = p.a_pitch * (s.channels_last ? block_m : p.block_k);
+  const int stage_pixels = static_cast<int>(std::min<int64_t>(block_m, round_up(p.pixels, kWarpTile)));
+  p.a_pitch = s.channels_last ? odd_pitch(p.block_k * es) : stage_pixels * es + (es == 2 ? 16 : 32);
+  p.a_stage = p.a_pitch * (s.channels_last ? stage_pixels : p.block_k);
   p.w_pitch = odd_pitch(p.block_k * es);
   p.w_stage = p.w_pitch * p.block_c;
   p.x1_pitch = odd_pitch(p.block_c * es);
@@ -97,9 +99,8 @@ bool complete(const GhostShape& s, const Span& rows, const Span& cols, LaunchPla
   reserve(std::max(pipeline, round_up(staging, kVectorBytes)));
   if (end > s.smem_per_block) return false;
   p.smem_bytes = static_cast<int>(end);
-  p.blocks_per_sm = static_cast<int>(std::min<int64_t>(
-      {s.smem_per_sm / (end + 1024), kThreadsPerSm / p.threads, kRegistersPerSm / (kRegistersPerThread * p.threads)}));
-  p.blocks_per_sm = std::max(p.blocks_per_sm, 1);
+  const int by_registers = min_blocks(s.path, unrolled_dw(s)) * kMaxThreads / p.threads;
+  p.blocks_per_sm = std::max(1, std::min<int>(by_registers, s.smem_per_sm / (end + 1024)));  // 1 KB is the system's
 
   // A thread of the depthwise conv slides down as many rows as leave work for all threads.
   const int channels_per_thread = s.dw_size == 3 ? 4 : 2;
@@ -108,44 +109,53 @@ bool complete(const GhostShape& s, const Span& rows, const Span& cols, LaunchPla
   p.strip_h = static_cast<int>(ceil_div(p.tile_h, strips));
 
   const int64_t image = int64_t{s.height} * s.width, halo = rows.total * cols.total;
-  const int64_t parameters = (int64_t{s.init_channels} * s.in_channels +
-                              int64_t{s.init_channels} * (s.ratio - 1) * s.dw_size * s.dw_size) * es;
-  p.dram_read = int64_t{s.batch} * s.in_channels * image * es + parameters;
+  const int64_t x_bytes = int64_t{s.batch} * s.in_channels * image * es;
+  const int64_t parameters =
+      (int64_t{s.init_channels} * s.in_channels + int64_t{s.init_channels} * (s.ratio - 1) * s.dw_size * s.dw_size) *
+      es;
+  const int64_t x_loads = int64_t{s.batch} * p.channel_blocks * halo * s.in_channels * es;
+  const int64_t weight_loads = p.grid * (p.weights_resident ? 1 : pixel_chunks) * p.block_c * s.in_channels * es;
+  p.l2_read = x_loads + weight_loads;
   p.dram_write = int64_t{s.batch} * s.out_channels * image * es;
-  const int64_t weights = p.grid * (p.weights_resident ? 1 : pixel_chunks) * p.block_c * s.in_channels * es;
-  p.l2_read = int64_t{s.batch} * p.channel_blocks * halo * s.in_channels * es + weights;
+  // Blocks that share x run side by side (channels) or a row of tiles apart (halos). What all blocks between them move,
+  // and those that run at the same time, must fit L2 for the second read to find it there.
+  const int64_t between = int64_t{p.channel_blocks} * p.tiles_w + int64_t{p.blocks_per_sm} * s.sm_count;
+  const bool in_l2 = between < p.grid && (x_bytes + p.dram_write) / p.grid * between <= kL2Capacity;
+  p.dram_read = (between >= p.grid || in_l2 ? x_bytes : x_loads) + parameters;
   p.recompute = static_cast<double>(halo) / image;
   return true;
 }
 
-// Clocks of the whole launch by the model: a block loads and computes; blocks of an SM overlap the two; DRAM is a floor.
+// Clocks of the whole launch by the model. A block loads, computes and stores; blocks that start together do so in
+// step, and only those of later waves fill each other's gaps. DRAM is a floor.
 double cost(const GhostShape& s, const LaunchPlan& p) {
   const int es = element_size(s), taps = s.dw_size * s.dw_size, new_per_init = s.ratio - 1;
-  const double blocks = static_cast<double>(p.grid);
-  const double pixels = p.recompute * s.height * s.width / (p.tiles_h * p.tiles_w);  // of a block, on average
-  const double out_pixels = double(s.height) * s.width / (p.tiles_h * p.tiles_w);
+  const double out_pixels = double(s.height) * s.width / (p.tiles_h * p.tiles_w);  // of a block, on average
+  const double pixels = p.recompute * out_pixels;
   const int block_m = p.threads / 32 / p.warps_n * kWarpTile;
   const double chunk_pixels = ceil_div(p.pixels, block_m) * block_m, k = p.k_chunks * p.block_k;
   const double blocks_of_sm = ceil_div(p.grid, s.sm_count);
-  const double overlap = std::min<double>(p.blocks_per_sm, blocks_of_sm);
+  const double resident = std::min<double>(p.blocks_per_sm, blocks_of_sm);
 
-  const double bytes = p.l2_read / blocks;
-  const double in_flight = overlap * (p.stages - 1) * (p.a_stage + (p.weights_resident ? 0 : p.w_stage));
-  const double load = bytes / std::min(kL2Bytes, in_flight / kLoadLatency) + kLoadLatency;
+  const double bytes_in = double(p.l2_read) / p.grid, bytes_out = out_pixels * p.block_c * (1 + new_per_init) * es;
+  const double in_flight = resident * (p.stages - 1) * (p.a_stage + (p.weights_resident ? 0 : p.w_stage));
+  const double dram = double(p.dram_read + p.dram_write) / (kDramBytes * s.sm_count) / blocks_of_sm;
+  const double l2 = bytes_in / std::min(kL2Bytes, in_flight / kLoadLatency) + bytes_out / kL2Bytes;
+  const double memory = std::max(dram, l2) + kLoadLatency / resident;
 
-  double lane_instructions = bytes / 16 * 20;                            // address and cp.async of a vector
-  lane_instructions += s.path == Path::kFloat32
-                           ? 1.5 * chunk_pixels * p.block_c * k
-                           : 2.0 * 32 * chunk_pixels / 16 * p.block_c / 8 * k * es / kKStepBytes;
-  lane_instructions += pixels * p.block_c * 12;                          // epilogue
-  lane_instructions += out_pixels * p.block_c * new_per_init * (taps + 1.5 * s.dw_size * (1 + 2.0 * (s.dw_size / 2) / p.strip_h) + 10);
+  double lane_instructions = bytes_in / 16 * 20;  // address and cp.async of a vector
+  lane_instructions += s.path == Path::kFloat32 ? 1.5 * chunk_pixels * p.block_c * k
+                                                : 2.0 * 32 * chunk_pixels / 16 * p.block_c / 8 * k * es / kKStepBytes;
+  lane_instructions += pixels * p.block_c * 12;                       // epilogue
+  const double rows_per_row = 1 + 2.0 * (s.dw_size / 2) / p.strip_h;  // that a strip reads
+  lane_instructions += out_pixels * p.block_c * new_per_init * (taps + 1.5 * s.dw_size * rows_per_row + 10);
   lane_instructions += out_pixels * p.block_c * (1 + new_per_init) * (s.channels_last ? 3 : 5);  // store
-  // Threads that find no work: the warps whose pixels or channels are beyond the end, the short last round.
-  const double compute = lane_instructions / std::min<double>(kLanes, overlap * p.threads / 4.0) + kBlockStart;
+  const double compute =
+      lane_instructions / std::min<double>(kLanes, resident * p.threads / 4.0) + kBlockStart / resident;
 
-  const double block = std::max(load, compute) + std::min(load, compute) / overlap;
-  return std::max(blocks_of_sm * block, double(p.dram_read + p.dram_write) / (kDramBytes * s.sm_count)) +
-         0.1 * blocks_of_sm * block;  // between plans that DRAM makes equal, the one with less to do on the chip
+  const double waves = std::ceil(blocks_of_sm / resident);
+  const double apart = std::max(1 / resident, 1 / waves);  // the share of the shorter part that nothing hides
+  return blocks_of_sm * (std::max(memory, compute) + std::min(memory, compute) * apart);
 }
 
 // size / 1, size / 2, … rounded up to a multiple of ``align``, largest first, without repeats.
@@ -248,10 +258,9 @@ VectorWidths vector_widths(const GhostForwardParams& a, const LaunchPlan& p) {
                                  {a.x.stride_n, a.x.stride_c, rows_follow ? 0 : a.x.stride_h, row, first_row});
   }
   v.x *= es;
-  v.primary_weight =
-      es * (a.primary_weight_stride_k == 1
-                ? common_vector(widest, es, a.primary_weight, {a.primary_weight_stride_n, p.block_k})
-                : 1);
+  v.primary_weight = es * (a.primary_weight_stride_k == 1
+                               ? common_vector(widest, es, a.primary_weight, {a.primary_weight_stride_n, p.block_k})
+                               : 1);
 
   const int64_t image = int64_t{s.height} * s.width, new_channels = s.out_channels - s.init_channels;
   if (s.channels_last) {
@@ -271,13 +280,19 @@ VectorWidths vector_widths(const GhostForwardParams& a, const LaunchPlan& p) {
       v.out = common_vector(v.out, es, nullptr, {image, s.width, p.tile_w});
     }
   }
-  const auto fits = [&](const Tensor4& t) {
-    if (t.data == nullptr || common_vector(v.out, es, t.data, {t.stride_n}) < v.out) return false;
-    if (s.channels_last) return t.stride_c == 1 && common_vector(v.out, es, t.data, {t.stride_h, t.stride_w}) == v.out;
-    return t.stride_c == a.out.stride_c && t.stride_h == a.out.stride_h && t.stride_w == a.out.stride_w;
-  };
-  v.residual = fits(a.residual);
-  v.output_gate = fits(a.output_gate) && s.channels_last;
+  if (s.channels_last) {
+    for (const Tensor4* t : {&a.residual, &a.output_gate}) {
+      if (t->data == nullptr) continue;
+      v.out = t->stride_c == 1 ? common_vector(v.out, es, t->data, {t->stride_n, t->stride_h, t->stride_w}) : 1;
+    }
+  } else {
+    const Tensor4& r = a.residual;
+    if (r.data != nullptr) {
+      const bool alike = r.stride_c == a.out.stride_c && r.stride_h == a.out.stride_h && r.stride_w == a.out.stride_w;
+      v.out = alike ? common_vector(v.out, es, r.data, {r.stride_n}) : 1;
+    }
+    if (a.output_gate.data != nullptr) v.out = 1;  // upsampled, so not a vector along the pixels
+  }
   return v;
 }
 

@@ -16,40 +16,30 @@ __device__ __forceinline__ const T* at(const Tensor4& t, int64_t n, int64_t c, i
 }
 
 // Stores kV numbers that are neighbours in memory, the first of them at (c, h, w): along the channels for
-// channels_last, else along the pixels, where they may run on into the next rows and channels.
-template <typename T, int kV, bool kChannelsLast>
+// channels_last, else along the pixels, where they may run on into the next rows and channels. Where the residual or
+// the gate can't be read as such a vector, kV is 1.
+template <typename T, int kV>
 __device__ __forceinline__ void finish(const KernelParams& p, int64_t n, int c, int h, int w, Vector<T, kV> y) {
   const GhostForwardParams& a = p.args;
   if (a.residual.data != nullptr || a.output_gate.data != nullptr) {
-    Vector<T, kV> residual, gate;
-    if (a.residual.data != nullptr && p.width.residual) residual.load(at<T>(a.residual, n, c, h, w));
-    if (a.output_gate.data != nullptr && p.width.output_gate) {
+    float v[kV];
+#pragma unroll
+    for (int i = 0; i < kV; ++i) v[i] = to_float(y.at[i]);
+    if (a.output_gate.data != nullptr) {
+      Vector<T, kV> gate;
       gate.load(at<T>(a.output_gate, n, c, nearest(h, a.gate_height, a.shape.height),
                       nearest(w, a.gate_width, a.shape.width)));
-    }
-    int ci = c, hi = h, wi = w;
 #pragma unroll
-    for (int i = 0; i < kV; ++i) {
-      float v = to_float(y.at[i]);
-      if (a.output_gate.data != nullptr) {
-        if (!p.width.output_gate) {
-          gate.at[i] = *at<T>(a.output_gate, n, ci, nearest(hi, a.gate_height, a.shape.height),
-                              nearest(wi, a.gate_width, a.shape.width));
-        }
-        v *= to_float(gate.at[i]);
-      }
-      if (a.residual.data != nullptr) {
-        if (!p.width.residual) residual.at[i] = *at<T>(a.residual, n, ci, hi, wi);
-        v += to_float(residual.at[i]);
-      }
-      y.at[i] = from_float<T>(v);
-      if constexpr (kChannelsLast) {
-        ++ci;
-      } else if (++wi == a.shape.width) {
-        wi = 0;
-        if (++hi == a.shape.height) hi = 0, ++ci;
-      }
+      for (int i = 0; i < kV; ++i) v[i] *= to_float(gate.at[i]);
     }
+    if (a.residual.data != nullptr) {
+      Vector<T, kV> residual;
+      residual.load(at<T>(a.residual, n, c, h, w));
+#pragma unroll
+      for (int i = 0; i < kV; ++i) v[i] += to_float(residual.at[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < kV; ++i) y.at[i] = from_float<T>(v[i]);
   }
   y.store(const_cast<T*>(at<T>(a.out, n, c, h, w)));
 }
@@ -65,8 +55,7 @@ __device__ __forceinline__ void store_rows(const KernelParams& p, const BlockTil
   for (int i = threadIdx.x; i < vectors; i += blockDim.x) {
     const int pixel = by_pixel.divide(i), u = (i - pixel * per_pixel) * kV;
     const int h = by_cols.divide(pixel), w = pixel - h * t.cols;
-    const unsigned char* x1_row =
-        x1 + ((t.h0 + h - t.halo_h0) * t.halo_cols + t.w0 + w - t.halo_w0) * p.plan.x1_pitch;
+    const unsigned char* x1_row = x1 + ((t.h0 + h - t.halo_h0) * t.halo_cols + t.w0 + w - t.halo_w0) * p.plan.x1_pitch;
     const unsigned char* x2_row = staging + pixel * p.plan.staging_pitch;
     Vector<T, kV> y;
 #pragma unroll
@@ -78,7 +67,7 @@ __device__ __forceinline__ void store_rows(const KernelParams& p, const BlockTil
       for (int e = 0; e < kPiece; ++e) y.at[piece + e] = part.at[e];
     }
     const int c = u < n1 ? t.c0 + u : p.args.shape.init_channels + j0 + u - n1;
-    finish<T, kV, true>(p, t.n, c, t.h0 + h, t.w0 + w, y);
+    finish<T, kV>(p, t.n, c, t.h0 + h, t.w0 + w, y);
   }
 }
 
@@ -103,7 +92,7 @@ __device__ __forceinline__ void store_planes(const KernelParams& p, const BlockT
       ch += col / pixels, col %= pixels;
       row += col / t.cols, col %= t.cols;
     }
-    finish<T, kV, false>(p, t.n, c + ch, t.h0 + row, t.w0 + col, y);
+    finish<T, kV>(p, t.n, c + ch, t.h0 + row, t.w0 + col, y);
   }
 }
 
