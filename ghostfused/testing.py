@@ -150,7 +150,8 @@ def relative_error(out: Tensor, expected: Tensor) -> float:
     """The largest difference over the largest expected magnitude; infinite where either is not finite."""
     if out.shape != expected.shape:
         raise AssertionError(f"shape {tuple(out.shape)}, expected {tuple(expected.shape)}")
-    error = (out.detach().cpu().double() - expected.detach()).abs().max() / expected.abs().max().clamp_min(1e-300)
+    difference = out.detach().to(expected.device).double() - expected.detach()
+    error = difference.abs().max() / expected.abs().max().clamp_min(1e-300)
     error = error.item()
     return error if math.isfinite(error) else math.inf
 

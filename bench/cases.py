@@ -1,0 +1,207 @@
+"""What is benchmarked: the Ghost modules of a network, and settings (batch × dtype × layout × mode)."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ghostfused import FusedGhostModule, adopt
+from ghostfused.fuse import fuse_with_report
+from ghostfused.verify import DTYPES, calibrate, load_model
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = ROOT / "tests" / "data" / "ghost_configs.jsonl"
+MODES = ("inference", "training_forward", "backward")
+LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+
+
+@dataclass(frozen=True)
+class Setting:
+    device: str = "cpu"
+    batch: int = 1
+    dtype: str = "float32"
+    layout: str = "nchw"
+    mode: str = "inference"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    def place(self, module: nn.Module) -> nn.Module:
+        """A copy of ``module`` in this setting."""
+        module = copy.deepcopy(module).to(self.device, self.torch_dtype).to(memory_format=LAYOUTS[self.layout])
+        return module.train(self.mode != "inference")
+
+    def input(self, shape: tuple[int, ...]) -> Tensor:
+        """(batch, *shape), the same numbers at every call, rounded to dtype."""
+        x = torch.randn(self.batch, *shape, generator=torch.Generator().manual_seed(0))
+        return x.to(self.device, self.torch_dtype).contiguous(memory_format=LAYOUTS[self.layout])
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One Ghost module, not fused, with the shape of its input."""
+
+    name: str
+    names: tuple[str, ...]
+    """Of all modules of the network that have this shape."""
+    module: nn.Module
+    in_channels: int
+    init_channels: int
+    out_channels: int
+    height: int
+    width: int
+    out_height: int
+    out_width: int
+    kernel_size: int
+    stride: int
+    dw_size: int
+    act_primary: str
+    act_cheap: str
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.in_channels, self.height, self.width
+
+    @property
+    def ratio(self) -> int:
+        return -(-self.out_channels // self.init_channels)
+
+    def floor_bytes(self, batch: int, itemsize: int) -> int:
+        """x read once, the output written once."""
+        read = self.in_channels * self.height * self.width
+        return batch * itemsize * (read + self.out_channels * self.out_height * self.out_width)
+
+    def flops(self, batch: int) -> int:
+        """Of both convolutions, a multiply-add counted as two."""
+        pixels = batch * self.out_height * self.out_width
+        primary = self.in_channels * self.kernel_size**2 * self.init_channels
+        return 2 * pixels * (primary + (self.out_channels - self.init_channels) * self.dw_size**2)
+
+    def as_row(self) -> dict:
+        row = {f: getattr(self, f) for f in self.__dataclass_fields__ if f != "module"}
+        return row | {"names": list(self.names), "count": len(self.names), "ratio": self.ratio}
+
+
+def layer(name: str, module: nn.Module, shape: tuple[int, int, int]) -> Layer:
+    """``module``, for inputs of (N, *shape); its BatchNorms get statistics of its own activations on such inputs."""
+    adopted = adopt.read(module)
+    if isinstance(adopted, str):
+        raise ValueError(f"{name} is no Ghost module: {adopted}")
+    halves = [adopt.read_half(getattr(module, child)) for child in (adopted.primary, adopted.cheap)]
+    primary, cheap = halves
+    assert not isinstance(primary, str)
+    assert not isinstance(cheap, str)
+    module = copy.deepcopy(module).cpu().float()
+    x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(1))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        calibrate(module, x)
+    with torch.no_grad():
+        _, out_channels, out_height, out_width = module(x).shape
+    in_channels, height, width = shape
+    return Layer(
+        name, (name,), module, in_channels, primary.weight.shape[0], out_channels, height, width, out_height, out_width,
+        primary.weight.shape[2], primary.conv.stride[0], cheap.weight.shape[2],
+        primary.act.name.lower(), cheap.act.name.lower(),
+    )  # fmt: skip
+
+
+def distinct(layers: list[Layer]) -> list[Layer]:
+    """One Layer for all that have the same shape and computation, named by the first; in order of first appearance."""
+    seen: dict[tuple, Layer] = {}
+    for each in layers:
+        key = tuple(getattr(each, f) for f in each.__dataclass_fields__ if f not in ("name", "names", "module"))
+        first = seen.get(key)
+        seen[key] = each if first is None else replace(first, names=first.names + each.names)
+    return list(seen.values())
+
+
+def layers_of(model: nn.Module, size: int = 224) -> list[Layer]:
+    """The Ghost modules that ``model`` calls on a (1, 3, size, size) input, with the shapes that hooks see there."""
+    model = model.eval()
+    names = [swap.fqn for swap in fuse_with_report(model)[1] if swap.fused]
+    shapes: dict[str, tuple[int, int, int]] = {}
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda module, args, name=name: shapes.__setitem__(name, tuple(args[0].shape[1:]))
+        )
+        for name in names
+    ]
+    with torch.no_grad():
+        model(torch.zeros(1, 3, size, size))
+    for handle in handles:
+        handle.remove()
+    return distinct([layer(name, model.get_submodule(name), shapes[name]) for name in names if name in shapes])
+
+
+def layers_from_rows(path: Path = CONFIGS, source: str | None = None) -> list[Layer]:
+    """The Ghost modules of a JSON Lines file with rows as in ghost_configs.jsonl, of one ``source`` or of all."""
+    rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    rows = [r for r in rows if source is None or r.get("source") == source]
+    if not rows:
+        raise SystemExit(f"{path}: no rows{f' from {source!r}' if source else ''}")
+    layers = []
+    for i, r in enumerate(rows):
+        module = FusedGhostModule(
+            r["in_channels"], r["out_channels"], r.get("ratio", 2), r.get("kernel_size", 1), r.get("stride", 1),
+            dw_size=r.get("dw_size", 3), act_primary=r.get("act_primary", "relu"), act_cheap=r.get("act_cheap", "relu"),
+        )  # fmt: skip
+        one = layer(f"row {i}", Unfused(module), (r["in_channels"], r["height"], r["width"]))
+        layers.append(replace(one, names=tuple(f"row {i}" for _ in range(r.get("count", 1)))))
+    return distinct(layers)
+
+
+class Unfused(nn.Module):
+    """The layers of a FusedGhostModule, called one after the other, as in a Ghost module that nobody fused."""
+
+    def __init__(self, fused: FusedGhostModule):
+        super().__init__()
+        self.primary_conv, self.cheap_operation = fused.children()
+        self.out_channels = fused.out_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        x1 = self.primary_conv(x)
+        return torch.cat([x1, self.cheap_operation(x1)], dim=1)[:, : self.out_channels]
+
+
+def network(name: str) -> nn.Module:
+    """ "paper" (GhostNet 1.0×), "paper:WIDTH", or what ``ghostfused verify --model`` takes; random weights."""
+    torch.manual_seed(0)
+    kind, _, width = name.partition(":")
+    if kind == "paper":
+        from ghostfused.models.paper import GhostNet
+
+        return GhostNet(width=float(width or 1)).eval()
+    return load_model(name)[0].eval()
+
+
+def add_setting_arguments(parser: argparse.ArgumentParser, batch: str, modes: bool = True) -> None:
+    def choice(known):
+        def parse(text: str) -> list[str]:
+            values = text.split(",")
+            if unknown := set(values) - set(known):
+                raise argparse.ArgumentTypeError(f"expected some of {', '.join(known)}, got {', '.join(unknown)}")
+            return values
+
+        return parse
+
+    numbers = {"type": lambda text: [int(n) for n in text.split(",")], "metavar": "N,N"}
+    parser.add_argument("--batch", default=batch, help=f"default {batch}", **numbers)  # type: ignore[arg-type]
+    parser.add_argument("--dtype", default="float32", type=choice(DTYPES), help=f"some of {','.join(DTYPES)}")
+    parser.add_argument("--layout", default="nchw,nhwc", type=choice(LAYOUTS), help="default nchw,nhwc")
+    if modes:
+        parser.add_argument("--mode", default="inference", type=choice(MODES), help=f"some of {','.join(MODES)}")
+
+
+def settings(options: argparse.Namespace) -> list[Setting]:
+    """Every combination that the options name."""
+    axes = options.batch, options.dtype, options.layout, getattr(options, "mode", ["inference"])
+    return [Setting(options.device, *values) for values in itertools.product(*axes)]

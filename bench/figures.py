@@ -1,0 +1,230 @@
+"""The report's figures, from rows of results files. Measured values are filled marks; predictions are hollow and say so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from .timing import Timing, verdict
+
+OURS = ("#2563eb", "#0d9488", "#9333ea", "#65a30d")
+OTHERS = ("#b45309", "#dc2626", "#db2777", "#6b7280", "#ca8a04", "#7c2d12", "#0891b2", "#4b5563")
+MARKERS = "osD^vPX*"
+BASELINE = "eager"
+CARDS = {"H100 SXM": (3350, 989e3), "A100 SXM 80 GB": (2039, 312e3)}
+"""GB/s and dense float16 GFLOP/s of the data sheets."""
+GROUP = ("device", "dtype", "batch", "layout", "mode")
+
+
+def is_ours(name: str) -> bool:
+    return name.startswith("ghostfused")
+
+
+def colors(peers: list[str]) -> dict[str, str]:
+    """One colour per peer, the same in every figure of a report: ours from one palette, the others from another."""
+    ours = [p for p in peers if is_ours(p)]
+    others = [p for p in peers if not is_ours(p) and p != BASELINE]
+    chosen = {p: OURS[i % len(OURS)] for i, p in enumerate(ours)}
+    chosen |= {p: OTHERS[i % len(OTHERS)] for i, p in enumerate(others)}
+    return chosen | {BASELINE: "#111827"}
+
+
+def label(row: dict) -> str:
+    return row["peer"] + (f" ({row['precision']})" if "precision" in row else "")
+
+
+def by_group(rows: list[dict]) -> dict[tuple, list[dict]]:
+    """Timed rows by setting."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        if row.get("status") == "ok":
+            groups.setdefault(tuple(row[f] for f in GROUP), []).append(row)
+    return groups
+
+
+def module_label(row: dict) -> str:
+    times = f" ×{row['count']}" if row["count"] > 1 else ""
+    return f"{row['name']}{times}  {row['in_channels']}→{row['out_channels']} {row['height']}²"
+
+
+def save(figure, path: Path, source: str) -> Path:
+    """Writes a PNG that names the data it was made from (a hash) in its metadata."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120, metadata={"Source": source, "Software": None})
+    plt.close(figure)
+    return path
+
+
+def _clean(axis: Axes) -> None:
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_axisbelow(True)
+
+
+def _legend_below(figure, axis: Axes, columns: int = 3) -> None:
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
+
+
+def speedup(rows: list[dict], title: str):
+    """Bars: our speed-up over eager for each module, pale where it is a tie. Marks: the other peers."""
+    modules = {(r["name"], r["height"]): r for r in rows}
+    timings = {(r["name"], r["height"], r["peer"]): Timing.from_row(r["ms"]) for r in rows}
+    peers = list(dict.fromkeys(r["peer"] for r in rows))
+    palette = colors(peers)
+    ours = [p for p in peers if is_ours(p)]
+    figure, axis = plt.subplots(figsize=(9, 1.7 + 0.34 * len(modules)), layout="constrained")
+    at = np.arange(len(modules))[::-1]
+    height = 0.8 / max(len(ours), 1)
+    for i, peer in enumerate(p for p in peers if p != BASELINE):
+        marked = False
+        for y, key in zip(at, modules, strict=True):
+            base, own = timings.get((*key, BASELINE)), timings.get((*key, peer))
+            if base is None or own is None:
+                continue
+            ratio, tie = base.p50 / own.p50, verdict(base, own) == "tie"
+            name = None if marked else peer
+            marked = True
+            if is_ours(peer):
+                shift = (len(ours) - 1) / 2 * height - ours.index(peer) * height
+                axis.barh(
+                    y + shift,
+                    ratio - 1,
+                    height * 0.9,
+                    left=1,
+                    color=palette[peer],
+                    alpha=0.35 if tie else 1,
+                    label=name,
+                )
+            else:
+                marker = MARKERS[i % len(MARKERS)]
+                axis.plot(ratio, y, marker, color=palette[peer], markersize=4.5, alpha=0.35 if tie else 0.9, label=name)
+    axis.axvline(1, color="#111827", linewidth=1)
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}×"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.set_yticks(at, [module_label(r) for r in modules.values()], fontsize=8)
+    axis.set_ylim(-0.8, len(modules) - 0.2)
+    axis.grid(axis="x", color="#e5e7eb", linewidth=0.6)
+    axis.set_xlabel("speed-up over PyTorch eager; pale: a tie, the difference lies inside the spread")
+    axis.set_title(title, fontsize=9)
+    _clean(axis)
+    _legend_below(figure, axis)
+    return figure
+
+
+def _roofs(axis: Axes, gb_s: float, gflops: float, x: np.ndarray, color: str, name: str, style: str) -> None:
+    axis.plot(x, np.minimum(gb_s * x, gflops), style, color=color, linewidth=1.2, label=name)
+
+
+def roofline(measured: list[dict], roofs: dict | None, predicted: list[dict], title: str):
+    """Left: modules as measured, under the measured roofs. Right: where data sheets put the fused kernel, not measured.
+
+    Arithmetic intensity counts the fused module's bytes: x read once, the output written once.
+    """
+    panels = [kind for kind, there in (("measured", measured and roofs), ("predicted", predicted)) if there]
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.6 * len(panels), 4.6), layout="constrained", squeeze=False)
+    for axis, kind in zip(axes[0], panels, strict=True):
+        rows = measured if kind == "measured" else predicted
+        intensities = np.array([r["flops"] / r["floor_bytes"] for r in rows])
+        x = np.geomspace(intensities.min() / 3, intensities.max() * 30, 200)
+        if kind == "measured":
+            assert roofs is not None
+            name = f"measured roofs: copy {roofs['copy_gb_s']:.0f} GB/s, matmul {roofs['matmul_gflops']:,.0f} GFLOP/s"
+            _roofs(axis, roofs["copy_gb_s"], roofs["matmul_gflops"], x, "#111827", name, "-")
+            peers = list(dict.fromkeys(r["peer"] for r in rows))
+            palette = colors(peers)
+            for i, peer in enumerate(peers):
+                own = [r for r in rows if r["peer"] == peer]
+                axis.plot(
+                    [r["flops"] / r["floor_bytes"] for r in own], [r["flops"] / r["ms"]["p50"] / 1e6 for r in own],
+                    MARKERS[i % len(MARKERS)], color=palette[peer], markersize=5, alpha=0.8, label=peer,
+                )  # fmt: skip
+            axis.set_title(f"Measured: {title}", fontsize=9)
+        else:
+            for (card, (gb_s, gflops)), color, marker in zip(CARDS.items(), ("#111827", "#b45309"), "os", strict=True):
+                _roofs(
+                    axis, gb_s, gflops, x, color, f"{card} data sheet: {gb_s:,} GB/s, {gflops / 1e3:.0f} TFLOP/s", "--"
+                )
+                axis.plot(
+                    intensities, np.minimum(gb_s * intensities, gflops), marker, markerfacecolor="none",
+                    markeredgecolor=color, markersize=6, label=f"{card}: upper bound for a fused module",
+                )  # fmt: skip
+            axis.set_title("PREDICTED, not measured: bound from bytes and FLOPs\nfloat16, each module", fontsize=9)
+            axis.set_facecolor("#fafaf5")
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_xlabel("FLOP per byte of the fused module")
+        axis.set_ylabel("GFLOP/s")
+        axis.grid(color="#e5e7eb", linewidth=0.6)
+        _clean(axis)
+        axis.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(0, -0.16))
+    return figure
+
+
+def latency(rows: list[dict], title: str):
+    """Time per image against batch, one line a peer; bands are p20 to p80."""
+    figure, axis = plt.subplots(figsize=(8, 4.6), layout="constrained")
+    peers = list(dict.fromkeys(r["peer"] for r in rows))
+    palette = colors(peers)
+    for i, peer in enumerate(peers):
+        own = sorted((r for r in rows if r["peer"] == peer), key=lambda r: r["batch"])
+        batches = [r["batch"] for r in own]
+        p20, p50, p80 = ([r["ms"][q] / r["batch"] for r in own] for q in ("p20", "p50", "p80"))
+        width = 2.2 if is_ours(peer) else 1.2
+        axis.plot(
+            batches,
+            p50,
+            "-" + MARKERS[i % len(MARKERS)],
+            color=palette[peer],
+            linewidth=width,
+            markersize=5,
+            label=label(own[0]),
+        )
+        axis.fill_between(batches, p20, p80, color=palette[peer], alpha=0.12, linewidth=0)
+    batches = sorted({r["batch"] for r in rows})
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set_xticks(batches, [str(b) for b in batches])
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    axis.yaxis.set_minor_formatter(FuncFormatter(lambda v, _: f"{v:g}" if f"{v:.0e}"[0] in "25" else ""))
+    axis.tick_params(axis="y", which="both", labelsize=8)
+    axis.set_xlabel("batch")
+    axis.set_ylabel("ms per image (median)")
+    axis.grid(which="both", axis="y", color="#e5e7eb", linewidth=0.6)
+    axis.set_title(title, fontsize=9)
+    _clean(axis)
+    _legend_below(figure, axis)
+    return figure
+
+
+def bars(groups: dict[str, dict[str, float]], unit: str, title: str, form: str):
+    """Horizontal bars, one per execution, in blocks."""
+    entries = [(group, name, value) for group, values in groups.items() for name, value in values.items()]
+    figure, axis = plt.subplots(figsize=(8, 1.3 + 0.32 * (len(entries) + len(groups))), layout="constrained")
+    y = 0.0
+    ticks, names = [], []
+    largest = max(value for *_, value in entries)
+    for group, values in groups.items():
+        first = next(iter(values.values()))
+        axis.text(0, y, group, fontsize=9, fontweight="bold", va="center")
+        for name, value in values.items():
+            y -= 1
+            axis.barh(y, value, 0.75, color=OURS[0] if is_ours(name) else "#9aa5b1")
+            axis.text(value + largest * 0.01, y, f"{value:{form}}  ({value / first:.0%})", va="center", fontsize=8)
+            ticks.append(y)
+            names.append(name)
+        y -= 1.2
+    axis.set_yticks(ticks, names, fontsize=8)
+    axis.set_ylim(y + 0.5, 0.8)
+    axis.set_xlim(0, largest * 1.18)
+    axis.set_xlabel(unit)
+    axis.set_title(title, fontsize=9)
+    _clean(axis)
+    return figure

@@ -1,0 +1,132 @@
+"""Operations per forward, each at least one kernel on a GPU: counted at the dispatcher; and device kernels where there is a GPU.
+
+The count needs no GPU and computes nothing: tensors are on PyTorch's "meta" device, where a fused op, as any, has a
+shape and no data. For it each backend is taken to be available, so that the count is the one of a machine that has it;
+what the kernels refuse on all machines still goes to the reference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections import Counter
+from collections.abc import Iterator
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ghostfused.backends import BACKENDS
+from ghostfused.backends.common import kernel_refusal
+from ghostfused.fuse import fuse_with_report
+
+from . import cases, contest
+from .console import table
+from .peers import LEVELS
+from .results import Writer
+
+KERNEL_BACKENDS = [name for name in BACKENDS if name != "reference"]
+_NO_KERNEL = {"aten.detach", "aten.alias", "aten.empty", "aten.empty_like", "aten.empty_strided", "aten.lift_fresh"}
+_KERNELS = {"ghostfused.forward_triton_two_kernel": 2}
+"""Kernels of an op that is known to be more than one."""
+
+
+class _Count(TorchDispatchMode):
+    """Counts the ops that compute something: no views, no allocations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func.overloadpacket)
+        if not func.is_view and name not in _NO_KERNEL:
+            self.ops[name] += _KERNELS.get(name, 1)
+        return func(*args, **(kwargs or {}))
+
+
+def count_ops(model: nn.Module, x: Tensor) -> Counter[str]:
+    """Ops of one forward, by name."""
+    with torch.inference_mode(), _Count() as count:
+        model(x)
+    return count.ops
+
+
+@contextlib.contextmanager
+def as_if_available(backend: str | None) -> Iterator[None]:
+    """Within, ``backend`` refuses only what its kernels refuse on every machine."""
+    if backend is None:
+        yield
+        return
+    module = BACKENDS[backend]
+    with (
+        mock.patch.object(module, "unavailable", return_value=None),
+        mock.patch.object(module, "supports", kernel_refusal),
+    ):
+        yield
+
+
+def executions(model: nn.Module) -> dict[str, tuple[nn.Module, str | None]]:
+    """``model`` unfused, and fused at each level on each kernel backend, whose name comes second."""
+    variants: dict[str, tuple[nn.Module, str | None]] = {"eager": (model, None)}
+    for level, arguments in LEVELS.items():
+        for backend in KERNEL_BACKENDS:
+            execution = f"ghostfused_{backend}" + ("" if level == "module" else f"_{level}")
+            variants[execution] = fuse_with_report(model, backend=backend, **arguments)[0], backend
+    return variants
+
+
+def count_kernels(model: nn.Module, x: Tensor) -> int:
+    """Kernels that one forward launches on the GPU."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with torch.inference_mode():
+        model(x)
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiled:
+            model(x)
+            torch.cuda.synchronize()
+    kinds = torch.autograd.DeviceType.CUDA
+    events = [e for e in profiled.events() if e.device_type == kinds and not e.name.startswith(("Memcpy", "Memset"))]
+    return len(events)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--network", default="paper", help="as in `network`; several with commas")
+    parser.add_argument("--size", type=int, default=224)
+    contest.add_device_arguments(parser)
+
+
+def main(options: argparse.Namespace) -> int:
+    """count operations and kernels per forward, unfused and fused"""
+    device = contest.set_device(options)
+    shown = []
+    with Writer(options.output, device) as writer:
+        for name in options.network.split(","):
+            for execution, (each, backend) in executions(cases.network(name)).items():
+                with as_if_available(backend):
+                    meta = cases.Setting("meta").place(each)
+                    by_op = count_ops(meta, torch.empty(1, 3, options.size, options.size, device="meta"))
+                row = {"kind": "launches", "name": name, "execution": execution, "ops": sum(by_op.values())}
+                row |= {
+                    "ghost_ops": sum(
+                        n // _KERNELS.get(op, 1) for op, n in by_op.items() if op.startswith("ghostfused.")
+                    )
+                }
+                row |= {"by_op": dict(by_op.most_common()), "kernels": None}
+                if device.type == "cuda" and (backend is None or BACKENDS[backend].unavailable() is None):
+                    on_gpu = cases.Setting("cuda").place(each)
+                    row["kernels"] = count_kernels(on_gpu, torch.zeros(1, 3, options.size, options.size, device=device))
+                writer.write(row)
+                shown.append(row)
+    table(
+        "Operations per forward (counted; no GPU needed) and kernels per forward (profiled on a GPU)",
+        ["network", "execution", "operations", "fused Ghost modules", "kernels", "most frequent"],
+        [
+            [r["name"], r["execution"], str(r["ops"]), str(r["ghost_ops"]), str(r["kernels"] or "-"),
+             ", ".join(f"{n} {op.removeprefix('aten.')}" for op, n in list(r["by_op"].items())[:4])]
+            for r in shown
+        ],
+    )  # fmt: skip
+    return 0

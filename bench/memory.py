@@ -1,0 +1,95 @@
+"""What training keeps for backward: bytes of saved activations, counted; on a GPU also the peak of a training step.
+
+The count runs on PyTorch's "meta" device, as the one in launches.py: no GPU needed, nothing computed.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from ghostfused.backends import BACKENDS
+
+from . import cases, contest
+from .cases import Setting
+from .console import table
+from .launches import as_if_available, executions
+from .results import Writer
+
+MODES = {"training": True, "frozen_bn": False}
+"""BatchNorm by batch statistics, or by stored ones, as in fine-tuning with frozen statistics."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--network", default="paper", help="as in `network`; several with commas")
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--batch", type=int, default=8, help="default 8")
+    parser.add_argument("--dtype", default="float32", choices=[d for d in cases.DTYPES if d != "tf32"])
+    contest.add_device_arguments(parser)
+
+
+def saved_bytes(model: nn.Module, x: Tensor) -> int:
+    """Bytes of the distinct storages that autograd keeps between forward and backward, parameters, buffers and x left out."""
+    known = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers(), x)}
+    storages: dict[int, torch.UntypedStorage] = {}  # held until the end, so that no address is used twice
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage._cdata not in known:
+            storages[storage._cdata] = storage
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = model(x)  # noqa: F841  the graph lives until the storages are counted
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def peak_bytes(model: nn.Module, x: Tensor) -> int:
+    """The most memory that a training step on the GPU allocates beyond what is there before it."""
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    model(x).sum().backward()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def main(options: argparse.Namespace) -> int:
+    """count the activations that a training step saves, unfused and fused"""
+    device = contest.set_device(options)
+    shown = []
+    setting = Setting("meta", options.batch, options.dtype)
+    shape = options.batch, 3, options.size, options.size
+    with Writer(options.output, device) as writer:
+        for name in options.network.split(","):
+            variants = executions(cases.network(name))
+            for mode, training in MODES.items():
+                for execution, (model, backend) in variants.items():
+                    with as_if_available(backend):
+                        x = torch.empty(shape, dtype=setting.torch_dtype, device="meta")
+                        saved = saved_bytes(setting.place(model).train(training), x)
+                    peak = None
+                    if device.type == "cuda" and (backend is None or BACKENDS[backend].unavailable() is None):
+                        real = replace(setting, device="cuda")
+                        peak = peak_bytes(real.place(model).train(training), real.input(shape[1:]))
+                    row = {"kind": "memory", "name": name, "mode": mode, "execution": execution, "batch": options.batch}
+                    row |= {"dtype": options.dtype, "size": options.size, "saved_bytes": saved, "peak_bytes": peak}
+                    writer.write(row)
+                    shown.append(row)
+    base = {(r["name"], r["mode"]): r["saved_bytes"] for r in shown if r["execution"] == "eager"}
+    table(
+        f"Activations saved for backward (counted; no GPU needed), {options.dtype}, batch {options.batch}",
+        ["network", "mode", "execution", "MB per image", "of eager", "peak MB per image"],
+        [
+            [r["name"], r["mode"], r["execution"], f"{r['saved_bytes'] / r['batch'] / 1e6:.1f}",
+             f"{100 * r['saved_bytes'] / base[r['name'], r['mode']]:.0f}%",
+             f"{r['peak_bytes'] / r['batch'] / 1e6:.1f}" if r["peak_bytes"] else "-"]
+            for r in shown
+        ],
+    )  # fmt: skip
+    return 0

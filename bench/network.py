@@ -1,0 +1,57 @@
+"""Whole networks, fused at each level on each backend, against every peer: latency at batch 1, throughput beyond."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from ghostfused.verify import calibrate
+
+from . import cases, contest
+from .console import Display, absences, cell
+from .environment import title
+from .peers import select
+from .results import Writer
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--network", default="paper", help="paper[:WIDTH], seed, timm:NAME or file.py:function; several with commas"
+    )
+    parser.add_argument("--size", type=int, default=224)
+    cases.add_setting_arguments(parser, batch="1,8")
+    # a network's activations flush the cache by themselves, and its input is a small part of what it reads
+    contest.add_arguments(parser, cache="warm")
+
+
+def main(options: argparse.Namespace) -> int:
+    """time whole networks, fused and unfused, against every peer"""
+    device = contest.set_device(options)
+    peers = select(options.peers, network=True)
+    settings, names = cases.settings(options), options.network.split(",")
+    with Writer(options.output, device) as writer:
+        heading = f"Whole networks at {options.size}², time per batch; {title(writer.environment)}"
+        with Display(heading, ["network", "setting", *peers], len(settings) * len(names)) as display:
+            for name in names:
+                x = torch.randn(2, 3, options.size, options.size, generator=torch.Generator().manual_seed(0))
+                model = calibrate(cases.network(name), x)
+                for setting in settings:
+                    contest.set_tf32(setting.dtype == "tf32")
+                    # at batch 1 what counts is how long a caller waits, host time included
+                    how = contest.method(options, clock="wall" if setting.batch == 1 else "events")
+                    display.case(name)
+                    rows = contest.contest(
+                        model, tuple(x.shape[1:]), setting, peers, how, display.doing, options.others_tolerance
+                    )
+                    for row in rows:
+                        row |= {"kind": "network", "name": name, "count": 1, "size": options.size, **vars(setting)}
+                        if row["status"] == "ok":
+                            row["images_per_second"] = round(setting.batch / row["ms"]["p50"] * 1e3, 2)
+                        writer.write(row)
+                    baseline = next((row for row in rows if row["peer"] == contest.BASELINE), None)
+                    what = f"batch {setting.batch} {setting.dtype} {setting.layout}"
+                    what += "" if setting.mode == "inference" else f" {setting.mode}"
+                    display.row([name, what, *(cell(row, baseline) for row in rows)])
+        absences(writer.rows)
+    return int(any(row.get("status") in ("WRONG", "error") for row in writer.rows))

@@ -1,0 +1,75 @@
+"""Decides whether a peer's output may be timed: compared with float64, within the package's one table of tolerances."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ghostfused.testing import TOLERANCES, Verdict, relative_error
+
+from .cases import Setting
+
+_CHUNK = 16  # samples per float64 forward, to bound memory
+
+
+def gradients(run: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor) -> list[Tensor]:
+    """Gradients of x and the parameters for a fixed gradient of the output."""
+    x = x.detach().requires_grad_()
+    out = run(x)
+    return list(torch.autograd.grad(out, [x, *module.parameters()], grad_output(out)))
+
+
+def grad_output(out: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(2)
+    grad = torch.randn(out.shape, generator=generator).to(out.device, out.dtype)
+    return torch.empty_like(out).copy_(grad)
+
+
+class Oracle:
+    """The results of ``module`` on ``x`` in float64, from weights and inputs as rounded to the setting's dtype."""
+
+    def __init__(self, module: nn.Module, x: Tensor, setting: Setting):
+        self.module, self.x, self.setting = module, x, setting
+        self._own: dict[torch.dtype, list[float]] = {}
+        exact = setting.place(module).double()
+        if setting.mode == "inference":
+            with torch.no_grad():
+                self.expected = [torch.cat([exact(chunk.double()) for chunk in x.split(_CHUNK)])]
+        else:
+            self.expected = self.outputs(exact, exact, x.double())
+
+    def outputs(self, run: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor) -> list[Tensor]:
+        """What is compared: the output, or in mode "backward" the gradients of x and of ``module``'s parameters."""
+        if self.setting.mode == "backward":
+            return gradients(run, module, x)
+        with torch.inference_mode(self.setting.mode == "inference"):
+            return [run(x)]
+
+    def _errors(self, outputs: list[Tensor]) -> list[float]:
+        return [relative_error(out, expected) for out, expected in zip(outputs, self.expected, strict=True)]
+
+    def own_errors(self, dtype: torch.dtype) -> list[float]:
+        """Of PyTorch itself, eager, with everything in ``dtype``."""
+        if dtype not in self._own:
+            module = self.setting.place(self.module).to(dtype)
+            self._own[dtype] = self._errors(self.outputs(module, module, self.x.to(dtype)))
+        return self._own[dtype]
+
+    def judge(self, outputs: list[Tensor], computes_in: torch.dtype | None = None) -> Verdict:
+        """The verdict on the worst of ``outputs``; ``computes_in`` is the peer's own dtype where it chose another."""
+        dtype = computes_in or self.setting.torch_dtype
+        tf32 = self.setting.dtype == "tf32" and computes_in is None
+        tolerance = TOLERANCES["tf32" if tf32 else dtype]
+        verdicts = [
+            Verdict(error, own, max(tolerance.factor * own, tolerance.floor))
+            for error, own in zip(self._errors(outputs), self.own_errors(dtype), strict=True)
+        ]
+        return max(verdicts, key=lambda v: v.error / v.limit)
+
+
+def snapshot(outputs: list[Tensor]) -> list[Tensor]:
+    """Copies, since engines may write their next output to the same memory."""
+    return [copy.deepcopy(t.detach()) for t in outputs]

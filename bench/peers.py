@@ -1,0 +1,184 @@
+"""Who takes part. A peer is one short class: ``unavailable(setting)`` and ``prepare(module, x)``; engines are in engines.py.
+
+``prepare`` gets a module of its own, already in the setting's dtype, layout and mode, and returns a function of x. Where
+a peer computes in another precision than x's, it sets ``computes_in``, is judged by that one, and is shown with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ghostfused.backends import BACKENDS
+from ghostfused.fuse import fuse_with_report
+
+from .cases import MODES, Setting
+
+Run = Callable[[Tensor], Tensor]
+LEVELS: dict[str, dict] = {"module": {}}
+"""Levels of fusion, each with ``ghostfused.fuse``'s arguments for it; a level is one more row."""
+
+
+class Peer:
+    name: str
+    modes: tuple[str, ...] = ("inference",)
+    traffic: str | None = None
+    """The execution in bench/traffic.py whose bytes this peer moves."""
+    computes_in: torch.dtype | None = None
+    ours = False
+
+    def unavailable(self, setting: Setting) -> str | None:
+        """Why it can't take part; None if it can."""
+        return None if setting.mode in self.modes else f"no {setting.mode}"
+
+    def prepare(self, module: nn.Module, x: Tensor) -> Run:
+        raise NotImplementedError
+
+
+class Eager(Peer):
+    name = "eager"
+    modes = MODES
+    traffic = "eager"
+
+    def prepare(self, module: nn.Module, x: Tensor) -> Run:
+        return module
+
+
+class BatchNormFolded(Peer):
+    """BatchNorm folded into the convolutions by torch.fx, in float32."""
+
+    name = "bn_folded"
+
+    def prepare(self, module: nn.Module, x: Tensor) -> Run:
+        from torch.fx.experimental.optimization import fuse
+
+        layout = torch.channels_last if not x.is_contiguous() else torch.contiguous_format
+        return fuse(module.float(), inplace=True).to(x.dtype).to(memory_format=layout)
+
+
+class Fused(Peer):
+    """Ours: ``ghostfused.fuse`` at one level on one backend."""
+
+    modes = MODES
+    ours = True
+
+    def __init__(self, backend: str, level: str = "module"):
+        self.backend, self.level = backend, level
+        self.name = f"ghostfused_{backend}" + (f"_{level}" if level != "module" else "")
+        self.traffic = {"cuda": "fused", "triton": "fused", "triton_two_kernel": "two kernels"}.get(backend)
+
+    def unavailable(self, setting: Setting) -> str | None:
+        return BACKENDS[self.backend].unavailable() or super().unavailable(setting)
+
+    def prepare(self, module: nn.Module, x: Tensor) -> Run:
+        fused, report = fuse_with_report(module, inplace=True, backend=self.backend, **LEVELS[self.level])
+        if not any(swap.fused for swap in report):
+            raise RuntimeError(f"found nothing to fuse: {report}")
+        return fused
+
+
+class Compiled(Peer):
+    """torch.compile of what ``inner`` makes of the module."""
+
+    def __init__(self, name: str, inner: Peer | None = None, modes: tuple[str, ...] = MODES, **arguments):
+        self.name, self.inner, self.modes, self.arguments = name, inner or Eager(), modes, arguments
+        self.traffic = "compiled" if inner is None else self.inner.traffic
+        self.ours = self.inner.ours
+
+    def unavailable(self, setting: Setting) -> str | None:
+        return self.inner.unavailable(setting) or super().unavailable(setting)
+
+    def prepare(self, module: nn.Module, x: Tensor) -> Run:
+        return torch.compile(self.inner.prepare(module, x), dynamic=False, **self.arguments)
+
+
+class Graphed(Peer):
+    """``inner`` captured in a CUDA graph, one for each input, so that no input is copied."""
+
+    def __init__(self, inner: Peer):
+        self.inner = inner
+        self.name = f"{inner.name}+graph"
+        self.traffic, self.ours = inner.traffic, inner.ours
+
+    def unavailable(self, setting: Setting) -> str | None:
+        no_gpu = None if setting.device == "cuda" else "CUDA graphs need a GPU"
+        return no_gpu or self.inner.unavailable(setting) or super().unavailable(setting)
+
+    def prepare(self, module: nn.Module, x: Tensor) -> Run:
+        run = self.inner.prepare(module, x)
+        graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+
+        def capture(x: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(3):
+                    run(x)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                out = run(x)
+            return graph, out
+
+        def replay(x: Tensor) -> Tensor:
+            if x.data_ptr() not in graphs:
+                graphs[x.data_ptr()] = capture(x)
+            graph, out = graphs[x.data_ptr()]
+            graph.replay()
+            return out
+
+        return replay
+
+
+def _max_autotune(inner: Peer | None = None) -> Compiled:
+    name = "compile_max_autotune" if inner is None else f"{inner.name}+compile"
+    # its own CUDA graphs would copy every input to a fixed place; Graphed does without
+    return Compiled(name, inner, mode="max-autotune-no-cudagraphs")
+
+
+def all_peers() -> dict[str, Peer]:
+    """A fresh instance of every peer, by name, the baseline first."""
+    from .engines import OnnxRuntime, OpenVino, TorchTensorRT
+
+    ours = [Fused(backend, level) for level in LEVELS for backend in BACKENDS]
+    one_kernel = [p for p in ours if p.backend in ("cuda", "triton")]
+    peers: list[Peer] = [
+        Eager(),
+        BatchNormFolded(),
+        Compiled("compile_default"),
+        _max_autotune(),
+        Compiled("compile_freezing", modes=("inference",), options={"freezing": True}),
+        Graphed(Eager()),
+        Graphed(_max_autotune()),
+        OnnxRuntime("CPU"),
+        OnnxRuntime("CUDA"),
+        OnnxRuntime("TensorRT"),
+        OpenVino("float32"),
+        OpenVino("default"),
+        TorchTensorRT(),
+        *ours,
+        *(Graphed(p) for p in one_kernel),
+        *(_max_autotune(p) for p in one_kernel),
+    ]
+    return {p.name: p for p in peers}
+
+
+def select(names: str | None, network: bool = False) -> dict[str, Peer]:
+    """The peers that a comma-separated list names; all by default. A name that ends with * stands for all it begins.
+
+    By default a module's peers leave out fused modules that are then compiled: there is nothing left to compile.
+    """
+    peers = all_peers()
+    if names is None:
+        return {
+            n: p for n, p in peers.items() if network or not (isinstance(p, Compiled) and isinstance(p.inner, Fused))
+        }
+    chosen = []
+    for pattern in names.split(","):
+        found = [n for n in peers if n == pattern or (pattern.endswith("*") and n.startswith(pattern[:-1]))]
+        if not found:
+            raise SystemExit(f"--peers: no peer {pattern!r}; there are {', '.join(peers)}")
+        chosen += found
+    return {n: peers[n] for n in dict.fromkeys(chosen)}

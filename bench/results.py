@@ -1,0 +1,93 @@
+"""Results files: JSON Lines, an environment first, then a row for each measurement, at the end a line that it is complete."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import torch
+
+from . import environment
+
+_CONTEST = {
+    "name": str, "count": int, "batch": int, "dtype": str, "layout": str, "mode": str, "device": str, "peer": str,
+    "status": str,
+}  # fmt: skip
+FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
+    "environment": {"schema": int, "time": str, "command": str, "device": str, "packages": dict, "threads": int},
+    "roofs": {"copy_gb_s": float, "matmul_gflops": float, "dtype": str},
+    "module": {**_CONTEST, "in_channels": int, "out_channels": int, "height": int, "width": int, "floor_bytes": int,
+               "flops": int},
+    "network": {**_CONTEST, "size": int},
+    "memory": {"name": str, "mode": str, "execution": str, "batch": int, "dtype": str, "saved_bytes": int},
+    "launches": {"name": str, "execution": str, "ops": int, "by_op": dict},
+    "overhead": {"backend": str, "step": str, "us": float, "spread_us": float},
+    "end": {"seconds": float},
+}  # fmt: skip
+"""Fields that a row of each kind has at least."""
+STATUSES = ("ok", "absent", "WRONG", "error")
+
+
+def check(row: dict) -> None:
+    """Raises ValueError unless ``row`` has its kind's fields."""
+    kind = row.get("kind")
+    if kind not in FIELDS:
+        raise ValueError(f"kind: expected one of {sorted(FIELDS)}, got {kind!r}")
+    for field, types in FIELDS[kind].items():
+        if not isinstance(row.get(field), types):
+            raise ValueError(f"{kind} row: {field}: expected {types}, got {row.get(field)!r}")
+    if "status" in FIELDS[kind]:
+        if row["status"] not in STATUSES:
+            raise ValueError(f"status: expected one of {STATUSES}, got {row['status']!r}")
+        if (row["status"] == "ok") != ("ms" in row):
+            raise ValueError(f"a row has times if and only if its status is ok: {row}")
+        if row["status"] != "ok" and not row.get("reason"):
+            raise ValueError(f"a row that is not ok has a reason: {row}")
+
+
+class Writer:
+    """Writes rows as they come; a file of a run that broke off lacks the "end" line."""
+
+    def __init__(self, path: Path | None, device: torch.device):
+        self.start = time.perf_counter()
+        self.rows: list[dict] = []
+        self.device = device
+        self._file = None
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("w", encoding="utf-8")
+        self.environment = environment.collect(device)
+        self.write(self.environment)
+
+    def write(self, row: dict) -> None:
+        check(row)
+        self.rows.append(row)
+        if self._file is not None:
+            self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            self._file.flush()
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, kind, value, traceback) -> None:
+        if kind is None:
+            end: dict = {"kind": "end", "seconds": round(time.perf_counter() - self.start, 1)}
+            if self.device.type == "cuda":
+                end["gpu_state"] = environment.gpu_state()
+            self.write(end)
+        if self._file is not None:
+            self._file.close()
+
+
+def read(path: Path) -> tuple[dict, list[dict]]:
+    """(environment, rows) of a results file."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    for number, row in enumerate(rows, 1):
+        try:
+            check(row)
+        except ValueError as error:
+            raise SystemExit(f"{path}:{number}: {error}") from None
+    if not rows or rows[0]["kind"] != "environment":
+        raise SystemExit(f"{path}: expected a results file of python -m bench, whose first line is the environment")
+    return rows[0], rows[1:]
