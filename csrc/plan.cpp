@@ -13,7 +13,7 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 int element_size(const GhostShape& s) { return s.path == Path::kFloat16 || s.path == Path::kBFloat16 ? 2 : 4; }
 
-constexpr int kVectorBytes = 16, kKStepBytes = 32, kWarpTile = 32, kMaxBlockC = 128;
+constexpr int kVectorBytes = 16, kSectorBytes = 32, kKStepBytes = 32, kWarpTile = 32, kMaxBlockC = 128;
 
 // The model's machine, per SM and clock, between an A100 and an H100: only ratios matter, and only roughly.
 constexpr int64_t kL2Capacity = 20 << 20;  // half of an A100's
@@ -137,7 +137,12 @@ double cost(const GhostShape& s, const LaunchPlan& p) {
   const double blocks_of_sm = ceil_div(p.grid, s.sm_count);
   const double resident = std::min<double>(p.blocks_per_sm, blocks_of_sm);
 
-  const double bytes_in = double(p.l2_read) / p.grid, bytes_out = out_pixels * p.block_c * (1 + new_per_init) * es;
+  const double bytes_in = double(p.l2_read) / p.grid;
+  double bytes_out = out_pixels * p.block_c * (1 + new_per_init) * es;
+  if (s.channels_last && p.channel_blocks > 1) {  // pieces of pixels' rows end inside of 32-byte sectors
+    const double piece = p.block_c * es;
+    bytes_out *= (std::ceil(piece / kSectorBytes) + 0.5) * kSectorBytes / piece;
+  }
   const double in_flight = resident * (p.stages - 1) * (p.a_stage + (p.weights_resident ? 0 : p.w_stage));
   const double dram = double(p.dram_read + p.dram_write) / (kDramBytes * s.sm_count) / blocks_of_sm;
   const double l2 = bytes_in / std::min(kL2Bytes, in_flight / kLoadLatency) + bytes_out / kL2Bytes;
@@ -158,15 +163,15 @@ double cost(const GhostShape& s, const LaunchPlan& p) {
   return blocks_of_sm * (std::max(memory, compute) + std::min(memory, compute) * apart);
 }
 
-// size / 1, size / 2, … rounded up to a multiple of ``align``, largest first, without repeats.
-std::vector<int> divisions(int size, int align, int most) {
+// size / 1, size / 2, … rounded up to a multiple of ``align``, at most ``largest``, without repeats: all divisions into
+// few parts, then ever sparser ones, down to ``align``.
+std::vector<int> divisions(int size, int align, int largest) {
   std::vector<int> sizes;
-  for (int parts = 1; parts <= size && static_cast<int>(sizes.size()) < most; ++parts) {
+  for (int64_t parts = 1;; parts = std::max(parts + 1, parts * 5 / 4)) {
     const int part = static_cast<int>(round_up(ceil_div(size, parts), align));
-    if (sizes.empty() || part < sizes.back()) sizes.push_back(part);
-    if (part <= align) break;
+    if (part <= largest && (sizes.empty() || part < sizes.back())) sizes.push_back(part);
+    if (part <= align) return sizes;
   }
-  return sizes;
 }
 
 }  // namespace
@@ -175,8 +180,8 @@ LaunchPlan plan_forward(const GhostShape& s) {
   LaunchPlan best{};
   double best_cost = 0;
   const int es = element_size(s), pad = s.dw_size / 2;
-  const auto tile_hs = divisions(s.height, 1, 24), tile_ws = divisions(s.width, 8, 12);
-  const auto block_cs = divisions(s.init_channels, 8, 16);
+  const auto tile_hs = divisions(s.height, 1, INT32_MAX), tile_ws = divisions(s.width, 8, INT32_MAX);
+  const auto block_cs = divisions(s.init_channels, 8, kMaxBlockC);
   std::vector<int> block_ks;
   for (const int row_bytes : {192, 128, 64}) {
     const int64_t chunks = ceil_div(int64_t{s.in_channels} * es, row_bytes);
@@ -199,7 +204,6 @@ LaunchPlan plan_forward(const GhostShape& s) {
       const Span rows = halo_span(s.height, tile_h, pad, 1);
       if (int64_t{rows.largest} * cols.largest > 16384) continue;
       for (const int block_c : block_cs) {
-        if (block_c > kMaxBlockC) continue;
         p.block_c = block_c;
         for (const int block_k : block_ks) {
           p.block_k = block_k;

@@ -49,7 +49,7 @@ def plan(shape, batch, device="H100", path="float16", channels_last=True) -> dic
 
 
 def check_plan(p: dict, shape, batch: int, device: str, path: str) -> None:
-    cin, cout, height, width, dw_size, ratio = shape
+    cin, cout, height, width, _, ratio = shape
     init, element = -(-cout // ratio), ELEMENT[path]
     assert p, "nothing fits"
     assert 0 < p["smem_bytes"] <= DEVICES[device][1]

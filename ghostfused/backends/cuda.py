@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -33,7 +32,6 @@ def _load() -> str | None:
 _load_failure = _load()
 
 
-@cache
 def unavailable() -> str | None:
     """Why the kernel can't run on this machine; None if it can."""
     if _load_failure is not None:
@@ -45,15 +43,19 @@ def unavailable() -> str | None:
     return None
 
 
+_device_refusals: dict[int, str | None] = {}  # asking costs microseconds, and this is on the way of every call
+
+
 @torch.compiler.assume_constant_result
-@cache
 def _device_refusal(index: int) -> str | None:
-    reason = unavailable()
-    if reason is None:
-        major, minor = torch.cuda.get_device_capability(index)
-        if major < 8:
-            reason = f"a GPU of compute capability {major}.{minor} (the kernel takes 8.0 and later)"
-    return reason
+    if index not in _device_refusals:
+        reason = unavailable()
+        if reason is None:
+            major, minor = torch.cuda.get_device_capability(index)
+            if major < 8:
+                reason = f"a GPU of compute capability {major}.{minor} (the kernel takes 8.0 and later)"
+        _device_refusals[index] = reason
+    return _device_refusals[index]
 
 
 def supports(args: GhostArgs) -> str | None:
