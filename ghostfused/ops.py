@@ -19,7 +19,7 @@ _TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", int: "int"
 SCHEMA = ", ".join(f"{_TYPES[kind]} {name}" for name, kind in GhostArgs.__annotations__.items())
 """The schema of GhostArgs: ``Tensor x, Tensor primary_weight, Tensor? primary_bias, …``."""
 
-FORWARD_OPS = ("cuda", "triton", "triton_two_kernel", "reference")
+FORWARD_OPS = ("cuda", "cpu", "triton", "triton_two_kernel", "reference")
 
 _library = torch.library.Library("ghostfused", "DEF")
 

@@ -13,11 +13,11 @@ A backend is a module with three functions:
 from __future__ import annotations
 
 from ..spec import GhostArgs
-from . import cuda, reference, triton, triton_two_kernel
+from . import cpu, cuda, reference, triton, triton_two_kernel
 
-BACKENDS = {"cuda": cuda, "triton": triton, "triton_two_kernel": triton_two_kernel, "reference": reference}
-AUTO = ("cuda", "triton")
-"""The kernels that ``backend="auto"`` tries in this order before the reference."""
+BACKENDS = {"cuda": cuda, "cpu": cpu, "triton": triton, "triton_two_kernel": triton_two_kernel, "reference": reference}
+AUTO = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
+"""The kernels that ``backend="auto"`` tries in this order before the reference, by the type of x's device."""
 
 
 def choose(args: GhostArgs, backend: str = "auto") -> str:
@@ -28,10 +28,9 @@ def choose(args: GhostArgs, backend: str = "auto") -> str:
         RuntimeError: ``backend`` was asked for by name and can't run this call; the message says why.
     """
     if backend == "auto":
-        if args.x.is_cuda:
-            for name in AUTO:
-                if BACKENDS[name].supports(args) is None:
-                    return name
+        for name in AUTO.get(args.x.device.type, ()):
+            if BACKENDS[name].supports(args) is None:
+                return name
         return "reference"
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected 'auto' or one of {sorted(BACKENDS)}, got {backend!r}")

@@ -1,0 +1,37 @@
+// What the binding and the tests see of the CPU kernels. Neither Torch nor an instruction set is needed to include it.
+#pragma once
+
+#include <cstdint>
+
+#include "../ghost_module.h"
+
+namespace ghostfused::cpu {
+
+// Calls body(begin, end, context) for ranges that make up [0, count), on any threads, and returns when all are done.
+using Body = void (*)(int64_t begin, int64_t end, void* context);
+using ParallelFor = void (*)(int64_t count, Body body, void* context);
+
+struct Threads {
+  int count;
+  ParallelFor parallel_for;
+};
+
+// One compilation of forward.h.
+struct Isa {
+  const char* name;
+  int lanes;  // floats in a vector
+  bool (*supported)();
+  void (*forward)(const GhostForwardParams& params, const Threads& threads);
+};
+
+// Every compiled instruction set, slowest first; ends with a null name.
+extern const Isa kIsas[];
+
+// The one named by the environment variable GHOSTFUSED_CPU_ISA, else the fastest that this CPU has. Null, and an
+// explanation in *error, if the named one isn't compiled or this CPU lacks it.
+const Isa* chosen_isa(const char** error);
+
+// This thread's scratch memory, aligned to 64 bytes; valid until its next call.
+float* thread_scratch(int64_t floats);
+
+}  // namespace ghostfused::cpu

@@ -1,0 +1,17 @@
+// AVX-512 with 512-bit vectors.
+#include <cstdint>
+#include <utility>
+#ifdef __x86_64__
+#include <immintrin.h>
+
+#include "kernel.h"
+
+#pragma GCC target("avx2,fma,f16c,bmi,bmi2,avx512f,avx512vl,avx512dq,avx512bw")
+#define GHOSTFUSED_ISA avx512
+#define GHOSTFUSED_LANES 16
+#include "forward.h"
+
+namespace ghostfused::cpu {
+void forward_avx512(const GhostForwardParams& params, const Threads& threads) { avx512::forward(params, threads); }
+}  // namespace ghostfused::cpu
+#endif  // __x86_64__

@@ -1,0 +1,13 @@
+// What every CPU of the architecture has: SSE2 on x86-64, NEON on aarch64.
+#include <cstdint>
+#include <utility>
+
+#include "kernel.h"
+
+#define GHOSTFUSED_ISA baseline
+#define GHOSTFUSED_LANES 4
+#include "forward.h"
+
+namespace ghostfused::cpu {
+void forward_baseline(const GhostForwardParams& params, const Threads& threads) { baseline::forward(params, threads); }
+}  // namespace ghostfused::cpu

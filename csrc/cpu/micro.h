@@ -1,0 +1,128 @@
+// The two inner kernels. Both serve NCHW and channels_last: what a vector lies along is the caller's choice.
+#pragma once
+
+#include "vec.h"
+
+namespace ghostfused::cpu::GHOSTFUSED_ISA {
+
+// Accumulators fill three quarters of the vector registers.
+#if defined(__AVX512VL__) || defined(__aarch64__)
+constexpr int kMaxRows = 8;
+#else
+constexpr int kMaxRows = 4;
+#endif
+constexpr int kMaxVecs = 3;
+
+// out = act(scale * (a b) + shift): a (rows, depth) read by broadcasts, b (depth, vecs * kLanes), row-major all.
+// NCHW: rows are channels, vectors lie along pixels. channels_last: rows are pixels, vectors lie along channels.
+struct Panel {
+  const float* a;
+  int64_t a_row;
+  const float* b;
+  int64_t b_row;
+  int64_t depth;
+  float* out;
+  int64_t out_row;
+  const float *scale, *shift, *slope;  // one per row, or one per column of b
+  Act act;
+};
+
+template <int kRows, int kVecs, bool kRowsAreChannels>
+void multiply(const Panel& p) {
+  Vec sum[kRows][kVecs] = {};
+  const float *a = p.a, *b = p.b;
+  for (const float* end = a + p.depth; a != end; ++a, b += p.b_row) {
+    Vec row[kVecs];
+    for (int j = 0; j < kVecs; ++j) row[j] = load(b + j * kLanes);
+    for (int i = 0; i < kRows; ++i) {
+      const Vec factor = splat(a[i * p.a_row]);
+      for (int j = 0; j < kVecs; ++j) sum[i][j] += factor * row[j];
+    }
+  }
+  for (int i = 0; i < kRows; ++i) {
+    for (int j = 0; j < kVecs; ++j) {
+      const int at = j * kLanes;
+      const Vec scale = kRowsAreChannels ? splat(p.scale[i]) : load(p.scale + at);
+      const Vec shift = kRowsAreChannels ? splat(p.shift[i]) : load(p.shift + at);
+      const Vec slope = kRowsAreChannels ? splat(p.slope[i]) : load(p.slope + at);
+      store(p.out + i * p.out_row + at, activate(sum[i][j] * scale + shift, slope, p.act));
+    }
+  }
+}
+
+using Multiply = void (*)(const Panel&);
+
+template <bool kRowsAreChannels, int... kIndex>
+Multiply multiply_kernel(int rows, int vecs, std::integer_sequence<int, kIndex...>) {
+  static constexpr Multiply kernels[] = {
+      multiply<kIndex / kMaxVecs + 1, kIndex % kMaxVecs + 1, kRowsAreChannels>...};
+  return kernels[(rows - 1) * kMaxVecs + vecs - 1];
+}
+template <bool kRowsAreChannels>
+Multiply multiply_kernel(int rows, int vecs) {
+  return multiply_kernel<kRowsAreChannels>(rows, vecs, std::make_integer_sequence<int, kMaxRows * kMaxVecs>{});
+}
+
+// A depthwise convolution of one vector's channels or pixels, walking along one side of the image: down the rows in
+// NCHW (where a vector lies along a row), along a row in channels_last. ``cross`` leads to the taps at right angles.
+struct Walk {
+  const float* x1;  // at the first tap of the first output
+  int64_t walk, cross;
+  const float* weight;  // (size along the walk, size across), vectors ``weight_step`` apart
+  int64_t weight_step;
+  const Ints* mask;  // per tap across: lanes inside the image, or null for all
+  float* out;
+  int64_t out_walk;
+  int steps;
+  Vec scale, shift, slope;
+  Act act;
+};
+
+// kOutputs steps at once, so that each loaded vector serves all the taps that it lies under.
+template <int kSize, int kOutputs, bool kMasked>
+GHOSTFUSED_INLINE void depthwise_step(const Walk& p, const float* x1, float* out) {
+  Vec sum[kOutputs] = {};
+#pragma GCC unroll 16
+  for (int i = 0; i < kOutputs + kSize - 1; ++i) {
+#pragma GCC unroll 16
+    for (int j = 0; j < kSize; ++j) {
+      Vec x = load(x1 + i * p.walk + j * p.cross);
+      if constexpr (kMasked) x = reinterpret_cast<Vec>(reinterpret_cast<Ints>(x) & p.mask[j]);
+#pragma GCC unroll 16
+      for (int o = 0; o < kOutputs; ++o) {
+        const int tap = i - o;
+        if (tap >= 0 && tap < kSize) sum[o] += x * load(p.weight + (tap * kSize + j) * p.weight_step);
+      }
+    }
+  }
+  for (int o = 0; o < kOutputs; ++o) store(out + o * p.out_walk, activate(sum[o] * p.scale + p.shift, p.slope, p.act));
+}
+
+template <int kSize, bool kMasked>
+void depthwise(const Walk& p) {
+  const float* x1 = p.x1;
+  float* out = p.out;
+  int left = p.steps;
+  for (; left >= 4; left -= 4, x1 += 4 * p.walk, out += 4 * p.out_walk) depthwise_step<kSize, 4, kMasked>(p, x1, out);
+  if (left == 3) return depthwise_step<kSize, 3, kMasked>(p, x1, out);
+  if (left == 2) return depthwise_step<kSize, 2, kMasked>(p, x1, out);
+  if (left == 1) return depthwise_step<kSize, 1, kMasked>(p, x1, out);
+}
+
+using Depthwise = void (*)(const Walk&);
+
+template <bool kMasked>
+Depthwise depthwise_kernel(int size) {
+  switch (size) {
+    case 1:
+      return depthwise<1, kMasked>;
+    case 3:
+      return depthwise<3, kMasked>;
+    case 5:
+      return depthwise<5, kMasked>;
+    default:
+      return depthwise<7, kMasked>;
+  }
+}
+
+}  // namespace ghostfused::cpu::GHOSTFUSED_ISA

@@ -1,0 +1,59 @@
+// Stores results: to x's type, through the output gate and the residual where there are any.
+#pragma once
+
+#include "vec.h"
+
+namespace ghostfused::cpu::GHOSTFUSED_ISA {
+
+template <typename T>
+struct Output {
+  const GhostForwardParams& p;
+  int64_t n;
+  bool plain;  // no gate, no residual
+
+  T* at(int64_t c, int64_t h, int64_t w) const {
+    return static_cast<T*>(p.out.data) + offset(p.out, c, h, w);
+  }
+
+  // ``lanes`` numbers of y: pixels w, w + 1, … of channel c, or, in channels_last, channels c, c + step, … of a pixel.
+  void put(Vec y, int64_t c, int64_t h, int64_t w, int lanes, int step = 1) const {
+    if (!plain) y = gate_and_residual(y, c, h, w, lanes, step);
+    T* out = at(c, h, w);
+    if (lanes == kLanes && step == 1) {
+      store_float(out, y);
+    } else {
+      store_part(out, y, lanes, step);
+    }
+  }
+
+ private:
+  int64_t offset(const Tensor4& t, int64_t c, int64_t h, int64_t w) const {
+    return n * t.stride_n + c * t.stride_c + h * t.stride_h + w * t.stride_w;
+  }
+
+  Vec gate_and_residual(Vec y, int64_t c, int64_t h, int64_t w, int lanes, int step) const {
+    const int64_t step_c = p.shape.channels_last ? step : 0, step_w = p.shape.channels_last ? 0 : 1;
+    if (p.output_gate.data) {  // the index rule of F.interpolate(mode="nearest"), in float as there
+      const float scale_h = static_cast<float>(p.gate_height) / p.shape.height;
+      const float scale_w = static_cast<float>(p.gate_width) / p.shape.width;
+      const T* gate = static_cast<const T*>(p.output_gate.data);
+      const int64_t gate_h = min_of<int64_t>(static_cast<int64_t>(h * scale_h), p.gate_height - 1);
+      for (int i = 0; i < lanes; ++i) {
+        const int64_t gate_w = min_of<int64_t>(static_cast<int64_t>((w + i * step_w) * scale_w), p.gate_width - 1);
+        y[i] *= to_float(gate[offset(p.output_gate, c + i * step_c, gate_h, gate_w)]);
+      }
+    }
+    if (p.residual.data) {
+      const T* residual = static_cast<const T*>(p.residual.data) + offset(p.residual, c, h, w);
+      const int64_t stride = step_c * p.residual.stride_c + step_w * p.residual.stride_w;
+      if (lanes == kLanes && stride == 1) {
+        y += load_float(residual);
+      } else {
+        for (int i = 0; i < lanes; ++i) y[i] += to_float(residual[i * stride]);
+      }
+    }
+    return y;
+  }
+};
+
+}  // namespace ghostfused::cpu::GHOSTFUSED_ISA

@@ -1,0 +1,90 @@
+// How a module is cut into units of work, and the memory that a thread needs for one.
+#pragma once
+
+#include "micro.h"
+
+namespace ghostfused::cpu::GHOSTFUSED_ISA {
+
+constexpr int64_t kTileBytes = 384 << 10;   // of x in one tile: stays in a core's L2 while every block reads it
+constexpr int64_t kChunkBytes = 20 << 10;   // of x1 in one chunk: stays in L1 between the two convolutions
+constexpr int64_t kSerialWork = 200 << 10;  // multiply-adds that are done before other threads would wake up
+
+// A unit is one block of init channels × one tile of rows of one image; it goes down the tile in chunks of rows.
+struct Plan {
+  int64_t block, blocks, padded_block;  // channels of a block; padded to whole vectors
+  int64_t rows, tiles, chunk;           // rows of a tile and of a chunk
+  bool pack_x, pack_weight;             // copied as fp32 with unit stride, because the multiplication can't read it as it is
+  int64_t units;
+};
+
+inline Plan make_plan(const GhostForwardParams& p, int threads) {
+  const GhostShape& s = p.shape;
+  const int64_t depth = s.in_channels, height = s.height, width = s.width, pad = s.dw_size / 2;
+  const bool is_float = s.path == Path::kFloat32 || s.path == Path::kTF32;
+  Plan plan{};
+
+  plan.rows = max_of<int64_t>(kTileBytes / (depth * width * 4), 4);
+  plan.tiles = div_up(height, plan.rows);
+  const int64_t largest_block = s.channels_last ? kMaxVecs * kLanes : kMaxRows;
+  plan.blocks = div_up(s.init_channels, largest_block);
+  if (s.batch * plan.tiles % threads != 0) {  // few units: give each thread as many
+    const int64_t least = s.channels_last ? kLanes : 4;
+    const int64_t blocks = div_up(plan.blocks, threads) * threads;
+    if (blocks * least <= s.init_channels) {
+      plan.blocks = blocks;
+    } else if (s.batch * plan.tiles * plan.blocks % threads != 0) {
+      plan.tiles = min_of<int64_t>(div_up(plan.tiles, threads) * threads, div_up(height, 4));
+    }
+  }
+  plan.rows = div_up(height, plan.tiles);
+  plan.tiles = div_up(height, plan.rows);
+  plan.block = div_up(s.init_channels, plan.blocks);
+  plan.padded_block = div_up(plan.block, kLanes) * kLanes;
+  if (s.channels_last) plan.block = min_of<int64_t>(plan.padded_block, s.init_channels);
+  plan.blocks = div_up(s.init_channels, plan.block);
+  plan.units = s.batch * plan.tiles * plan.blocks;
+
+  const int64_t row_bytes = s.channels_last ? plan.padded_block * (width + 2 * pad) * 4 : plan.block * width * 4;
+  const int64_t chunk = max_of<int64_t>(kChunkBytes / row_bytes - 2 * pad, 2);
+  plan.chunk = div_up(plan.rows, div_up(plan.rows, chunk));
+  plan.pack_weight = s.channels_last || !is_float || (depth > 1 && p.primary_weight_stride_k != 1);
+  plan.pack_x = !is_float || s.input_gate;
+  if (s.channels_last) {
+    plan.pack_x |= depth > 1 && p.x.stride_c != 1;
+  } else {
+    // vectors lie along the pixels of a channel, across rows; they mustn't reach past x's end
+    plan.pack_x |= (width > 1 && p.x.stride_w != 1) || (height > 1 && p.x.stride_h != width);
+    plan.pack_x |= width < kLanes && (plan.chunk != height || height * width < kLanes);
+  }
+  return plan;
+}
+
+// Offsets in a thread's scratch memory, in floats.
+struct Scratch {
+  int64_t block_weight, block_cheap, block_norms, block_size;  // of one block's parameters
+  int64_t x1, x1_channel, x1_row;                              // NCHW: (channel, row, w); channels_last: (row, w, channel)
+  int64_t packed_x, packed_x_row, stage, blocks, total;
+};
+
+inline Scratch scratch_layout(const GhostShape& s, const Plan& plan) {
+  const int64_t pad = s.dw_size / 2, rows = plan.chunk + 2 * pad, cheap = s.ratio - 1, margin = 64;
+  Scratch at{};
+  at.block_weight = 0;
+  at.block_cheap = plan.pack_weight ? plan.padded_block * s.in_channels : 0;
+  at.block_norms = at.block_cheap + cheap * s.dw_size * s.dw_size * plan.padded_block;
+  at.block_size = at.block_norms + (1 + cheap) * 3 * plan.padded_block;
+
+  at.x1 = margin;
+  at.x1_row = s.channels_last ? (s.width + 2 * pad) * plan.padded_block : s.width;
+  at.x1_channel = s.channels_last ? 1 : rows * s.width + kLanes;
+  const int64_t x1_size = s.channels_last ? rows * at.x1_row : plan.block * at.x1_channel;
+  at.stage = at.x1 + x1_size + margin;
+  at.packed_x = at.stage + max_of<int64_t>(plan.chunk, s.width) * kLanes;
+  const int64_t pixels = min_of<int64_t>(plan.rows + 2 * pad, s.height) * s.width;
+  at.packed_x_row = s.channels_last ? s.in_channels : pixels + kLanes;
+  at.blocks = at.packed_x + (plan.pack_x ? (s.channels_last ? pixels : s.in_channels) * at.packed_x_row : 0) + margin;
+  at.total = at.blocks + plan.blocks * at.block_size + margin;
+  return at;
+}
+
+}  // namespace ghostfused::cpu::GHOSTFUSED_ISA

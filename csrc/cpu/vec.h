@@ -1,0 +1,158 @@
+// One SIMD vector of floats, by the compiler's vector extensions: the same source serves every instruction set. The
+// including .cpp file sets GHOSTFUSED_ISA (a namespace) and GHOSTFUSED_LANES, and has included the standard headers
+// before it switched the target: nothing of theirs may be compiled for a CPU that isn't there.
+#pragma once
+
+namespace ghostfused::cpu::GHOSTFUSED_ISA {
+
+constexpr int kLanes = GHOSTFUSED_LANES;
+
+typedef float Vec __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
+
+#define GHOSTFUSED_INLINE inline __attribute__((always_inline))
+
+template <typename T>
+GHOSTFUSED_INLINE T min_of(T a, T b) {
+  return b < a ? b : a;
+}
+template <typename T>
+GHOSTFUSED_INLINE T max_of(T a, T b) {
+  return a < b ? b : a;
+}
+GHOSTFUSED_INLINE int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <typename V = Vec, typename T>
+GHOSTFUSED_INLINE V load(const T* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+template <typename V, typename T>
+GHOSTFUSED_INLINE void store(T* p, V v) {
+  __builtin_memcpy(p, &v, sizeof v);
+}
+GHOSTFUSED_INLINE Vec splat(float x) { return x - Vec{}; }
+
+// fp16 and bf16 numbers, which x86 and the baseline of aarch64 have no arithmetic for.
+struct Float16 {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+GHOSTFUSED_INLINE Vec widen(Halves h, BFloat16) {
+  return reinterpret_cast<Vec>(__builtin_convertvector(h, Ints) << 16);
+}
+
+GHOSTFUSED_INLINE Halves narrow(Vec v, BFloat16) {
+  const Ints bits = reinterpret_cast<Ints>(v);
+  const Ints nearest_even = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const Ints nan = (bits >> 16) | 0x40;
+  return __builtin_convertvector(v == v ? nearest_even : nan, Halves);
+}
+
+#if defined(__F16C__) && GHOSTFUSED_LANES == 8
+GHOSTFUSED_INLINE Vec widen(Halves h, Float16) { return (Vec)_mm256_cvtph_ps((__m128i)h); }
+GHOSTFUSED_INLINE Halves narrow(Vec v, Float16) { return (Halves)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT); }
+#elif defined(__AVX512F__) && GHOSTFUSED_LANES == 16
+GHOSTFUSED_INLINE Vec widen(Halves h, Float16) { return (Vec)_mm512_cvtph_ps((__m256i)h); }
+GHOSTFUSED_INLINE Halves narrow(Vec v, Float16) { return (Halves)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT); }
+#else
+GHOSTFUSED_INLINE Vec widen(Halves h, Float16) {
+  const Ints bits = __builtin_convertvector(h, Ints);
+  const Ints magnitude = (bits & 0x7fff) << 13, sign = (bits & 0x8000) << 16;
+  // 2^112 moves the exponent from fp16's bias to fp32's, subnormals included; infinity and NaN lie above
+  const Vec finite = reinterpret_cast<Vec>(magnitude) * 0x1p112f;
+  const Ints special = magnitude | 0x7f800000;
+  const Ints value = magnitude >= (0x7c00 << 13) ? special : reinterpret_cast<Ints>(finite);
+  return reinterpret_cast<Vec>(value | sign);
+}
+GHOSTFUSED_INLINE Halves narrow(Vec v, Float16) {
+  const Ints bits = reinterpret_cast<Ints>(v);
+  const Ints magnitude = bits & 0x7fffffff, sign = (bits >> 16) & 0x8000;
+  const Ints normal = (magnitude - (112 << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  // adding 0.5 leaves a subnormal's units in the lowest bits of the sum, rounded to nearest even
+  const Ints subnormal = reinterpret_cast<Ints>(reinterpret_cast<Vec>(magnitude) + 0.5f) - 0x3f000000;
+  const Ints finite = magnitude < (113 << 23) ? subnormal : normal;
+  const Ints overflow = magnitude > 0x7f800000 ? Ints{} + 0x7e00 : Ints{} + 0x7c00;
+  return __builtin_convertvector((magnitude >= 0x477ff000 ? overflow : finite) | sign, Halves);
+}
+#endif
+
+GHOSTFUSED_INLINE Vec load_float(const float* p) { return load(p); }
+template <typename T>
+GHOSTFUSED_INLINE Vec load_float(const T* p) {
+  return widen(load<Halves>(p), T{});
+}
+GHOSTFUSED_INLINE void store_float(float* p, Vec v) { store(p, v); }
+template <typename T>
+GHOSTFUSED_INLINE void store_float(T* p, Vec v) {
+  store(p, narrow(v, T{}));
+}
+GHOSTFUSED_INLINE float to_float(float x) { return x; }
+template <typename T>
+GHOSTFUSED_INLINE float to_float(T x) {
+  return widen(Halves{} + x.bits, T{})[0];
+}
+// The first ``count`` lanes of memory; zeros after them. And the reverse.
+template <typename T>
+GHOSTFUSED_INLINE Vec load_part(const T* p, int count) {
+  T lanes[kLanes] = {};
+  for (int i = 0; i < count; ++i) lanes[i] = p[i];
+  return load_float(lanes);
+}
+template <typename T>
+GHOSTFUSED_INLINE void store_part(T* p, Vec v, int count, int64_t stride = 1) {
+  T lanes[kLanes];
+  store_float(lanes, v);
+  for (int i = 0; i < count; ++i) p[i * stride] = lanes[i];
+}
+
+// e^x to two units in the last place: x = n ln 2 + r, a polynomial in r, and n in the exponent.
+GHOSTFUSED_INLINE Vec exp(Vec x) {
+  x = x < -103.f ? splat(-103.f) : x;
+  x = x > 89.f ? splat(89.f) : x;
+  const Vec shifted = x * 1.44269504f + 0x1.8p23f;  // n in the low bits
+  const Vec n = shifted - 0x1.8p23f;
+  const Vec r = (x - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;
+  Vec p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.f;
+  // 2^n as a product of two powers, since n runs from -149 to 128
+  const Ints whole = reinterpret_cast<Ints>(shifted) - 0x4b400000, half = whole >> 1;
+  return p * reinterpret_cast<Vec>((half + 127) << 23) * reinterpret_cast<Vec>((whole - half + 127) << 23);
+}
+
+// The activations that cost more than a comparison or are rare: a call keeps their code out of the unrolled kernels.
+__attribute__((noinline)) static Vec activate_other(Vec x, Vec slope, Act act) {
+  switch (act) {
+    case Act::kReLU6: {
+      const Vec y = 0.f > x ? Vec{} : x;
+      return y > 6.f ? splat(6.f) : y;
+    }
+    case Act::kSiLU:
+      return x / (1.f + exp(-x));
+    case Act::kHardswish: {
+      const Vec y = x + 3.f, low = 0.f > y ? Vec{} : y;
+      return x * (low > 6.f ? splat(6.f) : low) * (1.f / 6.f);
+    }
+    default:  // LeakyReLU, PReLU
+      return x > 0.f ? x : x * slope;
+  }
+}
+
+// Every comparison is written so that NaN takes the branch that keeps it, as in PyTorch.
+GHOSTFUSED_INLINE Vec activate(Vec x, Vec slope, Act act) {
+  if (act == Act::kNone) return x;
+  if (__builtin_expect(act == Act::kReLU, 1)) return Vec{} > x ? Vec{} : x;
+  return activate_other(x, slope, act);
+}
+
+}  // namespace ghostfused::cpu::GHOSTFUSED_ISA
