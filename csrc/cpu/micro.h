@@ -13,6 +13,9 @@ constexpr int kMaxRows = 4;
 #endif
 constexpr int kMaxVecs = 3;
 
+// Products summed in one go: longer sums are made of such parts, which halves their rounding error and more.
+constexpr int64_t kSumDepth = 32;
+
 // out = act(scale * (a b) + shift): a (rows, depth) read by broadcasts, b (depth, vecs * kLanes), row-major all.
 // NCHW: rows are channels, vectors lie along pixels. channels_last: rows are pixels, vectors lie along channels.
 struct Panel {
@@ -29,14 +32,28 @@ struct Panel {
 
 template <int kRows, int kVecs, bool kRowsAreChannels>
 void multiply(const Panel& p) {
-  Vec sum[kRows][kVecs] = {};
+  Vec sum[kRows][kVecs], total[kRows][kVecs];
   const float *a = p.a, *b = p.b;
-  for (const float* end = a + p.depth; a != end; ++a, b += p.b_row) {
-    Vec row[kVecs];
-    for (int j = 0; j < kVecs; ++j) row[j] = load(b + j * kLanes);
+  for (int64_t begin = 0, end; begin < p.depth; begin = end) {
+    end = min_of(begin + kSumDepth, p.depth);
     for (int i = 0; i < kRows; ++i) {
-      const Vec factor = splat(a[i * p.a_row]);
-      for (int j = 0; j < kVecs; ++j) sum[i][j] += factor * row[j];
+      for (int j = 0; j < kVecs; ++j) {
+        if (begin) total[i][j] = begin == kSumDepth ? sum[i][j] : total[i][j] + sum[i][j];
+        sum[i][j] = Vec{};
+      }
+    }
+    for (int64_t k = begin; k < end; ++k, ++a, b += p.b_row) {
+      Vec row[kVecs];
+      for (int j = 0; j < kVecs; ++j) row[j] = load(b + j * kLanes);
+      for (int i = 0; i < kRows; ++i) {
+        const Vec factor = splat(a[i * p.a_row]);
+        for (int j = 0; j < kVecs; ++j) sum[i][j] += factor * row[j];
+      }
+    }
+  }
+  if (p.depth > kSumDepth) {
+    for (int i = 0; i < kRows; ++i) {
+      for (int j = 0; j < kVecs; ++j) sum[i][j] += total[i][j];
     }
   }
   for (int i = 0; i < kRows; ++i) {
