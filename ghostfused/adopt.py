@@ -1,8 +1,8 @@
 """Reads Ghost modules, other people's too, by structure and by what they compute; never by class name.
 
-``read_half`` says what one half (conv → norm → activation) holds at this moment, or why it can't be read; the forward
-of FusedGhostModule asks it at every call, so nothing goes stale. ``read`` finds the two halves of somebody's module, and
-``prove`` runs that module beside its fused twin.
+``read_half`` says what one half (conv → norm → activation) holds at this moment, or why it can't be read; the
+forward of FusedGhostModule asks it at every call, so nothing goes stale. ``read`` finds the two halves of
+somebody's module, and ``prove`` runs that module beside its fused twin.
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ def read(module: nn.Module) -> Adopted | str:
     init_channels = halves[primary].weight.shape[0]
     channels = init_channels + halves[cheap].weight.shape[0]
     if not init_channels <= out.shape[1] <= channels:
-        return f"it returns {out.shape[1]} channels, which is no concatenation of {init_channels} and {channels - init_channels}"
+        return f"it returns {out.shape[1]} channels, no concatenation of {init_channels} and {channels - init_channels}"
     return Adopted(primary, cheap, out.shape[1])
 
 
@@ -241,13 +241,16 @@ def _substituted(module: nn.Module, primary_conv: nn.Conv2d, training: bool) -> 
     Nothing is written to the module's own tensors; they and all training flags are back afterwards. The random numbers
     are the same every time, and PyTorch's random state is left as it was.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     substitutes: dict[int, Tensor] = {}  # by the original's id, so that tied tensors stay tied
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
 
     def substitute(name: str, t: Tensor) -> Tensor:
         if not t.is_floating_point():
-            return torch.zeros(t.shape, dtype=t.dtype)
-        random = torch.randn(t.shape, generator=generator, dtype=torch.float64)
+            return torch.zeros(t.shape, dtype=t.dtype, device="cpu")
+        random = randn(*t.shape)
         return random.abs() + 0.5 if name == "running_var" else random
 
     modules = list(module.modules())
@@ -258,15 +261,18 @@ def _substituted(module: nn.Module, primary_conv: nn.Conv2d, training: bool) -> 
                 for name, t in tensors.items():
                     if t is not None:
                         new = substitutes.setdefault(id(t), substitute(name, t))
-                        tensors[name] = nn.Parameter(new) if tensors is m._parameters else new  # type: ignore[assignment]
+                        tensors[name] = nn.Parameter(new) if isinstance(t, nn.Parameter) else new  # type: ignore[assignment]
             m.training = training
         channels = primary_conv.in_channels
         # one sample around 1, one where clamps (ReLU6, hardswish) act, one between
-        scale = torch.tensor([0.3, 2.0, 15.0], dtype=torch.float64)[:, None, None, None]
-        x = torch.randn(3, channels, 7, 9, generator=generator, dtype=torch.float64) * scale / channels**0.5
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            yield x
+        x = torch.cat([randn(1, channels, 7, 9) * scale for scale in (0.3, 2.0, 15.0)]) / channels**0.5
+        random_state = torch.get_rng_state()
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would seed the GPUs too
+        try:
+            with torch.no_grad():
+                yield x
+        finally:
+            torch.set_rng_state(random_state)
     finally:
         for m, parameters, buffers, mode in saved:
             m._parameters.update(parameters)

@@ -27,13 +27,14 @@ _MODULES = {act: kind for kind, act in adopt.ACTIVATIONS.items()}
 class FusedGhostModule(nn.Module):
     """A Ghost module (Han et al., "GhostNet: More Features from Cheap Operations", CVPR 2020, section 3.1), fused.
 
-    (N, in_channels, H, W) → (N, out_channels, H', W'). ceil(out_channels / s) primary maps are made by convolution,
-    BatchNorm and activation, s - 1 ghost maps from each of them by a depthwise convolution, BatchNorm and activation; what
-    exceeds ``out_channels`` is dropped.
+    (N, in_channels, H, W) → (N, out_channels, H', W'). ceil(out_channels / s) primary maps are made by
+    convolution, BatchNorm and activation, s - 1 ghost maps from each of them by a depthwise convolution, BatchNorm and
+    activation; what exceeds ``out_channels`` is dropped.
 
     Weights, BatchNorms and activations live in ordinary child modules and are read afresh at every call, so whatever is
-    done to them takes effect. Where BatchNorm uses batch statistics, or a child is one that the fused function can't stand
-    for (hooks, parametrizations, other padding, …), forward runs the children themselves: same result, more kernels.
+    done to them takes effect. Where BatchNorm uses batch statistics, or a child is one that the fused function can't
+    stand for (hooks, parametrizations, other padding, …), forward runs the children themselves: same result, more
+    kernels.
 
     Args:
         in_channels, out_channels: of input and output.
@@ -86,7 +87,8 @@ class FusedGhostModule(nn.Module):
         new_channels = init_channels * (s - 1)
         if in_channels % groups or init_channels % groups:
             raise ValueError(
-                f"groups: expected a divisor of in_channels = {in_channels} and of init_channels = {init_channels}, got {groups}"
+                f"groups: expected a divisor of in_channels = {in_channels} and of init_channels = {init_channels}, "
+                f"got {groups}"
             )
         if keys not in KEYS:
             raise ValueError(f"keys: expected one of {sorted(KEYS)}, got {keys!r}")
@@ -133,12 +135,12 @@ class FusedGhostModule(nn.Module):
 
     @classmethod
     def from_module(cls, module: nn.Module, backend: str = "auto") -> FusedGhostModule:
-        """The fused twin of somebody's Ghost module: the seed blog's, the paper's, timm's (v1), ultralytics' GhostConv, ….
+        """The fused twin of somebody's Ghost module: the blog's, the paper's, timm's (v1), ultralytics' GhostConv, ….
 
-        The twin holds the very children of ``module``, so parameters and buffers are shared, and its state_dict keys, BatchNorm settings,
-        training flag, hooks and extra attributes are ``module``'s. The module is recognized by its structure,
-        and both are run in float64 on a small random input to prove that they compute the same, in eval and train mode;
-        neither its tensors nor PyTorch's random state change.
+        The twin holds the very children of ``module``, so parameters and buffers are shared, and its state_dict keys,
+        BatchNorm settings, training flag, hooks and extra attributes are ``module``'s. The module is recognized by its
+        structure, and both are run in float64 on a small random input to prove that they compute the same, in eval and
+        train mode; neither its tensors nor PyTorch's random state change.
 
         Raises:
             TypeError: ``module`` is no nn.Module.
@@ -261,7 +263,8 @@ def _activation(name: str, act: str | Act | nn.Module, channels: int, to: dict) 
     if isinstance(act, nn.Module):
         if type(act) not in adopt.ACTIVATIONS and not isinstance(act, nn.Identity):
             raise ValueError(
-                f"{name}: expected a module among {sorted(k.__name__ for k in adopt.ACTIVATIONS)}, got {type(act).__name__}"
+                f"{name}: expected a module among {sorted(k.__name__ for k in adopt.ACTIVATIONS)}, "
+                f"got {type(act).__name__}"
             )
         if isinstance(act, nn.PReLU) and act.num_parameters not in (1, channels):
             raise ValueError(f"{name}: expected a PReLU of 1 or {channels} parameters, got {act.num_parameters}")

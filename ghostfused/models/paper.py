@@ -12,7 +12,7 @@ _DIVISOR = 4  # all channel counts are rounded to a multiple of it
 
 
 def make_divisible(channels: float) -> int:
-    """``channels`` rounded to the nearest multiple of 4, never below 4 nor by more than a tenth down (MobileNetV2's rule)."""
+    """``channels`` rounded to a multiple of 4, at least 4, and never down by more than a tenth (MobileNetV2's rule)."""
     rounded = max(_DIVISOR, int(channels + _DIVISOR / 2) // _DIVISOR * _DIVISOR)
     return rounded + _DIVISOR if rounded < 0.9 * channels else rounded
 

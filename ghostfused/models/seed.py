@@ -51,8 +51,8 @@ class SqueezeAndExcite(nn.Module):
 class GhostModule(nn.Module):
     """(N, in_channels, H, W) → (N, out_channels, H', W'): primary maps, and ghost maps made from them.
 
-    ReLU6 follows the cheap op whatever ``use_relu`` says. If ``s`` doesn't divide ``out_channels``, ceil(out_channels / s)
-    primary maps are made and the surplus ghost maps dropped.
+    ReLU6 follows the cheap op whatever ``use_relu`` says. If ``s`` doesn't divide ``out_channels``,
+    ceil(out_channels / s) primary maps are made and the surplus ghost maps dropped.
 
     Args:
         s: primary and ghost maps for each primary map.
