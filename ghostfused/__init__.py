@@ -1,8 +1,14 @@
-"""ghostfused: GhostNet's Ghost module as one kernel."""
+"""ghostfused: GhostNet's Ghost module as one kernel, in CUDA C++ and in Triton.
 
-from . import functional
+``fuse(model)`` swaps the Ghost modules of a model, ``FusedGhostModule`` is one of them, ``ghost_module`` the function
+under it. ``python -m ghostfused info`` says which backends work on this machine.
+"""
+
+from . import functional, models
 from .functional import ghost_module
+from .fuse import fuse
+from .module import FusedGhostModule
 from .spec import Act, BatchNorm
 
 __version__ = "0.1.0"
-__all__ = ["Act", "BatchNorm", "functional", "ghost_module"]
+__all__ = ["Act", "BatchNorm", "FusedGhostModule", "functional", "fuse", "ghost_module", "models"]

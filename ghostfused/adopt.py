@@ -261,7 +261,8 @@ def _substituted(module: nn.Module, primary_conv: nn.Conv2d, training: bool) -> 
                 for name, t in tensors.items():
                     if t is not None:
                         new = substitutes.setdefault(id(t), substitute(name, t))
-                        tensors[name] = nn.Parameter(new) if isinstance(t, nn.Parameter) else new  # type: ignore[assignment]
+                        is_parameter = isinstance(t, nn.Parameter)
+                        tensors[name] = nn.Parameter(new) if is_parameter else new  # type: ignore[assignment]
             m.training = training
         channels = primary_conv.in_channels
         # one sample around 1, one where clamps (ReLU6, hardswish) act, one between
