@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from ..ops import forward_op
@@ -57,7 +58,8 @@ def supports(args: GhostArgs) -> str | None:
         t = getattr(args, name)
         if t is not None and t.device.type != "cpu":
             return f"{name} on {t.device}, x on the CPU"
-    if max(*args.x.shape, args.out_channels) > _MAX_SIZE:
+    # a symbolic size is left to the binding: comparing it here would constrain the shapes of an exported program
+    if not torch.compiler.is_compiling() and max(*args.x.shape, args.out_channels) > _MAX_SIZE:
         return f"a dimension beyond {_MAX_SIZE}: x of shape {tuple(args.x.shape)}, {args.out_channels} output channels"
     return None
 
@@ -69,5 +71,3 @@ def forward(args: GhostArgs) -> Tensor:
         RuntimeError: an argument doesn't fit, named in the message.
     """
     return forward_op("cpu")(*args)
-
-
