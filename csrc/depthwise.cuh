@@ -11,12 +11,11 @@ template <int kD>
 constexpr int kDepthwiseChannels = kD == 3 ? 4 : 2;
 
 // Where a thread finds x1 and leaves x2.
-template <typename T>
 struct DepthwiseOperands {
   const unsigned char* x1;  // [halo pixel][channel], rows of plan.x1_pitch bytes
   const float *affines, *weights;
   unsigned char* staging;  // channels_last: [tile pixel][channel]; NCHW: [channel][tile pixel]
-  int j0, count;           // new channels [j0, j0 + count)
+  NewChannels channels;
 };
 
 template <typename T, int kV>
@@ -27,17 +26,17 @@ __device__ __forceinline__ void load_x1(float (&v)[kV], const unsigned char* p) 
   for (int i = 0; i < kV; ++i) v[i] = to_float(x.at[i]);
 }
 
-// Stages channels c, c + 1, … (of the group) of one tile pixel.
+// Stages neighbouring channels of one tile pixel at ``p``; in NCHW they lie ``pitch`` apart.
 template <typename T, int kV, bool kChannelsLast>
-__device__ __forceinline__ void stage(unsigned char* staging, int pitch, int pixel, int c, const float (&v)[kV]) {
+__device__ __forceinline__ void stage(unsigned char* p, int pitch, const float (&v)[kV]) {
   if constexpr (kChannelsLast) {
     Vector<T, kV> x;
 #pragma unroll
     for (int i = 0; i < kV; ++i) x.at[i] = from_float<T>(v[i]);
-    x.store(staging + pixel * pitch + c * sizeof(T));
+    x.store(p);
   } else {
 #pragma unroll
-    for (int i = 0; i < kV; ++i) reinterpret_cast<T*>(staging + (c + i) * pitch)[pixel] = from_float<T>(v[i]);
+    for (int i = 0; i < kV; ++i) *reinterpret_cast<T*>(p + i * pitch) = from_float<T>(v[i]);
   }
 }
 
@@ -57,17 +56,19 @@ struct ThreadShare {
 
 // kD > 0: ratio 2 and a kD × kD kernel, unrolled. kD = 0: any size and ratio.
 template <Path kPath, typename T, int kD, bool kChannelsLast>
-__device__ __forceinline__ void depthwise(const KernelParams& p, const BlockTile& t, const DepthwiseOperands<T>& op) {
+__device__ __forceinline__ void depthwise(const KernelParams& p, const BlockTile& t, const DepthwiseOperands& op) {
   constexpr int kV = kDepthwiseChannels<kD>;
   const GhostShape& s = p.args.shape;
   const int block_c = p.plan.block_c, x1_pitch = p.plan.x1_pitch, row_pitch = t.halo_cols * x1_pitch;
   const int strips = (t.rows + p.plan.strip_h - 1) / p.plan.strip_h, positions = strips * t.cols;
-  const ThreadShare share = ThreadShare::of<kChannelsLast>((op.count + kV - 1) / kV, positions);
+  const ThreadShare share = ThreadShare::of<kChannelsLast>((op.channels.count + kV - 1) / kV, positions);
   if (share.first >= positions) return;
   const int c = share.vector * kV;
   const float *affines = op.affines + c, *weights = op.weights + c;
 
-  const auto emit = [&](float (&y)[kV], int h, int col) {
+  const int pitch = p.plan.staging_pitch, element = sizeof(T);
+  const int pixel_pitch = kChannelsLast ? pitch : element, channel_pitch = kChannelsLast ? element : pitch;
+  const auto emit = [&](float (&y)[kV], unsigned char* out) {
     float slope[kV];
 #pragma unroll
     for (int i = 0; i < kV; ++i) {
@@ -75,7 +76,7 @@ __device__ __forceinline__ void depthwise(const KernelParams& p, const BlockTile
       slope[i] = affines[block_c + i];
     }
     activate<kV, kPath == Path::kFloat32>(y, p.args.cheap.act, slope);
-    stage<T, kV, kChannelsLast>(op.staging, p.plan.staging_pitch, (h - t.h0) * t.cols + col, c, y);
+    stage<T, kV, kChannelsLast>(out, pitch, y);
   };
 
   float w[kD > 0 ? kD * kD : 1][kV];
@@ -89,6 +90,7 @@ __device__ __forceinline__ void depthwise(const KernelParams& p, const BlockTile
   for (int position = share.first; position < positions; position += share.step) {
     const int strip = position / t.cols, col = position - strip * t.cols;
     const int first = t.h0 + strip * p.plan.strip_h, end = min(first + p.plan.strip_h, t.h0 + t.rows);
+    unsigned char* out = op.staging + ((first - t.h0) * t.cols + col) * pixel_pitch + c * channel_pitch;
     if constexpr (kD > 0) {
       const int left = t.w0 + col - kD / 2;
       const unsigned char* row = op.x1 + (first - kD / 2 - t.halo_h0) * row_pitch + (left - t.halo_w0) * x1_pitch +
@@ -108,7 +110,10 @@ __device__ __forceinline__ void depthwise(const KernelParams& p, const BlockTile
             for (int i = 0; i < kV; ++i) sums[kD - 1 - kh][i] = fmaf(v[i], w[kh * kD + kw][i], sums[kD - 1 - kh][i]);
           }
         }
-        if (h - kD / 2 >= first) emit(sums[0], h - kD / 2, col);
+        if (h - kD / 2 >= first) {
+          emit(sums[0], out);
+          out += t.cols * pixel_pitch;
+        }
 #pragma unroll
         for (int i = 0; i < kV; ++i) {
 #pragma unroll
@@ -120,8 +125,8 @@ __device__ __forceinline__ void depthwise(const KernelParams& p, const BlockTile
       const int d = s.dw_size, pad = d / 2;
       int source[kV];  // new channel j is made from x1 channel j / (ratio - 1)
 #pragma unroll
-      for (int i = 0; i < kV; ++i) source[i] = (op.j0 + c + i) / (s.ratio - 1) - t.c0;
-      for (int h = first; h < end; ++h) {
+      for (int i = 0; i < kV; ++i) source[i] = (op.channels.first + c + i) / (s.ratio - 1) - t.c0;
+      for (int h = first; h < end; ++h, out += t.cols * pixel_pitch) {
         float sum[kV] = {};
         for (int tap = 0; tap < d * d; ++tap) {
           const int hh = h + tap / d - pad, ww = t.w0 + col + tap % d - pad;
@@ -132,7 +137,7 @@ __device__ __forceinline__ void depthwise(const KernelParams& p, const BlockTile
             sum[i] = fmaf(inside ? to_float(x1[source[i]]) : 0.f, weights[tap * block_c + i], sum[i]);
           }
         }
-        emit(sum, h, col);
+        emit(sum, out);
       }
     }
   }
@@ -151,7 +156,8 @@ __device__ __forceinline__ void transpose_x1(const KernelParams& p, const BlockT
     const int pixel = (t.h0 + h - t.halo_h0) * t.halo_cols + t.w0 + w - t.halo_w0;
     float v[kV];
     load_x1<T>(v, x1 + pixel * p.plan.x1_pitch + share.vector * kV * sizeof(T));
-    stage<T, kV, false>(staging, p.plan.staging_pitch, position, share.vector * kV, v);
+    stage<T, kV, false>(staging + share.vector * kV * p.plan.staging_pitch + position * sizeof(T), p.plan.staging_pitch,
+                        v);
   }
 }
 

@@ -57,9 +57,10 @@ __device__ __forceinline__ void epilogue(const KernelParams& p, const BlockTile&
   }
 }
 
-// The 1×1 conv over all halo pixels: one pipeline over (pixel chunk, K chunk), K inside.
-template <Path kPath, typename T, bool kChannelsLast>
-__device__ __forceinline__ void pointwise(const KernelParams& p, const BlockTile& t, unsigned char* smem) {
+// The 1×1 conv over all halo pixels: one pipeline over (pixel chunk, K chunk), K inside. ``prepare`` runs once, while
+// the first stages are on their way.
+template <Path kPath, typename T, bool kChannelsLast, typename F>
+__device__ __forceinline__ void pointwise(const KernelParams& p, const BlockTile& t, unsigned char* smem, F prepare) {
   const LaunchPlan& plan = p.plan;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int warp_n = warp % plan.warps_n, warp_m = warp / plan.warps_n;
@@ -70,7 +71,7 @@ __device__ __forceinline__ void pointwise(const KernelParams& p, const BlockTile
   const int k_steps = plan.block_k * static_cast<int>(sizeof(T)) / kKStepBytes;
   const int chunks = (t.pixels + block_m - 1) / block_m * plan.k_chunks;
 
-  const T* x = static_cast<const T*>(p.args.x.data) + t.n * p.args.x.stride_n;
+  const T* x = static_cast<const T*>(p.args.x.data) + int64_t{t.n} * p.args.x.stride_n;
   const float* affines = reinterpret_cast<const float*>(smem);
   unsigned char* x1 = smem + plan.x1_offset;
   const FastDivisor halo_cols(t.halo_cols);
@@ -94,6 +95,7 @@ __device__ __forceinline__ void pointwise(const KernelParams& p, const BlockTile
   Accumulators acc = {};
   int m0 = 0, k_chunk = 0, slot = 0;
   for (int chunk = 1 - plan.stages; chunk < chunks; ++chunk) {  // negative: fill the pipeline, nothing to multiply yet
+    if (chunk == 0) prepare();
     if (chunk >= 0) {
       cp_async_wait(plan.stages - 2);
       __syncthreads();  // this chunk has come, for all threads; and all are done with the slot that is loaded next
@@ -145,36 +147,40 @@ __device__ __forceinline__ void pointwise(const KernelParams& p, const BlockTile
 // The output's channels of one block, group by group: block_c new channels are made from block_c init channels
 // (ratio - 1) times over; x1 leaves with the first group. Unrolled kernels (kD > 0) are for ratio 2 and have one group.
 template <Path kPath, typename T, int kD, bool kChannelsLast>
-__device__ __forceinline__ void cheap_and_store(const KernelParams& p, const BlockTile& t, unsigned char* smem) {
-  const GhostShape& s = p.args.shape;
+__device__ __forceinline__ void cheap_and_store(const KernelParams& p, unsigned char* smem) {
   unsigned char *x1 = smem + p.plan.x1_offset, *staging = smem + p.plan.pipeline_offset;
   float* affines = reinterpret_cast<float*>(smem + p.plan.cheap_offset);
   float* weights = reinterpret_cast<float*>(smem + p.plan.dw_offset);
-  const int new_per_init = kD > 0 ? 1 : s.ratio - 1;
-  const int new_end = min((t.c0 + t.channels) * new_per_init, s.out_channels - s.init_channels);
 
   // Group -1, NCHW only, is x1: channels_last stores x1 from where it lies, together with group 0.
-  for (int group = kChannelsLast ? 0 : -1; group < new_per_init; ++group) {
-    const int j0 = t.c0 * new_per_init + max(group, 0) * p.plan.block_c;
-    const int count = max(0, min(p.plan.block_c, new_end - j0));
-    if (count == 0 && group >= (kChannelsLast ? 1 : 0)) break;  // sliced off
-    if (group > 0) {
-      load_cheap<T>(p, j0, count, affines, weights);
-      __syncthreads();
-    }
-    if (!kChannelsLast && group < 0) {
-      transpose_x1<T>(p, t, x1, staging);
-    } else if (count > 0) {
-      depthwise<kPath, T, kD, kChannelsLast>(p, t, DepthwiseOperands<T>{x1, affines, weights, staging, j0, count});
+  for (int group = kChannelsLast ? 0 : -1; group < (kD > 0 ? 1 : p.args.shape.ratio - 1); ++group) {
+    {
+      const BlockTile t = block_tile(p);
+      const NewChannels g = new_channels<kD>(p, t, max(group, 0));
+      if (g.count == 0 && group >= (kChannelsLast ? 1 : 0)) break;  // sliced off
+      if (group > 0) {
+        load_cheap<T, kD>(p, t, group, affines, weights);
+        __syncthreads();
+      }
+      if (!kChannelsLast && group < 0) {
+        transpose_x1<T>(p, t, x1, staging);
+      } else if (g.count > 0) {
+        depthwise<kPath, T, kD, kChannelsLast>(p, t, DepthwiseOperands{x1, affines, weights, staging, g});
+      }
     }
     __syncthreads();  // the group is staged
-    with_out_vector<T>(p.width.out, [&]<int kV>(Vector<T, kV>) {
-      if constexpr (kChannelsLast) {
-        store_rows<T, kV>(p, t, x1, staging, group == 0 ? t.channels : 0, j0, count);
-      } else {
-        store_planes<T, kV>(p, t, staging, group < 0 ? t.c0 : s.init_channels + j0, group < 0 ? t.channels : count);
-      }
-    });
+    {
+      const BlockTile t = block_tile(p);
+      const NewChannels g = new_channels<kD>(p, t, max(group, 0));
+      with_out_vector<T>(p.width.out, [&]<int kV>(Vector<T, kV>) {
+        if constexpr (kChannelsLast) {
+          store_rows<T, kV>(p, t, x1, staging, group == 0 ? t.channels : 0, g);
+        } else {
+          store_planes<T, kV>(p, t, staging, group < 0 ? t.c0 : p.args.shape.init_channels + g.first,
+                              group < 0 ? t.channels : g.count);
+        }
+      });
+    }
     __syncthreads();  // and gone: the next group may take its place
   }
 }
@@ -184,17 +190,17 @@ __global__ void __launch_bounds__(kMaxThreads, min_blocks(kPath, kD))
     ghost_forward(const __grid_constant__ KernelParams p) {
   using T = typename PathType<kPath>::T;
   extern __shared__ __align__(128) unsigned char smem[];
-  const BlockTile t = block_tile(p);
-  const int new_per_init = p.args.shape.ratio - 1, j0 = t.c0 * new_per_init;
-  load_primary_affine<T>(p, t, reinterpret_cast<float*>(smem));
-  load_cheap<T>(
-      p, j0,
-      min(min(p.plan.block_c, t.channels * new_per_init), p.args.shape.out_channels - p.args.shape.init_channels - j0),
-      reinterpret_cast<float*>(smem + p.plan.cheap_offset), reinterpret_cast<float*>(smem + p.plan.dw_offset));
-  if (p.args.input_gate != nullptr) load_input_gate<T>(p, t, reinterpret_cast<T*>(smem + p.plan.gate_offset));
-  pointwise<kPath, T, kChannelsLast>(p, t, smem);
+  {
+    const BlockTile t = block_tile(p);
+    pointwise<kPath, T, kChannelsLast>(p, t, smem, [&] {
+      load_primary_affine<T>(p, t, reinterpret_cast<float*>(smem));
+      load_cheap<T, kD>(p, t, 0, reinterpret_cast<float*>(smem + p.plan.cheap_offset),
+                        reinterpret_cast<float*>(smem + p.plan.dw_offset));
+      if (p.args.input_gate != nullptr) load_input_gate<T>(p, t, reinterpret_cast<T*>(smem + p.plan.gate_offset));
+    });
+  }
   __syncthreads();  // x1 is complete, and the pipeline's memory is free
-  cheap_and_store<kPath, T, kD, kChannelsLast>(p, t, smem);
+  cheap_and_store<kPath, T, kD, kChannelsLast>(p, smem);
 }
 
 template <Path kPath, int kD, bool kChannelsLast>

@@ -32,13 +32,16 @@ const Kernel& kernel_at(int index) {
 }
 
 // Lets the kernel use all of the device's shared memory; once per kernel and device, since it isn't free.
-cudaError_t allow_shared_memory(int index, int bytes) {
+cudaError_t allow_shared_memory(int index) {
   constexpr int kMaxDevices = 64;
   static std::atomic<bool> done[kKernelCount][kMaxDevices];
   int device = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess) return error;
   if (device < kMaxDevices && done[index][device].load(std::memory_order_relaxed)) return cudaSuccess;
+  int bytes = 0;
+  error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error != cudaSuccess) return error;
   const void* function = kernel_at(index).function;
   error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
@@ -53,7 +56,7 @@ cudaError_t allow_shared_memory(int index, int bytes) {
 const char* launch_forward(const GhostForwardParams& params, const LaunchPlan& plan, void* stream) {
   if (plan.block_c == 0) return "no tile fits the device's shared memory";
   const int index = kernel_index(params.shape);
-  cudaError_t error = allow_shared_memory(index, params.shape.smem_per_block);
+  cudaError_t error = allow_shared_memory(index);
   if (error != cudaSuccess) return cudaGetErrorString(error);
   KernelParams p{params, plan, vector_widths(params, plan)};
   void* arguments[] = {&p};

@@ -24,10 +24,12 @@ constexpr int unrolled_dw(const GhostShape& s) {
   return s.ratio == 2 && (s.dw_size == 3 || s.dw_size == 5) ? s.dw_size : 0;
 }
 
-// Blocks of kMaxThreads per SM that a kernel's registers allow: 3 leave 80 registers a thread, 2 leave 128, for 5×5
-// weights and for the fp32 product, which spill otherwise.
+// Blocks of kMaxThreads per SM that a kernel's registers allow: 3 leave 80 registers a thread; 2 leave 128, which 5×5
+// weights and 4-byte operands need so as not to spill.
 constexpr int kMaxThreads = 256;
-constexpr int min_blocks(Path path, int unrolled_dw) { return unrolled_dw == 5 || path == Path::kFloat32 ? 2 : 3; }
+constexpr int min_blocks(Path path, int unrolled_dw) {
+  return unrolled_dw != 5 && (path == Path::kFloat16 || path == Path::kBFloat16) ? 3 : 2;
+}
 
 struct Kernel {
   const void* function;  // __global__ void (KernelParams)

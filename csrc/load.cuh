@@ -106,18 +106,21 @@ __device__ __forceinline__ void load_primary_affine(const KernelParams& p, const
   }
 }
 
-// New channels [j0, j0 + count) of the cheap operation: [shift | slope], and the weights as [tap][channel], in fp32 and
-// already multiplied by the norm's scale, so that the depthwise conv starts at shift and ends with the activation.
-template <typename T>
-__device__ __forceinline__ void load_cheap(const KernelParams& p, int j0, int count, float* affines, float* weights) {
-  const int block_c = p.plan.block_c, d = p.args.shape.dw_size;
+// A group of new channels: [shift | slope], and the weights as [tap][channel], in fp32 and already multiplied by the
+// norm's scale, so that the depthwise conv ends with shift and activation.
+template <typename T, int kD>
+__device__ __forceinline__ void load_cheap(const KernelParams& p, const BlockTile& t, int group, float* affines,
+                                           float* weights) {
+  const NewChannels g = new_channels<kD>(p, t, group);
+  const int block_c = p.plan.block_c, d = kD > 0 ? kD : p.args.shape.dw_size;
   const T* weight = static_cast<const T*>(p.args.cheap_weight);
   for (int i = threadIdx.x; i < block_c * d * d; i += blockDim.x) {
     const int c = i / (d * d), tap = i - c * (d * d), kh = tap / d, kw = tap - kh * d;
-    const Affine a = c < count ? affine<T>(p.args.cheap, j0 + c) : Affine{0.f, 0.f, 0.f};
+    Affine a{0.f, 0.f, 0.f};
     float w = 0.f;
-    if (c < count) {
-      w = a.scale * to_float(weight[(j0 + c) * p.args.cheap_weight_stride_c + kh * p.args.cheap_weight_stride_h +
+    if (c < g.count) {
+      a = affine<T>(p.args.cheap, g.first + c);
+      w = a.scale * to_float(weight[(g.first + c) * p.args.cheap_weight_stride_c + kh * p.args.cheap_weight_stride_h +
                                     kw * p.args.cheap_weight_stride_w]);
     }
     weights[tap * block_c + c] = w;
@@ -131,7 +134,7 @@ __device__ __forceinline__ void load_cheap(const KernelParams& p, int j0, int co
 // The image's gate in x's type, zero beyond Cin.
 template <typename T>
 __device__ __forceinline__ void load_input_gate(const KernelParams& p, const BlockTile& t, T* out) {
-  const T* gate = static_cast<const T*>(p.args.input_gate) + t.n * p.args.input_gate_stride_n;
+  const T* gate = static_cast<const T*>(p.args.input_gate) + int64_t{t.n} * p.args.input_gate_stride_n;
   for (int k = threadIdx.x; k < p.plan.k_chunks * p.plan.block_k; k += blockDim.x) {
     out[k] = k < p.args.shape.in_channels ? gate[k * p.args.input_gate_stride_c] : from_float<T>(0.f);
   }

@@ -44,13 +44,13 @@ __device__ __forceinline__ void finish(const KernelParams& p, int64_t n, int c, 
   y.store(const_cast<T*>(at<T>(a.out, n, c, h, w)));
 }
 
-// Of each tile pixel, x1's first n1 channels and the staged n2. They are one row of n1 + n2 numbers; a vector may
-// straddle the two parts only if they are neighbours in the output as well (vector_widths sees to that).
+// Of each tile pixel, x1's first n1 channels and the staged new ones. They are one row; a vector may straddle the two
+// parts only if they are neighbours in the output as well (vector_widths sees to that).
 template <typename T, int kV>
 __device__ __forceinline__ void store_rows(const KernelParams& p, const BlockTile& t, const unsigned char* x1,
-                                           const unsigned char* staging, int n1, int j0, int n2) {
+                                           const unsigned char* staging, int n1, NewChannels g) {
   constexpr int kPiece = sizeof(T) * kV > 8 && kV > 1 ? kV / 2 : kV;  // of a vector; lies in one part
-  const int per_pixel = (n1 + n2) / kV, vectors = t.rows * t.cols * per_pixel;
+  const int per_pixel = (n1 + g.count) / kV, vectors = t.rows * t.cols * per_pixel;
   const FastDivisor by_pixel(per_pixel), by_cols(t.cols);
   for (int i = threadIdx.x; i < vectors; i += blockDim.x) {
     const int pixel = by_pixel.divide(i), u = (i - pixel * per_pixel) * kV;
@@ -66,7 +66,7 @@ __device__ __forceinline__ void store_rows(const KernelParams& p, const BlockTil
 #pragma unroll
       for (int e = 0; e < kPiece; ++e) y.at[piece + e] = part.at[e];
     }
-    const int c = u < n1 ? t.c0 + u : p.args.shape.init_channels + j0 + u - n1;
+    const int c = u < n1 ? t.c0 + u : p.args.shape.init_channels + g.first + u - n1;
     finish<T, kV>(p, t.n, c, t.h0 + h, t.w0 + w, y);
   }
 }

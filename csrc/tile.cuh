@@ -84,17 +84,20 @@ struct FastDivisor {
 // Its halo is cut off at the image's edges: x1 exists only for pixels inside, and the depthwise conv reads zeros for
 // those outside. They must be zeros after norm and activation, and act(shift) isn't zero.
 struct BlockTile {
-  int64_t n;
+  int n;
   int c0, channels;
   int h0, w0, rows, cols;
   int halo_h0, halo_w0, halo_cols, pixels;  // of x1; pixels = halo rows * halo_cols
 };
 
+// Each stage asks for it anew: its dozen registers would lie idle in the inner loops, which have none to spare. The
+// volatile read keeps the compiler from holding on to them all the same.
 __device__ __forceinline__ BlockTile block_tile(const KernelParams& p) {
   const GhostShape& s = p.args.shape;
   const LaunchPlan& plan = p.plan;
   BlockTile t;
-  unsigned b = blockIdx.x;
+  unsigned b;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(b));
   t.c0 = b % plan.channel_blocks * plan.block_c;
   b /= plan.channel_blocks;
   t.w0 = b % plan.tiles_w * plan.tile_w;
@@ -110,6 +113,20 @@ __device__ __forceinline__ BlockTile block_tile(const KernelParams& p) {
   t.halo_cols = min((t.w0 + t.cols + pad + align - 1) / align * align, s.width) - t.halo_w0;
   t.pixels = (min(t.h0 + t.rows + pad, s.height) - t.halo_h0) * t.halo_cols;
   return t;
+}
+
+// The new channels that a block makes at a time, [first, first + count) of all; ``group`` counts to ratio - 1.
+struct NewChannels {
+  int first, count;
+};
+
+template <int kD>
+__device__ __forceinline__ NewChannels new_channels(const KernelParams& p, const BlockTile& t, int group) {
+  const GhostShape& s = p.args.shape;
+  const int per_init = kD > 0 ? 1 : s.ratio - 1;
+  const int first = t.c0 * per_init + group * p.plan.block_c;
+  const int end = min((t.c0 + t.channels) * per_init, s.out_channels - s.init_channels);
+  return {first, max(0, min(p.plan.block_c, end - first))};
 }
 
 }  // namespace ghostfused
