@@ -49,9 +49,9 @@ def test_every_kernel(path, layout, dw_size):
 def test_thread_order(path, layout, sm_count):
     """Pipelines of several chunks and stages, column tiles, several channel blocks; also run in other thread orders."""
     with planned_for(sm_count):
-        check(Case(1, 72, 20, 24, 40, layout=layout, **PATHS[path]))
-        check(Case(2, 200, 7, 7, 80, dw_size=5, layout=layout, input_gate=True, residual=True, **PATHS[path]))
-        check(Case(1, 24, 12, 40, 90, ratio=3, layout=layout, output_gate=True, **PATHS[path]))
+        check(Case(1, 72, 12, 20, 24, layout=layout, **PATHS[path]))
+        check(Case(1, 200, 7, 7, 40, dw_size=5, layout=layout, input_gate=True, residual=True, **PATHS[path]))
+        check(Case(1, 24, 9, 24, 54, ratio=3, layout=layout, output_gate=True, **PATHS[path]))
 
 
 @pytest.mark.skipif(not ON_CPU, reason="a GPU's order of threads can't be chosen")
@@ -111,10 +111,10 @@ def test_sizes(layout, size):
 
 @each_layout
 def test_wider_than_any_tile(layout):
-    check(Case(1, 4, 2, 2600, 8, layout=layout, dtype=torch.float16))
+    check(Case(1, 4, 2, 1900, 8, layout=layout, dtype=torch.float16))
     with planned_for(132):
         for width in (96, 97, 98, 100):  # halos that start at multiples of 8, 1, 2 and 4 pixels in NCHW
-            check(Case(1, 8, 33, width, 40, layout=layout, dtype=torch.float16))
+            check(Case(1, 8, 17, width, 24, layout=layout, dtype=torch.float16))
 
 
 @each_layout
@@ -127,10 +127,10 @@ def test_channels(in_channels, layout):
 
 
 def test_many_channels():
-    for cin, out in [(960, 160), (2048, 8), (4, 2048), (1000, 516)]:
+    for cin, out in [(960, 160), (2048, 8), (4, 2048), (500, 516)]:
         for layout in LAYOUTS:
-            check(Case(1, cin, 4, 3, out, layout=layout, dtype=torch.float16))
-    check(Case(1, 960, 3, 3, 160, dtype=torch.float32))
+            check(Case(1, cin, 2, 3, out, layout=layout, dtype=torch.float16))
+    check(Case(1, 960, 2, 3, 60, dtype=torch.float32))
 
 
 @each_layout
@@ -227,7 +227,7 @@ def shape_classes() -> list[dict]:
 def test_real_modules(row):
     work = row["in_channels"] * row["out_channels"] * 4  # of a pixel, roughly
     size = min(row["height"], 28)
-    while size > 4 and work * size * size > 4_000_000:
+    while size > 4 and work * size * size > 2_500_000:
         size = size * 2 // 3
     row = row | {"height": size, "width": min(row["width"], size + 1)}
     index = row["in_channels"] + row["out_channels"]
