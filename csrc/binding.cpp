@@ -47,13 +47,11 @@ struct Checker {
       fail(name, ": expected x's dtype", or_float32 ? " or float32" : "");
     }
     bool same = t.dim() == static_cast<int64_t>(sizes.size());
-    std::ostringstream expected, got;
     int64_t d = 0;
-    for (const int64_t size : sizes) {
-      expected << (d ? ", " : "") << size;
-      same = same && t.size(d++) == size;
-    }
+    for (const int64_t size : sizes) same = same && t.size(d++) == size;
     if (same) return;
+    std::ostringstream expected, got;  // only now: making one costs more than all the checks
+    for (const int64_t size : sizes) expected << (expected.tellp() > 0 ? ", " : "") << size;
     for (d = 0; d < t.dim(); ++d) got << (d ? ", " : "") << t.size(d);
     fail(name, ": expected shape (", expected.str(), "), got (", got.str(), ")");
   }
