@@ -42,13 +42,13 @@ class Sass:
 
     def loops(self) -> tuple[Loop, ...]:
         """The loops as a forest: a branch backwards closes one."""
-        spans = {}
+        spans: dict[int, int] = {}
         for address, kind, to in self.instructions:
             if kind == "BRA" and to is not None and to < address:
                 spans[to] = max(address, spans.get(to, 0))
         return _forest(sorted(spans.items(), key=lambda span: (span[0], -span[1])))
 
-    def counts(self, trips: Sequence[Sequence[float]]) -> collections.Counter[str]:
+    def counts(self, trips: Sequence[Sequence[float]]) -> dict[str, float]:
         """Instructions by kind that one thread issues, "total" among them.
 
         ``trips``: for each outermost loop in order, how often it runs and, where it has one, how often the loop
@@ -67,7 +67,7 @@ class Sass:
                 weigh(loop.inner, [inner] if inner else [], outer * n)
 
         weigh(self.loops(), trips, 1)
-        out: collections.Counter[str] = collections.Counter()
+        out: dict[str, float] = collections.defaultdict(float)
         for address, kind, _ in self.instructions:
             weight = next((n for loop, n in reversed(weights) if loop.start <= address <= loop.end), 1)
             out[kind] += weight

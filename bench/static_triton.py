@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterator
@@ -19,11 +20,17 @@ from .sass import KINDS, disassemble
 
 CONFIGS = Path(__file__).parents[1] / "tests" / "data" / "ghost_configs.jsonl"
 GHOSTNET = "timm/ghostnet_100@224"
+KERNELS = {"one": (True, True), "two/primary": (True, False), "two/cheap": (False, True)}
+COLUMNS = (
+    "target", "dtype", "layout", "module", "activation", "kernel", "registers", "spill_bytes", "shared", "warps",
+    "programs", *KINDS, "total",
+)  # fmt: skip
 HEADER = """\
 registers, spill bytes, shared memory: of the compiled kernel. Instructions: what all threads issue (a warp's
 instruction counts 32 times, predicated-off ones count) over the bytes of the output, from SASS: the body of each loop
 times its trip count, averaged over programs, straight-line code once. LDS and STS contain ldmatrix and stmatrix; HMMA is
-any tensor-core instruction; LDGSTS is cp.async. The two-kernel version has one row for each kernel."""
+any tensor-core instruction; LDGSTS is cp.async. The two-kernel version has one row for each kernel;
+bytes are those of the whole output in all three."""
 
 
 def shape_args(
@@ -39,11 +46,15 @@ def shape_args(
 
     x = empty(batch, cin, h, w)
     return GhostArgs(
-        x.to(memory_format=torch.channels_last) if nhwc else x,
-        empty(cp, cin, 1, 1), None, *(empty(cp) for _ in range(4)), empty(1) if act_primary == "prelu" else None,
-        empty(new, 1, dw_size, dw_size), None, *(empty(new) for _ in range(4)), empty(1) if act_cheap == "prelu" else None,
-        None, None, None, 1e-5, int(Act[act_primary.upper()]), 0.01, 1e-5, int(Act[act_cheap.upper()]), 0.01,
-        out_channels, 1, 1, 1, allow_tf32,
+        x=x.to(memory_format=torch.channels_last) if nhwc else x,
+        primary_weight=empty(cp, cin, 1, 1), primary_bias=None, primary_mean=empty(cp), primary_var=empty(cp),
+        primary_gamma=empty(cp), primary_beta=empty(cp), primary_slope=empty(1) if act_primary == "prelu" else None,
+        cheap_weight=empty(new, 1, dw_size, dw_size), cheap_bias=None, cheap_mean=empty(new), cheap_var=empty(new),
+        cheap_gamma=empty(new), cheap_beta=empty(new), cheap_slope=empty(1) if act_cheap == "prelu" else None,
+        input_gate=None, residual=None, output_gate=None,
+        primary_eps=1e-5, primary_act=Act[act_primary.upper()], primary_negative_slope=0.01,
+        cheap_eps=1e-5, cheap_act=Act[act_cheap.upper()], cheap_negative_slope=0.01,
+        out_channels=out_channels, stride=1, dilation=1, groups=1, allow_tf32=allow_tf32,
     )  # fmt: skip
 
 
@@ -71,10 +82,12 @@ def trip_counts(args: GhostArgs, plan: dict[str, Any]) -> list[list[float]]:
     return trips
 
 
-def measure(args: GhostArgs, target: str, primary: bool = True, cheap: bool = True, **override: Any) -> dict[str, Any]:
+def measure(
+    args: GhostArgs, target: str, primary: bool = True, cheap: bool = True, choice: backend.Choice | None = None
+) -> dict[str, Any]:
     """The evidence on one kernel: ``ghost_kernel`` for ``args`` with both steps or one."""
     out = args.new_output()
-    plan = backend.plan(args, out, out, primary, cheap) | override
+    plan = backend.plan(args, out, out, primary, cheap, choice)
     compiled = compile_launch(plan, target)
     sass = disassemble(compiled.asm["cubin"])
     programs = args.x.shape[0] * -(-plan["H"] * plan["W"] // plan["run"]) * -(-args.init_channels // plan["BLOCK_N"])
@@ -94,27 +107,16 @@ def modules(source: str = GHOSTNET) -> list[dict[str, Any]]:
     return [r for r in rows if r["source"] == source and r["kernel_size"] == 1 and r["stride"] == 1]
 
 
-def rows(
-    targets: tuple[str, ...] = ("sm_80", "sm_90"), dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.float32),
-    layouts: tuple[str, ...] = ("nchw", "nhwc"),
-) -> Iterator[dict[str, Any]]:  # fmt: skip
-    """One row per target × dtype × layout × module × kernel."""
-    steps = (
-        ("triton", True, True),
-        ("triton_two_kernel/primary", True, False),
-        ("triton_two_kernel/cheap", False, True),
-    )
-    for target in targets:
-        for dtype in dtypes:
-            for layout in layouts:
-                for m in modules():
-                    args = shape_args(
-                        m["in_channels"], m["out_channels"], m["height"], m["width"], dtype=dtype, nhwc=layout == "nhwc",
-                        ratio=m["ratio"], dw_size=m["dw_size"], act_primary=m["act_primary"], act_cheap=m["act_cheap"],
-                    )  # fmt: skip
-                    for kernel, primary, cheap in steps:
-                        yield {
-                            "target": target, "dtype": str(dtype).removeprefix("torch."), "layout": layout, "batch": 64,
-                            "module": f"{m['in_channels']}->{m['out_channels']} {m['height']}x{m['width']}",
-                            "activation": m["act_primary"], "kernel": kernel, **measure(args, target, primary, cheap),
-                        }  # fmt: skip
+def rows(targets: list[str], dtypes: list[str], layouts: list[str]) -> Iterator[dict[str, Any]]:
+    """One row per target × dtype × layout × module × kernel, at batch 64."""
+    for target, dtype, layout, m in itertools.product(targets, dtypes, layouts, modules()):
+        args = shape_args(
+            m["in_channels"], m["out_channels"], m["height"], m["width"], dtype=getattr(torch, dtype), nhwc=layout == "nhwc",
+            ratio=m["ratio"], dw_size=m["dw_size"], act_primary=m["act_primary"], act_cheap=m["act_cheap"],
+        )  # fmt: skip
+        module = f"{m['in_channels']}->{m['out_channels']} {m['height']}x{m['width']}"
+        for kernel, steps in KERNELS.items():
+            yield {
+                "target": target, "dtype": dtype, "layout": layout, "batch": len(args.x), "module": module,
+                "activation": m["act_primary"], "kernel": kernel, **measure(args, target, *steps),
+            }  # fmt: skip

@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import ops
 from ..spec import GhostArgs, memory_format
 from .common import kernel_refusal
-from .triton_configs import blocks
+from .triton_configs import Cheap, Primary, blocks
 
 try:
     from triton import knobs
@@ -30,6 +30,7 @@ _INTERPRETER = "TRITON_INTERPRET=1, set before Python starts, runs the kernels o
 _PARAMETERS = tuple(
     f"{half}_{name}" for half in ("primary", "cheap") for name in ("weight", "bias", "mean", "var", "gamma", "beta", "slope")
 )  # fmt: skip
+Choice = tuple[Primary, Cheap]
 _MAX_PROGRAMS = 2**31 - 1
 _MIN_TILE = 32, 8
 """The smallest tile of one program, in pixels and init channels."""
@@ -86,8 +87,10 @@ def _reach(t: Tensor | None) -> int:
     return 0 if t is None else sum((n - 1) * s for n, s in zip(t.shape[1:], t.stride()[1:], strict=True))
 
 
-def plan(args: GhostArgs, out: Tensor, x1: Tensor, primary: bool = True, cheap: bool = True) -> dict[str, Any]:
-    """The arguments of ``ghost_kernel`` for a launch of both steps, or of one."""
+def plan(
+    args: GhostArgs, out: Tensor, x1: Tensor, primary: bool = True, cheap: bool = True, choice: Choice | None = None
+) -> dict[str, Any]:
+    """The arguments of ``ghost_kernel`` for a launch of both steps, or of one; ``choice`` replaces the table of blocks."""
     a, (_, cin, h, w) = args, args.x.shape
     nhwc = is_channels_last(out)
     xs = a.x.stride()
@@ -118,13 +121,15 @@ def plan(args: GhostArgs, out: Tensor, x1: Tensor, primary: bool = True, cheap: 
         RESIDUAL_LIKE_OUT=a.residual is not None and rs == out.stride(),
         X_ALIGN=_align(*x_strides), CIN_ALIGN=_align(cin), CP_ALIGN=_align(a.init_channels),
         OUT_ALIGN=_align(a.out_channels), HW_ALIGN=_align(h * w), INDEX_64=reach >= 2**31,
-        PRECISION="tf32" if a.allow_tf32 else "ieee", **blocks(a, nhwc, primary, cheap),
+        PRECISION="tf32" if a.allow_tf32 else "ieee", **blocks(a, nhwc, primary, cheap, choice),
     )  # fmt: skip
 
 
-def launch(args: GhostArgs, out: Tensor, x1: Tensor, primary: bool = True, cheap: bool = True, **override: Any) -> None:
-    """Launches both steps, or one. ``override`` replaces launch constants, as the maker of the block table does."""
-    kwargs = plan(args, out, x1, primary, cheap) | override
+def launch(
+    args: GhostArgs, out: Tensor, x1: Tensor, primary: bool = True, cheap: bool = True, choice: Choice | None = None
+) -> None:
+    """Launches both steps, or one."""
+    kwargs = plan(args, out, x1, primary, cheap, choice)
     runs = -(-args.x.shape[2] * args.x.shape[3] // kwargs["run"])
     grid = (args.x.shape[0] * runs * -(-args.init_channels // kwargs["BLOCK_N"]),)
     with torch.cuda.device(args.x.device) if args.x.is_cuda else contextlib.nullcontext():

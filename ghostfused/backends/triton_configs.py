@@ -18,10 +18,13 @@ NUM_WARPS = 4
 PROGRAMS = 528
 """Programs that a launch should have: four for each of an H100's 132 multiprocessors."""
 
+SMALL_IMAGE = 64
+"""Pixels up to which a block need not be longer than this."""
+
 CIN_CLASSES = (16, 32, 64, 65)
 CP_CLASSES = (8, 16, 32, 33)
-PIXEL_CLASSES = (64, 65)
-"""Upper bounds of the shape classes; the last class of each is open."""
+DW_CLASSES = (3, 5, 7)
+"""Upper bounds of the shape classes; the last one for channels is open."""
 
 
 def _class(size: int, bounds: tuple[int, ...]) -> int:
@@ -38,24 +41,20 @@ class Primary(NamedTuple):
 
 
 class Cheap(NamedTuple):
-    """Blocks of the depthwise conv: pixels × init channels; HOIST keeps its weights in registers."""
+    """Blocks of the depthwise conv: pixels × init channels."""
 
     BLOCK_P: int
     BLOCK_C: int
-    HOIST: bool
 
 
-def primary_key(itemsize: int, nhwc: bool, cin: int, cp: int, pixels: int) -> str:
+def primary_key(itemsize: int, nhwc: bool, cin: int, cp: int) -> str:
     layout = "nhwc" if nhwc else "nchw"
-    return (
-        f"{layout} bytes={itemsize} cin={_class(cin, CIN_CLASSES)} cp={_class(cp, CP_CLASSES)} "
-        f"pixels={_class(pixels, PIXEL_CLASSES)}"
-    )
+    return f"{layout} bytes={itemsize} cin={_class(cin, CIN_CLASSES)} cp={_class(cp, CP_CLASSES)}"
 
 
-def cheap_key(itemsize: int, nhwc: bool, dw_size: int, cp: int, pixels: int) -> str:
+def cheap_key(itemsize: int, nhwc: bool, dw_size: int, cp: int) -> str:
     layout = "nhwc" if nhwc else "nchw"
-    return f"{layout} bytes={itemsize} dw={dw_size} cp={_class(cp, CP_CLASSES)} pixels={_class(pixels, PIXEL_CLASSES)}"
+    return f"{layout} bytes={itemsize} dw={_class(dw_size, DW_CLASSES)} cp={_class(cp, CP_CLASSES)}"
 
 
 @functools.cache
@@ -73,16 +72,23 @@ def run_length(pixels: int, halo: int, units: int, step: int) -> int:
     return -(-max(min(wanted, longest, pixels), 1) // step) * step
 
 
-def blocks(args: GhostArgs, nhwc: bool, primary: bool = True, cheap: bool = True) -> dict[str, Any]:
-    """The launch constants of both steps in one kernel, or of one step in its own."""
+def blocks(
+    args: GhostArgs, nhwc: bool, primary: bool = True, cheap: bool = True, choice: tuple[Primary, Cheap] | None = None
+) -> dict[str, Any]:
+    """The launch constants of both steps in one kernel, or of one step in its own; ``choice`` replaces the table's."""
     n, cin, h, w = args.x.shape
     cp, pixels, itemsize = args.init_channels, h * w, args.x.element_size()
-    p = Primary(*tables()["primary"][primary_key(itemsize, nhwc, cin, cp, pixels)])
-    c = Cheap(*tables()["cheap"][cheap_key(itemsize, nhwc, args.dw_size, cp, pixels)])
+    if choice is None:
+        p = Primary(*tables()["primary"][primary_key(itemsize, nhwc, cin, cp)])
+        c = Cheap(*tables()["cheap"][cheap_key(itemsize, nhwc, args.dw_size, cp)])
+    else:
+        p, c = choice
+    if pixels <= SMALL_IMAGE:
+        p, c = p._replace(BLOCK_M=min(p.BLOCK_M, SMALL_IMAGE)), c._replace(BLOCK_P=min(c.BLOCK_P, SMALL_IMAGE))
     block_n = p.BLOCK_N if primary else c.BLOCK_C
     step = c.BLOCK_P if cheap else p.BLOCK_M
     halo = args.dw_size // 2 * (w + 1) if primary and cheap else 0
     return dict(
-        p._asdict(), BLOCK_N=block_n, BLOCK_P=c.BLOCK_P, BLOCK_C=min(c.BLOCK_C, block_n), HOIST=c.HOIST,
+        p._asdict(), BLOCK_N=block_n, BLOCK_P=c.BLOCK_P, BLOCK_C=min(c.BLOCK_C, block_n),
         ONE_K=cin <= p.BLOCK_K, num_warps=NUM_WARPS, run=run_length(pixels, halo, n * -(-cp // block_n), step),
     )  # fmt: skip

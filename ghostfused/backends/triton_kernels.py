@@ -18,6 +18,9 @@ Pixels are flat indices, p = h * W + w. Maps are either NCHW or NHWC (channels_l
 two that divide a tensor's sizes and strides, without which Triton could not prove that wide accesses are aligned.
 """
 
+# device code, of which mypy knows nothing
+# mypy: ignore-errors
+
 import triton
 import triton.language as tl
 from triton import knobs
@@ -179,7 +182,7 @@ def _primary_run(
 def _cheap_run(
     begin, end, c0, weight_ptr, Cp, norm, act, size, x1, out, residual, gate,
     NHWC: tl.constexpr, ACT: tl.constexpr, RATIO: tl.constexpr, DW_SIZE: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, HOIST: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """x2 for the pixels begin … end and all maps made from BLOCK_C init channels from c0."""
     HW, W, out_channels = size
@@ -190,11 +193,10 @@ def _cheap_run(
         j = c * (RATIO - 1) + r  # the depthwise conv's output channel
         c_mask = (c < Cp) & (Cp + j < out_channels)
         scale, shift = _scale_shift(norm, j, c_mask)
-        weights = ()
-        if HOIST:
-            for tap in tl.static_range(DW_SIZE * DW_SIZE):
-                loaded = tl.load(weight_ptr + j * (DW_SIZE * DW_SIZE) + tap, mask=c_mask, other=0.0)
-                weights = weights + (loaded.to(tl.float32),)  # noqa: RUF005 (Triton has no unpacking)
+        weights = ()  # stay in registers over the run
+        for tap in tl.static_range(DW_SIZE * DW_SIZE):
+            weight = tl.load(weight_ptr + j * (DW_SIZE * DW_SIZE) + tap, mask=c_mask, other=0.0)
+            weights = weights + (weight.to(tl.float32),)  # noqa: RUF005 (Triton has no unpacking)
         for q in range(begin, end, BLOCK_P):
             p = q + tl.arange(0, BLOCK_P)
             column = p % W
@@ -208,11 +210,7 @@ def _cheap_run(
                 inside = (p < end) & (row >= 0) & (row < HW) & (column + dx >= 0) & (column + dx < W)
                 step = x1_channels if NHWC else 1
                 tile = tl.load(x1_tile + dy * W * step + dx * step, mask=inside[:, None] & c_mask[None, :], other=0.0)
-                if HOIST:
-                    weight = weights[tap]
-                else:
-                    weight = tl.load(weight_ptr + j * (DW_SIZE * DW_SIZE) + tap, mask=c_mask, other=0.0)
-                acc += tile.to(tl.float32) * weight.to(tl.float32)[None, :]
+                acc += tile.to(tl.float32) * weights[tap][None, :]
             y = _activate(acc * scale[None, :] + shift[None, :], j, c_mask, act, ACT)
             _store(y, p, Cp + j, (p < end)[:, None] & c_mask[None, :], size, out, residual, gate, NHWC)
 
@@ -239,7 +237,6 @@ def ghost_kernel(
     X_ALIGN: tl.constexpr, CIN_ALIGN: tl.constexpr, CP_ALIGN: tl.constexpr, OUT_ALIGN: tl.constexpr,
     HW_ALIGN: tl.constexpr, INDEX_64: tl.constexpr, PRECISION: tl.constexpr, ONE_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-    HOIST: tl.constexpr,
 ):  # fmt: skip
     """A Ghost module (PRIMARY and CHEAP), or one of its two steps."""
     if INDEX_64:
@@ -306,11 +303,11 @@ def ghost_kernel(
         if BLOCK_C == BLOCK_N:
             _cheap_run(
                 begin, end, c0, cheap_weight_ptr, Cp, norm, act, size, x1, out, residual, gate,
-                NHWC, CHEAP_ACT, RATIO, DW_SIZE, BLOCK_P, BLOCK_C, HOIST,
+                NHWC, CHEAP_ACT, RATIO, DW_SIZE, BLOCK_P, BLOCK_C,
             )  # fmt: skip
         else:
             for c1 in range(c0, tl.minimum(c0 + BLOCK_N, Cp), BLOCK_C):
                 _cheap_run(
                     begin, end, c1, cheap_weight_ptr, Cp, norm, act, size, x1, out, residual, gate,
-                    NHWC, CHEAP_ACT, RATIO, DW_SIZE, BLOCK_P, BLOCK_C, HOIST,
+                    NHWC, CHEAP_ACT, RATIO, DW_SIZE, BLOCK_P, BLOCK_C,
                 )  # fmt: skip

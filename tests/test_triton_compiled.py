@@ -1,0 +1,208 @@
+"""What Triton's compiler makes of the kernels, with no GPU: builds for each target, resources, the barrier, and the
+compiled PTX run on the CPU by ptx-on-cpu (set PTX_ON_CPU to its folder)."""
+
+import functools
+import importlib.util
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ghostfused import ghost_module
+from ghostfused.backends import triton
+from ghostfused.spec import GhostArgs
+from ghostfused.testing import Case, judge, make_args
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+if triton.INTERPRETED:
+    pytest.skip("compiles, so TRITON_INTERPRET must not be set", allow_module_level=True)
+
+from ghostfused.backends.triton_compile import compile_launch, describe
+from ghostfused.backends.triton_kernels import ghost_kernel
+
+TARGETS = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx942"]
+SHARED_LIMIT = 99 * 1024  # of sm_86 and sm_89
+STEPS = {"triton": [(True, True)], "triton_two_kernel": [(True, False), (False, True)]}
+CASES = [
+    Case(batch=1, in_channels=24, out_channels=72, height=56, width=56, dtype=torch.float16, layout="nhwc"),
+    Case(batch=1, in_channels=112, out_channels=672, height=14, width=14, act_primary="silu", act_cheap="hardswish"),
+]
+WITH_ALL_INPUTS = Case(
+    batch=1, in_channels=20, out_channels=39, height=13, width=17, dtype=torch.bfloat16, norm_dtype=torch.float32,
+    input_gate=True, residual=True, output_gate=True, act_primary="prelu", act_cheap="leaky_relu", ratio=3,
+)  # fmt: skip
+
+
+def plans(case: Case, backend: str = "triton") -> list[dict]:
+    args = make_args(case)
+    out = args.new_output()
+    return [triton.plan(args, out, triton.scratch(args, out), *steps) for steps in STEPS[backend]]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("case", [*CASES, WITH_ALL_INPUTS], ids=str)
+def test_compiles(case, target):
+    (plan,) = plans(case)
+    compiled = compile_launch(plan, target)
+    assert compiled.asm["hsaco" if target.startswith("gfx") else "cubin"]
+    assert compiled.metadata.shared <= SHARED_LIMIT
+
+
+def _spilled(cubin: bytes, tmp_path: Path) -> int:
+    tool = Path(importlib.util.find_spec("triton").origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    (tmp_path / "kernel.cubin").write_bytes(cubin)
+    usage = subprocess.run(
+        [tool, "-res-usage", tmp_path / "kernel.cubin"], capture_output=True, text=True, check=True
+    ).stdout
+    stack, local = re.search(r"STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage).groups()
+    return int(stack) + int(local)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("in_channels", "out_channels", "size", "dw_size"),
+    [(16, 16, 112, 3), (160, 960, 7, 3), (61, 59, 28, 5), (64, 128, 20, 7)],
+)
+def test_spills_nothing(in_channels, out_channels, size, dw_size, dtype, layout, target, tmp_path):
+    (plan,) = plans(Case(1, in_channels, size, size, out_channels, dw_size=dw_size, dtype=dtype, layout=layout))
+    assert _spilled(compile_launch(plan, target).asm["cubin"], tmp_path) == 0
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_barrier_between_the_steps(case, target):
+    """The compiler keeps the barrier between the stores of x1 and its loads, which the read-only cache doesn't serve."""
+    (plan,) = plans(case)
+    ptx = compile_launch(plan, target).asm["ptx"]
+    assert "ld.global.nc" not in ptx
+    primary = compile_launch(plan | {"CHEAP": False}, target).asm["ptx"].count("st.global")
+    order = re.findall(r"st\.global|ld\.global|bar\.sync", ptx)
+    stores = [i for i, name in enumerate(order) if name == "st.global"]
+    assert len(stores) > primary > 0
+    between = order[stores[primary - 1] + 1 : stores[primary]]
+    assert "bar.sync" in between
+    assert between[between.index("bar.sync") :].count("ld.global") >= plan["DW_SIZE"] ** 2
+
+
+def test_channels_last_accesses_are_wide():
+    """Without the *_ALIGN constants Triton would move one value at a time."""
+    (plan,) = plans(CASES[0])
+    ptx = compile_launch(plan, "sm_80").asm["ptx"]
+    assert "st.global.v2.b32" in ptx or "st.global.v4.b32" in ptx
+    assert not re.search(r"st\.global\.b16", ptx)
+
+
+def test_refused_on_cpu_tensors():
+    args = make_args(Case())
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
+        ghost_module(args.x, args.primary_weight, args.cheap_weight, backend="triton")
+
+
+def test_import_without_triton():
+    """The package imports, and says why, where Triton is not installed."""
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, ghostfused\n"
+        "from ghostfused.backends import BACKENDS\n"
+        "print(BACKENDS['triton'].unavailable())\n"
+        "print(BACKENDS['triton_two_kernel'].unavailable())"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("triton can't be imported") == 2
+
+
+PTX_CASES = {
+    "fp16 nhwc": Case(batch=2, in_channels=40, height=12, width=20, dtype=torch.float16, layout="nhwc"),
+    "fp32 nchw": Case(batch=1, in_channels=24, height=20, width=28),
+    "bf16 nchw": Case(batch=1, in_channels=70, height=14, width=14, out_channels=33, dtype=torch.bfloat16, dw_size=5),
+    "tf32 nhwc": Case(batch=1, in_channels=24, height=9, width=15, layout="nhwc", allow_tf32=True),
+    "all inputs": WITH_ALL_INPUTS,
+    "sliced": Case(batch=2, in_channels=16, height=9, width=11, dtype=torch.float16, sliced=True),
+}
+
+
+@pytest.fixture(scope="module")
+def compiled_on_cpu():
+    folder = os.environ.get("PTX_ON_CPU")
+    if not folder:
+        pytest.skip("set PTX_ON_CPU to a ptx-on-cpu folder to run the compiled PTX on the CPU")
+    sys.path.insert(0, folder)
+    from triton_ptx import CompiledOnCPU
+
+    return CompiledOnCPU
+
+
+def run_in_three_orders(compiled_on_cpu, kernel, case: Case, backend: str = "triton") -> tuple[list, GhostArgs]:
+    """The outputs of ``kernel``'s compiled PTX with blocks and threads in three orders.
+
+    The tool reads its order once per process, so each order runs in a fork, with the output in shared memory. Runs are
+    at most 64 pixels, so that each program has neighbours whose halos overlap its run.
+    """
+    args = make_args(case)
+    pixels = args.x.shape[2] * args.x.shape[3]
+    out = args.new_output().share_memory_()
+    x1 = triton.scratch(args, out).share_memory_()
+    launches = []
+    for primary, cheap in STEPS[backend]:
+        plan = triton.plan(args, out, x1, primary, cheap) | {"run": 64 if pixels > 128 else 32}
+        signature, constexprs, attributes, options = describe(plan)
+        compiled = compiled_on_cpu(kernel, signature, constexprs, attrs=attributes, **options)
+        programs = len(args.x) * -(-pixels // plan["run"]) * -(-args.init_channels // plan["BLOCK_N"])
+        values = [plan[name] for name, kind in signature.items() if kind != "constexpr"]
+        launches.append(functools.partial(compiled, (programs,), *values))
+
+    def launch_all(order: str) -> None:
+        os.environ["SHIM_ORDER"] = order
+        for launch in launches:
+            launch()
+
+    results = []
+    for order in ("asc", "desc", "rand:7"):
+        out.fill_(float("nan"))
+        x1.fill_(float("nan"))
+        process = multiprocessing.get_context("fork").Process(target=launch_all, args=(order,))
+        process.start()
+        process.join()
+        assert process.exitcode == 0, f"SHIM_ORDER={order}"
+        results.append(out.clone())
+    return results, args
+
+
+@pytest.mark.parametrize("backend", STEPS)
+@pytest.mark.parametrize("name", PTX_CASES)
+def test_compiled_ptx(name, backend, compiled_on_cpu):
+    results, args = run_in_three_orders(compiled_on_cpu, ghost_kernel, PTX_CASES[name], backend)
+    verdict = judge(results[0], args)
+    assert verdict.ok, verdict
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("        tl.debug_barrier()", "        pass"),
+        ("halo = DW_SIZE // 2 * (W + 1) if", "halo = DW_SIZE // 2 * W if"),
+        ("(column + dx < W)", "(column + dx <= W)"),
+    ],
+    ids=["no barrier", "halo too short", "padding not masked"],
+)
+def test_compiled_ptx_sees_faults(right, wrong, compiled_on_cpu, tmp_path):
+    """The run above fails for a kernel with a planted fault."""
+    source = Path(sys.modules[ghost_kernel.__module__].__file__).read_text()
+    assert source.count(right) == 1
+    path = tmp_path / "faulty_kernels.py"
+    path.write_text(source.replace(right, wrong).replace("from ..spec", "from ghostfused.spec"))
+    spec = importlib.util.spec_from_file_location("faulty_kernels", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    results, args = run_in_three_orders(compiled_on_cpu, module.ghost_kernel, PTX_CASES["fp32 nchw"])
+    assert not all(judge(out, args).ok for out in results)
