@@ -3,6 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 VENV := .venv
 PY := $(VENV)/bin/python
+SOURCES := $(wildcard csrc/*.* csrc/cpu/*.*)
 # One architecture for local builds: the GPU's if there is one, else sm_80 with PTX, which the CPU runner executes.
 export TORCH_CUDA_ARCH_LIST ?= $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1),8.0+PTX)
 
@@ -11,11 +12,11 @@ export TORCH_CUDA_ARCH_LIST ?= $(or $(shell nvidia-smi --query-gpu=compute_cap -
 $(VENV)/installed: pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade "setuptools>=77" wheel ninja $(TORCH)
-	GHOSTFUSED_CUDA=0 $(PY) -m pip install --quiet --no-build-isolation -e ".[dev]"
+	GHOSTFUSED_CUDA=0 GHOSTFUSED_CPU=0 $(PY) -m pip install --quiet --no-build-isolation -e ".[dev]"
 	touch $@
 
 # The package is installed in place: only a change of C++ or CUDA needs a build.
-$(VENV)/built: $(VENV)/installed setup.py $(wildcard csrc/*)
+$(VENV)/built: $(VENV)/installed setup.py $(SOURCES)
 	$(PY) -m pip install --quiet --no-build-isolation --no-deps -e .
 	touch $@
 
@@ -29,12 +30,12 @@ check: $(VENV)/built
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	$(VENV)/bin/clang-format --dry-run --Werror $(wildcard csrc/*)
+	$(VENV)/bin/clang-format --dry-run --Werror $(SOURCES)
 
 format: $(VENV)/built
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	$(VENV)/bin/clang-format -i $(wildcard csrc/*)
+	$(VENV)/bin/clang-format -i $(SOURCES)
 
 bench: $(VENV)/built
 	$(PY) -m bench.static

@@ -1,7 +1,9 @@
-"""Builds ghostfused._C where there is a CUDA toolkit; everything else is in pyproject.toml.
+"""Builds ghostfused._C where there is a CUDA toolkit and ghostfused._cpu where there is a C++ compiler; the rest is in
+pyproject.toml. An extension that can't be built leaves a note that ``python -m ghostfused info`` shows.
 
 Environment:
-    GHOSTFUSED_CUDA       0: don't build the extension; 1: fail if it can't be built; unset: build it if possible.
+    GHOSTFUSED_CUDA       0: don't build ghostfused._C; 1: fail if it can't be built; unset: build it if possible.
+    GHOSTFUSED_CPU        the same for ghostfused._cpu.
     TORCH_CUDA_ARCH_LIST  architectures, as for any torch extension; the default is below.
     MAX_JOBS              parallel compilers.
 """
@@ -18,8 +20,8 @@ from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
 ARCHITECTURES = "8.0 8.6 8.9 9.0 10.0+PTX"
-FAILURE = ROOT / "ghostfused" / "_build_failure.txt"
-"""Why the last build has no extension; ``python -m ghostfused info`` shows it."""
+CXX_FLAGS = ["-std=c++20", "-g0", "-Wall", "-fvisibility=hidden"]
+CXX_FLAGS += ["-DTORCH_TARGET_VERSION=0x020b000000000000"]  # the stable ABI of torch 2.11
 
 
 def find_cuda_home() -> Path | None:
@@ -45,79 +47,117 @@ def cudart(cuda_home: Path) -> list[str]:
     raise RuntimeError(f"no libcudart in {cuda_home}")
 
 
-def extension():
-    """(the extension module, its build command); raises RuntimeError where it can't be built."""
+def cpp_extension():
+    """torch's builder, or a RuntimeError that says why there is none."""
+    try:
+        from torch.utils import cpp_extension
+    except ImportError as error:
+        raise RuntimeError(f"no torch at build time ({error}); install with --no-build-isolation") from error
+    return cpp_extension
+
+
+def common(folder: Path) -> dict:
+    """Sources and include folders of an extension whose files are in ``folder``."""
+    files = sorted(str(p.relative_to(ROOT)) for p in folder.iterdir())
+    include_dirs = [str(folder)]
+    if importlib.util.find_spec("pybind11"):  # else torch's copy
+        import pybind11
+
+        include_dirs.append(pybind11.get_include())
+    return {
+        "sources": [f for f in files if f.endswith((".cpp", ".cu"))],
+        "depends": [f for f in files if f.endswith((".h", ".cuh"))],
+        "include_dirs": include_dirs,
+    }
+
+
+def cuda_extension():
+    """ghostfused._C; raises RuntimeError where it can't be built."""
     cuda_home = find_cuda_home()
     if cuda_home is None:
         raise RuntimeError("no CUDA toolkit with nvcc on PATH, in CUDA_HOME or in pip's nvidia packages")
     os.environ["CUDA_HOME"] = str(cuda_home)  # torch reads it on import
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
-    try:
-        from torch.utils import cpp_extension
-    except ImportError as error:
-        raise RuntimeError(f"no torch at build time ({error}); install with --no-build-isolation") from error
-
-    include_dirs = [str(ROOT / "csrc")]
-    if importlib.util.find_spec("pybind11"):  # else torch's copy
-        import pybind11
-
-        include_dirs.append(pybind11.get_include())
     architectures = os.environ["TORCH_CUDA_ARCH_LIST"].replace(";", " ")
-    sources = sorted(p.relative_to(ROOT) for p in (ROOT / "csrc").iterdir())
-    module = cpp_extension.CUDAExtension(
+    module = cpp_extension().CUDAExtension(
         "ghostfused._C",
-        sources=[str(p) for p in sources if p.suffix in (".cpp", ".cu")],
-        depends=[str(p) for p in sources if p.suffix in (".h", ".cuh")],
-        include_dirs=include_dirs,
+        **common(ROOT / "csrc"),
         extra_compile_args={
-            "cxx": [
-                *("-std=c++20", "-O2", "-g0", "-Wall", "-fvisibility=hidden"),
-                *("-DTORCH_TARGET_VERSION=0x020b000000000000", "-DUSE_CUDA"),  # the stable ABI of torch 2.11
-                f'-DGHOSTFUSED_ARCHITECTURES="{architectures}"',
-            ],
+            "cxx": [*CXX_FLAGS, "-O2", "-DUSE_CUDA", f'-DGHOSTFUSED_ARCHITECTURES="{architectures}"'],
             "nvcc": ["-std=c++20", "-O3", "-Xptxas=-warn-spills", "-Xfatbin=-compress-all"],
         },
         extra_link_args=cudart(cuda_home),
     )
     module.libraries = [name for name in module.libraries if name in ("c10", "torch", "torch_cpu", "torch_cuda")]
-    return module, cpp_extension.BuildExtension
+    return module
 
 
-def optional(command: type) -> type:
-    """``command``, but a build that fails leaves a note instead of an exception."""
+def cpu_extension():
+    """ghostfused._cpu; raises RuntimeError where it can't be built."""
+    if not shutil.which(os.environ.get("CXX", "g++")):
+        raise RuntimeError("no C++ compiler: neither g++ nor the one that CXX names")
+    module = cpp_extension().CppExtension(
+        "ghostfused._cpu", **common(ROOT / "csrc" / "cpu"), extra_compile_args=[*CXX_FLAGS, "-O3"]
+    )
+    module.libraries = [name for name in module.libraries if name in ("c10", "torch", "torch_cpu")]
+    return module
 
-    class Optional(command):
+
+def failure(name: str) -> Path:
+    return ROOT / "ghostfused" / f"{name}_build_failure.txt"
+
+
+def without(name: str, reason: str) -> None:
+    print(f"warning: ghostfused is installed without ghostfused.{name}: {reason}", file=sys.stderr)
+    failure(name).write_text(reason + "\n")
+
+
+def build_command(required: dict[str, bool]) -> type:
+    """torch's build_ext, but an extension that fails to build and isn't required leaves a note."""
+
+    class Build(cpp_extension().BuildExtension):  # type: ignore[misc]
         def run(self) -> None:
             try:
                 super().run()
+            except Exception as error:  # torch checks the CUDA toolkit before it builds anything
+                others = [ext for ext in self.extensions if ext.name != "ghostfused._C"]
+                if required.get("_C", True) or len(others) == len(self.extensions):
+                    raise
+                without("_C", str(error))
+                self.extensions = others
+                super().run()
+
+        def build_extension(self, ext) -> None:
+            try:
+                super().build_extension(ext)
             except Exception as error:
-                without(f"the build failed: {error}")
+                name = ext.name.rpartition(".")[2]
+                if required[name]:
+                    raise
+                ext.optional = True  # setuptools doesn't copy what isn't there
+                without(name, f"the build failed: {error}")
 
-    return Optional
-
-
-def without(reason: str) -> None:
-    print(f"warning: ghostfused is installed without its CUDA extension: {reason}", file=sys.stderr)
-    FAILURE.write_text(reason + "\n")
+    return Build
 
 
 def main() -> None:
-    wanted = os.environ.get("GHOSTFUSED_CUDA", "")
-    if wanted not in ("", "0", "1"):
-        raise SystemExit(f"GHOSTFUSED_CUDA: expected 0, 1 or nothing, got {wanted!r}")
-    FAILURE.unlink(missing_ok=True)
-    modules, commands = [], {}
-    if wanted == "0":
-        without("GHOSTFUSED_CUDA=0 when it was installed")
-    else:
+    modules, required = [], {}
+    for name, variable, make in (("_C", "GHOSTFUSED_CUDA", cuda_extension), ("_cpu", "GHOSTFUSED_CPU", cpu_extension)):
+        wanted = os.environ.get(variable, "")
+        if wanted not in ("", "0", "1"):
+            raise SystemExit(f"{variable}: expected 0, 1 or nothing, got {wanted!r}")
+        failure(name).unlink(missing_ok=True)
+        required[name] = wanted == "1"
+        if wanted == "0":
+            without(name, f"{variable}=0 when it was installed")
+            continue
         try:
-            module, command = extension()
-            modules, commands = [module], {"build_ext": command if wanted == "1" else optional(command)}
+            modules.append(make())
         except RuntimeError as error:
-            if wanted == "1":
+            if required[name]:
                 raise
-            without(str(error))
-    setup(ext_modules=modules, cmdclass=commands)
+            without(name, str(error))
+    setup(ext_modules=modules, cmdclass={"build_ext": build_command(required)} if modules else {})
 
 
 main()

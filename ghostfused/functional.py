@@ -68,7 +68,7 @@ def ghost_module(
     cheap_act, cheap_negative_slope, cheap_prelu = activation("cheap", act_cheap, cheap_slope)
     if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, primary_weight, cheap_weight, primary_bias, cheap_bias, primary_prelu, cheap_prelu = (
+        x, primary_weight, cheap_weight, primary_bias, cheap_bias, primary_prelu, cheap_prelu = (  # type: ignore[assignment]
             t if t is None or t.dtype == torch.float64 else t.to(dtype)
             for t in (x, primary_weight, cheap_weight, primary_bias, cheap_bias, primary_prelu, cheap_prelu)
         )

@@ -33,9 +33,7 @@ def fuse(model: nn.Module, *, inplace: bool = False, backend: str = "auto") -> n
     return fuse_with_report(model, inplace=inplace, backend=backend)[0]
 
 
-def fuse_with_report(
-    model: nn.Module, *, inplace: bool = False, backend: str = "auto"
-) -> tuple[nn.Module, list[Swap]]:
+def fuse_with_report(model: nn.Module, *, inplace: bool = False, backend: str = "auto") -> tuple[nn.Module, list[Swap]]:
     """As ``fuse``; also says what became of each module that reads as a Ghost module."""
     if not inplace:
         model = copy.deepcopy(model)

@@ -15,7 +15,7 @@ from .backends import BACKENDS
 
 def collect() -> dict:
     """Versions, devices, and per backend None or the reason why it can't run here."""
-    packages = {}
+    packages: dict[str, str | None] = {}
     for name in ("torch", "triton", "numpy"):
         try:
             packages[name] = metadata.version(name)
@@ -33,7 +33,7 @@ def collect() -> dict:
         "torch_cuda": torch.version.cuda,
         **packages,
         "gpus": gpus,
-        "extension": BACKENDS["cuda"].build_info(),
+        "extensions": {name: BACKENDS[name].build_info() for name in ("cuda", "cpu")},
         "backends": {name: backend.unavailable() for name, backend in BACKENDS.items()},
     }
 
@@ -49,11 +49,12 @@ def main(options: argparse.Namespace) -> int:
         print(json.dumps(facts, indent=2))
         return 0
     for name, value in facts.items():
-        if name not in ("backends", "gpus", "extension"):
+        if name not in ("backends", "gpus", "extensions"):
             print(f"{name:12} {value}")
     for gpu in facts["gpus"] or [None]:
         print(f"{'gpu':12} {gpu or 'none'}")
-    print(f"{'extension':12} {facts['extension'] or 'not built'}")
+    for name, built in facts["extensions"].items():
+        print(f"{f'{name} build':12} {built or 'not built'}")
     print("\nbackends")
     for name, reason in facts["backends"].items():
         print(f"  {name:18} {'works' if reason is None else f'no: {reason}'}")

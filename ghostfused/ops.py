@@ -59,8 +59,8 @@ def _backward(grad_output: Tensor, *args) -> list[Tensor]:
             t.detach().requires_grad_(need) if t is not None else None
             for t, need in zip(fields[: len(TENSORS)], needs_grad, strict=True)
         ]
-        out = reference.ghost_module(GhostArgs(*tensors, *fields[len(TENSORS) :]))
-        wanted = [t for t, need in zip(tensors, needs_grad, strict=True) if need]
+        out = reference.ghost_module(GhostArgs(*tensors, *fields[len(TENSORS) :]))  # type: ignore[arg-type]
+        wanted = [t for t, need in zip(tensors, needs_grad, strict=True) if need and t is not None]
         grads = torch.autograd.grad(out, wanted, grad_output, allow_unused=True, materialize_grads=True)
     return [_owned(grad, like, grad_output) for grad, like in zip(grads, wanted, strict=True)]
 

@@ -79,6 +79,11 @@ class GhostArgs(NamedTuple):
     allow_tf32: bool
 
     @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The tensor arguments, which come first; their names are ``TENSORS``."""
+        return self[: len(TENSORS)]  # type: ignore[return-value]
+
+    @property
     def init_channels(self) -> int:
         return self.primary_weight.shape[0]
 

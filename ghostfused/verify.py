@@ -59,14 +59,15 @@ def main(options: argparse.Namespace) -> int:
 
 def read_cases(path: Path, max_size: int | None = None, **settings) -> list[Case]:
     """The distinct Ghost modules of a JSON Lines file as Cases; ``settings`` are further fields of Case."""
-    cases = {}
+    cases: dict[Case, None] = {}
     for number, line in enumerate(path.read_text().splitlines(), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-            size = {side: cut(row[side], max_size) for side in ("height", "width")}
-            case = Case(**{k: row[k] for k in _ROW_FIELDS if k in row}, **size, **settings)
+            fields = {k: row[k] for k in _ROW_FIELDS if k in row}
+            fields |= {side: cut(row[side], max_size) for side in ("height", "width")}
+            case = Case(**fields, **settings)
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise SystemExit(f"{path}:{number}: expected a JSON object with {_ROW_FIELDS}, got {error!r}") from None
         cases[case] = None

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from ..spec import Act, GhostArgs
+from ..spec import TENSORS, Act, GhostArgs
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 KERNEL_DW_SIZES = (1, 3, 5, 7)
-_NORMS = ("primary_mean", "primary_var", "primary_gamma", "primary_beta")
-_NORMS += tuple(name.replace("primary", "cheap") for name in _NORMS)
+_NORMS = tuple(f"{half}_{name}" for half in ("primary", "cheap") for name in ("mean", "var", "gamma", "beta"))
 
 
 def norm_dtype(args: GhostArgs) -> torch.dtype | None:
@@ -34,4 +33,21 @@ def kernel_refusal(args: GhostArgs) -> str | None:
         return "GELU (the kernels have the other activations)"
     if norm_dtype(args) not in (args.x.dtype, torch.float32):
         return f"norm tensors of mixed dtypes (the kernels take all {args.x.dtype} or all float32)"
+    return None
+
+
+_MAX_SIZE = 2**31 - 1
+"""The compiled kernels count each dimension in 32 bits; their offsets have 64."""
+
+
+def placement_refusal(args: GhostArgs) -> str | None:
+    """Why a compiled kernel can't run ``args`` for where its tensors are or how long they are; None if it can."""
+    device = args.x.device
+    for name in TENSORS:
+        t = getattr(args, name)
+        if t is not None and t.device != device:
+            return f"{name} on {t.device}, x on {device}"
+    # a symbolic size is left to the binding: comparing it here would constrain the shapes of an exported program
+    if not torch.compiler.is_compiling() and max(*args.x.shape, args.out_channels) > _MAX_SIZE:
+        return f"a dimension beyond {_MAX_SIZE}: x of shape {tuple(args.x.shape)}, {args.out_channels} output channels"
     return None

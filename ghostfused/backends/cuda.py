@@ -2,40 +2,22 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
 from ..ops import forward_op
-from ..spec import TENSORS, GhostArgs
-from .common import kernel_refusal
+from ..spec import GhostArgs
+from .common import kernel_refusal, placement_refusal
+from .extension import Extension
 
-_MAX_SIZE = 2**31 - 1
-"""The kernel counts each dimension, and its blocks, in 32 bits; offsets are of 64."""
-
-
-def _load() -> str | None:
-    """Why the extension can't be loaded; None if it is."""
-    if importlib.util.find_spec("ghostfused._C") is None:
-        note = Path(__file__).parents[1] / "_build_failure.txt"
-        return "the extension ghostfused._C is not built" + (f": {note.read_text().strip()}" if note.exists() else "")
-    try:
-        importlib.import_module("ghostfused._C")
-    except ImportError as error:  # built for another Python, torch or CUDA runtime
-        return f"the extension ghostfused._C can't be loaded: {error}"
-    return None
-
-
-_load_failure = _load()
+_extension = Extension("_C")
+build_info = _extension.build_info
 
 
 def unavailable() -> str | None:
     """Why the kernel can't run on this machine; None if it can."""
-    if _load_failure is not None:
-        return _load_failure
+    if _extension.failure is not None:
+        return _extension.failure
     if torch.version.cuda is None:
         return "this torch is built without CUDA"
     if not torch.cuda.is_available():
@@ -63,16 +45,7 @@ def supports(args: GhostArgs) -> str | None:
     device = args.x.device
     if device.type != "cuda":
         return f"tensors on {device} (the kernel takes CUDA tensors)"
-    reason = _device_refusal(device.index or 0) or kernel_refusal(args)
-    if reason is not None:
-        return reason
-    for name in TENSORS:
-        t = getattr(args, name)
-        if t is not None and t.device != device:
-            return f"{name} on {t.device}, x on {device}"
-    if max(*args.x.shape, args.out_channels) > _MAX_SIZE:
-        return f"a dimension beyond {_MAX_SIZE}: x of shape {tuple(args.x.shape)}, {args.out_channels} output channels"
-    return None
+    return _device_refusal(device.index or 0) or kernel_refusal(args) or placement_refusal(args)
 
 
 def forward(args: GhostArgs) -> Tensor:
