@@ -22,7 +22,11 @@ def by_modules(args: GhostArgs) -> torch.Tensor:
         get = lambda name: getattr(args, f"{prefix}_{name}")  # noqa: E731
         weight = get("weight")
         conv = nn.Conv2d(
-            weight.shape[1] * conv_args["groups"], weight.shape[0], weight.shape[2], bias=get("bias") is not None, **conv_args
+            weight.shape[1] * conv_args["groups"],
+            weight.shape[0],
+            weight.shape[2],
+            bias=get("bias") is not None,
+            **conv_args,
         )
         conv.weight.data = weight
         if get("bias") is not None:
@@ -168,11 +172,11 @@ def test_no_function_without_gradients():
 
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 def test_opcheck(layout):
-    args = make_args(Case(layout=layout, sliced=True, input_gate=True, residual=True, output_gate=True, act_cheap="prelu"))
+    args = make_args(
+        Case(layout=layout, sliced=True, input_gate=True, residual=True, output_gate=True, act_cheap="prelu")
+    )
     torch.library.opcheck(torch.ops.ghostfused.forward_reference.default, tuple(args))
-    needs_grad = [
-        t is not None and not name.endswith(("mean", "var")) for name, t in zip(TENSORS, args, strict=False)
-    ]
+    needs_grad = [t is not None and not name.endswith(("mean", "var")) for name, t in zip(TENSORS, args, strict=False)]
     grad = torch.randn(args.output_shape())
     torch.library.opcheck(torch.ops.ghostfused.backward.default, (grad, *args, needs_grad))
 
@@ -217,7 +221,11 @@ def test_autocast_matches_eager_autocast():
 
 
 def simple(**changes):
-    tensors = {"x": torch.randn(2, 6, 5, 5), "primary_weight": torch.randn(4, 6, 1, 1), "cheap_weight": torch.randn(4, 1, 3, 3)}
+    tensors = {
+        "x": torch.randn(2, 6, 5, 5),
+        "primary_weight": torch.randn(4, 6, 1, 1),
+        "cheap_weight": torch.randn(4, 1, 3, 3),
+    }
     return ghost_module(**{**tensors, **changes})
 
 
@@ -236,7 +244,10 @@ def test_empty_batch_nan_and_inference_mode():
 def test_output_is_fresh_and_writable():
     x, residual = torch.randn(2, 6, 5, 5), torch.randn(2, 7, 5, 5)
     out = simple(x=x, residual=residual, out_channels=7)
-    assert out.untyped_storage().data_ptr() not in (x.untyped_storage().data_ptr(), residual.untyped_storage().data_ptr())
+    assert out.untyped_storage().data_ptr() not in (
+        x.untyped_storage().data_ptr(),
+        residual.untyped_storage().data_ptr(),
+    )
     assert out.untyped_storage().nbytes() == out.numel() * 4
     out += 1
 
