@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from ghostfused import FusedGhostModule, adopt
-from ghostfused.fuse import fuse_with_report
 from ghostfused.verify import DTYPES, calibrate, load_model
 
 ROOT = Path(__file__).parent.parent
@@ -85,31 +84,32 @@ class Layer:
         primary = self.in_channels * self.kernel_size**2 * self.init_channels
         return 2 * pixels * (primary + (self.out_channels - self.init_channels) * self.dw_size**2)
 
+    def calibrated(self) -> nn.Module:
+        """A float32 copy of the module on the CPU whose BatchNorms have statistics of its own activations."""
+        module = copy.deepcopy(self.module).cpu().float()
+        x = torch.randn(1, *self.shape, generator=torch.Generator().manual_seed(1))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return calibrate(module, x, batches=1)
+
     def as_row(self) -> dict:
         row = {f: getattr(self, f) for f in self.__dataclass_fields__ if f != "module"}
         return row | {"names": list(self.names), "count": len(self.names), "ratio": self.ratio}
 
 
-def layer(name: str, module: nn.Module, shape: tuple[int, int, int]) -> Layer:
-    """``module``, for inputs of (N, *shape); its BatchNorms get statistics of its own activations on such inputs."""
+def layer(name: str, module: nn.Module, shape: tuple[int, int, int], count: int = 1) -> Layer:
+    """``module``, for inputs of (N, *shape)."""
     adopted = adopt.read(module)
     if isinstance(adopted, str):
         raise ValueError(f"{name} is no Ghost module: {adopted}")
-    halves = [adopt.read_half(getattr(module, child)) for child in (adopted.primary, adopted.cheap)]
-    primary, cheap = halves
+    primary, cheap = (adopt.read_half(getattr(module, child)) for child in (adopted.primary, adopted.cheap))
     assert not isinstance(primary, str)
     assert not isinstance(cheap, str)
-    module = copy.deepcopy(module).cpu().float()
-    x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(1))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        calibrate(module, x)
-    with torch.no_grad():
-        _, out_channels, out_height, out_width = module(x).shape
     in_channels, height, width = shape
+    stride = primary.conv.stride[0]
     return Layer(
-        name, (name,), module, in_channels, primary.weight.shape[0], out_channels, height, width, out_height, out_width,
-        primary.weight.shape[2], primary.conv.stride[0], cheap.weight.shape[2],
+        name, (name,) * count, module, in_channels, primary.weight.shape[0], adopted.out_channels, height, width,
+        -(-height // stride), -(-width // stride), primary.weight.shape[2], stride, cheap.weight.shape[2],
         primary.act.name.lower(), cheap.act.name.lower(),
     )  # fmt: skip
 
@@ -127,7 +127,7 @@ def distinct(layers: list[Layer]) -> list[Layer]:
 def layers_of(model: nn.Module, size: int = 224) -> list[Layer]:
     """The Ghost modules that ``model`` calls on a (1, 3, size, size) input, with the shapes that hooks see there."""
     model = model.eval()
-    names = [swap.fqn for swap in fuse_with_report(model)[1] if swap.fused]
+    names = [name for name, module in model.named_modules() if not isinstance(adopt.read(module), str)]
     shapes: dict[str, tuple[int, int, int]] = {}
     handles = [
         model.get_submodule(name).register_forward_pre_hook(
@@ -154,8 +154,8 @@ def layers_from_rows(path: Path = CONFIGS, source: str | None = None) -> list[La
             r["in_channels"], r["out_channels"], r.get("ratio", 2), r.get("kernel_size", 1), r.get("stride", 1),
             dw_size=r.get("dw_size", 3), act_primary=r.get("act_primary", "relu"), act_cheap=r.get("act_cheap", "relu"),
         )  # fmt: skip
-        one = layer(f"row {i}", Unfused(module), (r["in_channels"], r["height"], r["width"]))
-        layers.append(replace(one, names=tuple(f"row {i}" for _ in range(r.get("count", 1)))))
+        shape = r["in_channels"], r["height"], r["width"]
+        layers.append(layer(f"row {i}", Unfused(module), shape, r.get("count", 1)))
     return distinct(layers)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import gc
+import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,7 +61,8 @@ def contest(
         verdict = oracle.judge(outputs, peer.computes_in)
         if not peer.ours:
             verdict = verdict._replace(limit=verdict.limit * others_tolerance)
-        row |= {"error": verdict.error, "torch_error": verdict.torch_error, "limit": verdict.limit}
+        finite = math.isfinite(verdict.error)  # JSON has no infinity
+        row |= {"error": verdict.error if finite else None, "torch_error": verdict.torch_error, "limit": verdict.limit}
         if peer.computes_in is not None:
             row["precision"] = str(peer.computes_in).removeprefix("torch.")
         if not verdict.ok:
@@ -130,10 +133,15 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def set_device(options: argparse.Namespace) -> torch.device:
-    """Resolves --device and pins the thread count."""
+    """Resolves --device and pins the thread count; says if the machine is busy."""
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if options.threads:
         torch.set_num_threads(options.threads)
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load > cores / 2:
+        print(
+            f"load average {load:.1f} on {cores} cores: other programs are running, and times will be noisy", flush=True
+        )
     set_tf32("tf32" in getattr(options, "dtype", []))
     return torch.device(options.device)
 

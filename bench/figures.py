@@ -107,7 +107,7 @@ def speedup(rows: list[dict], title: str):
                 axis.plot(ratio, y, marker, color=palette[peer], markersize=4.5, alpha=0.35 if tie else 0.9, label=name)
     axis.axvline(1, color="#111827", linewidth=1)
     axis.set_xscale("log", base=2)
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}×"))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.2g}×"))
     axis.xaxis.set_minor_formatter(NullFormatter())
     axis.set_yticks(at, [module_label(r) for r in modules.values()], fontsize=8)
     axis.set_ylim(-0.8, len(modules) - 0.2)
@@ -213,7 +213,7 @@ def bars(groups: dict[str, dict[str, float]], unit: str, title: str, form: str):
     largest = max(value for *_, value in entries)
     for group, values in groups.items():
         first = next(iter(values.values()))
-        axis.text(0, y, group, fontsize=9, fontweight="bold", va="center")
+        axis.text(largest * 0.006, y, group, fontsize=9, fontweight="bold", va="center")
         for name, value in values.items():
             y -= 1
             axis.barh(y, value, 0.75, color=OURS[0] if is_ours(name) else "#9aa5b1")

@@ -86,7 +86,7 @@ def main(options: argparse.Namespace) -> int:
                         continue
                     display.case(layer.name)
                     rows = contest.contest(
-                        layer.module, layer.shape, setting, peers, how, display.doing, options.others_tolerance
+                        layer.calibrated(), layer.shape, setting, peers, how, display.doing, options.others_tolerance
                     )
                     for row in rows:
                         row |= {"kind": "module", **layer.as_row(), **vars(setting)}
