@@ -151,7 +151,8 @@ Tensor forward_cpu(Tensor x, Tensor primary_weight, OptionalTensor primary_bias,
                    OptionalTensor residual, OptionalTensor output_gate, double primary_eps, int64_t primary_act,
                    double primary_negative_slope, double cheap_eps, int64_t cheap_act, double cheap_negative_slope,
                    int64_t out_channels, int64_t stride, int64_t dilation, int64_t groups, bool allow_tf32) {
-  for (const auto& [name, t] : {std::pair{"x", &x}, {"primary_weight", &primary_weight}, {"cheap_weight", &cheap_weight}}) {
+  for (const auto& [name, t] :
+       {std::pair{"x", &x}, {"primary_weight", &primary_weight}, {"cheap_weight", &cheap_weight}}) {
     if (t->dim() != 4) fail(name, ": expected 4 dimensions, got ", t->dim());
   }
   const Checker checker{x.scalar_type()};

@@ -345,8 +345,7 @@ class Worker {
       if (kChannelsLast) zero(weight, padded * s.in_channels);
       for (int64_t c = 0; c < channels; ++c) {
         for (int64_t k = 0; k < s.in_channels; ++k) {
-          weight[c * to_c + k * to_k] =
-              to_float(from[c * p.primary_weight_stride_n + k * p.primary_weight_stride_k]);
+          weight[c * to_c + k * to_k] = to_float(from[c * p.primary_weight_stride_n + k * p.primary_weight_stride_k]);
         }
       }
     }

@@ -64,7 +64,8 @@ const Isa* chosen_isa(const char** error) {
         if (std::strcmp(isa->name, name) == 0) c.isa = isa;
       }
       if (c.isa && c.isa->supported()) return c;
-      c.error = std::string("GHOSTFUSED_CPU_ISA=") + name + (c.isa ? ": this CPU lacks it" : ": no such instruction set");
+      c.error =
+          std::string("GHOSTFUSED_CPU_ISA=") + name + (c.isa ? ": this CPU lacks it" : ": no such instruction set");
       c.isa = nullptr;
       return c;
     }

@@ -9,6 +9,7 @@
 #pragma GCC target("avx2,fma,f16c,bmi,bmi2")
 #define GHOSTFUSED_ISA avx2
 #define GHOSTFUSED_LANES 8
+#define GHOSTFUSED_X86_HALVES
 #include "forward.h"
 
 namespace ghostfused::cpu {

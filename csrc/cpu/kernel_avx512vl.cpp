@@ -9,6 +9,8 @@
 #pragma GCC target("avx2,fma,f16c,bmi,bmi2,avx512f,avx512vl,avx512dq,avx512bw")
 #define GHOSTFUSED_ISA avx512vl
 #define GHOSTFUSED_LANES 8
+#define GHOSTFUSED_MANY_REGISTERS
+#define GHOSTFUSED_X86_HALVES
 #include "forward.h"
 
 namespace ghostfused::cpu {

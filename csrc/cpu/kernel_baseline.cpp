@@ -6,6 +6,9 @@
 
 #define GHOSTFUSED_ISA baseline
 #define GHOSTFUSED_LANES 4
+#ifdef __aarch64__
+#define GHOSTFUSED_MANY_REGISTERS
+#endif
 #include "forward.h"
 
 namespace ghostfused::cpu {

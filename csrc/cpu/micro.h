@@ -6,7 +6,7 @@
 namespace ghostfused::cpu::GHOSTFUSED_ISA {
 
 // Accumulators fill three quarters of the vector registers.
-#if defined(__AVX512VL__) || defined(__aarch64__)
+#ifdef GHOSTFUSED_MANY_REGISTERS  // 32 of them
 constexpr int kMaxRows = 8;
 #else
 constexpr int kMaxRows = 4;
@@ -71,8 +71,7 @@ using Multiply = void (*)(const Panel&);
 
 template <bool kRowsAreChannels, int... kIndex>
 Multiply multiply_kernel(int rows, int vecs, std::integer_sequence<int, kIndex...>) {
-  static constexpr Multiply kernels[] = {
-      multiply<kIndex / kMaxVecs + 1, kIndex % kMaxVecs + 1, kRowsAreChannels>...};
+  static constexpr Multiply kernels[] = {multiply<kIndex / kMaxVecs + 1, kIndex % kMaxVecs + 1, kRowsAreChannels>...};
   return kernels[(rows - 1) * kMaxVecs + vecs - 1];
 }
 template <bool kRowsAreChannels>
@@ -98,9 +97,11 @@ struct Walk {
 // kOutputs steps at once, so that each loaded vector serves all the taps that it lies under.
 template <int kSize, int kOutputs, bool kMasked>
 GHOSTFUSED_INLINE void depthwise_step(const Walk& p, const float* x1, float* out) {
+  constexpr bool kInParts = kSize > 5;  // 49 products in one go lose twice what PyTorch's order loses
   Vec sum[kOutputs] = {};
 #pragma GCC unroll 16
   for (int i = 0; i < kOutputs + kSize - 1; ++i) {
+    Vec part[kOutputs] = {};
 #pragma GCC unroll 16
     for (int j = 0; j < kSize; ++j) {
       Vec x = load(x1 + i * p.walk + j * p.cross);
@@ -108,9 +109,13 @@ GHOSTFUSED_INLINE void depthwise_step(const Walk& p, const float* x1, float* out
 #pragma GCC unroll 16
       for (int o = 0; o < kOutputs; ++o) {
         const int tap = i - o;
-        if (tap >= 0 && tap < kSize) sum[o] += x * load(p.weight + (tap * kSize + j) * p.weight_step);
+        if (tap < 0 || tap >= kSize) continue;
+        Vec& to = kInParts ? part[o] : sum[o];
+        to += x * load(p.weight + (tap * kSize + j) * p.weight_step);
       }
     }
+#pragma GCC unroll 16
+    for (int o = 0; kInParts && o < kOutputs; ++o) sum[o] += part[o];
   }
   for (int o = 0; o < kOutputs; ++o) store(out + o * p.out_walk, activate(sum[o] * p.scale + p.shift, p.slope, p.act));
 }

@@ -11,9 +11,7 @@ struct Output {
   int64_t n;
   bool plain;  // no gate, no residual
 
-  T* at(int64_t c, int64_t h, int64_t w) const {
-    return static_cast<T*>(p.out.data) + offset(p.out, c, h, w);
-  }
+  T* at(int64_t c, int64_t h, int64_t w) const { return static_cast<T*>(p.out.data) + offset(p.out, c, h, w); }
 
   // ``lanes`` numbers of y: pixels w, w + 1, … of channel c, or, in channels_last, channels c, c + step, … of a pixel.
   void put(Vec y, int64_t c, int64_t h, int64_t w, int lanes, int step = 1) const {

@@ -13,7 +13,7 @@ constexpr int64_t kSerialWork = 200 << 10;  // multiply-adds that are done befor
 struct Plan {
   int64_t block, blocks, padded_block;  // channels of a block; padded to whole vectors
   int64_t rows, tiles, chunk;           // rows of a tile and of a chunk
-  bool pack_x, pack_weight;             // copied as fp32 with unit stride, because the multiplication can't read it as it is
+  bool pack_x, pack_weight;  // copied as fp32 with unit stride, because the multiplication can't read it as it is
   int64_t units;
 };
 
@@ -62,7 +62,7 @@ inline Plan make_plan(const GhostForwardParams& p, int threads) {
 // Offsets in a thread's scratch memory, in floats.
 struct Scratch {
   int64_t block_weight, block_cheap, block_norms, block_size;  // of one block's parameters
-  int64_t x1, x1_channel, x1_row;                              // NCHW: (channel, row, w); channels_last: (row, w, channel)
+  int64_t x1, x1_channel, x1_row;  // NCHW: (channel, row, w); channels_last: (row, w, channel)
   int64_t packed_x, packed_x_row, stage, blocks, total;
 };
 

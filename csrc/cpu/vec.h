@@ -1,6 +1,7 @@
 // One SIMD vector of floats, by the compiler's vector extensions: the same source serves every instruction set. The
-// including .cpp file sets GHOSTFUSED_ISA (a namespace) and GHOSTFUSED_LANES, and has included the standard headers
-// before it switched the target: nothing of theirs may be compiled for a CPU that isn't there.
+// including .cpp file sets GHOSTFUSED_ISA (a namespace), GHOSTFUSED_LANES and what else the target has (GCC's own
+// macros don't follow its target pragma), and has included the standard headers before it switched the target: nothing
+// of theirs may be compiled for a CPU that isn't there.
 #pragma once
 
 namespace ghostfused::cpu::GHOSTFUSED_ISA {
@@ -54,12 +55,16 @@ GHOSTFUSED_INLINE Halves narrow(Vec v, BFloat16) {
   return __builtin_convertvector(v == v ? nearest_even : nan, Halves);
 }
 
-#if defined(__F16C__) && GHOSTFUSED_LANES == 8
+#if defined(GHOSTFUSED_X86_HALVES) && GHOSTFUSED_LANES == 8
 GHOSTFUSED_INLINE Vec widen(Halves h, Float16) { return (Vec)_mm256_cvtph_ps((__m128i)h); }
-GHOSTFUSED_INLINE Halves narrow(Vec v, Float16) { return (Halves)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT); }
-#elif defined(__AVX512F__) && GHOSTFUSED_LANES == 16
+GHOSTFUSED_INLINE Halves narrow(Vec v, Float16) {
+  return (Halves)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+}
+#elif defined(GHOSTFUSED_X86_HALVES)
 GHOSTFUSED_INLINE Vec widen(Halves h, Float16) { return (Vec)_mm512_cvtph_ps((__m256i)h); }
-GHOSTFUSED_INLINE Halves narrow(Vec v, Float16) { return (Halves)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT); }
+GHOSTFUSED_INLINE Halves narrow(Vec v, Float16) {
+  return (Halves)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
+}
 #else
 GHOSTFUSED_INLINE Vec widen(Halves h, Float16) {
   const Ints bits = __builtin_convertvector(h, Ints);

@@ -1,0 +1,166 @@
+"""The C++ SIMD kernel against the float64 reference, at each instruction set that this CPU has."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ghostfused import functional
+from ghostfused.autograd import call
+from ghostfused.backends import cpu
+from ghostfused.spec import TENSORS, Act
+from ghostfused.testing import Case, judge, make_args
+from ghostfused.verify import read_cases
+
+pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+LAYOUTS = ["nchw", "nhwc"]
+ACTS = [act.name.lower() for act in Act if act != Act.GELU]
+NORMS = ["bn", "bias", "bn+bias", "bn_no_affine", "none"]
+ISA = "GHOSTFUSED_CPU_ISA"
+
+
+def check(case: Case) -> torch.Tensor:
+    args = make_args(case)
+    out = functional.run(args, "cpu")
+    verdict = judge(out, args)
+    assert verdict.ok, f"{case}: {verdict}"
+    fake = args.new_output()
+    assert (out.shape, out.stride(), out.dtype) == (fake.shape, fake.stride(), fake.dtype)
+    return out
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dw_size", [1, 3, 5, 7])
+def test_every_kernel(dtype, layout, dw_size):
+    common = {"dtype": dtype, "layout": layout, "dw_size": dw_size}
+    check(Case(2, 20, 9, 11, 24, **common))
+    check(Case(1, 33, 17, 40, 29, 3, sliced=True, input_gate=True, residual=True, output_gate=True, **common))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (13, 1), (2, 2), (7, 7), (14, 15), (5, 200), (112, 3)])
+def test_sizes(size, layout):
+    check(Case(2, 12, *size, 18, layout=layout))
+    check(Case(1, 8, *size, 16, dw_size=5, layout=layout, act_primary="silu"))
+
+
+@given(
+    case=st.builds(
+        Case,
+        batch=st.integers(1, 3),
+        in_channels=st.integers(1, 70),
+        height=st.integers(1, 30),
+        width=st.integers(1, 40),
+        out_channels=st.integers(12, 90),
+        ratio=st.integers(2, 4),
+        dw_size=st.sampled_from([1, 3, 5, 7]),
+        act_primary=st.sampled_from(ACTS),
+        act_cheap=st.sampled_from(ACTS),
+        per_channel_slope=st.booleans(),
+        primary_norm=st.sampled_from(NORMS),
+        cheap_norm=st.sampled_from(NORMS),
+        dtype=st.sampled_from(DTYPES),
+        norm_dtype=st.sampled_from([None, torch.float32]),
+        layout=st.sampled_from(LAYOUTS),
+        sliced=st.booleans(),
+        input_gate=st.booleans(),
+        residual=st.booleans(),
+        output_gate=st.booleans(),
+        seed=st.integers(0, 999),
+    )
+)
+def test_random_cases(case):
+    check(case)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_real_shapes(layout):
+    for case in read_cases(Path(__file__).parent / "data" / "ghost_configs.jsonl", 15, batch=1, layout=layout):
+        if case.kernel_size == case.stride == 1:
+            check(case)
+
+
+@pytest.mark.parametrize("isa", [] if cpu.unavailable() else cpu.build_info()["supported"])
+def test_each_instruction_set(isa):
+    if ISA in os.environ:
+        pytest.skip("runs at one instruction set")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-x", __file__]
+    command += ["-k", "test_every_kernel or test_sizes or test_chosen"]
+    run = subprocess.run(command, env=os.environ | {ISA: isa}, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout[-4000:]
+
+
+@pytest.mark.skipif(ISA not in os.environ, reason=f"{ISA} isn't set")
+def test_chosen_instruction_set():
+    assert cpu.build_info()["chosen"] == os.environ[ISA]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_threads_change_no_bit(layout):
+    args = make_args(Case(3, 40, 28, 28, 72, layout=layout, dw_size=5))
+    threads = torch.get_num_threads()
+    try:
+        outs = []
+        for n in (1, 2, 5):
+            torch.set_num_threads(n)
+            outs.append(functional.run(args, "cpu"))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(outs[0], outs[1])
+    assert torch.equal(outs[0], outs[2])
+
+
+def test_nan_passes_and_every_element_is_written():
+    args = make_args(Case(2, 6, 5, 5, 8, act_primary="relu", act_cheap="relu6"))
+    args.x[1, 0, 2, 2] = float("nan")
+    out, expected = functional.run(args, "cpu"), functional.run(args, "reference")
+    assert torch.equal(out.isnan(), expected.isnan())
+    assert out[0].isfinite().all()
+    assert functional.run(args._replace(x=torch.empty(0, 6, 5, 5)), "cpu").shape == (0, 8, 5, 5)
+
+
+def test_gradients_and_compile():
+    args = make_args(Case(2, 6, 5, 7, 8, act_primary="silu", input_gate=True, residual=True))
+    leaves = [
+        t.requires_grad_()
+        for name, t in zip(TENSORS, args.tensors, strict=True)
+        if t is not None and not name.endswith(("mean", "var"))
+    ]
+    out = call("cpu", args)
+    grad = torch.randn_like(out)
+    expected = torch.autograd.grad(functional.run(args, "reference"), leaves, grad)
+    for a, b in zip(torch.autograd.grad(out, leaves, grad), expected, strict=True):
+        torch.testing.assert_close(a, b)
+    compiled = torch.compile(lambda x: functional.run(args._replace(x=x, residual=None)), fullgraph=True, dynamic=True)
+    for shape in ((2, 6, 5, 7), (2, 6, 9, 4)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(compiled(x), functional.run(args._replace(x=x, residual=None), "reference"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"primary_weight": torch.randn(4, 5, 1, 1)}, "primary_weight"),
+        ({"cheap_weight": torch.randn(6, 1, 3, 3)}, "cheap_weight"),
+        ({"primary_mean": torch.zeros(5)}, "primary_mean"),
+        ({"input_gate": torch.zeros(2, 7)}, "input_gate"),
+        ({"residual": torch.zeros(2, 8, 5, 4)}, "residual"),
+        ({"output_gate": torch.zeros(2, 7, 2, 2)}, "output_gate"),
+        ({"out_channels": 9}, "out_channels"),
+        ({"x": torch.randn(2, 6, 5)}, "x"),
+    ],
+)
+def test_the_binding_names_what_does_not_fit(changes, message):
+    args = make_args(Case(2, 6, 5, 5, 8))._replace(**changes)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.ghostfused.forward_cpu(*args)
