@@ -1,6 +1,7 @@
 """What the compilers made of the kernels, with no GPU: ``python -m bench.static``. Exit code 1 if a kernel spills.
 
-Prints a table for every module of GhostNet 1.0× and writes one row per kernel to bench/results/static_BACKEND.jsonl.
+Prints a table for every module of GhostNet 1.0× and writes one row per kernel to bench/results/static_BACKEND.jsonl;
+for CUDA see bench/static_cuda.py.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from . import static_triton
+from . import static_cuda, static_triton
 
 RESULTS = Path(__file__).parent / "results"
 # A part is a module with HEADER (what is counted), COLUMNS (of the table) and rows(targets, dtypes, layouts).
@@ -34,7 +35,7 @@ def table(header: str, columns: tuple[str, ...], rows: Iterator[dict[str, Any]])
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backend", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--backend", nargs="+", choices=[*PARTS, "cuda"], default=[*PARTS, "cuda"])
     parser.add_argument("--target", nargs="+", default=["sm_80", "sm_90"])
     parser.add_argument("--dtype", nargs="+", default=["float16", "float32"])
     parser.add_argument("--layout", nargs="+", default=["nchw", "nhwc"])
@@ -42,7 +43,12 @@ def main() -> int:
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     spills = 0
+    status = 0
+    if "cuda" in options.backend:  # has one kernel for many modules, so its own tables
+        status = static_cuda.run(options.output / "static_cuda.json")
     for name in options.backend:
+        if name not in PARTS:
+            continue
         part = PARTS[name]
         with (options.output / f"static_{name}.jsonl").open("w") as file:
             file.write(json.dumps({"kind": "static_header", "backend": name, "counted": part.HEADER}) + "\n")
@@ -50,7 +56,7 @@ def main() -> int:
                 file.write(json.dumps({"kind": "static", "backend": name, **row}) + "\n")
                 spills += row["spill_bytes"] > 0
     print(f"{spills} kernels spill registers")
-    return 1 if spills else 0
+    return 1 if spills else status
 
 
 if __name__ == "__main__":
