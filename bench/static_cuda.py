@@ -198,6 +198,22 @@ def module_rows(text: str) -> list[dict[str, Any]]:
     return [module_row(m, batch, nhwc, pieces_for) for nhwc in (True, False) for batch in BATCHES for m in modules()]
 
 
+def markdown(rows: list[dict[str, Any]], batch: int = 64) -> str:
+    """The table of docs/static.md."""
+    lines = [
+        "| module | × | bytes / floor | limiter | its time / DRAM's | of issue: straight | load | multiply | epilogue | depthwise "
+        "| store | NCHW: limiter | its time / DRAM's |",
+        "|" + "---|" * 13,
+    ]
+    nhwc, nchw = ([r for r in rows if r["batch"] == batch and r["layout"] == layout] for layout in ("nhwc", "nchw"))
+    for r, other in zip(nhwc, nchw, strict=True):
+        s = r["issue_shares"] | {"load": sum(r["issue_shares"][k] for k in ("load x", "load weights", "parameters"))}
+        shares = [f"{s[k]:.0%}" for k in ("straight", "load", "multiply", "epilogue", "depthwise", "store")]
+        cells = [f"{r['module']} {r['act']}", r["count"], r["dram/floor"], r["limiter"], r["chip/dram"], *shares]
+        lines.append(f"| {' | '.join(map(str, [*cells, other['limiter'], other['chip/dram']]))} |")
+    return "\n".join(lines)
+
+
 def run(output: Path) -> int:
     """Prints both tables, writes ``output``; 1 if a kernel spills."""
     import torch
@@ -232,7 +248,12 @@ def run(output: Path) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=OUTPUT, help="file (default %(default)s)")
-    return run(parser.parse_args().output)
+    parser.add_argument("--markdown", action="store_true", help="print docs/static.md's table from the file")
+    options = parser.parse_args()
+    if options.markdown:
+        print(markdown(json.loads(options.output.read_text())["modules"]))
+        return 0
+    return run(options.output)
 
 
 if __name__ == "__main__":
