@@ -198,8 +198,23 @@ def module_rows(text: str) -> list[dict[str, Any]]:
     return [module_row(m, batch, nhwc, pieces_for) for nhwc in (True, False) for batch in BATCHES for m in modules()]
 
 
-def markdown(rows: list[dict[str, Any]], batch: int = 64) -> str:
-    """The table of docs/static.md."""
+def round_rows(text: str) -> list[dict[str, Any]]:
+    """Warp instructions in one round of each loop, and in what lies between them, with 16-byte vectors."""
+    codes = {kernel_name(mangled): code for mangled, code in parse(text).items()}
+    out = []
+    for layout in ("nhwc", "nchw"):
+        p = Pieces(codes[f"float16_dw3_{layout}"], layout == "nhwc", 16, 16, 16)
+        parts = {
+            "vector of x": p.x_vector, "vector of weights": p.w_vector, "K step": p.k_step, "epilogue": p.epilogue,
+            "depthwise row": p.row, "its output": p.emit, "vector stored": p.store_vector, "per chunk": p.chunk,
+            "per block": p.once,
+        }  # fmt: skip
+        out.append({"layout": layout, **{name: part["issue"] for name, part in parts.items()}})
+    return out
+
+
+def markdown(rows: list[dict[str, Any]], rounds: list[dict[str, Any]], batch: int = 64) -> str:
+    """The tables of docs/static.md."""
     lines = [
         "| module | × | bytes / floor | limiter | its time / DRAM's | of issue: straight | load | multiply | epilogue | depthwise "
         "| store | NCHW: limiter | its time / DRAM's |",
@@ -211,6 +226,8 @@ def markdown(rows: list[dict[str, Any]], batch: int = 64) -> str:
         shares = [f"{s[k]:.0%}" for k in ("straight", "load", "multiply", "epilogue", "depthwise", "store")]
         cells = [f"{r['module']} {r['act']}", r["count"], r["dram/floor"], r["limiter"], r["chip/dram"], *shares]
         lines.append(f"| {' | '.join(map(str, [*cells, other['limiter'], other['chip/dram']]))} |")
+    lines += ["", f"| {' | '.join(rounds[0])} |", "|" + "---|" * len(rounds[0])]
+    lines += [f"| {' | '.join(map(str, r.values()))} |" for r in rounds]
     return "\n".join(lines)
 
 
@@ -222,8 +239,11 @@ def run(output: Path) -> int:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         sass = dict(zip(keys, pool.map(lambda key: compile_sass(*key), keys), strict=True))
     kernels, rows = list(kernel_rows(sass)), module_rows(sass["sm_90", "float16"][0])
+    rounds = round_rows(sass["sm_90", "float16"][0])
     print(HEADER + "\n")
     table(kernels, ("counts", "blocks_per_sm_all_plans"))
+    print("\nWarp instructions of the fp16 3×3 kernels on sm_90, per round:")
+    table(rounds, ())
     print()
     table(rows, ("issue_shares", "plan"))
     nvcc = subprocess.run([str(nvcc_path()), "--version"], capture_output=True, text=True, check=False).stdout
@@ -232,7 +252,10 @@ def run(output: Path) -> int:
         "header": HEADER,
     }  # fmt: skip
     output.parent.mkdir(parents=True, exist_ok=True)
-    parts = {name: ",\n".join(map(json.dumps, part)) for name, part in (("kernels", kernels), ("modules", rows))}
+    parts = {
+        name: ",\n".join(map(json.dumps, part))
+        for name, part in (("kernels", kernels), ("rounds", rounds), ("modules", rows))
+    }
     body = "".join(f',\n"{name}": [\n{part}\n]' for name, part in parts.items())
     output.write_text(f'{{"about": {json.dumps(facts)}{body}}}\n')
     at64 = [r for r in rows if r["batch"] == 64]
@@ -248,10 +271,11 @@ def run(output: Path) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=OUTPUT, help="file (default %(default)s)")
-    parser.add_argument("--markdown", action="store_true", help="print docs/static.md's table from the file")
+    parser.add_argument("--markdown", action="store_true", help="print docs/static.md's tables from the file")
     options = parser.parse_args()
     if options.markdown:
-        print(markdown(json.loads(options.output.read_text())["modules"]))
+        results = json.loads(options.output.read_text())
+        print(markdown(results["modules"], results["rounds"]))
         return 0
     return run(options.output)
 
