@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections import Counter
@@ -177,3 +178,12 @@ def test_bank_conflicts():
     assert static_cuda_model.conflicts([0] * 32, 4) == 1  # a broadcast
     assert static_cuda_model.conflicts([128 * i for i in range(32)], 4) == 32
     assert static_cuda_model.conflicts([16 * i for i in range(32)], 8) == 2
+
+
+def test_docs_have_the_tables_of_the_results():
+    results = json.loads(static_cuda.OUTPUT.read_text())
+    assert (
+        static_cuda.markdown(results["modules"], results["rounds"]) in (static_cuda.ROOT / "docs/static.md").read_text()
+    )
+    assert not any(r["spill_bytes"] or r["local"] for r in results["kernels"])
+    assert len(results["kernels"]) == 2 * 24
