@@ -79,6 +79,8 @@ class OnnxRuntime(Engine):
         session_options, run_options = ort.SessionOptions(), ort.RunOptions()
         session_options.intra_op_num_threads = torch.get_num_threads()
         session_options.log_severity_level = 3
+        # its threads spin during a run, as by default, but not on into the next peer's
+        session_options.add_session_config_entry("session.force_spinning_stop", "1")
         provider_options = {}
         if self.device == "cuda":  # on PyTorch's stream and without a synchronization, so that its events are in order
             provider_options["user_compute_stream"] = str(torch.cuda.current_stream().cuda_stream)

@@ -160,6 +160,9 @@ class Clock:
     def perf_counter(self) -> float:
         return self.now
 
+    def sleep(self, seconds: float) -> None:
+        pass
+
     def function(self, *milliseconds: float, log: list | None = None, name: str = ""):
         calls = iter(range(10**9))
 
@@ -176,9 +179,8 @@ def test_interleaved_order_and_medians(monkeypatch):
     monkeypatch.setattr(timing, "time", clock)
     log: list[str] = []
     functions = {name: clock.function(ms, log=log, name=name) for name, ms in (("a", 1), ("b", 3))}
-    timings, samples = timing.time_interleaved(
-        functions, [torch.zeros(1)], Method("warm", samples=4, repeats=3, warmup=2)
-    )
+    method = Method("rotate", samples=4, repeats=3, warmup=2)
+    timings, samples = timing.time_interleaved(functions, [torch.zeros(1)], method)
     assert samples == 4
     assert log[:6] == ["a"] * 3 + ["b"] * 3  # warm-up
     assert log[8:16] == ["b", "a", "a", "b", "b", "a", "a", "b"]  # the order reverses each round
@@ -190,7 +192,7 @@ def test_interleaved_order_and_medians(monkeypatch):
 def test_samples_are_cut_to_the_time_allowed(monkeypatch):
     clock = Clock()
     monkeypatch.setattr(timing, "time", clock)
-    method = Method("warm", samples=20, repeats=2, max_seconds=1.1)
+    method = Method("rotate", samples=20, repeats=2, max_seconds=1.1)
     _, samples = timing.time_interleaved({"a": clock.function(100)}, [torch.zeros(1)], method)
     assert samples == 5  # two repeats of five calls of 100 ms
     _, samples = timing.time_interleaved({"a": clock.function(10_000)}, [torch.zeros(1)], method)
@@ -206,6 +208,10 @@ def test_rotation_and_flush_are_what_they_say(monkeypatch):
     seen: list[int] = []
     timing.time_interleaved({"f": Timed(lambda x: seen.append(x.data_ptr()))}, inputs, Method("rotate", samples=50))
     assert set(seen) == {t.data_ptr() for t in inputs}
+    order: list[str] = []
+    warm = Timed(lambda x: order.append("call"), lambda x: order.append("before"))
+    timing.time_interleaved({"f": warm}, [x], Method("warm", samples=3, repeats=2, warmup=3))
+    assert order == ["before", "call"] * (2 * (1 + 3 + 1 + 6))  # an untimed call, prepared anew, before each timed one
     flushed: list[int] = []
     monkeypatch.setattr(timing._Flush, "__call__", lambda self: flushed.append(self.buffer.nbytes))
     calls: list[int] = []
