@@ -1,0 +1,144 @@
+"""Builds the extension with a fault, or without one, for a few kernels; and runs ``subset.py`` with it under ptx-on-cpu.
+
+Only the files that a fault changes are compiled anew, to PTX alone.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterable
+from pathlib import Path
+
+from .mutants import Mutant
+
+ROOT = Path(__file__).parents[2]
+CSRC = ROOT / "csrc"
+ORDERS = ("asc", "desc", "rand:7")
+HOST_SOURCES = ("binding.cpp", "launch.cpp", "plan.cpp")
+PATHS = {"float16": "Float16", "bfloat16": "BFloat16", "tf32": "TF32", "float32": "Float32"}
+
+
+def missing() -> str | None:
+    """Why the check can't run here; None if it can."""
+    tool = os.environ.get("PTX_ON_CPU")
+    if not tool or not (Path(tool) / "run-extension").exists():
+        return "the mutation check needs PTX_ON_CPU set to a ptx-on-cpu folder"
+    if not shutil.which("nvcc"):
+        return "the mutation check needs nvcc on PATH"
+    return None
+
+
+def kernel_tables(kernels: Iterable[str]) -> str:
+    """A .cu file with ``kernels`` in place of all of them."""
+    lines = ['#include "ghost_forward.cuh"', "namespace ghostfused {"]
+    for path, name in PATHS.items():
+        entries = []
+        for dw in ("dw3", "dw5", "any"):
+            for layout in ("nchw", "nhwc"):
+                kernel = f"{path}_{dw}_{layout}"
+                size, last = dw.removeprefix("dw").replace("any", "0"), str(layout == "nhwc").lower()
+                entries.append(
+                    f'{{kernel<Path::k{name}, {size}, {last}>(), "{kernel}"}}' if kernel in kernels else "{}"
+                )
+        lines.append(f"const Kernel k{name}Kernels[kKernelsPerPath] = {{{', '.join(entries)}}};")
+    return "\n".join([*lines, "}", ""])
+
+
+def run(command: list[str], **kwargs) -> None:
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, **kwargs)
+    if result.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}\n{result.stdout[-4000:]}")
+
+
+def compile_file(source: Path, output: Path, csrc: Path) -> None:
+    import pybind11
+    from torch.utils import cpp_extension
+
+    command = ["nvcc", "-std=c++20", "-c", str(source), "-o", str(output), f"-I{csrc}", "-Xcompiler=-fPIC"]
+    if source.suffix == ".cu":
+        command += ["-O3", "-gencode=arch=compute_80,code=compute_80"]
+    else:
+        folders = [pybind11.get_include(), sysconfig.get_path("include"), *cpp_extension.include_paths()]
+        command += ["-O1", "-Xcompiler=-fvisibility=hidden", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+        command += ['-DGHOSTFUSED_ARCHITECTURES="8.0+PTX"', "-DTORCH_EXTENSION_NAME=_C"]
+        for folder in folders:
+            command += ["-isystem", folder]
+    run(command)
+
+
+def build(folder: Path, shared: Path, kernels: Iterable[str], mutant: Mutant | None) -> Path:
+    """A copy of the package in ``folder`` whose extension has ``kernels`` and the fault.
+
+    Args:
+        shared: keeps the object files of sources that no fault changes; several processes may use it.
+    """
+    from torch.utils import cpp_extension
+
+    csrc = folder / "csrc"
+    shutil.copytree(CSRC, csrc, ignore=shutil.ignore_patterns("cpu"))
+    shutil.copytree(
+        ROOT / "ghostfused", folder / "ghostfused", ignore=shutil.ignore_patterns("*.so", "*.txt", "__pycache__")
+    )
+    if mutant is not None:
+        text = (csrc / mutant.file).read_text()
+        assert text.count(mutant.old) == 1, f"{mutant.file} has {text.count(mutant.old)} times: {mutant.old}"
+        (csrc / mutant.file).write_text(text.replace(mutant.old, mutant.new))
+    objects = []
+    for name in HOST_SOURCES:
+        if mutant is not None and mutant.file in (name, "ghost_module.h", "launch.h"):
+            objects.append(folder / f"{name}.o")
+            compile_file(csrc / name, objects[-1], csrc)
+        else:
+            objects.append(shared / f"{name}.o")
+            with open(shared / f"{name}.lock", "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not objects[-1].exists():
+                    compile_file(CSRC / name, objects[-1], CSRC)
+    (csrc / "kernels.cu").write_text(kernel_tables(kernels))
+    objects.append(folder / "kernels.o")
+    compile_file(csrc / "kernels.cu", objects[-1], csrc)
+    extension = folder / "ghostfused" / "_C.so"
+    libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
+    libraries += ["-lc10", "-ltorch", "-ltorch_cpu", "-ltorch_cuda"]
+    run(["nvcc", "-shared", "--cudart=shared", "-o", str(extension), *map(str, objects), *libraries])
+    return extension
+
+
+def run_subset(extension: Path, shared: Path, kernels: Iterable[str], order: str) -> tuple[bool, str]:
+    """Whether all cases passed, and the last of them or what the tool said.
+
+    Raises:
+        RuntimeError: something failed that is no verdict on the kernel.
+    """
+    environment = os.environ | {
+        "PTX_ON_CPU_CACHE": str(shared / "ptx"),
+        "PYTHON": sys.executable,
+        "PYTHONPATH": os.pathsep.join(map(str, (extension.parents[1], ROOT / "tests"))),
+        "SHIM_ORDER": order,
+    }
+    tool = str((ROOT / os.environ["PTX_ON_CPU"]).resolve() / "run-extension")
+    command = [tool, str(extension), sys.executable, str(Path(__file__).with_name("subset.py")), *kernels]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=ROOT)
+    last = (result.stdout.splitlines() or [""])[-1]
+    if result.returncode == 0 or (result.returncode == 1 and ": error " in last):
+        return result.returncode == 0, last
+    tool_says = [line for line in result.stderr.splitlines() if "SHIM ERROR" in line or "PTX" in line]
+    if last and tool_says:
+        return False, last + tool_says[0]
+    raise RuntimeError(f"exit status {result.returncode}: {' '.join(command)}\n{last}\n{result.stderr[-4000:]}")
+
+
+def find(folder: Path, shared: Path, kernels: Iterable[str], mutant: Mutant | None) -> str | None:
+    """The order and the case that find a fault; None if no case does."""
+    extension = build(folder, shared, kernels, mutant)
+    first = mutant.order if mutant else ORDERS[0]
+    for order in sorted(ORDERS, key=lambda o: o != first):
+        passed, last = run_subset(extension, shared, kernels, order)
+        if not passed:
+            return f"{order}: {last}"
+    return None

@@ -1,0 +1,205 @@
+"""The planted faults. ``old`` must occur once in ``file``: code that moves breaks this table, so it can't rot unseen."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Mutant(NamedTuple):
+    name: str
+    file: str
+    """In csrc/."""
+    old: str
+    new: str
+    kernels: tuple[str, ...]
+    """That are built and run with the fault; ``subset.CASES`` has the cases of each."""
+    order: str = "asc"
+    """The order of threads (SHIM_ORDER) that is tried first; a race may show in one only."""
+
+
+NCHW, NHWC, ANY, FP32 = "float16_dw3_nchw", "float16_dw3_nhwc", "float16_any_nchw", "float32_dw3_nchw"
+
+MUTANTS = [
+    # barriers and waits
+    Mutant(
+        "no barrier between the 1×1 conv and the depthwise conv",
+        "ghost_forward.cuh",
+        "  __syncthreads();  // x1 is complete, and the pipeline's memory is free\n",
+        "",
+        (NHWC,),
+    ),
+    Mutant(
+        "no barrier before the staged output is stored",
+        "ghost_forward.cuh",
+        "    __syncthreads();  // the group is staged\n",
+        "",
+        (NCHW,),
+    ),
+    Mutant(
+        "no barrier before the staging is reused",
+        "ghost_forward.cuh",
+        "    __syncthreads();  // and gone: the next group may take its place\n",
+        "",
+        (NCHW,),
+    ),
+    Mutant(
+        "no barrier between the stages of the pipeline",
+        "ghost_forward.cuh",
+        "      __syncthreads();  // this chunk has come, for all threads; and all are done with the slot that is loaded next\n",
+        "",
+        (NHWC,),
+    ),
+    Mutant(
+        "cp.async is waited for one group too late",
+        "ghost_forward.cuh",
+        "cp_async_wait(plan.stages - 2);",
+        "cp_async_wait(plan.stages - 1);",
+        (NHWC,),
+    ),
+    # padding and halos
+    Mutant(
+        "act(shift) in the padding",
+        "depthwise.cuh",
+        "          float v[kV] = {};\n",
+        "          float v[kV];  // the shifts of the 1×1 conv lie two rows of block_c before the cheap one's\n"
+        "          for (int i = 0; i < kV; ++i) v[i] = fmaxf(affines[i - 2 * block_c], 0.f);\n",
+        (NCHW,),
+    ),
+    Mutant(
+        "the kernel for any size takes the column left of the image for part of it",
+        "depthwise.cuh",
+        "&& ww >= 0 && ww < s.width;",
+        "&& ww >= -1 && ww < s.width;",
+        (ANY,),
+    ),
+    Mutant(
+        "the halo starts a row late",
+        "tile.cuh",
+        "t.halo_h0 = max(t.h0 - pad, 0);",
+        "t.halo_h0 = max(t.h0 - pad + 1, 0);",
+        (NHWC,),
+    ),
+    Mutant(
+        "the halo ends a column early",
+        "tile.cuh",
+        "min((t.w0 + t.cols + pad + align - 1)",
+        "min((t.w0 + t.cols + pad - 1 + align - 1)",
+        (NHWC,),
+    ),
+    Mutant(
+        "the plan leaves no room for the lower and right halo",
+        "plan.cpp",
+        "round_up(std::min(start + tile, size) + pad, align)",
+        "round_up(std::min(start + tile, size), align)",
+        (NCHW,),
+    ),
+    # tails
+    Mutant(
+        "the last channel block is taken for a whole one",
+        "tile.cuh",
+        "t.channels = min(plan.block_c, s.init_channels - t.c0);",
+        "t.channels = plan.block_c;",
+        (NHWC,),
+    ),
+    Mutant(
+        "pixels that don't fill a chunk are dropped",
+        "ghost_forward.cuh",
+        "(t.pixels + block_m - 1) / block_m * plan.k_chunks",
+        "max(1, t.pixels / block_m) * plan.k_chunks",
+        (NCHW,),
+    ),
+    Mutant(
+        "the last strip of rows is taken for a whole one",
+        "depthwise.cuh",
+        "end = min(first + p.plan.strip_h, t.h0 + t.rows);",
+        "end = first + p.plan.strip_h;",
+        (NCHW,),
+    ),
+    Mutant(
+        "K beyond Cin is not zero-filled",
+        "load.cuh",
+        "const int vectors = (kChannelsLast ? pixels : p.plan.block_k) * per_row;",
+        "const int vectors = (kChannelsLast ? pixels : min(p.plan.block_k, p.args.shape.in_channels - k0)) * per_row;",
+        (NCHW,),
+    ),
+    Mutant(
+        "K beyond Cin is read",
+        "load.cuh",
+        "kChannelsLast ? p.args.shape.in_channels - k : ",
+        "kChannelsLast ? count : ",
+        (NHWC,),
+    ),
+    # indices
+    Mutant(
+        "the input gate's halves of a K step are swapped",
+        "mma.cuh",
+        "gate + r / 2 * kHalf",
+        "gate + r % 2 * kHalf",
+        (NCHW,),
+    ),
+    Mutant(
+        "the input gate of the first K chunk is used for all",
+        "ghost_forward.cuh",
+        "reinterpret_cast<const T*>(smem + plan.gate_offset) + k_chunk * plan.block_k;",
+        "reinterpret_cast<const T*>(smem + plan.gate_offset);",
+        (NHWC,),
+    ),
+    Mutant(
+        "the input gate of the first image is used for all",
+        "load.cuh",
+        "static_cast<const T*>(p.args.input_gate) + int64_t{t.n} * p.args.input_gate_stride_n;",
+        "static_cast<const T*>(p.args.input_gate);",
+        (NCHW,),
+    ),
+    Mutant(
+        "resident weights of another K chunk",
+        "ghost_forward.cuh",
+        "w_stage(plan.weights_resident ? k_chunk : slot)",
+        "w_stage(slot)",
+        (NCHW,),
+    ),
+    Mutant(
+        "the new channels get the residual of the first half",
+        "store.cuh",
+        "at<T>(a.residual, n, c, h, w)",
+        "at<T>(a.residual, n, c % a.shape.init_channels, h, w)",
+        (NHWC,),
+    ),
+    Mutant(
+        "the output gate is rounded up to the next row",
+        "store.cuh",
+        "nearest(h, a.gate_height, a.shape.height)",
+        "min((h + 1) / 2, a.gate_height - 1)",
+        (NHWC,),
+    ),
+    Mutant(
+        "x1 is transposed as if the tile lay at the halo's corner",
+        "depthwise.cuh",
+        "const int pixel = (t.h0 + h - t.halo_h0) * t.halo_cols + t.w0 + w - t.halo_w0;",
+        "const int pixel = h * t.halo_cols + w;",
+        (NCHW,),
+    ),
+    Mutant(
+        "new channels are made from x1's in turn",
+        "depthwise.cuh",
+        "(op.channels.first + c + i) / (s.ratio - 1) - t.c0",
+        "(op.channels.first + c + i) % s.init_channels - t.c0",
+        (ANY,),
+    ),
+    # parameters
+    Mutant("no eps", "load.cuh", "sqrtf(var + p.eps)", "sqrtf(var)", (FP32,)),
+    Mutant(
+        "norm parameters are taken for x's type",
+        "binding.cpp",
+        "mean && mean->scalar_type() == ScalarType::Float;",
+        "false;",
+        (NCHW,),
+    ),
+    Mutant(
+        "vectors from addresses that aren't aligned",
+        "plan.cpp",
+        "reinterpret_cast<uintptr_t>(data) % (vector * element) == 0",
+        "true",
+        (NHWC,),
+    ),
+]

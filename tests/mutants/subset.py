@@ -1,0 +1,76 @@
+"""Runs small cases of some kernels under ptx-on-cpu: ``subset.py KERNEL…``; exit status 1 and the case's name if one fails.
+
+Each shape is one that tests/test_cuda.py has too, or a like one.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from cuda_runtime import forward, planned_for
+
+from ghostfused.spec import GhostArgs
+from ghostfused.testing import Case, judge, make_args
+
+SM_COUNTS = (1, 132)
+"""Few SMs mean large tiles, many mean many small blocks."""
+
+SHAPES: dict[str, dict] = {
+    "every kernel": {"in_channels": 20, "height": 9, "width": 11, "out_channels": 24},
+    "pipeline": {"in_channels": 200, "height": 7, "width": 7, "out_channels": 40},
+    "tiles": {"in_channels": 72, "height": 12, "width": 20, "out_channels": 24},
+    "wide": {"in_channels": 8, "height": 17, "width": 97, "out_channels": 24},
+    "channel blocks": {"in_channels": 5, "height": 5, "width": 6, "out_channels": 200},
+    "channel tail": {"in_channels": 33, "height": 8, "width": 16, "out_channels": 66},
+    "gates": {
+        "batch": 2, "in_channels": 200, "height": 9, "width": 6, "out_channels": 24,
+        "input_gate": True, "residual": True, "output_gate": True,
+    },
+    "float32 norm": {
+        "in_channels": 8, "height": 5, "width": 6, "out_channels": 16,
+        "norm_dtype": torch.float32, "primary_norm": "bn+bias",
+    },
+    "one slope": {
+        "in_channels": 12, "height": 6, "width": 5, "out_channels": 20,
+        "act_primary": "prelu", "act_cheap": "prelu",
+    },
+    "unaligned": {"batch": 2, "in_channels": 16, "height": 8, "width": 8, "out_channels": 32, "residual": True},
+}  # fmt: skip
+
+
+def arguments(name: str, kernel: str) -> GhostArgs:
+    """Of the shape ``name``, such that ``kernel`` is what runs."""
+    path, dw, layout = kernel.split("_")
+    shape = {"batch": 1, "dtype": getattr(torch, path), "layout": layout, **SHAPES[name]}
+    if dw == "any":
+        shape |= {"ratio": 3, "out_channels": shape["out_channels"] * 3 // 2}
+    else:
+        shape["dw_size"] = int(dw.removeprefix("dw"))
+    args = make_args(Case(**shape))
+    if name == "unaligned":  # to more than one element
+        shifted = {}
+        for tensor in ("x", "primary_weight", "residual"):
+            t = getattr(args, tensor)
+            buffer = torch.zeros(t.numel() + 1, dtype=t.dtype)
+            shifted[tensor] = buffer[1:].as_strided(t.shape, t.stride(), 1).copy_(t)
+        args = args._replace(**shifted)
+    return args
+
+
+def main(kernels: list[str]) -> int:
+    for kernel in kernels:
+        for name in SHAPES:
+            args = arguments(name, kernel)
+            for sm_count in SM_COUNTS:
+                print(f"{kernel}, {name}, {sm_count} SMs", end=": ", flush=True)
+                with planned_for(sm_count):
+                    verdict = judge(forward(args), args)
+                print(f"error {verdict.error:.1e}, limit {verdict.limit:.1e}", flush=True)
+                if not verdict.ok:
+                    return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,37 @@
+"""Faults planted in the CUDA kernel: the cases must find each. See tests/mutants."""
+
+from __future__ import annotations
+
+import pytest
+from mutants import harness
+from mutants.mutants import MUTANTS
+
+needs_tools = pytest.mark.skipif(harness.missing() is not None, reason=str(harness.missing()))
+KERNELS = sorted({kernel for mutant in MUTANTS for kernel in mutant.kernels})
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory, worker_id):
+    """One folder for all workers of this run."""
+    root = tmp_path_factory.getbasetemp()
+    folder = (root if worker_id == "master" else root.parent) / "mutants"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
+def test_the_fault_has_its_place(mutant):
+    assert (harness.CSRC / mutant.file).read_text().count(mutant.old) == 1
+    assert mutant.new != mutant.old
+
+
+@needs_tools
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_cases_pass_without_a_fault(kernel, shared, tmp_path):
+    assert harness.find(tmp_path / kernel, shared, (kernel,), None) is None
+
+
+@needs_tools
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
+def test_cases_find_the_fault(mutant, shared, tmp_path):
+    assert harness.find(tmp_path / "mutant", shared, mutant.kernels, mutant) is not None
