@@ -10,6 +10,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from .timing import Timing, verdict
@@ -67,11 +69,6 @@ def _clean(axis: Axes) -> None:
     axis.set_axisbelow(True)
 
 
-def _legend_below(figure, axis: Axes, columns: int = 3) -> None:
-    handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
-
-
 def speedup(rows: list[dict], title: str):
     """Bars: our speed-up over eager for each module, pale where it is a tie. Marks: the other peers."""
     modules = {(r["name"], r["height"]): r for r in rows}
@@ -79,32 +76,22 @@ def speedup(rows: list[dict], title: str):
     peers = list(dict.fromkeys(r["peer"] for r in rows))
     palette = colors(peers)
     ours = [p for p in peers if is_ours(p)]
-    figure, axis = plt.subplots(figsize=(9, 1.7 + 0.34 * len(modules)), layout="constrained")
+    figure, axis = plt.subplots(figsize=(9, 1.7 + 0.4 * len(modules)), layout="constrained")
     at = np.arange(len(modules))[::-1]
-    height = 0.8 / max(len(ours), 1)
-    for i, peer in enumerate(p for p in peers if p != BASELINE):
-        marked = False
-        for y, key in zip(at, modules, strict=True):
+    others = [p for p in peers if not is_ours(p) and p != BASELINE]
+    markers = {p: MARKERS[i % len(MARKERS)] for i, p in enumerate(others)}
+    height = 0.56 / max(len(ours), 1)  # bars above, a lane for marks below
+    for y, key in zip(at, modules, strict=True):
+        for peer in (*ours, *others):
             base, own = timings.get((*key, BASELINE)), timings.get((*key, peer))
             if base is None or own is None:
                 continue
-            ratio, tie = base.p50 / own.p50, verdict(base, own) == "tie"
-            name = None if marked else peer
-            marked = True
-            if is_ours(peer):
-                shift = (len(ours) - 1) / 2 * height - ours.index(peer) * height
-                axis.barh(
-                    y + shift,
-                    ratio - 1,
-                    height * 0.9,
-                    left=1,
-                    color=palette[peer],
-                    alpha=0.35 if tie else 1,
-                    label=name,
-                )
+            ratio, alpha = base.p50 / own.p50, 0.35 if verdict(base, own) == "tie" else 1
+            if peer in markers:
+                axis.plot(ratio, y - 0.32, markers[peer], color=palette[peer], markersize=4.5, alpha=alpha)
             else:
-                marker = MARKERS[i % len(MARKERS)]
-                axis.plot(ratio, y, marker, color=palette[peer], markersize=4.5, alpha=0.35 if tie else 0.9, label=name)
+                top = y + 0.42 - height * (ours.index(peer) + 0.5)
+                axis.barh(top, ratio - 1, height * 0.9, left=1, color=palette[peer], alpha=alpha)
     axis.axvline(1, color="#111827", linewidth=1)
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.2g}×"))
@@ -115,7 +102,11 @@ def speedup(rows: list[dict], title: str):
     axis.set_xlabel("speed-up over PyTorch eager; pale: a tie, the difference lies inside the spread")
     axis.set_title(title, fontsize=9)
     _clean(axis)
-    _legend_below(figure, axis)
+    handles: list = [Patch(color=palette[p], label=p) for p in ours]
+    handles += [
+        Line2D([], [], color=palette[p], marker=m, markersize=4.5, linestyle="", label=p) for p, m in markers.items()
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     return figure
 
 
@@ -160,6 +151,9 @@ def roofline(measured: list[dict], roofs: dict | None, predicted: list[dict], ti
             axis.set_facecolor("#fafaf5")
         axis.set_xscale("log")
         axis.set_yscale("log")
+        for side in (axis.xaxis, axis.yaxis):
+            side.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.12g}"))
+            side.set_minor_formatter(NullFormatter())
         axis.set_xlabel("FLOP per byte of the fused module")
         axis.set_ylabel("GFLOP/s")
         axis.grid(color="#e5e7eb", linewidth=0.6)
@@ -200,7 +194,7 @@ def latency(rows: list[dict], title: str):
     axis.grid(which="both", axis="y", color="#e5e7eb", linewidth=0.6)
     axis.set_title(title, fontsize=9)
     _clean(axis)
-    _legend_below(figure, axis)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     return figure
 
 

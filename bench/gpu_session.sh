@@ -163,7 +163,7 @@ say "$(date -u +%FT%TZ) $DEVICE, steps: ${STEPS[*]}"
 for package in torch triton pytest hypothesis rich matplotlib timm; do
   has $package || say "missing: $package"
 done
-for program in nvcc nvidia-smi compute-sanitizer; do
+for program in nvcc ninja nvidia-smi compute-sanitizer; do
   command -v $program >/dev/null || say "missing: $program on PATH"
 done
 if [[ $DEVICE == cuda ]]; then

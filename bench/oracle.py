@@ -35,12 +35,12 @@ class Oracle:
     def __init__(self, module: nn.Module, x: Tensor, setting: Setting):
         self.module, self.x, self.setting = module, x, setting
         self._own: dict[torch.dtype, list[float]] = {}
-        exact = setting.place(module).double()
+        exact = setting.place(module).double().to(memory_format=torch.contiguous_format)
         if setting.mode == "inference":
             with torch.no_grad():
-                self.expected = [torch.cat([exact(chunk.double()) for chunk in x.split(_CHUNK)])]
+                self.expected = [torch.cat([exact(chunk.double().contiguous()) for chunk in x.split(_CHUNK)])]
         else:
-            self.expected = self.outputs(exact, exact, x.double())
+            self.expected = self.outputs(exact, exact, x.double().contiguous())
 
     def outputs(self, run: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor) -> list[Tensor]:
         """What is compared: the output, or in mode "backward" the gradients of x and of ``module``'s parameters."""

@@ -2,8 +2,8 @@
 
 For each shape class it takes the candidate that is best on one representative shape of the class: on a GPU the fastest,
 elsewhere, by compiled evidence for sm_80, the one that issues the fewest instructions per output byte. In both cases it
-must spill no register on sm_80 and sm_90 and leave room for ``MIN_WARPS`` warps on a multiprocessor, for channel counts
-that divide well and badly.
+must spill no register on sm_80 and sm_90, for sizes that divide well and badly, and leave room for ``MIN_WARPS`` warps
+on a multiprocessor.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ from .static_triton import measure, shape_args
 MIN_WARPS = 12
 REGISTERS, SHARED = 65536, 99 * 1024
 """Of a multiprocessor: registers, and the shared memory of sm_86 and sm_89, the smallest among our targets."""
-CIN = {16: 16, 32: 24, 64: 48, 65: 160}
-CP = {8: (8, 7), 16: (12, 16, 13), 32: (20, 32, 29), 33: (60, 64, 61)}
-SIDE = 56
-"""Representatives of each shape class. The first Cp is measured; for all of them a kernel must be fit."""
+CIN = {16: (16, 15), 32: (24, 31), 64: (48, 61), 65: (160, 161)}
+CP = {8: (8, 7), 16: (12, 13), 32: (20, 29), 33: (60, 61)}
+CP_ALIGNED = {8: 8, 16: 16, 32: 32, 33: 64}
+SIDE = (56, 27)
+"""Representatives of each shape class: the first ones are measured. With the second ones nothing is aligned."""
 DTYPES = {2: torch.float16, 4: torch.float32}
 
 
@@ -56,18 +57,34 @@ def cheap_candidates(itemsize: int, nhwc: bool, dw_size: int, cp: int) -> list[c
 
 
 def representatives(itemsize: int, nhwc: bool, cin: int, cp: int, dw_size: int = 3) -> list[GhostArgs]:
-    return [shape_args(CIN[cin], 2 * n, SIDE, SIDE, dtype=DTYPES[itemsize], nhwc=nhwc, dw_size=dw_size) for n in CP[cp]]
+    """What is measured, the same with well aligned channels, and with badly aligned sizes."""
+    shapes = [
+        (CIN[cin][0], CP[cp][0], SIDE[0]),
+        (CIN[cin][0], CP_ALIGNED[cp], SIDE[0]),
+        (CIN[cin][1], CP[cp][1], SIDE[1]),
+    ]
+    return [
+        shape_args(k, 2 * n, side, side, dtype=DTYPES[itemsize], nhwc=nhwc, dw_size=dw_size) for k, n, side in shapes
+    ]
 
 
 def evidence(args: GhostArgs, step: str, choice: backend.Choice, target: str) -> dict[str, Any]:
     return measure(args, target, step == "primary", step == "cheap", choice)
 
 
-def fit(row: dict[str, Any]) -> bool:
-    """No spill, and room for MIN_WARPS warps (registers come in eights, a block's shared memory with 1 KB more)."""
+def roomy(row: dict[str, Any]) -> bool:
+    """Room for MIN_WARPS warps (registers come in eights, a block's shared memory with 1 KB more)."""
     by_registers = REGISTERS // (-(-row["registers"] // 8) * 8 * 32 * row["warps"])
-    blocks = min(by_registers, SHARED // (row["shared"] + 1024))
-    return row["spill_bytes"] == 0 and blocks * row["warps"] >= MIN_WARPS
+    return min(by_registers, SHARED // (row["shared"] + 1024)) * row["warps"] >= MIN_WARPS
+
+
+def fit(shapes: list[GhostArgs], step: str, choice: backend.Choice) -> bool:
+    """Room for MIN_WARPS warps at the measured shape, and no spill at any."""
+    for target in ("sm_80", "sm_90"):
+        rows = [evidence(shape, step, choice, target) for shape in shapes]
+        if not roomy(rows[0]) or any(row["spill_bytes"] for row in rows):
+            return False
+    return True
 
 
 def static_cost(args: GhostArgs, step: str, choice: backend.Choice) -> float:
@@ -94,8 +111,7 @@ def best(job: tuple[str, str, list[GhostArgs], list], timed: bool) -> tuple[list
     choices: list[Any] = [(c, other) if step == "primary" else (other, c) for c in candidates]
     cost = timed_cost if timed else static_cost
     for value, i in sorted((cost(shapes[0], step, choice), i) for i, choice in enumerate(choices)):
-        checks = [(shapes[0], "sm_90"), *((shape, "sm_80") for shape in shapes)]
-        if all(fit(evidence(shape, step, choices[i], target)) for shape, target in checks):
+        if fit(shapes, step, choices[i]):
             return list(candidates[i]), value
     return None
 

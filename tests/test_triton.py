@@ -158,19 +158,16 @@ def test_runs_shorter_than_the_halo(run, layout, monkeypatch):
     check(Case(height=9, width=29, dw_size=5, layout=layout, batch=1))
 
 
-def test_run_length():
-    for pixels, halo, units, step in [
-        (12544, 113, 64, 64),
-        (12544, 113, 1, 64),
-        (49, 8, 1, 32),
-        (1, 2, 1, 64),
-        (784, 29, 2, 64),
-    ]:
-        run = run_length(pixels, halo, units, step)
-        assert run % step == 0
-        assert run < pixels + step
-        if -(-pixels // run) * units > 528:  # more programs than wanted: the halo limits the run
-            assert run >= 8 * halo
+@pytest.mark.parametrize("units", [1, 2, 64, 5000])
+@pytest.mark.parametrize(("pixels", "halo"), [(12544, 113), (784, 58), (784, 0), (49, 8), (1, 2)])
+def test_run_length(pixels, halo, units):
+    run, step = run_length(pixels, halo, units, 32), 32
+    assert run % step == 0
+    assert run < pixels + step
+    assert run >= min(halo, pixels)
+    assert run < max(8 * halo, 1024) + step
+    if run > max(halo, 1) + step:  # a shorter run would give more programs than are wanted
+        assert -(-pixels // (run - step)) * units >= 528
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -18,6 +18,8 @@ NUM_WARPS = 4
 PROGRAMS = 528
 """Programs that a launch should have: four for each of an H100's 132 multiprocessors."""
 
+SECTOR = 32
+"""Bytes that memory moves at once."""
 SMALL_IMAGE = 64
 """Pixels up to which a block need not be longer than this."""
 
@@ -65,11 +67,11 @@ def tables() -> dict[str, dict[str, list]]:
 def run_length(pixels: int, halo: int, units: int, step: int) -> int:
     """Pixels per program, a multiple of ``step``, for ``units`` = images × channel blocks of ``pixels`` pixels.
 
-    As many as give PROGRAMS programs, but at most 8 halos, which bounds the recomputed pixels to a quarter.
+    As many as give PROGRAMS programs; at least a halo, so that a small batch recomputes at most two pixels for one; at
+    most 8 halos, from where longer runs would save less than a quarter.
     """
-    longest = max(8 * halo, 1024)
-    wanted = -(-pixels * units // PROGRAMS)
-    return -(-max(min(wanted, longest, pixels), 1) // step) * step
+    wanted = max(-(-pixels * units // PROGRAMS), halo, 1)
+    return -(-min(wanted, max(8 * halo, 1024), pixels) // step) * step
 
 
 def blocks(
@@ -81,6 +83,8 @@ def blocks(
     if choice is None:
         p = Primary(*tables()["primary"][primary_key(itemsize, nhwc, cin, cp)])
         c = Cheap(*tables()["cheap"][cheap_key(itemsize, nhwc, args.dw_size, cp)])
+        while c.BLOCK_C * itemsize > SECTOR and 4 * (-(-cp // c.BLOCK_C) * c.BLOCK_C) > 5 * cp:
+            c = Cheap(2 * c.BLOCK_P, c.BLOCK_C // 2)  # a tile of the same size with fewer idle channels
     else:
         p, c = choice
     if pixels <= SMALL_IMAGE:
