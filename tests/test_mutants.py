@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from mutants import harness
 from mutants.mutants import MUTANTS
@@ -11,10 +13,10 @@ KERNELS = sorted({kernel for mutant in MUTANTS for kernel in mutant.kernels})
 
 
 @pytest.fixture(scope="session")
-def shared(tmp_path_factory, worker_id):
+def shared(tmp_path_factory):
     """One folder for all workers of this run."""
     root = tmp_path_factory.getbasetemp()
-    folder = (root if worker_id == "master" else root.parent) / "mutants"
+    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "mutants"
     folder.mkdir(exist_ok=True)
     return folder
 

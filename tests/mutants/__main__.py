@@ -34,8 +34,8 @@ def main(words: list[str]) -> int:
             )
             return good
 
-        jobs: list[tuple[tuple[str, ...], Mutant | None]] = [((kernel,), None) for kernel in controls]
-        jobs += [(m.kernels, m) for m in chosen]
+        jobs: list[tuple[tuple[str, ...], Mutant | None]] = [(m.kernels, m) for m in chosen]
+        jobs += [((kernel,), None) for kernel in controls]
         results = list(pool.map(lambda j: job(j[0], *j[1]), enumerate(jobs)))
     print(f"{sum(results)} of {len(results)} as they should be, in {time.monotonic() - start:.0f} s")
     return 0 if all(results) else 1

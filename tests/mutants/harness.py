@@ -26,7 +26,7 @@ PATHS = {"float16": "Float16", "bfloat16": "BFloat16", "tf32": "TF32", "float32"
 def missing() -> str | None:
     """Why the check can't run here; None if it can."""
     tool = os.environ.get("PTX_ON_CPU")
-    if not tool or not (Path(tool) / "run-extension").exists():
+    if not tool or not (ROOT / tool / "run-extension").exists():
         return "the mutation check needs PTX_ON_CPU set to a ptx-on-cpu folder"
     if not shutil.which("nvcc"):
         return "the mutation check needs nvcc on PATH"
@@ -109,14 +109,15 @@ def build(folder: Path, shared: Path, kernels: Iterable[str], mutant: Mutant | N
     return extension
 
 
-def run_subset(extension: Path, shared: Path, kernels: Iterable[str], order: str) -> tuple[bool, str]:
+def run_subset(extension: Path, kernels: Iterable[str], order: str) -> tuple[bool, str]:
     """Whether all cases passed, and the last of them or what the tool said.
 
     Raises:
         RuntimeError: something failed that is no verdict on the kernel.
     """
     environment = os.environ | {
-        "PTX_ON_CPU_CACHE": str(shared / "ptx"),
+        "PTX_ON_CPU_CACHE": str(extension.parents[1] / "ptx"),
+        "OPT": "-O0",  # most of the time goes into compiling the translated kernels, not into running them
         "PYTHON": sys.executable,
         "PYTHONPATH": os.pathsep.join(map(str, (extension.parents[1], ROOT / "tests"))),
         "SHIM_ORDER": order,
@@ -138,7 +139,7 @@ def find(folder: Path, shared: Path, kernels: Iterable[str], mutant: Mutant | No
     extension = build(folder, shared, kernels, mutant)
     first = mutant.order if mutant else ORDERS[0]
     for order in sorted(ORDERS, key=lambda o: o != first):
-        passed, last = run_subset(extension, shared, kernels, order)
+        passed, last = run_subset(extension, kernels, order)
         if not passed:
             return f"{order}: {last}"
     return None

@@ -12,7 +12,7 @@ class Mutant(NamedTuple):
     old: str
     new: str
     kernels: tuple[str, ...]
-    """That are built and run with the fault; ``subset.CASES`` has the cases of each."""
+    """That are built and run with the fault; ``subset.SHAPES`` has the cases of each."""
     order: str = "asc"
     """The order of threads (SHIM_ORDER) that is tried first; a race may show in one only."""
 

@@ -6,6 +6,7 @@ Each shape is one that tests/test_cuda.py has too, or a like one.
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 from cuda_runtime import forward, planned_for
@@ -16,7 +17,7 @@ from ghostfused.testing import Case, judge, make_args
 SM_COUNTS = (1, 132)
 """Few SMs mean large tiles, many mean many small blocks."""
 
-SHAPES: dict[str, dict] = {
+SHAPES: dict[str, dict[str, Any]] = {
     "every kernel": {"in_channels": 20, "height": 9, "width": 11, "out_channels": 24},
     "pipeline": {"in_channels": 200, "height": 7, "width": 7, "out_channels": 40},
     "tiles": {"in_channels": 72, "height": 12, "width": 20, "out_channels": 24},
@@ -49,7 +50,7 @@ def arguments(name: str, kernel: str) -> GhostArgs:
         shape["dw_size"] = int(dw.removeprefix("dw"))
     args = make_args(Case(**shape))
     if name == "unaligned":  # to more than one element
-        shifted = {}
+        shifted: dict[str, Any] = {}
         for tensor in ("x", "primary_weight", "residual"):
             t = getattr(args, tensor)
             buffer = torch.zeros(t.numel() + 1, dtype=t.dtype)
