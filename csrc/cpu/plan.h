@@ -6,7 +6,7 @@
 namespace ghostfused::cpu::GHOSTFUSED_ISA {
 
 constexpr int64_t kTileBytes = 384 << 10;   // of x in one tile: stays in a core's L2 while every block reads it
-constexpr int64_t kChunkBytes = 20 << 10;   // of x1 in one chunk: stays in L1 between the two convolutions
+constexpr int64_t kChunkBytes = 192 << 10;  // of x1 in one chunk: stays in L2, and a channel of it in L1
 constexpr int64_t kSerialWork = 200 << 10;  // multiply-adds that are done before other threads would wake up
 
 // A unit is one block of init channels × one tile of rows of one image; it goes down the tile in chunks of rows.
