@@ -143,7 +143,6 @@ def all_peers() -> dict[str, Peer]:
     from .engines import OnnxRuntime, OpenVino, TorchTensorRT
 
     ours = [Fused(backend, level) for level in LEVELS for backend in BACKENDS]
-    one_kernel = [p for p in ours if p.backend in ("cuda", "triton")]
     peers: list[Peer] = [
         Eager(),
         BatchNormFolded(),
@@ -159,8 +158,8 @@ def all_peers() -> dict[str, Peer]:
         OpenVino("default"),
         TorchTensorRT(),
         *ours,
-        *(Graphed(p) for p in one_kernel),
-        *(_max_autotune(p) for p in one_kernel),
+        *(Graphed(p) for p in ours if p.backend in ("cuda", "triton")),
+        *(_max_autotune(p) for p in ours if p.backend in ("cuda", "triton", "cpu")),
     ]
     return {p.name: p for p in peers}
 
