@@ -50,6 +50,7 @@ def test_thread_order(path, layout, sm_count):
     """Pipelines of several chunks and stages, column tiles, several channel blocks; also run in other thread orders."""
     with planned_for(sm_count):
         check(Case(1, 72, 12, 20, 24, layout=layout, **PATHS[path]))
+        check(Case(1, 8, 15, 11, 64, layout=layout, **PATHS[path]))  # rows that strips don't divide
         check(Case(1, 200, 7, 7, 40, dw_size=5, layout=layout, input_gate=True, residual=True, **PATHS[path]))
         check(Case(1, 24, 9, 24, 54, ratio=3, layout=layout, output_gate=True, **PATHS[path]))
 

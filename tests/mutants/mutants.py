@@ -114,6 +114,7 @@ MUTANTS = [
         "end = min(first + p.plan.strip_h, t.h0 + t.rows);",
         "end = first + p.plan.strip_h;",
         (NCHW,),
+        "desc",
     ),
     Mutant(
         "K beyond Cin is not zero-filled",

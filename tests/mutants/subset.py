@@ -21,6 +21,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "every kernel": {"in_channels": 20, "height": 9, "width": 11, "out_channels": 24},
     "pipeline": {"in_channels": 200, "height": 7, "width": 7, "out_channels": 40},
     "tiles": {"in_channels": 72, "height": 12, "width": 20, "out_channels": 24},
+    "strips": {"in_channels": 8, "height": 15, "width": 11, "out_channels": 64},
     "wide": {"in_channels": 8, "height": 17, "width": 97, "out_channels": 24},
     "channel blocks": {"in_channels": 5, "height": 5, "width": 6, "out_channels": 200},
     "channel tail": {"in_channels": 33, "height": 8, "width": 16, "out_channels": 66},
