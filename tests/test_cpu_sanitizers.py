@@ -1,0 +1,60 @@
+"""The CPU kernels, without Torch, under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SOURCES = [ROOT / "tests" / "cpu_driver.cpp", *sorted((ROOT / "csrc" / "cpu").glob("kernel*.cpp"))]
+ISAS = ["baseline", "avx2", "avx512vl", "avx512"]
+
+# batch, in_channels, height, width, init_channels, ratio, dw_size, layout, dtype, gates and residual
+CASES = [
+    "2 5 7 7 12 2 3 nchw float32 0",
+    "2 5 7 7 12 2 3 nhwc float32 0",
+    "1 40 9 19 20 2 5 nchw float32 0",
+    "1 40 9 19 20 2 5 nhwc float32 0",
+    "3 3 1 1 1 2 3 nchw float32 1",
+    "3 3 1 1 1 2 3 nhwc float32 1",
+    "2 17 6 3 5 3 7 nchw float16 1",
+    "2 17 6 3 5 3 7 nhwc float16 1",
+    "1 33 30 33 26 2 3 nchw bfloat16 1",
+    "1 33 30 33 26 2 1 nhwc bfloat16 1",
+    "1 300 56 56 9 2 3 nchw float32 0",
+]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+@pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
+def test_sanitizers_find_nothing(sanitizers, tmp_path):
+    flags = ["-std=c++20", "-O1", "-g", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
+    if subprocess.run(
+        ["g++", *flags, "-x", "c++", "-", "-o", tmp_path / "probe"], input=b"int main() {}", capture_output=True
+    ).returncode:
+        pytest.skip(f"this g++ has no -fsanitize={sanitizers}")
+
+    def compile_one(source: Path) -> Path:
+        target = tmp_path / f"{source.stem}.o"
+        subprocess.run(["g++", *flags, "-c", source, "-o", target], check=True, capture_output=True, text=True)
+        return target
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compile_one, SOURCES))
+    driver = tmp_path / "driver"
+    subprocess.run(["g++", *flags, *objects, "-o", driver], check=True)
+    checksums = {}
+    for isa in ISAS:
+        for threads in ("1", "3"):
+            run = subprocess.run(
+                [driver, "--isa", isa, "--threads", threads, *" ".join(CASES).split()], capture_output=True, text=True
+            )
+            if "no such instruction set here" in run.stderr:
+                continue
+            assert run.returncode == 0, f"{isa}, {threads} threads:\n{run.stdout}{run.stderr[:6000]}"
+            assert run.stdout == checksums.setdefault(isa, run.stdout)
+    assert "baseline" in checksums
