@@ -62,14 +62,19 @@ class Worker {
         }
       }
       const int64_t until = min_of<int64_t>(last + pad, s.height);
-      if (done < until) primary(done, until, top);
+      // the tile's own rows go to the output as well
+      const int64_t first = max_of(done, h0), own = max_of(min_of(until, h1), first);
+      const bool direct = can_store_directly();
+      primary(done, first, top, false);
+      primary(first, own, top, direct);
+      primary(own, until, top, false);
       // zeros, not act(shift), outside the image
       for (int64_t c = 0; c < size; ++c) {
         float* channel = x1 + c * at.x1_channel;
         zero(channel, max_of<int64_t>(-top, 0) * at.x1_row * (h == h0));
         zero(channel + (until - top) * at.x1_row, (last + pad - until) * at.x1_row);
       }
-      store_x1(max_of(done, h0), min_of(until, h1), top);
+      if (!direct) store_x1(first, own, top);
       done = until;
       cheap(h, last);
     }
@@ -84,8 +89,15 @@ class Worker {
     }
   }
 
+  // Whether the multiplication writes whole vectors of nothing but x1's place in the output.
+  bool can_store_directly() const {
+    if (sizeof(T) != sizeof(float) || !output.plain) return false;
+    return kChannelsLast ? channels == plan.padded_block : !plan.pack_x;
+  }
+
   // x1 of the image rows begin … end - 1.
-  void primary(int64_t begin, int64_t end, int64_t top) {
+  void primary(int64_t begin, int64_t end, int64_t top, bool store_too) {
+    if (begin >= end) return;
     float* x1 = scratch + at.x1 + (begin - top) * at.x1_row;
     const float* norm = parameters + at.block_norms;
     Panel panel{};
@@ -106,13 +118,15 @@ class Worker {
       panel.b = parameters + at.block_weight;
       panel.b_row = plan.padded_block;
       panel.a_row = x_w;
-      panel.out_row = plan.padded_block;
+      panel.x1_row = plan.padded_block;
+      panel.out_row = p.out.stride_w;
       const int64_t panels = div_up(s.width, kMaxRows);
       for (int64_t h = begin; h < end; ++h, x += x_h, x1 += at.x1_row) {
         for (int64_t i = 0; i < panels; ++i) {
           const int64_t w = i * s.width / panels, rows = (i + 1) * s.width / panels - w;
           panel.a = x + w * x_w;
-          panel.out = x1 + (pad + w) * plan.padded_block;
+          panel.x1 = x1 + (pad + w) * plan.padded_block;
+          if (store_too) panel.out = reinterpret_cast<float*>(output.at(c0, h, w));
           multiply_kernels[rows][plan.padded_block / kLanes](panel);
         }
       }
@@ -121,10 +135,13 @@ class Worker {
       panel.a_row = p.primary_weight_stride_n;
       if (plan.pack_weight) panel.a = parameters + at.block_weight, panel.a_row = s.in_channels;
       panel.b_row = x_c;
-      panel.out_row = at.x1_channel;
+      panel.x1_row = at.x1_channel;
+      panel.out_row = p.out.stride_c;
+      float* out = reinterpret_cast<float*>(output.at(c0, begin, 0));
       const auto run = [&](int64_t pixel, int64_t vecs) {
         panel.b = x + pixel;
-        panel.out = x1 + pixel;
+        panel.x1 = x1 + pixel;
+        if (store_too) panel.out = out + pixel;
         multiply_kernels[channels][vecs](panel);
       };
       const int64_t pixels = (end - begin) * s.width, vecs = div_up(pixels, kLanes), panels = div_up(vecs, kMaxVecs);

@@ -16,7 +16,7 @@ constexpr int kMaxVecs = 3;
 // Products summed in one go: longer sums are made of such parts, which halves their rounding error and more.
 constexpr int64_t kSumDepth = 32;
 
-// out = act(scale * (a b) + shift): a (rows, depth) read by broadcasts, b (depth, vecs * kLanes), row-major all.
+// x1 = act(scale * (a b) + shift): a (rows, depth) read by broadcasts, b (depth, vecs * kLanes), row-major all.
 // NCHW: rows are channels, vectors lie along pixels. channels_last: rows are pixels, vectors lie along channels.
 struct Panel {
   const float* a;
@@ -24,7 +24,9 @@ struct Panel {
   const float* b;
   int64_t b_row;
   int64_t depth;
-  float* out;
+  float* x1;
+  int64_t x1_row;
+  float* out;  // where the result goes too, or null
   int64_t out_row;
   const float *scale, *shift, *slope;  // one per row, or one per column of b
   Act act;
@@ -32,17 +34,12 @@ struct Panel {
 
 template <int kRows, int kVecs, bool kRowsAreChannels>
 void multiply(const Panel& p) {
-  Vec sum[kRows][kVecs], total[kRows][kVecs];
+  Vec sum[kRows][kVecs] = {}, total[kRows][kVecs];
+  const bool in_parts = p.depth > kSumDepth;
+  if (in_parts) __builtin_memset(total, 0, sizeof total);
   const float *a = p.a, *b = p.b;
-  for (int64_t begin = 0, end; begin < p.depth; begin = end) {
-    end = min_of(begin + kSumDepth, p.depth);
-    for (int i = 0; i < kRows; ++i) {
-      for (int j = 0; j < kVecs; ++j) {
-        if (begin) total[i][j] = begin == kSumDepth ? sum[i][j] : total[i][j] + sum[i][j];
-        sum[i][j] = Vec{};
-      }
-    }
-    for (int64_t k = begin; k < end; ++k, ++a, b += p.b_row) {
+  for (int64_t left = p.depth;;) {
+    for (int64_t k = min_of(left, kSumDepth); k > 0; --k, ++a, b += p.b_row) {
       Vec row[kVecs];
       for (int j = 0; j < kVecs; ++j) row[j] = load(b + j * kLanes);
       for (int i = 0; i < kRows; ++i) {
@@ -50,10 +47,13 @@ void multiply(const Panel& p) {
         for (int j = 0; j < kVecs; ++j) sum[i][j] += factor * row[j];
       }
     }
-  }
-  if (p.depth > kSumDepth) {
+    left -= kSumDepth;
+    if (left <= 0) break;
     for (int i = 0; i < kRows; ++i) {
-      for (int j = 0; j < kVecs; ++j) sum[i][j] += total[i][j];
+      for (int j = 0; j < kVecs; ++j) {
+        total[i][j] += sum[i][j];
+        sum[i][j] = Vec{};
+      }
     }
   }
   for (int i = 0; i < kRows; ++i) {
@@ -62,7 +62,10 @@ void multiply(const Panel& p) {
       const Vec scale = kRowsAreChannels ? splat(p.scale[i]) : load(p.scale + at);
       const Vec shift = kRowsAreChannels ? splat(p.shift[i]) : load(p.shift + at);
       const Vec slope = kRowsAreChannels ? splat(p.slope[i]) : load(p.slope + at);
-      store(p.out + i * p.out_row + at, activate(sum[i][j] * scale + shift, slope, p.act));
+      if (in_parts) sum[i][j] += total[i][j];
+      const Vec y = activate(sum[i][j] * scale + shift, slope, p.act);
+      store(p.x1 + i * p.x1_row + at, y);
+      if (p.out) store(p.out + i * p.out_row + at, y);
     }
   }
 }
@@ -86,7 +89,7 @@ struct Walk {
   int64_t walk, cross;
   const float* weight;  // (size along the walk, size across), vectors ``weight_step`` apart
   int64_t weight_step;
-  const Ints* mask;  // per tap across: lanes inside the image, or null for all
+  const Ints* mask;  // per tap across: lanes inside the image. All are at the middle tap
   float* out;
   int64_t out_walk;
   int steps;
@@ -105,7 +108,7 @@ GHOSTFUSED_INLINE void depthwise_step(const Walk& p, const float* x1, float* out
 #pragma GCC unroll 16
     for (int j = 0; j < kSize; ++j) {
       Vec x = load(x1 + i * p.walk + j * p.cross);
-      if constexpr (kMasked) x = reinterpret_cast<Vec>(reinterpret_cast<Ints>(x) & p.mask[j]);
+      if (kMasked && j != kSize / 2) x = reinterpret_cast<Vec>(reinterpret_cast<Ints>(x) & p.mask[j]);
 #pragma GCC unroll 16
       for (int o = 0; o < kOutputs; ++o) {
         const int tap = i - o;
