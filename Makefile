@@ -7,7 +7,7 @@ SOURCES := $(wildcard csrc/*.* csrc/cpu/*.*)
 # One architecture for local builds: the GPU's if there is one, else sm_80 with PTX, which the CPU runner executes.
 export TORCH_CUDA_ARCH_LIST ?= $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1),8.0+PTX)
 
-.PHONY: demo test check format bench clean
+.PHONY: demo test check format bench readme-figures clean
 
 $(VENV)/installed: pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
@@ -38,7 +38,10 @@ format: $(VENV)/built
 	$(VENV)/bin/clang-format -i $(SOURCES)
 
 bench: $(VENV)/built
-	$(PY) -m bench.static
+	$(PY) -m bench suite --quick
+
+readme-figures: $(VENV)/built
+	$(PY) -m bench readme
 
 clean:
 	rm -rf $(VENV) build out *.egg-info ghostfused/*.so
