@@ -387,7 +387,8 @@ class Worker {
     }
   }
 
-  // (scale, shift, slope) of the block's channels, with norm(y + bias) = y * scale + shift.
+  // (scale, shift, slope) of the block's channels, with norm(y + bias) = y * scale + shift. In double, since what is
+  // rounded here counts most where y * scale and shift nearly cancel.
   void prepare_norm(const NormAct& half, float* to, int64_t first, int64_t step) const {
     const auto get = [](const ChannelVector& v, int64_t c, bool is_float32) {
       return is_float32 ? static_cast<const float*>(v.data)[c * v.stride]
@@ -395,16 +396,16 @@ class Worker {
     };
     for (int64_t i = 0; i < channels; ++i) {
       const int64_t c = first + i * step;
-      float scale = 1.f, shift = 0.f;
+      double scale = 1, shift = 0;
       if (half.mean.data) {
-        scale = 1.f / __builtin_sqrtf(get(half.var, c, half.norm_is_float32) + half.eps);
+        scale = 1 / __builtin_sqrt(get(half.var, c, half.norm_is_float32) + double{half.eps});
         if (half.gamma.data) scale *= get(half.gamma, c, half.norm_is_float32);
         shift = -get(half.mean, c, half.norm_is_float32) * scale;
         if (half.beta.data) shift += get(half.beta, c, half.norm_is_float32);
       }
       if (half.bias.data) shift += get(half.bias, c, false) * scale;
-      to[i] = scale;
-      to[i + plan.padded_block] = shift;
+      to[i] = static_cast<float>(scale);
+      to[i + plan.padded_block] = static_cast<float>(shift);
       to[i + 2 * plan.padded_block] = half.act == Act::kPReLU ? get(half.slope, c, false) : half.negative_slope;
     }
   }
