@@ -35,10 +35,12 @@ struct Panel {
 
 template <int kRows, int kVecs, bool kRowsAreChannels>
 void multiply(const Panel& p) {
-  Vec sum[kRows][kVecs] = {}, total[kRows][kVecs];
+  Vec sum[kRows][kVecs], total[kRows][kVecs];
   const int64_t part = part_of(p.depth);
   const bool in_parts = p.depth > part;
-  if (in_parts) __builtin_memset(total, 0, sizeof total);
+  for (int i = 0; i < kRows; ++i) {
+    for (int j = 0; j < kVecs; ++j) sum[i][j] = total[i][j] = Vec{};
+  }
   const float *a = p.a, *b = p.b;
   for (int64_t left = p.depth;;) {
     for (int64_t k = min_of(left, part); k > 0; --k, ++a, b += p.b_row) {
