@@ -13,6 +13,10 @@ constexpr int kMaxRows = 4;
 #endif
 constexpr int kMaxVecs = 3;
 
+// Distances in floats, measured on a Zen 4: where the tensors exceed the caches they halve the time of wide maps, and
+// where they don't they cost 1 to 2 %.
+constexpr int kLine = 16, kPrefetchX = 120, kPrefetchOut = 72;
+
 // How many products are summed in one go. Longer sums are made of such parts, which halves their rounding error and
 // more; it takes parts this short to stay within twice PyTorch's error on small random modules (1 in 1000 misses it).
 GHOSTFUSED_INLINE int64_t part_of(int64_t depth) { return depth <= 64 ? 16 : depth <= 256 ? 32 : 64; }
@@ -46,6 +50,10 @@ void multiply(const Panel& p) {
     for (int64_t k = min_of(left, part); k > 0; --k, ++a, b += p.b_row) {
       Vec row[kVecs];
       for (int j = 0; j < kVecs; ++j) row[j] = load(b + j * kLanes);
+      if (kRowsAreChannels) {  // every row is in another page, where the hardware doesn't look ahead
+        __builtin_prefetch(b + kPrefetchX);
+        __builtin_prefetch(b + kPrefetchX + kLine);
+      }
       for (int i = 0; i < kRows; ++i) {
         const Vec factor = splat(a[i * p.a_row]);
         for (int j = 0; j < kVecs; ++j) sum[i][j] += factor * row[j];
@@ -70,6 +78,7 @@ void multiply(const Panel& p) {
       const Vec y = activate(sum[i][j] * scale + shift, slope, p.act);
       store(p.x1 + i * p.x1_row + at, y);
       if (p.out) store(p.out + i * p.out_row + at, y);
+      if (kRowsAreChannels && p.out && j != 1) __builtin_prefetch(p.out + i * p.out_row + at + kPrefetchOut, 1);
     }
   }
 }
@@ -124,6 +133,7 @@ GHOSTFUSED_INLINE void depthwise_step(const Walk& p, const float* x1, float* out
 #pragma GCC unroll 16
     for (int o = 0; kInParts && o < kOutputs; ++o) sum[o] += part[o];
   }
+  for (int o = 0; o < kOutputs; ++o) __builtin_prefetch(out + o * p.out_walk + kLine, 1);
   for (int o = 0; o < kOutputs; ++o) store(out + o * p.out_walk, activate(sum[o] * p.scale + p.shift, p.slope, p.act));
 }
 
