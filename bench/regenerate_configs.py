@@ -57,10 +57,11 @@ def cheap_candidates(itemsize: int, nhwc: bool, dw_size: int, cp: int) -> list[c
 
 
 def representatives(itemsize: int, nhwc: bool, cin: int, cp: int, dw_size: int = 3) -> list[GhostArgs]:
-    """What is measured, the same with well aligned channels, and with badly aligned sizes."""
+    """What is measured, and the same with channels that divide well, with channels and with sizes that don't."""
     shapes = [
         (CIN[cin][0], CP[cp][0], SIDE[0]),
         (CIN[cin][0], CP_ALIGNED[cp], SIDE[0]),
+        (CIN[cin][1], CP[cp][1], SIDE[0]),
         (CIN[cin][1], CP[cp][1], SIDE[1]),
     ]
     return [

@@ -135,6 +135,14 @@ def test_many_channels():
 
 
 @each_layout
+@pytest.mark.parametrize("seed", range(3))
+def test_long_fp32_sums(layout, seed):
+    """Chains of hundreds of products must not round away more than PyTorch's blocked sums do."""
+    for cin, out in [(336, 80), (672, 112), (960, 160), (1248, 208)]:
+        check(Case(1, cin, 7, 7, out, layout=layout, act_primary="none", act_cheap="none", seed=seed))
+
+
+@each_layout
 @each_path
 def test_sliced_input(layout, path):
     check(Case(2, 20, 9, 7, 24, layout=layout, sliced=True, residual=True, **PATHS[path]))
