@@ -71,7 +71,7 @@ __device__ __forceinline__ void pointwise(const KernelParams& p, const BlockTile
   const int k_steps = plan.block_k * static_cast<int>(sizeof(T)) / kKStepBytes;
   const int chunks = (t.pixels + block_m - 1) / block_m * plan.k_chunks;
 
-  const T* x = static_cast<const T*>(p.args.x.data) + int64_t{t.n} * p.args.x.stride_n;
+  const T* x = static_cast<const T*>(p.x.data) + t.n * p.x.stride_n;
   const float* affines = reinterpret_cast<const float*>(smem);
   unsigned char* x1 = smem + plan.x1_offset;
   const FastDivisor halo_cols(t.halo_cols);

@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include <atomic>
+#include <cstdint>
 #include <cstdio>
 
 namespace ghostfused {
@@ -51,6 +52,14 @@ cudaError_t allow_shared_memory(int index) {
   return error;
 }
 
+bool narrow(const Tensor4& t, DeviceTensor* out) {
+  for (const int64_t stride : {t.stride_c, t.stride_h, t.stride_w}) {
+    if (stride < INT32_MIN || stride > INT32_MAX) return false;
+  }
+  *out = {t.data, t.stride_n, static_cast<int>(t.stride_c), static_cast<int>(t.stride_h), static_cast<int>(t.stride_w)};
+  return true;
+}
+
 }  // namespace
 
 const char* launch_forward(const GhostForwardParams& params, const LaunchPlan& plan, void* stream) {
@@ -59,6 +68,13 @@ const char* launch_forward(const GhostForwardParams& params, const LaunchPlan& p
   cudaError_t error = allow_shared_memory(index);
   if (error != cudaSuccess) return cudaGetErrorString(error);
   KernelParams p{params, plan, vector_widths(params, plan)};
+  if (!narrow(params.x, &p.x) || !narrow(params.out, &p.out) || !narrow(params.residual, &p.residual) ||
+      !narrow(params.output_gate, &p.output_gate)) {
+    return "a stride within an image is beyond 2^31 elements";
+  }
+  const int element = params.shape.path == Path::kFloat16 || params.shape.path == Path::kBFloat16 ? 2 : 4;
+  p.x_row = reciprocal_of(plan.block_k * element / p.width.x);
+  p.weight_row = reciprocal_of(plan.block_k * element / p.width.primary_weight);
   void* arguments[] = {&p};
   error = cudaLaunchKernel(kernel_at(index).function, dim3(static_cast<unsigned>(plan.grid)), dim3(plan.threads),
                            arguments, plan.smem_bytes, static_cast<cudaStream_t>(stream));

@@ -13,10 +13,26 @@ struct VectorWidths {
 
 VectorWidths vector_widths(const GhostForwardParams& params, const LaunchPlan& plan);
 
+// A Tensor4 as the kernel addresses it. Strides within an image fit 32 bits, so that a product is one instruction;
+// that of the batch doesn't have to.
+struct DeviceTensor {
+  void* data;
+  int64_t stride_n;
+  int stride_c, stride_h, stride_w;
+};
+
+// For a division that many threads make (tile.cuh's FastDivisor).
+struct Reciprocal {
+  uint32_t divisor, reciprocal;
+};
+constexpr Reciprocal reciprocal_of(uint32_t d) { return {d, 0xffffffffu / d + 1}; }
+
 struct KernelParams {
   GhostForwardParams args;
   LaunchPlan plan;
   VectorWidths width;
+  DeviceTensor x, out, residual, output_gate;
+  Reciprocal x_row, weight_row;  // vectors in a row of a stage: of x in channels_last, and of the 1×1 weights
 };
 
 // A kernel's template argument kD: 3 or 5 if it is unrolled for that size and ratio 2; 0 for any size and ratio.

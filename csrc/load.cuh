@@ -32,19 +32,20 @@ __device__ __forceinline__ void for_each_vector(int count, int bytes, F f) {
 template <typename T, bool kChannelsLast>
 __device__ __forceinline__ void load_x(const KernelParams& p, const BlockTile& t, const FastDivisor& halo_cols,
                                        unsigned char* stage, const T* x, int m0, int k0, int block_m) {
-  const Tensor4& xs = p.args.x;
+  const DeviceTensor& xs = p.x;
   const int bytes = p.width.x, count = bytes / static_cast<int>(sizeof(T));
   const int pixels = min(block_m, t.pixels - m0);
   const int per_row = kChannelsLast ? p.plan.block_k / count : (pixels + count - 1) / count;
   const int vectors = (kChannelsLast ? pixels : p.plan.block_k) * per_row;
-  const FastDivisor by_row(per_row);
+  const FastDivisor by_row = kChannelsLast ? FastDivisor(p.x_row) : FastDivisor(per_row);
   for_each_vector(vectors, bytes, [&](int i, auto copy) {
     const int row = by_row.divide(i), col = (i - row * per_row) * count;
     const int m = m0 + (kChannelsLast ? row : col), k = k0 + (kChannelsLast ? col : row);
     const int left = kChannelsLast ? p.args.shape.in_channels - k : k < p.args.shape.in_channels ? t.pixels - m : 0;
     const int valid = max(0, min(left, count)) * static_cast<int>(sizeof(T));
     const int h = halo_cols.divide(m), w = m - h * t.halo_cols;
-    const T* src = x + k * xs.stride_c + (t.halo_h0 + h) * xs.stride_h + (t.halo_w0 + w) * xs.stride_w;
+    const T* src =
+        x + int64_t{k} * xs.stride_c + int64_t{t.halo_h0 + h} * xs.stride_h + int64_t{t.halo_w0 + w} * xs.stride_w;
     copy(stage + row * p.plan.a_pitch + col * sizeof(T), valid > 0 ? src : x, valid);
   });
 }
@@ -56,7 +57,7 @@ __device__ __forceinline__ void load_primary_weight(const KernelParams& p, const
   const int bytes = p.width.primary_weight, count = bytes / static_cast<int>(sizeof(T));
   const int per_row = p.plan.block_k / count;
   const T* weight = static_cast<const T*>(p.args.primary_weight);
-  const FastDivisor by_row(per_row);
+  const FastDivisor by_row(p.weight_row);
   for_each_vector(p.plan.block_c * per_row, bytes, [&](int i, auto copy) {
     const int row = by_row.divide(i), col = (i - row * per_row) * count;
     const int left = row < t.channels ? p.args.shape.in_channels - k0 - col : 0;

@@ -11,37 +11,38 @@ __device__ __forceinline__ int nearest(int dst, int gate_size, int size) {
 }
 
 template <typename T>
-__device__ __forceinline__ const T* at(const Tensor4& t, int64_t n, int64_t c, int64_t h, int64_t w) {
-  return static_cast<const T*>(t.data) + n * t.stride_n + c * t.stride_c + h * t.stride_h + w * t.stride_w;
+__device__ __forceinline__ const T* at(const DeviceTensor& t, int n, int c, int h, int w) {
+  return static_cast<const T*>(t.data) + n * t.stride_n + int64_t{c} * t.stride_c + int64_t{h} * t.stride_h +
+         int64_t{w} * t.stride_w;
 }
 
 // Stores kV numbers that are neighbours in memory, the first of them at (c, h, w): along the channels for
 // channels_last, else along the pixels, where they may run on into the next rows and channels. Where the residual or
 // the gate can't be read as such a vector, kV is 1.
 template <typename T, int kV>
-__device__ __forceinline__ void finish(const KernelParams& p, int64_t n, int c, int h, int w, Vector<T, kV> y) {
+__device__ __forceinline__ void finish(const KernelParams& p, int n, int c, int h, int w, Vector<T, kV> y) {
   const GhostForwardParams& a = p.args;
-  if (a.residual.data != nullptr || a.output_gate.data != nullptr) {
+  if (p.residual.data != nullptr || p.output_gate.data != nullptr) {
     float v[kV];
 #pragma unroll
     for (int i = 0; i < kV; ++i) v[i] = to_float(y.at[i]);
-    if (a.output_gate.data != nullptr) {
+    if (p.output_gate.data != nullptr) {
       Vector<T, kV> gate;
-      gate.load(at<T>(a.output_gate, n, c, nearest(h, a.gate_height, a.shape.height),
+      gate.load(at<T>(p.output_gate, n, c, nearest(h, a.gate_height, a.shape.height),
                       nearest(w, a.gate_width, a.shape.width)));
 #pragma unroll
       for (int i = 0; i < kV; ++i) v[i] *= to_float(gate.at[i]);
     }
-    if (a.residual.data != nullptr) {
+    if (p.residual.data != nullptr) {
       Vector<T, kV> residual;
-      residual.load(at<T>(a.residual, n, c, h, w));
+      residual.load(at<T>(p.residual, n, c, h, w));
 #pragma unroll
       for (int i = 0; i < kV; ++i) v[i] += to_float(residual.at[i]);
     }
 #pragma unroll
     for (int i = 0; i < kV; ++i) y.at[i] = from_float<T>(v[i]);
   }
-  y.store(const_cast<T*>(at<T>(a.out, n, c, h, w)));
+  y.store(const_cast<T*>(at<T>(p.out, n, c, h, w)));
 }
 
 // Of each tile pixel, x1's first n1 channels and the staged new ones. They are one row; a vector may straddle the two

@@ -74,9 +74,9 @@ struct Vector {
 };
 
 // Division by a number that many threads divide by: exact while dividend * divisor < 2^32.
-struct FastDivisor {
-  uint32_t divisor, reciprocal;
-  __device__ __forceinline__ explicit FastDivisor(uint32_t d) : divisor(d), reciprocal(0xffffffffu / d + 1) {}
+struct FastDivisor : Reciprocal {
+  __device__ __forceinline__ explicit FastDivisor(uint32_t d) : Reciprocal{d, 0xffffffffu / d + 1} {}
+  __device__ __forceinline__ explicit FastDivisor(const Reciprocal& r) : Reciprocal(r) {}
   __device__ __forceinline__ int divide(int x) const { return divisor == 1 ? x : __umulhi(x, reciprocal); }
 };
 

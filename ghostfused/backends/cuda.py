@@ -45,7 +45,19 @@ def supports(args: GhostArgs) -> str | None:
     device = args.x.device
     if device.type != "cuda":
         return f"tensors on {device} (the kernel takes CUDA tensors)"
-    return _device_refusal(device.index or 0) or kernel_refusal(args) or placement_refusal(args)
+    return _device_refusal(device.index or 0) or kernel_refusal(args) or placement_refusal(args) or _stride_refusal(args)
+
+
+def _stride_refusal(args: GhostArgs) -> str | None:
+    """Offsets have 64 bits, strides within an image 32. Symbolic ones are left to the binding, as sizes are."""
+    if torch.compiler.is_compiling():
+        return None
+    _, channels, height, width = args.output_shape()
+    longest = max(height * width, width * channels, *args.x.stride()[1:])
+    for t in (args.residual, args.output_gate):
+        if t is not None:
+            longest = max(longest, *t.stride()[1:])
+    return None if longest < 2**31 else f"a stride of {longest} elements within an image (the kernel takes 2³¹ - 1)"
 
 
 def forward(args: GhostArgs) -> Tensor:
