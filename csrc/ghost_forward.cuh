@@ -186,8 +186,7 @@ __device__ __forceinline__ void cheap_and_store(const KernelParams& p, unsigned 
 }
 
 template <Path kPath, int kD, bool kChannelsLast>
-__global__ void __launch_bounds__(kMaxThreads, min_blocks(kPath, kD))
-    ghost_forward(const __grid_constant__ KernelParams p) {
+__global__ void __launch_bounds__(kMaxThreads, kMinBlocks) ghost_forward(const __grid_constant__ KernelParams p) {
   using T = typename PathType<kPath>::T;
   extern __shared__ __align__(128) unsigned char smem[];
   {

@@ -54,9 +54,10 @@ cudaError_t allow_shared_memory(int index) {
 
 bool narrow(const Tensor4& t, DeviceTensor* out) {
   for (const int64_t stride : {t.stride_c, t.stride_h, t.stride_w}) {
-    if (stride < INT32_MIN || stride > INT32_MAX) return false;
+    if (stride < 0 || stride > INT32_MAX) return false;
   }
-  *out = {t.data, t.stride_n, static_cast<int>(t.stride_c), static_cast<int>(t.stride_h), static_cast<int>(t.stride_w)};
+  *out = {t.data, t.stride_n, static_cast<uint32_t>(t.stride_c), static_cast<uint32_t>(t.stride_h),
+          static_cast<uint32_t>(t.stride_w)};
   return true;
 }
 

@@ -13,12 +13,12 @@ struct VectorWidths {
 
 VectorWidths vector_widths(const GhostForwardParams& params, const LaunchPlan& plan);
 
-// A Tensor4 as the kernel addresses it. Strides within an image fit 32 bits, so that a product is one instruction;
-// that of the batch doesn't have to.
+// A Tensor4 as the kernel addresses it. Strides within an image are of 32 bits and, as all of Torch's, not
+// negative, so that a product is one instruction; that of the batch may be longer.
 struct DeviceTensor {
   void* data;
   int64_t stride_n;
-  int stride_c, stride_h, stride_w;
+  uint32_t stride_c, stride_h, stride_w;
 };
 
 // For a division that many threads make (tile.cuh's FastDivisor).
@@ -40,12 +40,9 @@ constexpr int unrolled_dw(const GhostShape& s) {
   return s.ratio == 2 && (s.dw_size == 3 || s.dw_size == 5) ? s.dw_size : 0;
 }
 
-// Blocks of kMaxThreads per SM that a kernel's registers allow: 3 leave 80 registers a thread; 2 leave 128, which 5×5
-// weights and 4-byte operands need so as not to spill.
-constexpr int kMaxThreads = 256;
-constexpr int min_blocks(Path path, int unrolled_dw) {
-  return unrolled_dw != 5 && (path == Path::kFloat16 || path == Path::kBFloat16) ? 3 : 2;
-}
+// Two blocks of kMaxThreads per SM leave 128 registers a thread. With 80, for three, fp16 kernels spill or compute
+// their addresses again and again: 8 to 11 % more instructions for GhostNet, by bench.static_cuda.
+constexpr int kMaxThreads = 256, kMinBlocks = 2;
 
 struct Kernel {
   const void* function;  // __global__ void (KernelParams)

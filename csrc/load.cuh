@@ -7,21 +7,23 @@
 
 namespace ghostfused {
 
-// Calls f(i, copy) for this thread's share of ``count`` vectors. cp.async can't copy 2 bytes, so those go through a
-// register, a few at a time; the barrier before the stage is read covers both ways.
+// Calls f(i, copy) for this thread's share of ``count`` vectors; copy(offset, source, valid bytes) fills one of
+// ``stage``. cp.async can't copy 2 bytes, so those go through a register, a few at a time; the barrier before the stage
+// is read covers both ways.
 template <typename F>
-__device__ __forceinline__ void for_each_vector(int count, int bytes, F f) {
+__device__ __forceinline__ void for_each_vector(int count, int bytes, unsigned char* stage, F f) {
   if (bytes == 2) {
 #pragma unroll 4
     for (int i = threadIdx.x; i < count; i += blockDim.x) {
-      f(i, [](unsigned char* dst, const void* src, int valid) {
-        *reinterpret_cast<uint16_t*>(dst) = valid > 0 ? *static_cast<const uint16_t*>(src) : uint16_t{0};
+      f(i, [stage](int offset, const void* src, int valid) {
+        *reinterpret_cast<uint16_t*>(stage + offset) = valid > 0 ? *static_cast<const uint16_t*>(src) : uint16_t{0};
       });
     }
   } else {
+    const uint32_t address = smem_address(stage);
 #pragma unroll 1
     for (int i = threadIdx.x; i < count; i += blockDim.x) {
-      f(i, [bytes](unsigned char* dst, const void* src, int valid) { cp_async(smem_address(dst), src, bytes, valid); });
+      f(i, [=](int offset, const void* src, int valid) { cp_async(address + offset, src, bytes, valid); });
     }
   }
 }
@@ -32,21 +34,19 @@ __device__ __forceinline__ void for_each_vector(int count, int bytes, F f) {
 template <typename T, bool kChannelsLast>
 __device__ __forceinline__ void load_x(const KernelParams& p, const BlockTile& t, const FastDivisor& halo_cols,
                                        unsigned char* stage, const T* x, int m0, int k0, int block_m) {
-  const DeviceTensor& xs = p.x;
   const int bytes = p.width.x, count = bytes / static_cast<int>(sizeof(T));
   const int pixels = min(block_m, t.pixels - m0);
   const int per_row = kChannelsLast ? p.plan.block_k / count : (pixels + count - 1) / count;
   const int vectors = (kChannelsLast ? pixels : p.plan.block_k) * per_row;
   const FastDivisor by_row = kChannelsLast ? FastDivisor(p.x_row) : FastDivisor(per_row);
-  for_each_vector(vectors, bytes, [&](int i, auto copy) {
+  for_each_vector(vectors, bytes, stage, [&](int i, auto copy) {
     const int row = by_row.divide(i), col = (i - row * per_row) * count;
     const int m = m0 + (kChannelsLast ? row : col), k = k0 + (kChannelsLast ? col : row);
     const int left = kChannelsLast ? p.args.shape.in_channels - k : k < p.args.shape.in_channels ? t.pixels - m : 0;
     const int valid = max(0, min(left, count)) * static_cast<int>(sizeof(T));
     const int h = halo_cols.divide(m), w = m - h * t.halo_cols;
-    const T* src =
-        x + int64_t{k} * xs.stride_c + int64_t{t.halo_h0 + h} * xs.stride_h + int64_t{t.halo_w0 + w} * xs.stride_w;
-    copy(stage + row * p.plan.a_pitch + col * sizeof(T), valid > 0 ? src : x, valid);
+    const T* src = x + offset_in_image(p.x, k, t.halo_h0 + h, t.halo_w0 + w);
+    copy(row * p.plan.a_pitch + col * static_cast<int>(sizeof(T)), valid > 0 ? src : x, valid);
   });
 }
 
@@ -58,12 +58,12 @@ __device__ __forceinline__ void load_primary_weight(const KernelParams& p, const
   const int per_row = p.plan.block_k / count;
   const T* weight = static_cast<const T*>(p.args.primary_weight);
   const FastDivisor by_row(p.weight_row);
-  for_each_vector(p.plan.block_c * per_row, bytes, [&](int i, auto copy) {
+  for_each_vector(p.plan.block_c * per_row, bytes, stage, [&](int i, auto copy) {
     const int row = by_row.divide(i), col = (i - row * per_row) * count;
     const int left = row < t.channels ? p.args.shape.in_channels - k0 - col : 0;
     const int valid = max(0, min(left, count)) * static_cast<int>(sizeof(T));
     const T* src = weight + (t.c0 + row) * p.args.primary_weight_stride_n + (k0 + col) * p.args.primary_weight_stride_k;
-    copy(stage + row * p.plan.w_pitch + col * sizeof(T), valid > 0 ? src : weight, valid);
+    copy(row * p.plan.w_pitch + col * static_cast<int>(sizeof(T)), valid > 0 ? src : weight, valid);
   });
 }
 

@@ -99,7 +99,7 @@ bool complete(const GhostShape& s, const Span& rows, const Span& cols, LaunchPla
   reserve(std::max(pipeline, round_up(staging, kVectorBytes)));
   if (end > s.smem_per_block) return false;
   p.smem_bytes = static_cast<int>(end);
-  const int by_registers = min_blocks(s.path, unrolled_dw(s)) * kMaxThreads / p.threads;
+  const int by_registers = kMinBlocks * kMaxThreads / p.threads;
   p.blocks_per_sm = std::max(1, std::min<int>(by_registers, s.smem_per_sm / (end + 1024)));  // 1 KB is the system's
 
   // A thread of the depthwise conv slides down as many rows as leave work for all threads.

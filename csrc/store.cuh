@@ -12,8 +12,7 @@ __device__ __forceinline__ int nearest(int dst, int gate_size, int size) {
 
 template <typename T>
 __device__ __forceinline__ const T* at(const DeviceTensor& t, int n, int c, int h, int w) {
-  return static_cast<const T*>(t.data) + n * t.stride_n + int64_t{c} * t.stride_c + int64_t{h} * t.stride_h +
-         int64_t{w} * t.stride_w;
+  return static_cast<const T*>(t.data) + n * t.stride_n + offset_in_image(t, c, h, w);
 }
 
 // Stores kV numbers that are neighbours in memory, the first of them at (c, h, w): along the channels for

@@ -80,6 +80,11 @@ struct FastDivisor : Reciprocal {
   __device__ __forceinline__ int divide(int x) const { return divisor == 1 ? x : __umulhi(x, reciprocal); }
 };
 
+// Where (c, h, w) of an image lies. All are of 32 bits and not negative: three wide multiply-adds.
+__device__ __forceinline__ uint64_t offset_in_image(const DeviceTensor& t, uint32_t c, uint32_t h, uint32_t w) {
+  return uint64_t{c} * t.stride_c + uint64_t{h} * t.stride_h + uint64_t{w} * t.stride_w;
+}
+
 // One block's work: output pixels [h0, h0 + rows) × [w0, w0 + cols) of image n, init channels [c0, c0 + channels).
 // Its halo is cut off at the image's edges: x1 exists only for pixels inside, and the depthwise conv reads zeros for
 // those outside. They must be zeros after norm and activation, and act(shift) isn't zero.

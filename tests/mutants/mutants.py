@@ -162,8 +162,8 @@ MUTANTS = [
     Mutant(
         "the new channels get the residual of the first half",
         "store.cuh",
-        "at<T>(a.residual, n, c, h, w)",
-        "at<T>(a.residual, n, c % a.shape.init_channels, h, w)",
+        "at<T>(p.residual, n, c, h, w)",
+        "at<T>(p.residual, n, c % a.shape.init_channels, h, w)",
         (NHWC,),
     ),
     Mutant(
