@@ -45,7 +45,9 @@ def supports(args: GhostArgs) -> str | None:
     device = args.x.device
     if device.type != "cuda":
         return f"tensors on {device} (the kernel takes CUDA tensors)"
-    return _device_refusal(device.index or 0) or kernel_refusal(args) or placement_refusal(args) or _stride_refusal(args)
+    return (
+        _device_refusal(device.index or 0) or kernel_refusal(args) or placement_refusal(args) or _stride_refusal(args)
+    )
 
 
 def _stride_refusal(args: GhostArgs) -> str | None:
