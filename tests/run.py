@@ -34,6 +34,7 @@ def main() -> int:
 
     gpu = torch.cuda.is_available()
     workers = [] if gpu else ["-n", "2"]
+    os.environ["PYTHON"] = sys.executable  # the one whose triton has the disassembler that run-extension needs
     tool = os.environ.get("PTX_ON_CPU")
     if tool:
         os.environ["PTX_ON_CPU"] = tool = str((ROOT / tool).resolve())
