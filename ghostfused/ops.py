@@ -1,7 +1,8 @@
 """Op schemas and fakes: the only file that talks to torch.library.
 
-One forward op per kernel backend, ``ghostfused::forward_<backend>``, all of one schema; the CUDA one's kernel is
-registered by ``csrc/binding.cpp`` when the extension loads. One backward op serves them all.
+Per op and kernel backend one forward, ``ghostfused::<op>_<backend>``; the schema is that of the op's tuple of
+arguments. Those of "cuda" and "cpu" are registered by the extensions when they load. One backward per op serves
+all backends.
 """
 
 from __future__ import annotations
@@ -12,54 +13,52 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .spec import TENSORS, GhostArgs
+from .spec import Args, DepthwiseArgs, GhostArgs, SqueezeExciteArgs
 
 _TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", int: "int", bool: "bool"}
 
-SCHEMA = ", ".join(f"{_TYPES[kind]} {name}" for name, kind in GhostArgs.__annotations__.items())
-"""The schema of GhostArgs: ``Tensor x, Tensor primary_weight, Tensor? primary_bias, …``."""
+OPS: dict[str, type[Args]] = {"forward": GhostArgs, "depthwise": DepthwiseArgs, "squeeze_excite": SqueezeExciteArgs}
+"""The ops and their arguments."""
 
-FORWARD_OPS = ("cuda", "cpu", "triton", "triton_two_kernel", "reference")
+BACKENDS = ("cuda", "cpu", "triton", "triton_two_kernel", "reference")
 
 _library = torch.library.Library("ghostfused", "DEF")
 
 
-def _fake_forward(*args) -> Tensor:
-    return GhostArgs(*args).new_output()
+def schema(args: type[Args]) -> str:
+    """``Tensor x, Tensor primary_weight, Tensor? primary_bias, …``."""
+    return ", ".join(f"{_TYPES[kind]} {name}" for name, kind in args.__annotations__.items())
 
 
-for _backend in FORWARD_OPS:
-    _library.define(f"forward_{_backend}({SCHEMA}) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
-    torch.library.register_fake(f"ghostfused::forward_{_backend}", _fake_forward, lib=_library)
-
-
-def implement(backend: str, kernel: Callable[[GhostArgs], Tensor], *dispatch_keys: str) -> None:
-    """Registers ``kernel`` as ``ghostfused::forward_<backend>`` under each of ``dispatch_keys``."""
+def implement(op: str, backend: str, kernel: Callable[[Args], Tensor], *dispatch_keys: str) -> None:
+    """Registers ``kernel`` as ``ghostfused::<op>_<backend>`` under each of ``dispatch_keys``."""
+    kind = OPS[op]
     for key in dispatch_keys:
-        _library.impl(f"forward_{backend}", lambda *args: kernel(GhostArgs(*args)), key)
+        _library.impl(f"{op}_{backend}", lambda *args: kernel(kind(*args)), key)
 
 
-def forward_op(backend: str) -> Callable[..., Tensor]:
-    """The op ``ghostfused::forward_<backend>``; call it with ``*GhostArgs``."""
-    return getattr(torch.ops.ghostfused, f"forward_{backend}").default
+def forward_op(backend: str, op: str = "forward") -> Callable[..., Tensor]:
+    """The op ``ghostfused::<op>_<backend>``; call it with ``*args``."""
+    return getattr(torch.ops.ghostfused, f"{op}_{backend}").default
 
 
-_library.define(
-    f"backward(Tensor grad_output, {SCHEMA}, bool[] needs_grad) -> Tensor[]", tags=torch.Tag.pt2_compliant_tag
-)
+def backward_op(op: str) -> Callable[..., list[Tensor]]:
+    """The op that gives the gradients of ``op``'s tensors; call it with the output's gradient, ``*args``, needs_grad."""
+    return getattr(torch.ops.ghostfused, "backward" if op == "forward" else f"{op}_backward").default
 
 
-def _backward(grad_output: Tensor, *args) -> list[Tensor]:
+def _backward(kind: type[Args], grad_output: Tensor, *args) -> list[Tensor]:
     """Gradients of the tensor arguments for which ``needs_grad`` holds, by recomputing through the reference."""
     *fields, needs_grad = args
+    count = len(needs_grad)
     # under a TorchDispatchMode an op's kernel runs with autograd keys excluded: take them back in
     key = torch._C.DispatchKey.AutogradFunctionality
     with torch._C._SetExcludeDispatchKeyGuard(key, False), torch.enable_grad():
         tensors = [
             t.detach().requires_grad_(need) if t is not None else None
-            for t, need in zip(fields[: len(TENSORS)], needs_grad, strict=True)
+            for t, need in zip(fields[:count], needs_grad, strict=True)
         ]
-        out = reference.ghost_module(GhostArgs(*tensors, *fields[len(TENSORS) :]))  # type: ignore[arg-type]
+        out = reference.run(kind(*tensors, *fields[count:]))  # type: ignore[arg-type]
         wanted = [t for t, need in zip(tensors, needs_grad, strict=True) if need and t is not None]
         grads = torch.autograd.grad(out, wanted, grad_output, allow_unused=True, materialize_grads=True)
     return [_owned(grad, like, grad_output) for grad, like in zip(grads, wanted, strict=True)]
@@ -75,10 +74,24 @@ def _owned(grad: Tensor, like: Tensor, grad_output: Tensor) -> Tensor:
 
 def _fake_backward(grad_output: Tensor, *args) -> list[Tensor]:
     *fields, needs_grad = args
-    return [torch.empty_like(t) for t, need in zip(fields[: len(TENSORS)], needs_grad, strict=True) if need]
+    return [torch.empty_like(t) for t, need in zip(fields[: len(needs_grad)], needs_grad, strict=True) if need]
 
 
-for _key in ("CPU", "CUDA"):
-    _library.impl("backward", _backward, _key)
-torch.library.register_fake("ghostfused::backward", _fake_backward, lib=_library)
-implement("reference", reference.ghost_module, "CPU", "CUDA")
+def _define(op: str, kind: type[Args]) -> None:
+    for backend in BACKENDS:
+        _library.define(f"{op}_{backend}({schema(kind)}) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+        fake = lambda *args: kind(*args).new_output()  # noqa: E731
+        torch.library.register_fake(f"ghostfused::{op}_{backend}", fake, lib=_library)
+    implement(op, "reference", reference.run, "CPU", "CUDA")
+
+    name = "backward" if op == "forward" else f"{op}_backward"
+    _library.define(
+        f"{name}(Tensor grad_output, {schema(kind)}, bool[] needs_grad) -> Tensor[]", tags=torch.Tag.pt2_compliant_tag
+    )
+    for key in ("CPU", "CUDA"):
+        _library.impl(name, lambda *args: _backward(kind, *args), key)
+    torch.library.register_fake(f"ghostfused::{name}", _fake_backward, lib=_library)
+
+
+for _op, _kind in OPS.items():
+    _define(_op, _kind)
