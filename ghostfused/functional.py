@@ -192,7 +192,7 @@ def squeeze_excite(
         reduce_weight, expand_weight: (R, C) and (C, R), x's dtype.
         reduce_bias, expand_bias: (R,) and (C,).
         act: an activation without a slope.
-        gate: "sigmoid", "hardsigmoid" or "clamp" (to [0, 1]).
+        gate: "sigmoid", "hardsigmoid" or "relu6".
         backend: as in ``ghost_module``.
 
     Returns:

@@ -79,7 +79,7 @@ def squeeze_excite(a: SqueezeExciteArgs) -> Tensor:
     gate = F.linear(hidden, a.expand_weight, a.expand_bias)
     if a.gate == Gate.SIGMOID:
         return gate.sigmoid()
-    return F.hardsigmoid(gate) if a.gate == Gate.HARDSIGMOID else gate.clamp(0, 1)
+    return F.hardsigmoid(gate) if a.gate == Gate.HARDSIGMOID else F.relu6(gate)
 
 
 def run(args: Args) -> Tensor:

@@ -36,7 +36,7 @@ class Gate(enum.IntEnum):
 
     SIGMOID = 0
     HARDSIGMOID = 1  # relu6(x + 3) / 6
-    CLAMP = 2  # to [0, 1], as in the seed's network
+    RELU6 = 2  # as in the seed's network
 
 
 class BatchNorm(NamedTuple):

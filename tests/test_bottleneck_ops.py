@@ -12,7 +12,7 @@ CASES = [
     make_depthwise(DepthwiseCase(act="leaky_relu", layout="nhwc")),
     make_depthwise(DepthwiseCase(kernel=(1, 5), stride=1, norm="bias", act="prelu", height=7, width=5)),
     make_squeeze_excite(SqueezeExciteCase()),
-    make_squeeze_excite(SqueezeExciteCase(gate="clamp", bias=False, act="silu")),
+    make_squeeze_excite(SqueezeExciteCase(gate="relu6", bias=False, act="silu")),
 ]
 
 STATISTICS = ("mean", "var")  # without a gradient, as in PyTorch
@@ -103,7 +103,7 @@ def test_depthwise_names_the_bad_argument(change, message):
         ({"reduce_weight": torch.randn(2, 5)}, r"reduce_weight: expected shape \(R, C\) = \(2, 4\), got \(2, 5\)"),
         ({"expand_weight": torch.randn(4, 3)}, r"expand_weight: expected shape \(C, R\) = \(4, 2\), got \(4, 3\)"),
         ({"expand_bias": torch.randn(2)}, r"expand_bias: expected shape \(C,\)"),
-        ({"gate": "tanh"}, r"gate: expected one of \['sigmoid', 'hardsigmoid', 'clamp'\], got 'tanh'"),
+        ({"gate": "tanh"}, r"gate: expected one of \['sigmoid', 'hardsigmoid', 'relu6'\], got 'tanh'"),
         ({"act": "leaky_relu"}, "act: expected an activation without a slope, got leaky_relu"),
     ],
 )
