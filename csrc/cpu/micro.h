@@ -21,6 +21,14 @@ constexpr int kLine = 16, kPrefetchX = 120, kPrefetchOut = 72;
 // more; it takes parts this short to stay within twice PyTorch's error on small random modules (1 in 1000 misses it).
 GHOSTFUSED_INLINE int64_t part_of(int64_t depth) { return depth <= 64 ? 16 : depth <= 256 ? 32 : 64; }
 
+// p + step, opaquely: the compiler would compute the addresses of all rows ahead, and run out of registers.
+template <typename P>
+GHOSTFUSED_INLINE P next_row(P p, int64_t step) {
+  p += step;
+  asm("" : "+r"(p));
+  return p;
+}
+
 // y = act(scale * (a b) + shift): a (rows, depth) read by broadcasts, b (depth, vecs * kLanes), row-major all.
 // NCHW: rows are channels, vectors lie along pixels. channels_last: rows are pixels, vectors lie along channels.
 struct Panel {
@@ -84,42 +92,56 @@ void multiply(const Panel& p) {
     }
     if (left <= part) break;
     // what the parts add up to waits where y will be: there is no register for it
+    float* total = p.y;
+    if (left == p.depth) {
 #pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i) {
+      for (int i = 0; i < kRows; ++i, total = next_row(total, p.y_row)) {
 #pragma GCC unroll 8
-      for (int j = 0; j < kVecs; ++j) {
-        float* total = p.y + i * p.y_row + j * kLanes;
-        store(total, left == p.depth ? sum[i][j] : load(total) + sum[i][j]);
+        for (int j = 0; j < kVecs; ++j) store(total + j * kLanes, sum[i][j]);
+      }
+    } else {
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i, total = next_row(total, p.y_row)) {
+#pragma GCC unroll 8
+        for (int j = 0; j < kVecs; ++j) store(total + j * kLanes, load(total + j * kLanes) + sum[i][j]);
       }
     }
   }
   if (p.depth > part) {
+    const float* total = p.y;
 #pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i) {
+    for (int i = 0; i < kRows; ++i, total = next_row(total, p.y_row)) {
 #pragma GCC unroll 8
-      for (int j = 0; j < kVecs; ++j) sum[i][j] += load(p.y + i * p.y_row + j * kLanes);
+      for (int j = 0; j < kVecs; ++j) sum[i][j] += load(total + j * kLanes);
     }
   }
+  const Clamp bounds = p.clamp;
+  float *y = p.y, *copy = p.copy;
+  const float *scales = p.scale, *shifts = p.shift, *residual = p.residual;
 #pragma GCC unroll 8
-  for (int i = 0; i < kRows; ++i) {
+  for (int i = 0; i < kRows; ++i, y = next_row(y, p.y_row)) {
 #pragma GCC unroll 8
     for (int j = 0; j < kVecs; ++j) {
-      const int at = j * kLanes;
-      const Vec scale = kRowsAreChannels ? splat(p.scale[i]) : load(p.scale + at);
-      const Vec shift = kRowsAreChannels ? splat(p.shift[i]) : load(p.shift + at);
-      sum[i][j] = clamp(sum[i][j] * scale + shift, p.clamp);
-      store(p.y + i * p.y_row + at, sum[i][j]);
+      const Vec scale = kRowsAreChannels ? splat(scales[i]) : load(scales + j * kLanes);
+      const Vec shift = kRowsAreChannels ? splat(shifts[i]) : load(shifts + j * kLanes);
+      sum[i][j] = clamp(sum[i][j] * scale + shift, bounds);
+      store(y + j * kLanes, sum[i][j]);
     }
   }
-  if (p.copy) {
+  if (copy) {
+    if (residual) {
 #pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i) {
+      for (int i = 0; i < kRows; ++i, residual = next_row(residual, p.residual_row)) {
+#pragma GCC unroll 8
+        for (int j = 0; j < kVecs; ++j) sum[i][j] += load(residual + j * kLanes);
+      }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i, copy = next_row(copy, p.copy_row)) {
 #pragma GCC unroll 8
       for (int j = 0; j < kVecs; ++j) {
-        const int at = j * kLanes;
-        if (p.residual) sum[i][j] += load(p.residual + i * p.residual_row + at);
-        store(p.copy + i * p.copy_row + at, sum[i][j]);
-        if (kRowsAreChannels && j != 1) __builtin_prefetch(p.copy + i * p.copy_row + at + kPrefetchOut, 1);
+        store(copy + j * kLanes, sum[i][j]);
+        if (kRowsAreChannels && j != 1) __builtin_prefetch(copy + j * kLanes + kPrefetchOut, 1);
       }
     }
   }
