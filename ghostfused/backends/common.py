@@ -28,6 +28,15 @@ def kernel_refusal(args: Args) -> str | None:
         return _depthwise_refusal(args)
     if isinstance(args, SqueezeExciteArgs):
         return _squeeze_excite_refusal(args)
+    if reason := form_refusal(args):
+        return reason
+    if norm_dtype(args) not in (args.x.dtype, torch.float32):
+        return f"norm tensors of mixed dtypes (the kernels take all {args.x.dtype} or all float32)"
+    return None
+
+
+def form_refusal(args: GhostArgs) -> str | None:
+    """As ``kernel_refusal``, for what no change of dtype, size or device can help."""
     if args.kernel_size != 1:
         return f"a {args.kernel_size}×{args.kernel_size} primary conv (the kernels take 1×1)"
     if args.stride != 1 or args.groups != 1:
@@ -38,8 +47,6 @@ def kernel_refusal(args: Args) -> str | None:
         return f"out_channels {args.out_channels} below init_channels {args.init_channels}"
     if args.primary_act == Act.GELU or args.cheap_act == Act.GELU:
         return "GELU (the kernels have the other activations)"
-    if norm_dtype(args) not in (args.x.dtype, torch.float32):
-        return f"norm tensors of mixed dtypes (the kernels take all {args.x.dtype} or all float32)"
     return None
 
 
