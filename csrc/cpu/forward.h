@@ -165,6 +165,8 @@ class Worker {
       panel.residual_row = p.residual.stride_c;
       const auto run = [&](int64_t pixel, int64_t vecs) {  // counted from row begin's first
         panel.b = x + pixel;
+        panel.ahead = panel.b + kPrefetchX;  // every row is in another page, where the hardware doesn't look ahead
+        panel.ahead_row = panel.b_row;
         go(multiply_kernels[channels][vecs], x1 + pixel, begin, pixel);
       };
       const int64_t pixels = (end - begin) * s.width, vecs = div_up(pixels, kLanes), panels = div_up(vecs, kMaxVecs);
@@ -173,6 +175,9 @@ class Worker {
         if (plan.panels) {
           panel.b = x + pixels_of.vecs_before * kLanes * s.in_channels;
           panel.b_row = pixels_of.vecs * kLanes;
+          // the weights of the next block, which nobody has read yet, a part of them with every panel
+          panel.ahead_row = div_up(channels, panels);
+          panel.ahead = panel.a + channels * panel.a_row + i * panel.ahead_row * s.in_channels;
           go(multiply_kernels[channels][pixels_of.vecs], x1 + pixels_of.begin, begin, pixels_of.begin);
         } else if (plan.pack_x) {
           run(pixels_of.vecs_before * kLanes, pixels_of.vecs);

@@ -36,6 +36,8 @@ struct Panel {
   int64_t a_row;
   const float* b;
   int64_t b_row;
+  const float* ahead;  // what will be read next: two lines from here on are fetched with every row of b
+  int64_t ahead_row;
   int64_t depth;
   float* y;
   int64_t y_row;
@@ -68,7 +70,7 @@ template <int kRows, int kVecs, bool kRowsAreChannels>
 void multiply(const Panel& p) {
   Vec sum[kRows][kVecs];
   const int64_t part = part_of(p.depth);
-  const float *a = p.a, *b = p.b;
+  const float *a = p.a, *b = p.b, *ahead = p.ahead;
   for (int64_t left = p.depth;; left -= part) {
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
@@ -79,9 +81,10 @@ void multiply(const Panel& p) {
       Vec row[kVecs];
 #pragma GCC unroll 8
       for (int j = 0; j < kVecs; ++j) row[j] = load(b + j * kLanes);
-      if (kRowsAreChannels) {  // every row is in another page, where the hardware doesn't look ahead
-        __builtin_prefetch(b + kPrefetchX);
-        __builtin_prefetch(b + kPrefetchX + kLine);
+      if (kRowsAreChannels) {
+        __builtin_prefetch(ahead);
+        __builtin_prefetch(ahead + kLine);
+        ahead += p.ahead_row;
       }
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i) {

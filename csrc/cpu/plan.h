@@ -6,7 +6,7 @@
 
 namespace ghostfused::cpu::GHOSTFUSED_ISA {
 
-constexpr int64_t kTileBytes = 384 << 10;   // of x in one tile: stays in a core's L2 while every block reads it
+constexpr int64_t kTileBytes = 768 << 10;   // of x in one tile: stays in a core's L2 while every block reads it
 constexpr int64_t kChunkBytes = 192 << 10;  // of x1 in one chunk: stays in L2, and a channel of it in L1
 
 constexpr int64_t kPanelBlocks = 4;  // blocks of channels for which packing x into panels pays
