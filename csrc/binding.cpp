@@ -122,6 +122,13 @@ const Device& current_device(int32_t index) {
   return known.emplace(index, d).first->second;
 }
 
+// A module whose ghosts are all cut off is a 1×1 conv: no halo, whatever the size of the depthwise conv.
+void drop_unused_ghosts(GhostShape& s) {
+  if (s.out_channels > s.init_channels) return;
+  s.ratio = 2;
+  s.dw_size = 1;
+}
+
 struct ShapeHash {
   size_t operator()(const GhostShape& s) const {
     size_t h = 0;
@@ -196,6 +203,7 @@ Tensor forward_cuda(Tensor x, Tensor primary_weight, OptionalTensor primary_bias
   s.out_channels = size32("out_channels", out_channels);
   s.ratio = size32("cheap_weight", new_channels / cp + 1);
   s.dw_size = static_cast<int>(d);
+  drop_unused_ghosts(s);
   s.input_gate = input_gate.has_value();
 
   a.x = checker.tensor4("x", x, {batch, cin, height, width});
@@ -279,6 +287,7 @@ py::dict plan(int batch, int in_channels, int height, int width, int init_channe
   GhostForwardParams a{};
   a.shape = {path_of(path), channels_last, input_gate, batch,   in_channels, height,         width,
              init_channels, out_channels,  ratio,      dw_size, sm_count,    smem_per_block, smem_per_sm};
+  drop_unused_ghosts(a.shape);
   const LaunchPlan p = plan_forward(a.shape);
   py::dict r;
   if (p.block_c == 0) return r;

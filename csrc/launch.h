@@ -21,7 +21,7 @@ struct DeviceTensor {
   uint32_t stride_c, stride_h, stride_w;
 };
 
-// For a division that many threads make (tile.cuh's FastDivisor).
+// For a division that many threads make (vector.cuh's FastDivisor).
 struct Reciprocal {
   uint32_t divisor, reciprocal;
 };
