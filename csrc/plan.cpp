@@ -12,7 +12,7 @@ namespace {
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 int ghosts_per_init(const GhostShape& s) { return s.out_channels > s.init_channels ? s.ratio - 1 : 0; }
-int element_size(const GhostShape& s) { return s.path == Path::kFloat16 || s.path == Path::kBFloat16 ? 2 : 4; }
+int element_size(const GhostShape& s) { return ghostfused::element_size(s.path); }
 
 constexpr int kVectorBytes = 16, kSectorBytes = 32, kKStepBytes = 32, kWarpTile = 32, kMaxBlockC = 128;
 
@@ -229,9 +229,6 @@ LaunchPlan plan_forward(const GhostShape& s) {
   return best;
 }
 
-namespace {
-
-// The largest power of two ≤ limit that divides all of the values and, times ``element``, the address.
 int common_vector(int limit, int element, const void* data, std::initializer_list<int64_t> values) {
   int vector = limit;
   while (vector > 1) {
@@ -242,8 +239,6 @@ int common_vector(int limit, int element, const void* data, std::initializer_lis
   }
   return vector;
 }
-
-}  // namespace
 
 VectorWidths vector_widths(const GhostForwardParams& a, const LaunchPlan& p) {
   const GhostShape& s = a.shape;

@@ -1,4 +1,4 @@
-// Elements, vectors of them, divisions and addresses: what every kernel uses.
+// Elements, vectors of them, divisions, addresses and shares of work: what every kernel uses.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -73,6 +73,17 @@ struct Vector {
   __device__ __forceinline__ void store(void* p) const { *static_cast<RawType*>(p) = raw; }
 };
 
+// Calls f<kV> with a launch's vector width.
+template <typename T, typename F>
+__device__ __forceinline__ void with_vector(int width, F f) {
+  if constexpr (sizeof(T) == 2) {
+    if (width == 8) return f(Vector<T, 8>());
+  }
+  if (width == 4) return f(Vector<T, 4>());
+  if (width == 2) return f(Vector<T, 2>());
+  f(Vector<T, 1>());
+}
+
 // Division by a number that many threads divide by: exact while dividend * divisor < 2^32.
 struct FastDivisor : Reciprocal {
   __device__ __forceinline__ explicit FastDivisor(uint32_t d) : Reciprocal{d, 0xffffffffu / d + 1} {}
@@ -84,5 +95,19 @@ struct FastDivisor : Reciprocal {
 __device__ __forceinline__ uint64_t offset_in_image(const DeviceTensor& t, uint32_t c, uint32_t h, uint32_t w) {
   return uint64_t{c} * t.stride_c + uint64_t{h} * t.stride_h + uint64_t{w} * t.stride_w;
 }
+
+// A thread's share of a [channel vectors × positions] grid: one vector for good, so that what belongs to its channels
+// stays in registers, and every ``step``-th position. Neighbours in a warp take the next vector in channels_last and
+// the next position in NCHW, as the stage is written.
+struct ThreadShare {
+  int vector, first, step;
+  template <bool kChannelsLast>
+  __device__ __forceinline__ static ThreadShare of(int vectors, int positions) {
+    const int step = blockDim.x / vectors, id = threadIdx.x;
+    ThreadShare s{kChannelsLast ? id % vectors : id / step, kChannelsLast ? id / vectors : id % step, step};
+    if (s.vector >= vectors || s.first >= step) s.first = positions;  // left over
+    return s;
+  }
+};
 
 }  // namespace ghostfused
