@@ -29,7 +29,7 @@ def make(case: Case) -> Args:
 def every_kernel(dtype: torch.dtype, layout: str) -> Iterator[DepthwiseCase]:
     for kernel in KERNEL_DEPTHWISE:
         for stride in (1, 2):
-            yield DepthwiseCase(2, 12, 9, 13, kernel, stride, dtype=dtype, layout=layout)
+            yield DepthwiseCase(1, 12, 7, 10, kernel, stride, dtype=dtype, layout=layout)
 
 
 def activations(act: str) -> Iterator[DepthwiseCase]:
@@ -49,17 +49,16 @@ CHANNELS = [1, 2, 4, 5, 12, 20, 33, 36, 72, 130]
 
 
 def sizes(size: tuple[int, int], layout: str) -> Iterator[Case]:
-    for kernel, stride in (((3, 3), 2), ((5, 5), 1), ((1, 5), 1), ((7, 7), 2)):
+    for kernel, stride in (((3, 3), 2), ((5, 5), 1), ((1, 5), 1)):
         dtype = torch.float16 if stride == 2 else torch.float32
         yield DepthwiseCase(2, 8, *size, kernel, stride, layout=layout, dtype=dtype)
-    for dtype in (torch.float16, torch.float32):
-        yield SqueezeExciteCase(2, 16, 6, *size, layout=layout, dtype=dtype)
+    yield SqueezeExciteCase(2, 16, 6, *size, layout=layout, dtype=torch.float16)
 
 
 def channels(count: int, layout: str) -> Iterator[Case]:
-    for dtype in (torch.float16, torch.float32):
-        yield DepthwiseCase(1, count, 5, 6, layout=layout, dtype=dtype)
-        yield SqueezeExciteCase(2, count, max(1, count // 3), 5, 6, layout=layout, dtype=dtype)
+    dtype = DTYPES[count % 3]
+    yield DepthwiseCase(1, count, 5, 6, layout=layout, dtype=dtype)
+    yield SqueezeExciteCase(2, count, max(1, count // 3), 5, 6, layout=layout, dtype=dtype)
 
 
 # GhostNet 1.0×: the stride-2 steps of its bottlenecks, with the maps cut down, and its squeeze-and-excite blocks
@@ -67,8 +66,7 @@ REAL = [
     DepthwiseCase(1, 48, 20, 20, (3, 3)),
     DepthwiseCase(1, 72, 18, 18, (5, 5)),
     DepthwiseCase(1, 240, 12, 12, (3, 3)),
-    DepthwiseCase(1, 672, 14, 14, (5, 5)),
-    DepthwiseCase(1, 112, 14, 14, (5, 5), act="relu"),
+    DepthwiseCase(1, 672, 6, 6, (5, 5), act="relu"),
     DepthwiseCase(1, 40, 14, 14, (1, 5), 1),
     DepthwiseCase(1, 40, 14, 14, (5, 1), 1),
     *(SqueezeExciteCase(1, c, c // 4, size, size) for c, size in ((72, 28), (120, 28), (480, 14), (672, 7), (960, 7))),
@@ -77,18 +75,17 @@ REAL = [
 
 def views(layout: str) -> Iterator[torch.Tensor]:
     """Maps of 16 channels at most and of unusual strides."""
-    x = torch.randn(1, 16, 16, 18)
+    x = torch.randn(1, 16, 11, 12)
     x = x.to(memory_format=torch.channels_last) if layout == "nhwc" else x
     yield from (x.expand(3, -1, -1, -1), x.transpose(2, 3), x[:, ::2], x[:, :, ::2, ::3], x[:, 1:])
-    yield from (x.permute(0, 2, 1, 3), x.permute(3, 2, 1, 0), x[:, :, :1].expand(1, 16, 9, 18), x[:, :, 1:, 3:])
+    yield from (x.permute(0, 2, 1, 3), x.permute(3, 2, 1, 0), x[:, :, :1].expand(1, 16, 9, 12), x[:, :, 1:, 3:])
     yield from (x[..., :1], x[:, :, 3:4, 5:6], x[:, :1])
 
 
 def on(x: torch.Tensor) -> Iterator[Args]:
     """Both ops on ``x``."""
     _, c, h, w = x.shape
-    yield make(DepthwiseCase(1, c, h, w, stride=1))._replace(x=x)
-    yield make(DepthwiseCase(1, c, h, w, (5, 5)))._replace(x=x)
+    yield make(DepthwiseCase(1, c, h, w, stride=1 + c % 2))._replace(x=x)
     yield make(SqueezeExciteCase(1, c, 6, h, w))._replace(x=x)
 
 
@@ -173,9 +170,9 @@ def bad_arguments(args: Args) -> dict[str, object]:
 depthwise_cases = st.builds(
     DepthwiseCase,
     batch=st.integers(1, 3),
-    channels=st.integers(1, 40),
-    height=st.integers(1, 17),
-    width=st.integers(1, 20),
+    channels=st.integers(1, 24),
+    height=st.integers(1, 13),
+    width=st.integers(1, 19),
     kernel=st.sampled_from(KERNEL_DEPTHWISE),
     stride=st.sampled_from([1, 2]),
     act=st.sampled_from(ACTS),

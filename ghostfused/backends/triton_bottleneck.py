@@ -17,11 +17,10 @@ if import_error is None:
 
 _BLOCK_C = 64
 """Channels of a program of either squeeze-and-excite kernel."""
-_BLOCK_R = 16
-_TILE = 8192
-"""Numbers of x that a program of ``squeeze_kernel`` takes at a time: 64 of each thread."""
-_CHUNK = 256, 2048
-"""The fewest and the most pixels of which a program takes the mean."""
+_BLOCK_R = 32
+_BLOCK_P = 32
+_CHUNK = 256, 1024
+"""The fewest and the most pixels of which a program takes the mean. More would make chains of sums that round too much."""
 
 
 def depthwise_plan(args: DepthwiseArgs, out: Tensor) -> dict[str, Any]:
@@ -30,6 +29,7 @@ def depthwise_plan(args: DepthwiseArgs, out: Tensor) -> dict[str, Any]:
     kh, kw = a.weight.shape[2:]
     nhwc = is_channels_last(out)
     blocks = cheap_blocks(a.x.element_size(), nhwc, max(kh, kw), c)
+    blocks = blocks._replace(BLOCK_C=max(blocks.BLOCK_C, 4))  # with fewer, 7×7 in NCHW spills
     if oh * ow <= SMALL_IMAGE:
         blocks = blocks._replace(BLOCK_P=min(blocks.BLOCK_P, SMALL_IMAGE))
     # contiguous already in any usual model: then no copy
@@ -70,7 +70,7 @@ def squeeze_plan(args: SqueezeExciteArgs) -> dict[str, Any]:
     a, (n, c, h, w) = args, args.x.shape
     pixels, blocks = h * w, -(-c // _BLOCK_C)
     images = next(i for i in (4, 2, 1) if i == 1 or -(-n // i) * blocks >= PROGRAMS // 4)
-    block_p = min(_TILE // images // _BLOCK_C, max(16, 1 << (pixels - 1).bit_length()))
+    block_p = min(_BLOCK_P // max(images // 2, 1), max(16, 1 << (pixels - 1).bit_length()))
     wanted = -(-PROGRAMS // (-(-n // images) * blocks))
     chunk = min(max(-(-pixels // wanted), _CHUNK[0]), _CHUNK[1])
     return dict(

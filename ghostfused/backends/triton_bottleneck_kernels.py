@@ -162,7 +162,7 @@ def excite_kernel(
     if GATE == SIGMOID:
         y = 1.0 / (1.0 + tl.exp(-acc))
     elif GATE == HARDSIGMOID:
-        y = tl.minimum(tl.maximum(acc + 3.0, 0.0, NAN), 6.0, NAN) * (1.0 / 6.0)
+        y = tl.minimum(tl.maximum(acc + 3.0, 0.0, NAN), 6.0, NAN) / 6.0
     else:
         y = tl.minimum(tl.maximum(acc, 0.0, NAN), 6.0, NAN)
     out = out_ptr + (n.to(tl.int64) * C)[:, None] + c[None, :]
