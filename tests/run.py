@@ -17,8 +17,8 @@ from pathlib import Path
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 PYTEST = [sys.executable, "-m", "pytest", "-rs", "-p", "no:cacheprovider"]
-INTERPRETED = ["tests/test_triton.py"]
-ON_CUDA_TENSORS = ["tests/test_cuda.py"]
+INTERPRETED = ["tests/test_triton.py", "tests/test_triton_bottleneck.py"]
+ON_CUDA_TENSORS = ["tests/test_cuda.py", "tests/test_cuda_bottleneck.py"]
 
 
 def run(title: str, command: list[str], **environment: str) -> bool:

@@ -99,7 +99,7 @@ void reduce(int64_t begin, int64_t end, void* context) {
   const auto finish = [&](int64_t n, int64_t r, const float* y, int count) {
     store_part(task.hidden + n * p.reduced + r, activate(load_part(y, count), Vec{}, p.act), count);
   };
-  layer<T>(begin, end, p, p.reduce_weight, p.reduce_bias, task.mean, p.channels, p.reduced, finish);
+  layer<T>(begin, end, p, p.reduce.data, p.reduce_bias, task.mean, p.channels, p.reduced, finish);
 }
 
 template <typename T>
@@ -116,7 +116,7 @@ void excite(int64_t begin, int64_t end, void* context) {
     }
     store_part(static_cast<T*>(p.out) + n * p.channels + c, v, count);
   };
-  layer<T>(begin, end, p, p.expand_weight, p.expand_bias, task.hidden, p.reduced, p.channels, finish);
+  layer<T>(begin, end, p, p.expand.data, p.expand_bias, task.hidden, p.reduced, p.channels, finish);
 }
 
 template <typename T>

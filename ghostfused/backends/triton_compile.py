@@ -22,10 +22,12 @@ def target(name: str) -> GPUTarget:
     return GPUTarget("hip", name, 64 if name.startswith("gfx9") else 32)
 
 
-def describe(kwargs: dict[str, Any]) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list], dict[str, int]]:
-    """(signature, constexprs, attributes, options) of a launch of ``ghost_kernel`` with ``kwargs``, for ASTSource."""
+def describe(
+    kwargs: dict[str, Any], kernel: Any = ghost_kernel
+) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list], dict[str, int]]:
+    """(signature, constexprs, attributes, options) of a launch of ``kernel`` with ``kwargs``, for ASTSource."""
     signature, constexprs, attributes = {}, {}, {}
-    for index, parameter in enumerate(ghost_kernel.params):
+    for index, parameter in enumerate(kernel.params):
         value = kwargs[parameter.name]
         if parameter.is_constexpr or value is None:
             signature[parameter.name], constexprs[parameter.name] = "constexpr", value
@@ -37,11 +39,11 @@ def describe(kwargs: dict[str, Any]) -> tuple[dict[str, str], dict[str, Any], di
             signature[parameter.name] = "fp32"
         else:
             signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
-    return signature, constexprs, attributes, {name: kwargs[name] for name in _OPTIONS}
+    return signature, constexprs, attributes, {name: kwargs[name] for name in _OPTIONS if name in kwargs}
 
 
-def compile_launch(kwargs: dict[str, Any], target_name: str) -> Any:
-    """Triton's compiled kernel (``.asm``, ``.metadata``) for ``ghost_kernel[grid](**kwargs)``."""
-    signature, constexprs, attributes, options = describe(kwargs)
-    source = ASTSource(fn=ghost_kernel, signature=signature, constexprs=constexprs, attrs=attributes)
+def compile_launch(kwargs: dict[str, Any], target_name: str, kernel: Any = ghost_kernel) -> Any:
+    """Triton's compiled kernel (``.asm``, ``.metadata``) for ``kernel[grid](**kwargs)``."""
+    signature, constexprs, attributes, options = describe(kwargs, kernel)
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
     return triton.compile(source, target=target(target_name), options=options)

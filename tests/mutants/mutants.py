@@ -188,7 +188,7 @@ MUTANTS = [
         (ANY,),
     ),
     # parameters
-    Mutant("no eps", "load.cuh", "sqrtf(var + p.eps)", "sqrtf(var)", (FP32,)),
+    Mutant("no eps", "norm.cuh", "sqrtf(var + p.eps)", "sqrtf(var)", (FP32,)),
     Mutant(
         "norm parameters are taken for x's type",
         "binding.cpp",
