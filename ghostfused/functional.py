@@ -213,7 +213,7 @@ def squeeze_excite(
 def run(args: Args, backend: str = "auto") -> Tensor:
     """The op of ``args``: choose a backend, check, call it."""
     try:
-        name = backends.choose(args, backend)
+        name = "reference" if _is_onnx_export() else backends.choose(args, backend)
         if name not in ("cuda", "cpu"):  # their bindings check all that validate does, at a tenth of the host time
             validate(args)
         # the reference needs no op: autograd and torch.compile see through it
@@ -221,6 +221,13 @@ def run(args: Args, backend: str = "auto") -> Tensor:
     except Exception:
         validate(args)  # if an argument is to blame, this says which
         raise
+
+
+def _is_onnx_export() -> bool:
+    """Whether ``torch.onnx.export`` is tracing: what reads its file knows the standard operations only."""
+    # the first two are cheap, the third isn't
+    tracing = torch.compiler.is_exporting() or (not torch.compiler.is_compiling() and torch.jit.is_tracing())
+    return tracing and torch.onnx.is_in_onnx_export()
 
 
 @torch.compiler.assume_constant_result  # Dynamo can't trace the getter; its guard on global state covers a change
