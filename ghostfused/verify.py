@@ -19,7 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from . import backends, functional
+from .bottleneck import FusedGhostBottleneck
 from .fuse import fuse_with_report
+from .module import FusedGhostModule
 from .testing import TOLERANCES, Case, Verdict, judge, make_args, relative_error, to_device
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "tf32": torch.float32}
@@ -190,12 +192,14 @@ def _network(options: argparse.Namespace, device: str) -> Iterator[tuple[str, Ve
         model = calibrate(model, x)
     model.eval()
     fused, report = fuse_with_report(model, backend=options.backend)
-    swapped = [row for row in report if row.fused]
-    if not swapped:
+    modules, bottlenecks = (
+        sum(isinstance(m, kind) for m in fused.modules()) for kind in (FusedGhostModule, FusedGhostBottleneck)
+    )
+    if not modules:
         raise SystemExit(f"--model: found no Ghost module to fuse in {options.model}: {report}")
     memory_format = torch.channels_last if options.layout == "nhwc" else torch.contiguous_format
     x = x.to(device).contiguous(memory_format=memory_format)
     if options.dtype == "tf32":
         torch.set_float32_matmul_precision("high")
     verdict = network_verdict(model, fused, x, DTYPES[options.dtype], options.dtype == "tf32")
-    yield f"{options.model} {tuple(x.shape)} {options.dtype}", verdict, f"{len(swapped)} Ghost modules fused"
+    yield f"{options.model} {tuple(x.shape)} {options.dtype}", verdict, f"{modules} Ghost modules and {bottlenecks} bottlenecks fused"
