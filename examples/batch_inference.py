@@ -96,7 +96,7 @@ class Classifier:
         model = timm.create_model(options.model, pretrained=options.pretrained, checkpoint_path=checkpoint).eval()
         if not (options.pretrained or options.checkpoint):
             calibrate(model, torch.randn(2, 3, 64, 64))
-        self.model = ghostfused.fuse(model, inplace=True).to(device, self.dtype, memory_format=torch.channels_last)
+        self.model = ghostfused.fuse(model).to(device, self.dtype, memory_format=torch.channels_last)
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -167,6 +167,8 @@ def write(path: Path, predictions: Iterable[dict], total: int, top: int, show: b
         if path.suffix == ".csv":
             table.writerow(names)
         for row in predictions:
+            if "error" in row:
+                print(f"{row['path']}: {row['error']}", file=sys.stderr)
             if path.suffix == ".csv":
                 pairs = zip(row.get("classes", [""] * top), row.get("scores", [""] * top), strict=True)
                 table.writerow([row["path"], *itertools.chain(*pairs), row.get("error", "")])
@@ -196,25 +198,16 @@ def _in_turn(parts: list) -> Iterator:
     return (row for rows in itertools.zip_longest(*parts) for row in rows if row is not None)
 
 
-def failures(predictions: Iterable[dict], failed: list[str]) -> Iterator[dict]:
-    """``predictions``, of which those that failed are written down in ``failed``."""
-    for row in predictions:
-        if "error" in row:
-            failed.append(f"{row['path']}: {row['error']}")
-        yield row
-
-
 def main(argv: list[str] | None = None) -> None:
     options = arguments(argv)
     files = sorted(str(p) for p in options.images.rglob("*") if p.suffix.lower() in SUFFIXES)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    failed: list[str] = []
     if options.ray:
-        write(options.output, failures(predict_with_ray(files, options), failed), len(files), options.top, show=True)
+        write(options.output, predict_with_ray(files, options), len(files), options.top, show=True)
     elif world == 1:
         device = torch.device(options.device or device_of_process(0))
-        write(options.output, failures(predict(files, options, device), failed), len(files), options.top, show=True)
+        write(options.output, predict(files, options, device), len(files), options.top, show=True)
     else:
         # for the barriers alone: where the last process ends, the first may have waited for long
         dist.init_process_group("gloo", timeout=timedelta(days=7))
@@ -223,14 +216,12 @@ def main(argv: list[str] | None = None) -> None:
         parts = [
             options.output.with_name(f"{options.output.stem}.part{i}{options.output.suffix}") for i in range(world)
         ]
-        write(parts[rank], failures(predict(mine, options, device), failed), len(mine), options.top, show=rank == 0)
+        write(parts[rank], predict(mine, options, device), len(mine), options.top, show=rank == 0)
         dist.barrier()
         if rank == 0:
             join(options.output, parts)
         dist.barrier()
         dist.destroy_process_group()
-    for line in failed:
-        print(line, file=sys.stderr)
 
 
 if __name__ == "__main__":

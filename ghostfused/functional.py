@@ -189,7 +189,7 @@ def squeeze_excite(
 
     Args:
         x: (N, C, H, W), any strides.
-        reduce_weight, expand_weight: (R, C) and (C, R), x's dtype.
+        reduce_weight, expand_weight: (R, C) and (C, R), or those of 1×1 convolutions; x's dtype.
         reduce_bias, expand_bias: (R,) and (C,).
         act: an activation without a slope.
         gate: "sigmoid", "hardsigmoid" or "relu6".
@@ -202,6 +202,9 @@ def squeeze_excite(
         As ``ghost_module``.
     """
     kind = activation("act", act, "slope", None)[0]
+    reduce_weight, expand_weight = (
+        w.flatten(1) if w.shape[2:] == (1, 1) else w for w in (reduce_weight, expand_weight)
+    )
     if dtype := _autocast_dtype(x):
         x, reduce_weight, reduce_bias, expand_weight, expand_bias = _cast(  # type: ignore[assignment]
             dtype, x, reduce_weight, reduce_bias, expand_weight, expand_bias

@@ -202,4 +202,8 @@ def _network(options: argparse.Namespace, device: str) -> Iterator[tuple[str, Ve
     if options.dtype == "tf32":
         torch.set_float32_matmul_precision("high")
     verdict = network_verdict(model, fused, x, DTYPES[options.dtype], options.dtype == "tf32")
-    yield f"{options.model} {tuple(x.shape)} {options.dtype}", verdict, f"{modules} Ghost modules and {bottlenecks} bottlenecks fused"
+    yield (
+        f"{options.model} {tuple(x.shape)} {options.dtype}",
+        verdict,
+        f"{modules} Ghost modules and {bottlenecks} bottlenecks fused",
+    )
