@@ -24,7 +24,8 @@ Path = tuple[str, ...]
 def get(root: nn.Module, path: Path) -> nn.Module:
     """The descendant of ``root`` at ``path``; Identity if it has been removed, as a norm is when it is folded."""
     for name in path:
-        root = root._modules.get(name) or _IDENTITY
+        # not root._modules, where torch.export has put a stand-in for root that hands out stand-ins
+        root = root.__dict__["_modules"].get(name) or _IDENTITY
     return root
 
 
@@ -109,8 +110,8 @@ class SqueezeExcite(NamedTuple):
         reduce, expand = (get(root, path)._parameters for path in (self.reduce, self.expand))
         return squeeze_excite(
             x,
-            reduce["weight"].flatten(1),  # type: ignore[union-attr]
-            expand["weight"].flatten(1),  # type: ignore[union-attr]
+            reduce["weight"],  # type: ignore[arg-type]
+            expand["weight"],  # type: ignore[arg-type]
             reduce_bias=reduce["bias"],
             expand_bias=expand["bias"],
             act=self.act,

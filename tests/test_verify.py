@@ -83,7 +83,7 @@ def test_model_from_a_file_with_its_input(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("model", "message"),
-    [("nonsense", "expected seed, timm:NAME or file.py:function"), ("missing.py:f", "not a Python file")],
+    [("nonsense", "expected seed, paper, timm:NAME or file.py:function"), ("missing.py:f", "not a Python file")],
 )
 def test_bad_model_names(model, message):
     with pytest.raises(SystemExit, match=message):
