@@ -52,7 +52,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 DEPTHWISE = {
     "odd": {"channels": 20, "height": 7, "width": 9, "norm": "bn+bias"},
     "blocks": {"channels": 144, "height": 12, "width": 13, "batch": 2},
-    "planes": {"channels": 5, "height": 32, "width": 40, "act": "prelu", "per_channel_slope": True},
+    "planes": {"channels": 3, "height": 60, "width": 76, "act": "prelu", "per_channel_slope": True},
 }
 SQUEEZE_EXCITE = {
     "images": {"batch": 6, "channels": 136, "reduced": 40, "height": 5, "width": 7},
