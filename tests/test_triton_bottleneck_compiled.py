@@ -24,7 +24,9 @@ def launches(args: cases.Args, out: torch.Tensor) -> list[tuple]:
     """(kernel, its arguments, programs), as the backend would launch them."""
     made: list[tuple] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton_bottleneck, "run", lambda kernel, programs, kwargs, _: made.append((kernel, kwargs, programs)))
+        patch.setattr(
+            triton_bottleneck, "run", lambda kernel, programs, kwargs, _: made.append((kernel, kwargs, programs))
+        )
         patch.setattr(type(args), "new_output", lambda _: out)
         if isinstance(args, DepthwiseArgs):
             triton_bottleneck.depthwise(args)

@@ -34,7 +34,8 @@ def missing() -> str | None:
 
 
 def kernel_tables(kernels: Iterable[str]) -> str:
-    """A .cu file with ``kernels`` in place of all of them."""
+    """A .cu file with ``kernels`` in place of all of them; excite comes with squeeze, which it follows."""
+    kernels = {*kernels, *(f"{kernel.split('_')[0]}_excite" for kernel in kernels if "_squeeze_" in kernel)}
     lines = ['#include "bottleneck.cuh"', '#include "ghost_forward.cuh"', "namespace ghostfused {"]
     for path, name in PATHS.items():
         entries = []
@@ -62,7 +63,9 @@ def bottleneck_kernels(path: str, name: str) -> dict[str, str]:
         for w in (1, 3, 5, 7)
         for layout, last in layouts.items()
     }
-    entries |= {f"{path}_squeeze_{layout}": f"squeeze_kernel<Path::k{name}, {last}>()" for layout, last in layouts.items()}
+    entries |= {
+        f"{path}_squeeze_{layout}": f"squeeze_kernel<Path::k{name}, {last}>()" for layout, last in layouts.items()
+    }
     entries[f"{path}_excite"] = f"excite_kernel<Path::k{name}>()"
     return {kernel: f'{{{function}, "{kernel}"}}' for kernel, function in entries.items()}
 

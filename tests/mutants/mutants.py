@@ -20,7 +20,7 @@ class Mutant(NamedTuple):
 NCHW, NHWC, ANY, FP32 = "float16_dw3_nchw", "float16_dw3_nhwc", "float16_any_nchw", "float32_dw3_nchw"
 
 DEPTHWISE, PLANES = "float16_depthwise_w3_s2_nhwc", "float16_depthwise_w5_s2_nchw"
-SQUEEZE_EXCITE = ("float16_squeeze_nhwc", "float16_excite")
+SQUEEZE_EXCITE = ("float16_squeeze_nhwc",)
 
 MUTANTS = [
     # barriers and waits

@@ -61,13 +61,13 @@ SQUEEZE_EXCITE = {
 
 
 def cases(kernel: str) -> dict[str, Args]:
-    """By name, arguments for which ``kernel`` is what runs; excite runs with squeeze."""
+    """By name, arguments for which ``kernel`` is what runs; after squeeze, excite runs too."""
     path, kind, *rest = kernel.split("_")
-    common = {"dtype": getattr(torch, path), "layout": rest[-1] if rest else ""}
-    if kind == "excite":
-        return {}
+    common = {"dtype": getattr(torch, path), "layout": rest[-1]}
     if kind == "squeeze":
-        return {name: make_squeeze_excite(SqueezeExciteCase(**shape, **common)) for name, shape in SQUEEZE_EXCITE.items()}
+        return {
+            name: make_squeeze_excite(SqueezeExciteCase(**shape, **common)) for name, shape in SQUEEZE_EXCITE.items()
+        }
     if kind == "depthwise":
         size, stride = int(rest[0].removeprefix("w")), int(rest[1].removeprefix("s"))
         common |= {"kernel": (5 if size == 1 else size, size), "stride": stride}
