@@ -119,7 +119,7 @@ void run_ghost(const cpu::Isa& isa, const int* n, Drawer& draw, Buffer& out) {
 }
 
 void run_depthwise(const cpu::Isa& isa, const int* n, Drawer& draw, Buffer& out) {
-  cpu::DepthwiseParams p{};
+  DepthwiseParams p{};
   p.path = draw.path;
   p.channels_last = draw.channels_last;
   p.batch = n[0], p.channels = n[1], p.height = n[2], p.width = n[3];
@@ -135,14 +135,14 @@ void run_depthwise(const cpu::Isa& isa, const int* n, Drawer& draw, Buffer& out)
 }
 
 void run_squeeze(const cpu::Isa& isa, const int* n, Drawer& draw, Buffer& out) {
-  cpu::SqueezeExciteParams p{};
+  SqueezeExciteParams p{};
   p.path = draw.path;
   p.batch = n[0], p.channels = n[1], p.height = n[2], p.width = n[3], p.reduced = n[4];
-  p.gate = static_cast<cpu::Gate>(n[5]);
+  p.gate = static_cast<Gate>(n[5]);
   p.act = draw.extras ? Act::kSiLU : Act::kReLU;
   p.x = draw.tensor(p.batch, p.channels, p.height, p.width);
-  p.reduce_weight = draw.numbers(int64_t{p.reduced} * p.channels);
-  p.expand_weight = draw.numbers(int64_t{p.reduced} * p.channels);
+  p.reduce = {draw.numbers(int64_t{p.reduced} * p.channels), p.channels, 1};
+  p.expand = {draw.numbers(int64_t{p.reduced} * p.channels), p.reduced, 1};
   if (draw.extras) p.reduce_bias = draw.vector(p.reduced), p.expand_bias = draw.vector(p.channels);
   out = numbers(int64_t{p.batch} * p.channels, p.path);
   p.out = out.data.get();
