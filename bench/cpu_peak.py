@@ -7,13 +7,16 @@ in turns with each module. The op alone is timed, in a warm cache; ``overhead`` 
 from __future__ import annotations
 
 import argparse
+import functools
 from unittest import mock
 
 import torch
+from torch import Tensor
 
 from ghostfused import FusedGhostModule, functional
 from ghostfused.backends import cpu
 from ghostfused.ops import forward_op
+from ghostfused.spec import GhostArgs
 
 from . import cases, contest
 from .console import milliseconds, table
@@ -31,6 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", metavar="NAME,NAME", help="only modules whose name contains one of these")
     cases.add_setting_arguments(parser, batch="1", modes=False)
     contest.add_arguments(parser, cache="warm")
+
+
+def _with_input(args: GhostArgs, x: Tensor) -> GhostArgs:
+    return args._replace(x=x)
 
 
 def main(options: argparse.Namespace) -> int:
@@ -55,10 +62,11 @@ def main(options: argparse.Namespace) -> int:
                 module = setting.place(FusedGhostModule.from_module(layer.calibrated(), backend="cpu"))
                 with mock.patch.object(functional, "run", wraps=functional.run) as run:
                     module(x)
-                args, op = run.call_args.args[0], forward_op("cpu")
                 functions = {
                     "peak": Timed(lambda _: _cpu.multiply_add(PEAK_STEPS)),
-                    "module": Timed(lambda args: op(*args), lambda x, args=args: args._replace(x=x)),
+                    "module": Timed(
+                        lambda args: forward_op("cpu")(*args), functools.partial(_with_input, run.call_args.args[0])
+                    ),
                 }
                 timings, _ = time_interleaved(functions, [x], how)
                 gflops = layer.flops(setting.batch) / timings["module"].p50 / 1e6
