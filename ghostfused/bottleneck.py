@@ -97,7 +97,7 @@ class FusedGhostBottleneck(nn.Module):
         """Whether somebody looks at, or has changed, what the fused forward leaps over: by hooks, another forward, or
         layers added, removed or of another kind. Only norms may have gone, folded into their convolutions."""
         for path, kinds in self._layout.items():
-            children = get(self, path).__dict__["_modules"]
+            children: dict[str, nn.Module | None] = get(self, path).__dict__["_modules"]
             for name, child in children.items():
                 if child is None or type(child) is nn.Identity:
                     continue

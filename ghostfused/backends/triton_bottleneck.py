@@ -84,13 +84,13 @@ def squeeze_plan(args: SqueezeExciteArgs) -> dict[str, Any]:
 def excite_plan(args: SqueezeExciteArgs, parts: Tensor, out: Tensor, images: int) -> dict[str, Any]:
     """The arguments of ``excite_kernel``."""
     n, count, r = parts.shape
-    return dict(
-        parts_ptr=parts, reduce_bias_ptr=None if args.reduce_bias is None else args.reduce_bias.contiguous(),
-        weight_ptr=args.expand_weight.contiguous(),
-        bias_ptr=None if args.expand_bias is None else args.expand_bias.contiguous(),
-        out_ptr=out, N=n, C=out.shape[1], R=r, parts=count, ACT=args.act, GATE=args.gate, R_ALIGN=align(r),
-        IMAGES=images, BLOCK_C=_BLOCK_C, BLOCK_R=_BLOCK_R, num_warps=NUM_WARPS,
-    )  # fmt: skip
+    return {
+        "parts_ptr": parts, "reduce_bias_ptr": None if args.reduce_bias is None else args.reduce_bias.contiguous(),
+        "weight_ptr": args.expand_weight.contiguous(),
+        "bias_ptr": None if args.expand_bias is None else args.expand_bias.contiguous(),
+        "out_ptr": out, "N": n, "C": out.shape[1], "R": r, "parts": count, "ACT": args.act, "GATE": args.gate, "R_ALIGN": align(r),
+        "IMAGES": images, "BLOCK_C": _BLOCK_C, "BLOCK_R": _BLOCK_R, "num_warps": NUM_WARPS,
+    }  # fmt: skip
 
 
 def squeeze_excite(args: SqueezeExciteArgs) -> Tensor:

@@ -62,10 +62,10 @@ def x_strides(x: Tensor) -> dict[str, Any]:
     xs = x.stride()
     unit = "c" if xs[1] == 1 and cin > 1 else "w" if xs[3] == 1 else ""
     others = {"c": (xs[0], xs[2], xs[3]), "w": (xs[0], xs[1], xs[2]), "": xs}[unit]
-    return dict(
-        x_sn=xs[0], x_sc=xs[1], x_sh=xs[2], x_sw=xs[3],
-        X_UNIT=unit, X_FLAT=h == 1 or xs[2] == w * xs[3], X_ALIGN=align(*others),
-    )  # fmt: skip
+    return {
+        "x_sn": xs[0], "x_sc": xs[1], "x_sh": xs[2], "x_sw": xs[3],
+        "X_UNIT": unit, "X_FLAT": h == 1 or xs[2] == w * xs[3], "X_ALIGN": align(*others),
+    }  # fmt: skip
 
 
 def run(kernel: Any, programs: int, kwargs: dict[str, Any], device: torch.device) -> None:
