@@ -215,6 +215,11 @@ def squeeze_excite(
 
 def run(args: Args, backend: str = "auto") -> Tensor:
     """The op of ``args``: choose a backend, check, call it."""
+    if backend == "auto" and backends.cpu.may_try(args):
+        try:
+            return call("cpu", args)
+        except RuntimeError:
+            pass  # another backend can run it, or the error says why none can
     try:
         name = "reference" if _is_onnx_export() else backends.choose(args, backend)
         if name not in ("cuda", "cpu"):  # their bindings check all that validate does, at a tenth of the host time
