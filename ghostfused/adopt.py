@@ -40,8 +40,8 @@ class Half(NamedTuple):
     act: Act
     slope: float | Tensor | None
     """LeakyReLU's slope or PReLU's weight."""
-    batch_statistics: bool
-    """Whether the norm would use the batch's statistics, not stored ones."""
+    batch_norm: nn.Module | None
+    """The norm, if it would use the batch's statistics, not stored ones."""
 
 
 class Adopted(NamedTuple):
@@ -83,7 +83,8 @@ def read_half(block: nn.Module) -> Half | str:
     norm: BatchNorm | None = None
     act: Act | None = None
     slope: float | Tensor | None = None
-    normed = batch_statistics = False
+    batch_norm: nn.Module | None = None
+    normed = False
     for child in block._modules.values():
         if child is None:
             continue
@@ -99,9 +100,8 @@ def read_half(block: nn.Module) -> Half | str:
                 return f"{kind.__name__}, whose weight or bias is no parameter of it"
             mean, var = buffers["running_mean"], buffers["running_var"]
             if child.training or mean is None or var is None:
-                batch_statistics = True
-            else:
-                norm = BatchNorm(mean, var, affine["weight"], affine["bias"], child.eps)  # type: ignore[arg-type]
+                batch_norm, mean, var = child, None, None
+            norm = BatchNorm(mean, var, affine["weight"], affine["bias"], child.eps)  # type: ignore[arg-type]
         elif kind in ACTIVATIONS and conv is not None and act is None:
             act = ACTIVATIONS[kind]
             if kind is nn.LeakyReLU:
@@ -118,7 +118,7 @@ def read_half(block: nn.Module) -> Half | str:
     if "weight" not in parameters or "bias" not in parameters:  # torch.nn.utils.weight_norm, DataParallel's replicas
         return "Conv2d, whose weight or bias is no parameter of it"
     weight: Tensor = parameters["weight"]  # type: ignore[assignment]
-    return Half(conv, weight, parameters["bias"], norm, Act.NONE if act is None else act, slope, batch_statistics)
+    return Half(conv, weight, parameters["bias"], norm, Act.NONE if act is None else act, slope, batch_norm)
 
 
 def mismatch(primary: Half, cheap: Half) -> str | None:

@@ -1,34 +1,95 @@
-"""The one autograd.Function, over any backend's forward op."""
+"""The autograd.Functions, over any backend's ops: with stored BatchNorm statistics, and with the batch's.
+
+Both save the inputs and one number per channel and statistic, no maps but x: docs/training.md says why not the output.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .ops import forward_op
+from . import ops
+from .backends import training
 from .spec import TENSORS, GhostArgs
+
+_RESIDUAL = TENSORS.index("residual")
+
+
+def _save(ctx, args: GhostArgs, *settings) -> None:
+    """For ``_backward``; of the residual nothing is needed."""
+    ctx.save_for_backward(*args._replace(residual=None).tensors)
+    ctx.settings = args[len(TENSORS) :]
+    ctx.training_settings = settings
+
+
+def _backward(ctx, grad_output: Tensor, needs_grad: list[bool]) -> list[Tensor | None]:
+    """Gradients of GhostArgs' tensors, None where none is needed."""
+    backend, *settings = ctx.training_settings
+    asked = list(needs_grad)
+    asked[_RESIDUAL] = False  # it is grad_output
+    grads: Iterator[Tensor] = iter(())
+    if any(asked):
+        op = ops.training_op("backward", backend)
+        grads = iter(op(grad_output, *ctx.saved_tensors, *ctx.settings, *settings, asked))
+    result: list[Tensor | None] = [next(grads) if need else None for need in asked]
+    if needs_grad[_RESIDUAL]:
+        result[_RESIDUAL] = grad_output
+    return result
 
 
 class GhostFunction(torch.autograd.Function):
-    """Runs one Ghost module; saves its inputs and recomputes in backward. Not twice differentiable."""
+    """One Ghost module with stored statistics. Not twice differentiable."""
 
     @staticmethod
     def forward(ctx, backend: str, *args) -> Tensor:
-        ctx.save_for_backward(*args[: len(TENSORS)])
-        ctx.settings = args[len(TENSORS) :]
-        return forward_op(backend)(*args)
+        a = GhostArgs(*args)
+        _save(ctx, a, training.choose(backend, a), False, "")
+        return ops.forward_op(backend)(*args)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output: Tensor):
-        needs_grad = list(ctx.needs_input_grad[1 : 1 + len(TENSORS)])
-        grads = iter(torch.ops.ghostfused.backward(grad_output, *ctx.saved_tensors, *ctx.settings, needs_grad))
-        return None, *(next(grads) if need else None for need in needs_grad), *(None for _ in ctx.settings)
+        grads = _backward(ctx, grad_output, list(ctx.needs_input_grad[1 : 1 + len(TENSORS)]))
+        return None, *grads, *(None for _ in ctx.settings)
+
+
+class BatchGhostFunction(torch.autograd.Function):
+    """One Ghost module with the batch's statistics, which it returns too. Not twice differentiable."""
+
+    @staticmethod
+    def forward(ctx, backend: str, group_name: str, *fields) -> tuple[Tensor, ...]:
+        out, *statistics, count = ops.training_op("train_forward", backend)(*fields, group_name)
+        a = ops.train_args(fields)._replace(**dict(zip(ops.STATISTICS, statistics, strict=True)))
+        _save(ctx, a, backend, True, group_name)
+        ctx.mark_non_differentiable(*statistics, count)
+        return out, *statistics, count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output: Tensor, *_):
+        fields = iter(ctx.needs_input_grad[2:])
+        needs_grad = [name not in ops.STATISTICS and next(fields) for name in TENSORS]
+        grads = zip(TENSORS, _backward(ctx, grad_output, needs_grad), strict=True)
+        return None, None, *(grad for name, grad in grads if name not in ops.STATISTICS), *(None for _ in ctx.settings)
+
+
+def _needs_grad(args: GhostArgs) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args.tensors)
 
 
 def call(backend: str, args: GhostArgs) -> Tensor:
     """Runs ``args`` on ``backend``, by way of the Function only if a gradient will be asked for."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args.tensors):
+    if _needs_grad(args):
         return GhostFunction.apply(backend, *args)
-    return forward_op(backend)(*args)
+    return ops.forward_op(backend)(*args)
+
+
+def call_with_batch_statistics(backend: str, args: GhostArgs, group_name: str) -> tuple[Tensor, ...]:
+    """(out, primary_mean, primary_var, cheap_mean, cheap_var, count) of ``args``, whose own statistics don't count."""
+    fields = [getattr(args, name) for name in ops.TRAIN_FIELDS]
+    if _needs_grad(args):
+        return BatchGhostFunction.apply(backend, group_name, *fields)
+    return ops.training_op("train_forward", backend)(*fields, group_name)

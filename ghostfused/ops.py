@@ -1,12 +1,14 @@
 """Op schemas and fakes: the only file that talks to torch.library.
 
 One forward op per kernel backend, ``ghostfused::forward_<backend>``, all of one schema; the CUDA one's kernel is
-registered by ``csrc/binding.cpp`` when the extension loads. One backward op serves them all.
+registered by ``csrc/binding.cpp`` when the extension loads. Training has two more ops for each backend that can:
+``train_forward_<backend>``, with BatchNorm by the batch's statistics, and ``backward_<backend>``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,41 +46,71 @@ def forward_op(backend: str) -> Callable[..., Tensor]:
     return getattr(torch.ops.ghostfused, f"forward_{backend}").default
 
 
-_library.define(
-    f"backward(Tensor grad_output, {SCHEMA}, bool[] needs_grad) -> Tensor[]", tags=torch.Tag.pt2_compliant_tag
-)
+STATISTICS = ("primary_mean", "primary_var", "cheap_mean", "cheap_var")
+TRAIN_FIELDS = [name for name in GhostArgs.__annotations__ if name not in STATISTICS]
+"""GhostArgs' fields but for the statistics, which the training forward computes."""
+TRAINING_OPS = ("cuda", "triton", "reference")
+"""The backends with training kernels: ``train_forward_<backend>`` and ``backward_<backend>``."""
+
+_TRAIN_SCHEMA = ", ".join(f"{_TYPES[GhostArgs.__annotations__[name]]} {name}" for name in TRAIN_FIELDS)
 
 
-def _backward(grad_output: Tensor, *args) -> list[Tensor]:
-    """Gradients of the tensor arguments for which ``needs_grad`` holds, by recomputing through the reference."""
-    *fields, needs_grad = args
-    # under a TorchDispatchMode an op's kernel runs with autograd keys excluded: take them back in
-    key = torch._C.DispatchKey.AutogradFunctionality
-    with torch._C._SetExcludeDispatchKeyGuard(key, False), torch.enable_grad():
-        tensors = [
-            t.detach().requires_grad_(need) if t is not None else None
-            for t, need in zip(fields[: len(TENSORS)], needs_grad, strict=True)
-        ]
-        out = reference.ghost_module(GhostArgs(*tensors, *fields[len(TENSORS) :]))  # type: ignore[arg-type]
-        wanted = [t for t, need in zip(tensors, needs_grad, strict=True) if need and t is not None]
-        grads = torch.autograd.grad(out, wanted, grad_output, allow_unused=True, materialize_grads=True)
-    return [_owned(grad, like, grad_output) for grad, like in zip(grads, wanted, strict=True)]
-
-
-def _owned(grad: Tensor, like: Tensor, grad_output: Tensor) -> Tensor:
-    """``grad`` with the strides that the fake promises, and no alias of ``grad_output`` (the residual's is itself)."""
-    promised = torch.empty_like(like)
-    if grad.stride() == promised.stride() and grad.data_ptr() != grad_output.data_ptr():
-        return grad
-    return promised.copy_(grad)
+def _fake_train_forward(*args) -> tuple[Tensor, ...]:
+    *fields, group_name = args
+    a = train_args(fields)
+    dtype = torch.float64 if a.x.dtype == torch.float64 else torch.float32
+    sizes = [a.init_channels] * 2 + [a.cheap_weight.shape[0]] * 2 + [1 if group_name else 0]
+    return a.new_output(), *(torch.empty(size, dtype=dtype, device=a.x.device) for size in sizes)
 
 
 def _fake_backward(grad_output: Tensor, *args) -> list[Tensor]:
-    *fields, needs_grad = args
-    return [torch.empty_like(t) for t, need in zip(fields[: len(TENSORS)], needs_grad, strict=True) if need]
+    fields, needs_grad = args[: len(TENSORS)], args[-1]
+    return [torch.empty_like(t) for t, need in zip(fields, needs_grad, strict=True) if need]
 
 
-for _key in ("CPU", "CUDA"):
-    _library.impl("backward", _backward, _key)
-torch.library.register_fake("ghostfused::backward", _fake_backward, lib=_library)
+for _backend in TRAINING_OPS:
+    _library.define(
+        f"train_forward_{_backend}({_TRAIN_SCHEMA}, str group_name) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+        tags=torch.Tag.pt2_compliant_tag,
+    )
+    _library.define(
+        f"backward_{_backend}(Tensor grad_output, {SCHEMA}, bool batch_statistics, str group_name, bool[] needs_grad)"
+        " -> Tensor[]",
+        tags=torch.Tag.pt2_compliant_tag,
+    )
+    torch.library.register_fake(f"ghostfused::train_forward_{_backend}", _fake_train_forward, lib=_library)
+    torch.library.register_fake(f"ghostfused::backward_{_backend}", _fake_backward, lib=_library)
+
+
+def train_args(fields: Iterable) -> GhostArgs:
+    """The GhostArgs of a training forward's arguments (``TRAIN_FIELDS``), with no statistics."""
+    values: dict[str, Any] = dict(zip(TRAIN_FIELDS, fields, strict=True))
+    return GhostArgs(**values, **dict.fromkeys(STATISTICS))
+
+
+def implement_training(
+    backend: str, forward: Callable[[GhostArgs, str], tuple[Tensor, ...]], backward: Callable, *dispatch_keys: str
+) -> None:
+    """Registers both training ops of ``backend`` under each of ``dispatch_keys``.
+
+    ``forward(args, group_name)`` and ``backward(grad_output, args, batch_statistics, group_name, needs_grad)`` are
+    ``backends.training.train_forward`` and ``backward`` with the backend's kernels.
+    """
+
+    def run_forward(*args) -> tuple[Tensor, ...]:
+        return forward(train_args(args[:-1]), args[-1])
+
+    def run_backward(grad_output: Tensor, *args) -> list[Tensor]:
+        return backward(grad_output, GhostArgs(*args[:-3]), *args[-3:])
+
+    for key in dispatch_keys:
+        _library.impl(f"train_forward_{backend}", run_forward, key)
+        _library.impl(f"backward_{backend}", run_backward, key)
+
+
+def training_op(kind: str, backend: str) -> Callable[..., Any]:
+    """The op ``ghostfused::<kind>_<backend>``, ``kind`` being "train_forward" or "backward"."""
+    return getattr(torch.ops.ghostfused, f"{kind}_{backend}").default
+
+
 implement("reference", reference.ghost_module, "CPU", "CUDA")
