@@ -85,7 +85,7 @@ for _backend in TRAINING_OPS:
 def train_args(fields: Iterable) -> GhostArgs:
     """The GhostArgs of a training forward's arguments (``TRAIN_FIELDS``), with no statistics."""
     values: dict[str, Any] = dict(zip(TRAIN_FIELDS, fields, strict=True))
-    return GhostArgs(**values, **dict.fromkeys(STATISTICS))
+    return GhostArgs(**values, **dict.fromkeys(STATISTICS))  # type: ignore[arg-type]
 
 
 def implement_training(
