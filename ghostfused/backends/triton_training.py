@@ -19,6 +19,9 @@ try:
 except ImportError:  # triton.py says why
     kernels = None  # type: ignore[assignment]
 
+_BACKWARD_TILE = 512
+_STATISTICS_TILE = 2048
+"""Elements of a tile, of the backward kernels' and of the first one's; more would spill registers."""
 _HALF = ("bias", "mean", "var", "gamma", "beta", "slope")
 
 
@@ -82,8 +85,10 @@ def _gate(a: GhostArgs, like: Tensor) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _elementwise_blocks(a: GhostArgs, like: Tensor) -> dict[str, Any]:
+def _elementwise_blocks(a: GhostArgs, like: Tensor, most: int = 1024) -> dict[str, Any]:
+    """Pixels and channels of a tile, as for the forward kernel's depthwise conv, but of ``most`` elements at most."""
     chosen = blocks(a, is_channels_last(like), primary=False)
+    chosen["BLOCK_P"] = min(chosen["BLOCK_P"], most // chosen["BLOCK_C"])
     return {name: chosen[name] for name in ("BLOCK_P", "BLOCK_C", "num_warps")}
 
 
@@ -106,6 +111,7 @@ def primary_statistics(a: GhostArgs, out: Tensor) -> tuple[Tensor, Tensor]:
         return _empty_statistics(cp, out)
     chosen = blocks(a, is_channels_last(out), cheap=False)
     names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "ONE_K", "num_warps", "num_stages")
+    chosen["BLOCK_M"] = min(chosen["BLOCK_M"], _STATISTICS_TILE // chosen["BLOCK_N"])
     channel_blocks = -(-cp // chosen["BLOCK_N"])
     launch = _Launch(a, out, channel_blocks, chosen["BLOCK_M"])
     arguments, mean, var = _statistics(cp, launch, channel_blocks)
@@ -156,7 +162,7 @@ def cheap_backward(
     y2 = _like(y1, new) if batch_statistics else None
     if y1.numel() == 0:
         return dz2, y2, _zeros(y1, 3, new) if sums else None
-    chosen = _elementwise_blocks(a, y1)
+    chosen = _elementwise_blocks(a, y1, _BACKWARD_TILE)
     launch = _Launch(a, y1, -(-new // chosen["BLOCK_C"]), chosen["BLOCK_P"])
     partial = launch.partial(3, new) if sums else None
     launch(
@@ -178,7 +184,7 @@ def primary_backward(
     if y1.numel() == 0:
         dw = torch.zeros_like(a.cheap_weight) if weight else None
         return dz1, _zeros(y1, 3, cp) if sums else None, dw
-    chosen = _elementwise_blocks(a, y1)
+    chosen = _elementwise_blocks(a, y1, _BACKWARD_TILE)
     launch = _Launch(a, y1, -(-cp // chosen["BLOCK_C"]), chosen["BLOCK_P"])
     partial = launch.partial(3, cp) if sums else None
     weight_partial = launch.partial(per_channel, cp) if weight else None

@@ -108,47 +108,55 @@ def _gather_statistics(y, mask, n, tile_n, shift, s, q):
 
 
 @triton.jit
+def _rows(r0, rows, c, mask, C, partial_ptr, ROWS: tl.constexpr):
+    """(n, mean, M2) of ROWS rows from r0."""
+    r = r0 + tl.arange(0, ROWS)
+    at = partial_ptr + (r * 3 * C)[:, None] + c[None, :]
+    mask = (r < rows)[:, None] & mask[None, :]
+    # .cg: other programs wrote them, so not by way of this multiprocessor's L1
+    n = tl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
+    mean = tl.load(at + C, mask=mask, other=0.0, cache_modifier=".cg")
+    return n, mean, tl.load(at + 2 * C, mask=mask, other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
+def _combine_statistics(rows, c, mask, C, partial_ptr, mean_ptr, var_ptr):
+    """Mean and biased variance from all rows, in their order, in two passes."""
+    ROWS: tl.constexpr = 16
+    shift = tl.load(partial_ptr + C + c, mask=mask, other=0.0, cache_modifier=".cg")
+    total = tl.zeros(c.shape, tl.float32)
+    s = tl.zeros(c.shape, tl.float32)
+    for r0 in range(0, rows, ROWS):
+        n, means, _m2 = _rows(r0, rows, c, mask, C, partial_ptr, ROWS)
+        total += tl.sum(n, 0)
+        s += tl.sum(n * (means - shift[None, :]), 0)
+    total = tl.maximum(total, 1.0)  # lanes beyond the last channel
+    mean = shift + s / total
+    m2 = tl.zeros(c.shape, tl.float32)
+    for r0 in range(0, rows, ROWS):
+        n, means, squares = _rows(r0, rows, c, mask, C, partial_ptr, ROWS)
+        d = means - mean[None, :]
+        m2 += tl.sum(squares + n * d * d, 0)
+    tl.store(mean_ptr + c, mean, mask=mask)
+    tl.store(var_ptr + c, m2 / total, mask=mask)
+
+
+@triton.jit
 def _finish_statistics(n, shift, s, q, block, row, rows, c, mask, C, partial_ptr, counter_ptr, mean_ptr, var_ptr):
     """Writes this program's (n, mean, M2); the program that is last of its channel block combines them all.
 
     Rows are combined in order whichever program comes last, so the result has one value. The barrier and the counter's
     release make a program's row visible before it is counted; the counter's acquire comes before the rows are read.
     """
-    ROWS: tl.constexpr = 16
-    mean = shift + s / n
     at = partial_ptr + row * 3 * C + c
     tl.store(at, tl.full(c.shape, 1.0, tl.float32) * n, mask=mask)
-    tl.store(at + C, mean, mask=mask)
+    tl.store(at + C, shift + s / n, mask=mask)
     tl.store(at + 2 * C, tl.maximum(q - s * s / n, 0.0), mask=mask)
     tl.debug_barrier()
     arrived = tl.atomic_add(counter_ptr + block, 1, sem="acq_rel")
     if arrived == rows - 1:
         tl.debug_barrier()
-        shift = tl.load(partial_ptr + C + c, mask=mask, other=0.0, cache_modifier=".cg")
-        total = tl.zeros(c.shape, tl.float32)
-        s = tl.zeros(c.shape, tl.float32)
-        for r0 in range(0, rows, ROWS):
-            r = r0 + tl.arange(0, ROWS)
-            at = partial_ptr + (r * 3 * C)[:, None] + c[None, :]
-            rows_mask = (r < rows)[:, None] & mask[None, :]
-            count = tl.load(at, mask=rows_mask, other=0.0, cache_modifier=".cg")
-            means = tl.load(at + C, mask=rows_mask, other=0.0, cache_modifier=".cg")
-            total += tl.sum(count, 0)
-            s += tl.sum(count * (means - shift[None, :]), 0)
-        total = tl.maximum(total, 1.0)  # lanes beyond the last channel
-        mean = shift + s / total
-        m2 = tl.zeros(c.shape, tl.float32)
-        for r0 in range(0, rows, ROWS):
-            r = r0 + tl.arange(0, ROWS)
-            at = partial_ptr + (r * 3 * C)[:, None] + c[None, :]
-            rows_mask = (r < rows)[:, None] & mask[None, :]
-            count = tl.load(at, mask=rows_mask, other=0.0, cache_modifier=".cg")
-            means = tl.load(at + C, mask=rows_mask, other=0.0, cache_modifier=".cg")
-            squares = tl.load(at + 2 * C, mask=rows_mask, other=0.0, cache_modifier=".cg")
-            d = means - mean[None, :]
-            m2 += tl.sum(squares + count * d * d, 0)
-        tl.store(mean_ptr + c, mean, mask=mask)
-        tl.store(var_ptr + c, m2 / total, mask=mask)
+        _combine_statistics(rows, c, mask, C, partial_ptr, mean_ptr, var_ptr)
 
 
 @triton.jit
@@ -299,20 +307,20 @@ def normalize_kernel(
     size = (HW, W, out_channels)
     residual_strides = (residual_sn, residual_sc, residual_sh, residual_sw)
     gate_rest = (gate_h, gate_w, gate_scale_h, gate_scale_w, gate_sc, gate_sh, gate_sw)
+    norm1 = (primary_bias_ptr, primary_mean_ptr, primary_var_ptr, primary_gamma_ptr, primary_beta_ptr, primary_eps)
+    norm2 = (cheap_bias_ptr, cheap_mean_ptr, cheap_var_ptr, cheap_gamma_ptr, cheap_beta_ptr, cheap_eps)
+    act1 = (primary_slope_ptr, primary_slope_stride, primary_negative_slope)
+    act2 = (cheap_slope_ptr, cheap_slope_stride, cheap_negative_slope)
     if block < primary_blocks:
         c = block * BLOCK_C + tl.arange(0, BLOCK_C)
-        norm = (primary_bias_ptr, primary_mean_ptr, primary_var_ptr, primary_gamma_ptr, primary_beta_ptr, primary_eps)
-        act = (primary_slope_ptr, primary_slope_stride, primary_negative_slope)
         _normalize_half(
-            first, count, tiles, c, c, c < Cp, norm, act, size, out_ptr, residual_ptr, residual_strides,
+            first, count, tiles, c, c, c < Cp, norm1, act1, size, out_ptr, residual_ptr, residual_strides,
             output_gate_ptr, gate_rest, gate_sn, NHWC, PRIMARY_ACT, BLOCK_P,
         )  # fmt: skip
     else:
         j = (block - primary_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-        norm = (cheap_bias_ptr, cheap_mean_ptr, cheap_var_ptr, cheap_gamma_ptr, cheap_beta_ptr, cheap_eps)
-        act = (cheap_slope_ptr, cheap_slope_stride, cheap_negative_slope)
         _normalize_half(
-            first, count, tiles, Cp + j, j, Cp + j < out_channels, norm, act, size, out_ptr, residual_ptr,
+            first, count, tiles, Cp + j, j, Cp + j < out_channels, norm2, act2, size, out_ptr, residual_ptr,
             residual_strides, output_gate_ptr, gate_rest, gate_sn, NHWC, CHEAP_ACT, BLOCK_P,
         )  # fmt: skip
 
