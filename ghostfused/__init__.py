@@ -5,10 +5,24 @@ under it. ``python -m ghostfused info`` says which backends work on this machine
 """
 
 from . import functional, models
+from .attention import FusedAttentionGhostModule
+from .bottleneck import FusedGhostBottleneck
 from .functional import ghost_module
-from .fuse import fuse
+from .fuse import fuse, fuse_with_report, unfuse
 from .module import FusedGhostModule
 from .spec import Act, BatchNorm
 
 __version__ = "0.1.0"
-__all__ = ["Act", "BatchNorm", "FusedGhostModule", "functional", "fuse", "ghost_module", "models"]
+__all__ = [
+    "Act",
+    "BatchNorm",
+    "FusedAttentionGhostModule",
+    "FusedGhostBottleneck",
+    "FusedGhostModule",
+    "functional",
+    "fuse",
+    "fuse_with_report",
+    "ghost_module",
+    "models",
+    "unfuse",
+]

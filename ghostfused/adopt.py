@@ -2,20 +2,19 @@
 
 ``read_half`` says what one half (conv → norm → activation) holds at this moment, or why it can't be read; the
 forward of FusedGhostModule asks it at every call, so nothing goes stale. ``read`` finds the two halves of
-somebody's module, and ``prove`` runs that module beside its fused twin.
+somebody's module; ``proof`` then runs that module beside its fused twin.
 """
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable
 from types import MethodType
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
+from .proof import substituted
 from .spec import Act, BatchNorm
 
 ACTIVATIONS: dict[type[nn.Module], Act] = {
@@ -43,6 +42,10 @@ class Half(NamedTuple):
     batch_norm: nn.Module | None
     """The norm, if it would use the batch's statistics, not stored ones."""
 
+    @property
+    def batch_statistics(self) -> bool:
+        return self.batch_norm is not None
+
 
 class Adopted(NamedTuple):
     """Where a Ghost module keeps its halves."""
@@ -51,45 +54,57 @@ class Adopted(NamedTuple):
     """Name of the child that is conv → norm → activation."""
     cheap: str
     """Name of the child that is depthwise conv → norm → activation."""
+    in_channels: int
     out_channels: int
     """Of its output: at most those of both halves together."""
+    attention: str | None = None
+    """Name of the child that makes the gate of GhostNetV2's DFC attention."""
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
 
-def _forward_replaced(block: nn.Module) -> bool:
-    """Whether the instance has a forward that is no method of its class, as offloading tools install.
+def forward_replaced(block: nn.Module) -> bool:
+    """Whether a block's forward is no method of its class but one put on the instance, as offloading tools do.
 
     Switching to another method of the class (ultralytics' ``forward_fuse``) is the class's own business.
     """
-    forward = block.__dict__["forward"]
-    return not (isinstance(forward, MethodType) and getattr(type(block), forward.__name__, None) is forward.__func__)
+    forward = block.__dict__.get("forward")
+    return forward is not None and not (
+        isinstance(forward, MethodType) and getattr(type(block), forward.__name__, None) is forward.__func__
+    )
 
 
 def read_half(block: nn.Module) -> Half | str:
     """The tensors and settings of ``block``'s convolution, norm and activation; or why it can't be taken apart.
 
     The children count in the order of registration: one Conv2d, at most one BatchNorm, at most one activation.
-    Every call of FusedGhostModule comes through here: this reads instance dictionaries, since ``nn.Module.__getattr__``
+    """
+    if has_hooks(block) or forward_replaced(block):
+        return f"{type(block).__name__} has hooks or another forward"
+    return read_layers(block._modules.values())
+
+
+def read_layers(layers: Iterable[nn.Module | None]) -> Half | str:
+    """What ``layers``, run one after the other, hold; or why they can't be taken apart.
+
+    Every call of a fused module comes through here: this reads instance dictionaries, since ``nn.Module.__getattr__``
     costs more than all the rest.
     """
-    if _has_hooks(block) or ("forward" in block.__dict__ and _forward_replaced(block)):
-        return f"{type(block).__name__} has hooks or another forward"
     conv: nn.Conv2d | None = None
     norm: BatchNorm | None = None
     act: Act | None = None
     slope: float | Tensor | None = None
     batch_norm: nn.Module | None = None
     normed = False
-    for child in block._modules.values():
+    for child in layers:
         if child is None:
             continue
         kind = type(child)
-        if _has_hooks(child) or "forward" in child.__dict__:
+        if has_hooks(child) or "forward" in child.__dict__:
             return f"{kind.__name__} has hooks or another forward"
         if kind is nn.Conv2d and conv is None:
             conv = child  # type: ignore[assignment]
@@ -152,17 +167,22 @@ _MAY_OVERRIDE = {"__init__", "__repr__", "__dir__", "extra_repr", "forward"}
 _METHODS = {name for name, value in vars(nn.Module).items() if inspect.isfunction(value)} - _MAY_OVERRIDE
 
 
-def read(module: nn.Module) -> Adopted | str:
-    """Where ``module``'s halves are and how many channels it gives out; or why it is no Ghost module that can be fused.
-
-    Runs ``module.forward`` once, on a small random input with random weights in place of its own (``_substituted``).
-    """
+def unusual(module: nn.Module) -> str | None:
+    """Why ``module`` is more than its children and its class's forward; None if it isn't."""
     kind = type(module)
     overridden = sorted(name for name in _METHODS if getattr(kind, name) is not getattr(nn.Module, name))
     if overridden:
         return f"{kind.__name__} overrides {', '.join(overridden)} of nn.Module"
-    if "forward" in module.__dict__:
-        return "its forward is replaced on the instance"
+    return "its forward is replaced on the instance" if "forward" in module.__dict__ else None
+
+
+def read(module: nn.Module) -> Adopted | str:
+    """Where ``module``'s halves are and how many channels it gives out; or why it is no Ghost module that can be fused.
+
+    Runs ``module.forward`` once, on a small random input with random weights in place of its own.
+    """
+    if reason := unusual(module):
+        return reason
     halves: dict[str, Half] = {}
     refusals = []
     for name, child in module._modules.items():
@@ -182,17 +202,21 @@ def read(module: nn.Module) -> Adopted | str:
         return "; ".join(refusals) or found
     primary, cheap = pairs[0]  # where both orders fit, the order of registration: ``prove`` tells if that is wrong
 
-    blocks = nn.ModuleList([module._modules[primary], module._modules[cheap]])  # type: ignore[list-item]
-    known = {id(t) for t in (*blocks.parameters(), *blocks.buffers())}
-    further = [n for n, t in (*module.named_parameters(), *module.named_buffers()) if id(t) not in known]
+    known = [primary, cheap]
+    attention = next((name for name, m in module._modules.items() if name not in known and _may_make_a_gate(m)), None)
+    if attention is not None:
+        known.append(attention)
+    blocks = nn.ModuleList([module._modules[name] for name in known])  # type: ignore[misc]
+    ids = {id(t) for t in (*blocks.parameters(), *blocks.buffers())}
+    further = [n for n, t in (*module.named_parameters(), *module.named_buffers()) if id(t) not in ids]
     if further:
-        return f"it has tensors beside {primary} and {cheap}: {', '.join(further[:3])}"
-    inner = [name for name, child in module.named_modules() if child is not module and _has_hooks(child)]
+        return f"it has tensors beside {' and '.join(known)}: {', '.join(further[:3])}"
+    inner = [name for name, child in module.named_modules() if child is not module and has_hooks(child)]
     if inner:
         return f"hooks on {', '.join(inner)}"
 
     try:
-        with _substituted(module, halves[primary].conv, training=False) as x:
+        with substituted(module, halves[primary].conv.in_channels, training=False) as x:
             out = module.forward(x)
     except Exception as error:
         return f"it doesn't run on a float64 tensor on the CPU: {type(error).__name__}: {error}"
@@ -202,80 +226,9 @@ def read(module: nn.Module) -> Adopted | str:
     channels = init_channels + halves[cheap].weight.shape[0]
     if not init_channels <= out.shape[1] <= channels:
         return f"it returns {out.shape[1]} channels, no concatenation of {init_channels} and {channels - init_channels}"
-    return Adopted(primary, cheap, out.shape[1])
+    return Adopted(primary, cheap, halves[primary].conv.in_channels, out.shape[1], attention)
 
 
-def prove(module: nn.Module, fused: nn.Module, adopted: Adopted) -> str | None:
-    """Runs both in eval and in train mode; says how they differ, None if they don't.
-
-    ``fused`` must hold the very children of ``module``. Both run in float64 on the CPU, on one small input, with random
-    weights and statistics in place of their own, so that weights of zero hide nothing; hooks of ``module`` don't fire.
-    Don't call it while another thread runs ``module``.
-    """
-    half = read_half(module._modules[adopted.primary])  # type: ignore[arg-type]
-    assert isinstance(half, Half)
-    for training in (False, True):
-        mode = "train" if training else "eval"
-        outputs = []
-        for each in (module, fused):
-            try:
-                with _substituted(module, half.conv, training) as x:
-                    outputs.append(each.forward(x))
-            except Exception as error:
-                return f"it doesn't run in {mode} mode: {type(error).__name__}: {error}"
-        expected, out = outputs
-        if out.shape != expected.shape:
-            return (
-                f"in {mode} mode its output has the shape {tuple(expected.shape)}, a Ghost module's {tuple(out.shape)}"
-            )
-        difference = float((out - expected).abs().max() / expected.abs().max().clamp_min(1e-300))
-        if not difference < 1e-10:
-            return f"in {mode} mode its output differs from a Ghost module's by {difference:.1e} of the largest value"
-    return None
-
-
-@contextlib.contextmanager
-def _substituted(module: nn.Module, primary_conv: nn.Conv2d, training: bool) -> Iterator[Tensor]:
-    """Puts random float64 CPU tensors in place of ``module``'s and sets its mode; yields an input to run it on.
-
-    Nothing is written to the module's own tensors; they and all training flags are back afterwards. The random numbers
-    are the same every time, and PyTorch's random state is left as it was.
-    """
-    generator = torch.Generator("cpu").manual_seed(0)
-    substitutes: dict[int, Tensor] = {}  # by the original's id, so that tied tensors stay tied
-
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
-
-    def substitute(name: str, t: Tensor) -> Tensor:
-        if not t.is_floating_point():
-            return torch.zeros(t.shape, dtype=t.dtype, device="cpu")
-        random = randn(*t.shape)
-        return random.abs() + 0.5 if name == "running_var" else random
-
-    modules = list(module.modules())
-    saved = [(m, dict(m._parameters), dict(m._buffers), m.training) for m in modules]
-    try:
-        for m in modules:
-            for tensors in (m._parameters, m._buffers):
-                for name, t in tensors.items():
-                    if t is not None:
-                        new = substitutes.setdefault(id(t), substitute(name, t))
-                        is_parameter = isinstance(t, nn.Parameter)
-                        tensors[name] = nn.Parameter(new) if is_parameter else new  # type: ignore[assignment]
-            m.training = training
-        channels = primary_conv.in_channels
-        # one sample around 1, one where clamps (ReLU6, hardswish) act, one between
-        x = torch.cat([randn(1, channels, 7, 9) * scale for scale in (0.3, 2.0, 15.0)]) / channels**0.5
-        random_state = torch.get_rng_state()
-        torch.default_generator.manual_seed(0)  # torch.manual_seed would seed the GPUs too
-        try:
-            with torch.no_grad():
-                yield x
-        finally:
-            torch.set_rng_state(random_state)
-    finally:
-        for m, parameters, buffers, mode in saved:
-            m._parameters.update(parameters)
-            m._buffers.update(buffers)
-            m.training = mode
+def _may_make_a_gate(child: nn.Module | None) -> bool:
+    """Whether ``child`` could be the convolutions of DFC attention; the proof tells whether it is."""
+    return type(child) is nn.Sequential and sum(type(m) is nn.Conv2d for m in child) == 3

@@ -1,6 +1,7 @@
-"""The autograd.Functions, over any backend's ops: with stored BatchNorm statistics, and with the batch's.
+"""The autograd.Functions, over any op and backend. None is twice differentiable.
 
-Both save the inputs and one number per channel and statistic, no maps but x: docs/training.md says why not the output.
+Those of a Ghost module save its inputs and one number per channel and statistic, so no map but x: docs/training.md says
+why not the output.
 """
 
 from __future__ import annotations
@@ -13,27 +14,47 @@ from torch.autograd.function import once_differentiable
 
 from . import ops
 from .backends import training
-from .spec import TENSORS, GhostArgs
+from .spec import TENSORS, Args, GhostArgs, tensor_names
 
+_COUNTS = {op: len(tensor_names(args)) for op, args in ops.OPS.items()}
+"""How many tensors each op's arguments begin with."""
 _RESIDUAL = TENSORS.index("residual")
 
 
-def _save(ctx, args: GhostArgs, *settings) -> None:
+class FusedFunction(torch.autograd.Function):
+    """Runs one op; saves its inputs and recomputes in backward."""
+
+    @staticmethod
+    def forward(ctx, op: str, backend: str, *args) -> Tensor:
+        count = _COUNTS[op]
+        ctx.save_for_backward(*args[:count])
+        ctx.op, ctx.settings = op, args[count:]
+        return ops.forward_op(backend, op)(*args)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output: Tensor):
+        needs_grad = list(ctx.needs_input_grad[2 : 2 + _COUNTS[ctx.op]])
+        grads = iter(ops.backward_op(ctx.op)(grad_output, *ctx.saved_tensors, *ctx.settings, needs_grad))
+        return None, None, *(next(grads) if need else None for need in needs_grad), *(None for _ in ctx.settings)
+
+
+def _save(ctx, args: GhostArgs, *training_settings) -> None:
     """For ``_backward``; of the residual nothing is needed."""
     ctx.save_for_backward(*args._replace(residual=None).tensors)
     ctx.settings = args[len(TENSORS) :]
-    ctx.training_settings = settings
+    ctx.training_settings = training_settings
 
 
 def _backward(ctx, grad_output: Tensor, needs_grad: list[bool]) -> list[Tensor | None]:
     """Gradients of GhostArgs' tensors, None where none is needed."""
-    backend, *settings = ctx.training_settings
+    backend, *training_settings = ctx.training_settings
     asked = list(needs_grad)
     asked[_RESIDUAL] = False  # it is grad_output
     grads: Iterator[Tensor] = iter(())
     if any(asked):
         op = ops.training_op("backward", backend)
-        grads = iter(op(grad_output, *ctx.saved_tensors, *ctx.settings, *settings, asked))
+        grads = iter(op(grad_output, *ctx.saved_tensors, *ctx.settings, *training_settings, asked))
     result: list[Tensor | None] = [next(grads) if need else None for need in asked]
     if needs_grad[_RESIDUAL]:
         result[_RESIDUAL] = grad_output
@@ -76,15 +97,17 @@ class BatchGhostFunction(torch.autograd.Function):
         return None, None, *(grad for name, grad in grads if name not in ops.STATISTICS), *(None for _ in ctx.settings)
 
 
-def _needs_grad(args: GhostArgs) -> bool:
+def _needs_grad(args: Args) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args.tensors)
 
 
-def call(backend: str, args: GhostArgs) -> Tensor:
-    """Runs ``args`` on ``backend``, by way of the Function only if a gradient will be asked for."""
-    if _needs_grad(args):
+def call(backend: str, args: Args) -> Tensor:
+    """Runs ``args`` on ``backend``, by way of a Function only if a gradient will be asked for."""
+    if not _needs_grad(args):
+        return ops.forward_op(backend, args.op)(*args)
+    if isinstance(args, GhostArgs):
         return GhostFunction.apply(backend, *args)
-    return ops.forward_op(backend)(*args)
+    return FusedFunction.apply(args.op, backend, *args)
 
 
 def call_with_batch_statistics(backend: str, args: GhostArgs, group_name: str) -> tuple[Tensor, ...]:

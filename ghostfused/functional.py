@@ -1,4 +1,4 @@
-"""``ghost_module``: the function under FusedGhostModule, for those who have tensors and no module."""
+"""The functions under the fused modules, for those who have tensors and no module."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from torch import Tensor
 
 from . import backends, reference
 from .autograd import call
-from .spec import Act, BatchNorm, GhostArgs
-from .validate import activation, validate
+from .spec import Act, Args, BatchNorm, DepthwiseArgs, Gate, GhostArgs, SqueezeExciteArgs
+from .validate import activation, gate_kind, validate
 
 _NO_NORM = BatchNorm(None, None)  # type: ignore[arg-type]
 
@@ -81,13 +81,13 @@ def arguments(
     input_gate: Tensor | None = None, residual: Tensor | None = None, output_gate: Tensor | None = None,
 ) -> GhostArgs:  # fmt: skip
     """``ghost_module``'s arguments as a GhostArgs, cast as autocast asks."""
-    primary_act, primary_negative_slope, primary_prelu = activation("primary", act_primary, primary_slope)
-    cheap_act, cheap_negative_slope, cheap_prelu = activation("cheap", act_cheap, cheap_slope)
-    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, primary_weight, cheap_weight, primary_bias, cheap_bias, primary_prelu, cheap_prelu = (  # type: ignore[assignment]
-            t if t is None or t.dtype == torch.float64 else t.to(dtype)
-            for t in (x, primary_weight, cheap_weight, primary_bias, cheap_bias, primary_prelu, cheap_prelu)
+    primary_act, primary_negative_slope, primary_prelu = activation(
+        "act_primary", act_primary, "primary_slope", primary_slope
+    )
+    cheap_act, cheap_negative_slope, cheap_prelu = activation("act_cheap", act_cheap, "cheap_slope", cheap_slope)
+    if dtype := _autocast_dtype(x):
+        x, primary_weight, cheap_weight, primary_bias, cheap_bias, primary_prelu, cheap_prelu = _cast(  # type: ignore[assignment]
+            dtype, x, primary_weight, cheap_weight, primary_bias, cheap_bias, primary_prelu, cheap_prelu
         )
         input_gate, residual, output_gate = (
             t if t is None else t.to(x.dtype) for t in (input_gate, residual, output_gate)
@@ -103,14 +103,137 @@ def arguments(
     )  # fmt: skip
 
 
-def run(args: GhostArgs, backend: str = "auto") -> Tensor:
-    """``ghost_module`` for arguments that are a GhostArgs already: choose a backend, check, call it."""
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast makes of x's convolutions; None where it is off."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
+
+
+def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors as autocast to ``dtype`` hands them to a convolution; what is float64 or None stays."""
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
+def conv1x1(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    bn: BatchNorm | None = None,
+    act: str | Act = "none",
+    slope: float | Tensor | None = None,
+    input_gate: Tensor | None = None,
+    residual: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """``act(bn(conv1x1(x * input_gate))) + residual``: a Ghost module whose ghosts are all cut off, in the same kernels.
+
+    Args:
+        x: (N, Cin, H, W), any strides.
+        weight: (Cout, Cin, 1, 1), x's dtype.
+        bias: (Cout,).
+        bn, act, slope, input_gate, residual, backend: as in ``ghost_module``.
+
+    Returns:
+        (N, Cout, H, W), a fresh tensor.
+
+    Raises:
+        As ``ghost_module``.
+    """
+    return ghost_module(
+        x,
+        weight,
+        weight[:, :1],  # of the right shape, and never used
+        primary_bias=bias,
+        primary_bn=bn,
+        act_primary=act,
+        primary_slope=slope,
+        act_cheap=Act.NONE,
+        out_channels=weight.shape[0],
+        input_gate=input_gate,
+        residual=residual,
+        backend=backend,
+    )
+
+
+def depthwise(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    bn: BatchNorm | None = None,
+    act: str | Act = "none",
+    slope: float | Tensor | None = None,
+    stride: int = 1,
+    backend: str = "auto",
+) -> Tensor:
+    """``act(bn(depthwise_conv(x)))`` with stored BatchNorm statistics.
+
+    Args:
+        x: (N, C, H, W), any strides.
+        weight: (C, 1, kh, kw), both odd, x's dtype. The conv pads by ``(kh // 2, kw // 2)``.
+        bias: (C,).
+        bn, act, slope, backend: as in ``ghost_module``.
+        stride: in both directions.
+
+    Returns:
+        (N, C, H', W'), a fresh tensor, channels_last if x is, else contiguous.
+
+    Raises:
+        As ``ghost_module``.
+    """
+    kind, negative_slope, prelu = activation("act", act, "slope", slope)
+    if dtype := _autocast_dtype(x):
+        x, weight, bias, prelu = _cast(dtype, x, weight, bias, prelu)  # type: ignore[assignment]
+    n = bn or _NO_NORM
+    norm = n.mean, n.var, n.weight, n.bias
+    return run(DepthwiseArgs(x, weight, bias, *norm, prelu, n.eps, kind, negative_slope, stride), backend)
+
+
+def squeeze_excite(
+    x: Tensor,
+    reduce_weight: Tensor,
+    expand_weight: Tensor,
+    *,
+    reduce_bias: Tensor | None = None,
+    expand_bias: Tensor | None = None,
+    act: str | Act = "relu",
+    gate: str | Gate = "sigmoid",
+    backend: str = "auto",
+) -> Tensor:
+    """The gate of a squeeze-and-excite block: ``gate(expand(act(reduce(mean of x over H and W))))``.
+
+    Args:
+        x: (N, C, H, W), any strides.
+        reduce_weight, expand_weight: (R, C) and (C, R), x's dtype.
+        reduce_bias, expand_bias: (R,) and (C,).
+        act: an activation without a slope.
+        gate: "sigmoid", "hardsigmoid" or "relu6".
+        backend: as in ``ghost_module``.
+
+    Returns:
+        (N, C), what ``ghost_module`` takes as ``input_gate``.
+
+    Raises:
+        As ``ghost_module``.
+    """
+    kind = activation("act", act, "slope", None)[0]
+    if dtype := _autocast_dtype(x):
+        x, reduce_weight, reduce_bias, expand_weight, expand_bias = _cast(  # type: ignore[assignment]
+            dtype, x, reduce_weight, reduce_bias, expand_weight, expand_bias
+        )
+    weights = reduce_weight, reduce_bias, expand_weight, expand_bias
+    return run(SqueezeExciteArgs(x, *weights, kind, gate_kind(gate)), backend)
+
+
+def run(args: Args, backend: str = "auto") -> Tensor:
+    """The op of ``args``: choose a backend, check, call it."""
     try:
         name = backends.choose(args, backend)
         if name not in ("cuda", "cpu"):  # their bindings check all that validate does, at a tenth of the host time
             validate(args)
         # the reference needs no op: autograd and torch.compile see through it
-        return reference.ghost_module(args) if name == "reference" else call(name, args)
+        return reference.run(args) if name == "reference" else call(name, args)
     except Exception:
         validate(args)  # if an argument is to blame, this says which
         raise

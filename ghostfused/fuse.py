@@ -1,56 +1,289 @@
-"""``fuse(model)``: swaps the Ghost modules of a model that somebody already has for fused ones."""
+"""``fuse(model)``: swaps the Ghost modules and bottlenecks of a model that somebody already has for fused ones.
+
+``unfuse(model)`` gives the original back.
+"""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
-from . import adopt
+from . import adopt, backends
+from .backends.common import form_refusal
+from .bottleneck import FusedGhostBottleneck
 from .module import FusedGhostModule
+from .proof import substituted
+from .spec import GhostArgs
+from .twin import original
+
+LEVELS = ("auto", "module", "bottleneck")
+Filter = Callable[[str, nn.Module], bool]
 
 
 class Swap(NamedTuple):
-    """What ``fuse`` did with one Ghost module."""
+    """What ``fuse`` did with one module."""
 
     fqn: str
     """Fully qualified name in the model; empty for the model itself."""
+    kind: str
+    """Name of the class it had."""
     fused: bool
-    reason: str | None
+    backend: str | None = None
+    """What it will run on with its tensors where they are, in eval mode."""
+    reason: str | None = None
     """Why it was left as it was."""
 
 
-def fuse(model: nn.Module, *, inplace: bool = False, backend: str = "auto") -> nn.Module:
-    """``model`` with every Ghost module that can be swapped for a ``FusedGhostModule``; parameters, state_dict keys,
-    hooks and training flags stay.
+class Report(list[Swap]):
+    """What became of each Ghost module and bottleneck; prints as a table."""
+
+    def __str__(self) -> str:
+        rows = [("name", "class", "fused", "backend", "reason")]
+        rows += [(s.fqn or "(root)", s.kind, "yes" if s.fused else "no", s.backend or "", s.reason or "") for s in self]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def fuse(
+    model: nn.Module,
+    *,
+    inplace: bool = False,
+    level: str = "auto",
+    filter_fn: Filter | None = None,
+    strict: bool = False,
+    verbose: bool = False,
+    backend: str = "auto",
+) -> nn.Module:
+    """``model`` with everything fused that can be; parameters, state_dict keys, hooks and training flags stay.
+
+    Each swap is proved: the module and its fused twin run once in float64 on a random input, in eval and train mode.
+    What can't be fused is left as it was. A second call changes nothing.
 
     Args:
-        model: any module; Ghost modules are found by structure and by what they compute (``adopt``), not by name.
+        model: any module; Ghost modules and bottlenecks are found by their structure and by what they compute, not by
+            name. The models of this package, the official repository, timm and ultralytics are among them.
         inplace: change ``model`` itself, sharing its parameters, rather than a deep copy.
+        level: "module" for Ghost modules alone; "bottleneck", as "auto", for the bottlenecks around them as well.
+        filter_fn: given a module's fully qualified name and the module, whether it may be swapped.
+        strict: raise if a Ghost module or bottleneck is left unfused, other than by ``filter_fn``.
+        verbose: print what became of each, and why.
         backend: what the fused modules run on, "auto" or a backend's name.
+
+    Raises:
+        ValueError: under ``strict``, with the modules left and the reasons, and ``model`` is as it was; or ``level`` or
+            ``backend`` is unknown.
+
+    Modules in a training form of several branches (GhostNetV3) are re-parameterized first, by their own method: in a
+    copy and in eval mode only, since their state_dict changes.
     """
-    return fuse_with_report(model, inplace=inplace, backend=backend)[0]
+    fused, report = fuse_with_report(
+        model, inplace=inplace, level=level, filter_fn=filter_fn, strict=strict, backend=backend
+    )
+    if verbose:
+        print(report)
+    return fused
 
 
-def fuse_with_report(model: nn.Module, *, inplace: bool = False, backend: str = "auto") -> tuple[nn.Module, list[Swap]]:
-    """As ``fuse``; also says what became of each module that reads as a Ghost module."""
+def fuse_with_report(
+    model: nn.Module,
+    *,
+    inplace: bool = False,
+    level: str = "auto",
+    filter_fn: Filter | None = None,
+    strict: bool = False,
+    backend: str = "auto",
+) -> tuple[nn.Module, Report]:
+    """As ``fuse``; also says what became of each Ghost module and bottleneck."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    if level not in LEVELS:
+        raise ValueError(f"level: expected one of {list(LEVELS)}, got {level!r}")
+    if backend != "auto" and backend not in backends.BACKENDS:
+        raise ValueError(f"backend: expected 'auto' or one of {sorted(backends.BACKENDS)}, got {backend!r}")
     if not inplace:
         model = copy.deepcopy(model)
-    report = []
-    swapped: dict[nn.Module, nn.Module] = {}  # a module that occurs twice is swapped for one fused module
-    for fqn, module in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(module, FusedGhostModule) or isinstance(adopt.read(module), str):
-            continue
-        try:
-            fused = swapped.get(module) or FusedGhostModule.from_module(module, backend=backend)
-        except ValueError as error:
-            report.append(Swap(fqn, False, str(error)))
-            continue
-        swapped[module] = fused
-        report.append(Swap(fqn, True, None))
-        if not fqn:
-            return fused, report
-        parent, _, name = fqn.rpartition(".")
-        setattr(model.get_submodule(parent), name, fused)
-    return model, report
+    surgery = _Surgery(model, None if inplace else _deployed, filter_fn or (lambda fqn, module: True), backend)
+    order = {fqn: i for i, (fqn, _) in enumerate(_occurrences(model))}
+    surgery.ghost_modules()
+    if level != "module":
+        surgery.bottlenecks()
+    surgery.report.sort(key=lambda swap: order[swap.fqn])
+    if strict:
+        left = [f"{s.fqn or '(root)'}: {s.reason}" for s in surgery.report if not s.fused and s.reason != _FILTERED]
+        if not any(isinstance(m, FusedGhostModule) for m in surgery.model.modules()):
+            left.append("the model has no Ghost module that can be fused")
+        if left:
+            unfuse(surgery.model, inplace=True)
+            raise ValueError("strict: left unfused: " + "; ".join(left))
+    return surgery.model, surgery.report
+
+
+def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """``model`` with the modules that ``fuse`` swapped as they were, with the values that their tensors have now.
+
+    A ``FusedGhostModule`` that was built as one stays. Modules that were re-parameterized come back in that form.
+
+    Args:
+        model: what ``fuse`` returned, or a module that contains it.
+        inplace: change ``model`` itself rather than a deep copy. If ``model`` itself was swapped, the original is a
+            new object all the same.
+    """
+    if not inplace:
+        model = copy.deepcopy(model)
+    restored: dict[nn.Module, nn.Module] = {}
+    while True:  # a bottleneck first, then the Ghost modules in it
+        fqn, twin = next(((n, m) for n, m in _occurrences(model) if "_original" in m.__dict__), ("", None))
+        if twin is None:
+            return model
+        if twin not in restored:
+            restored[twin] = original(twin)  # type: ignore[assignment]
+        model = _replace(model, fqn, restored[twin])
+
+
+def _occurrences(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module under every name, outermost first."""
+    return model.named_modules(remove_duplicate=False)
+
+
+def _replace(model: nn.Module, fqn: str, module: nn.Module) -> nn.Module:
+    """``model`` with ``module`` at ``fqn``."""
+    if not fqn:
+        return module
+    parent, _, name = fqn.rpartition(".")
+    model.get_submodule(parent)._modules[name] = module
+    return model
+
+
+_FILTERED = "filter_fn says no"
+_TRAINING_FORM = "in its training form: fuse a copy (inplace=False) in eval mode, which is re-parameterized first"
+
+
+class _Surgery:
+    """The swaps of one call of ``fuse``."""
+
+    def __init__(self, model: nn.Module, deploy: Callable | None, allowed: Filter, backend: str):
+        self.model, self.deploy, self.allowed, self.backend = model, deploy, allowed, backend
+        self.report = Report()
+        self.swapped: dict[nn.Module, nn.Module] = {}  # what occurs twice is swapped for one fused module
+
+    def ghost_modules(self) -> None:
+        # innermost first: a container is no Ghost module that failed, if there is one in it
+        for fqn, module in reversed(list(_occurrences(self.model))):
+            if isinstance(module, FusedGhostModule | FusedGhostBottleneck):
+                continue
+            if module in self.swapped:
+                self._swap(fqn, module, self.swapped[module])
+                continue
+            adopted = adopt.read(module)
+            if isinstance(adopted, str):
+                if not _claims_to_be_ghost(module) or self._handled_inside(fqn):
+                    continue
+                deployed = self._deployed(module)
+                if isinstance(adopt.read(deployed), str):
+                    in_training_form = deployed is module and _deploy_method(module) is not None
+                    self._leave(fqn, module, _TRAINING_FORM if in_training_form else adopted)
+                    continue
+            else:
+                deployed = module
+            if not self.allowed(fqn, module):
+                self._leave(fqn, module, _FILTERED)
+                continue
+            fused = FusedGhostModule.try_module(deployed, self.backend)
+            if not isinstance(fused, str) and (reason := form_refusal(_example(fused))):
+                fused = f"no kernel for {reason}"
+            self._settle(fqn, module, fused)
+
+    def bottlenecks(self) -> None:
+        for fqn, module in reversed(list(_occurrences(self.model))):
+            if isinstance(module, FusedGhostModule | FusedGhostBottleneck | nn.Sequential | nn.ModuleList):
+                continue
+            if module in self.swapped:
+                self._swap(fqn, module, self.swapped[module])
+                continue
+            inside = list(module.modules())
+            if sum(isinstance(m, FusedGhostModule) for m in inside) != 2:
+                continue
+            if any(isinstance(m, FusedGhostBottleneck) for m in inside):
+                continue
+            if not self.allowed(fqn, module):
+                self._leave(fqn, module, _FILTERED)
+                continue
+            self._settle(fqn, module, FusedGhostBottleneck.try_module(self._deployed(module), self.backend))
+
+    def _deployed(self, module: nn.Module) -> nn.Module:
+        """``module``, re-parameterized if it has a method for it, may be changed, and computes the same afterwards."""
+        return module if self.deploy is None else self.deploy(module) or module
+
+    def _handled_inside(self, fqn: str) -> bool:
+        prefix = f"{fqn}." if fqn else ""
+        return any(swap.fqn.startswith(prefix) for swap in self.report)
+
+    def _settle(self, fqn: str, module: nn.Module, fused: nn.Module | str) -> None:
+        """Swaps ``module``, or reports the reason that came instead."""
+        if isinstance(fused, str):
+            self._leave(fqn, module, fused)
+        else:
+            self._swap(fqn, module, fused)
+
+    def _leave(self, fqn: str, module: nn.Module, reason: str) -> None:
+        self.report.append(Swap(fqn, type(module).__name__, False, None, reason))
+
+    def _swap(self, fqn: str, module: nn.Module, fused: nn.Module) -> None:
+        self.swapped[module] = fused
+        self.model = _replace(self.model, fqn, fused)
+        ghost = next(m for m in fused.modules() if isinstance(m, FusedGhostModule))
+        self.report.append(Swap(fqn, type(module).__name__, True, _backend(ghost)))
+
+
+def _claims_to_be_ghost(module: nn.Module) -> bool:
+    """For the report only: whether somebody would expect this module to be fused."""
+    has_tensors = next(module.parameters(), None) is not None
+    return has_tensors and any("ghost" in kind.__name__.lower() for kind in type(module).__mro__)
+
+
+def _deploy_method(module: nn.Module) -> Callable[[], None] | None:
+    return getattr(module, "reparameterize", None) or getattr(module, "switch_to_deploy", None)
+
+
+def _deployed(module: nn.Module) -> nn.Module | None:
+    """``module`` re-parameterized by its own method, if it has one and computes the same afterwards."""
+    conv = next((m for m in module.modules() if isinstance(m, nn.Conv2d)), None)
+    if _deploy_method(module) is None or module.training or conv is None:
+        return None
+    try:
+        with substituted(module, conv.in_channels, training=False) as x:
+            expected = module.forward(x)
+            twin = copy.deepcopy(module)
+            _deploy_method(twin)()  # type: ignore[misc]
+            difference = float((twin.forward(x) - expected).abs().max() / expected.abs().max())
+        if not difference < 1e-10:
+            return None
+        twin = copy.deepcopy(module)
+        with torch.no_grad():
+            _deploy_method(twin)()  # type: ignore[misc]
+        return twin.eval()
+    except Exception:  # whatever its method does, it doesn't do it here
+        return None
+
+
+def _example(fused: FusedGhostModule) -> GhostArgs:
+    """A call of ``fused`` on a small input, for what a backend says to it; norms are left out."""
+    primary, cheap = (adopt.read_half(fused._modules[name]) for name in fused._halves)  # type: ignore[arg-type]
+    assert not isinstance(primary, str)
+    assert not isinstance(cheap, str)
+    conv, weight = primary.conv, primary.weight
+    x = torch.empty(1, conv.in_channels, 8, 8, dtype=weight.dtype, device=weight.device)
+    settings = fused.out_channels, conv.stride[0], conv.dilation[0], conv.groups, False
+    acts = 1e-5, int(primary.act), 0.0, 1e-5, int(cheap.act), 0.0
+    none = [None] * 6
+    return GhostArgs(x, weight, *none, cheap.weight, *none, None, None, None, *acts, *settings)  # type: ignore[arg-type,call-arg]
+
+
+def _backend(fused: FusedGhostModule) -> str:
+    """The backend that will run ``fused``, asked for by name or chosen."""
+    return backends.choose(_example(fused), "auto") if fused.backend == "auto" else fused.backend

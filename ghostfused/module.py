@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from . import adopt, backends, training
 from .functional import ghost_module
+from .proof import prove
 from .spec import Act
+from .twin import make_twin
 
 torch.fx.wrap("ghost_module")  # torch.fx's symbolic tracing records the call and doesn't look inside
 
@@ -149,27 +151,28 @@ class FusedGhostModule(nn.Module):
         if not isinstance(module, nn.Module):
             raise TypeError(f"module: expected an nn.Module, got {type(module).__name__}")
         _check_backend(backend)
-        adopted = adopt.read(module)
-        reason: str | None
-        if isinstance(adopted, str):
-            reason = adopted
-        else:
-            fused = cls.__new__(cls)
-            # the hooks' dictionaries are shared, so that the handles users hold keep working
-            fused.__dict__.update(module.__dict__)
-            for name in ("_parameters", "_buffers", "_modules"):
-                fused.__dict__[name] = module.__dict__[name].copy()
-            fused.__dict__.pop("_compiled_call_impl", None)  # module.compile() made it, for module's own forward
-            fused._halves = adopted.primary, adopted.cheap
-            fused.out_channels = adopted.out_channels
-            fused.backend = "reference"
-            reason = adopt.prove(module, fused, adopted)
-            fused.backend = backend
-        if reason is not None:
-            raise ValueError(
-                f"module: expected a Ghost module that can be fused, got {type(module).__name__}: {reason}"
-            )
+        fused = cls.try_module(module, backend)
+        if isinstance(fused, str):
+            raise ValueError(f"module: expected a Ghost module that can be fused, got {type(module).__name__}: {fused}")
         return fused
+
+    @classmethod
+    def try_module(cls, module: nn.Module, backend: str) -> FusedGhostModule | str:
+        """As ``from_module``, but returns the reason where that raises a ValueError."""
+        adopted = adopt.read(module)
+        if isinstance(adopted, str):
+            return adopted
+        kind, halves = cls, (adopted.primary, adopted.cheap)
+        attributes = {"_halves": halves, "out_channels": adopted.out_channels, "backend": "reference"}
+        if adopted.attention is not None:
+            from .attention import FusedAttentionGhostModule  # it derives from this class
+
+            kind = FusedAttentionGhostModule
+            attributes |= FusedAttentionGhostModule.attributes(module, adopted.attention)
+        fused = make_twin(kind, module, **attributes)
+        reason = prove(module, fused, adopted.in_channels)
+        fused.backend = backend
+        return fused if reason is None else reason
 
     def _read(self) -> tuple[adopt.Half, adopt.Half] | str:
         """Both halves as they are now; or why the fused function can't stand for them."""

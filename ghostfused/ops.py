@@ -1,8 +1,9 @@
 """Op schemas and fakes: the only file that talks to torch.library.
 
-One forward op per kernel backend, ``ghostfused::forward_<backend>``, all of one schema; the CUDA one's kernel is
-registered by ``csrc/binding.cpp`` when the extension loads. Training has two more ops for each backend that can:
-``train_forward_<backend>``, with BatchNorm by the batch's statistics, and ``backward_<backend>``.
+Per op and kernel backend one forward, ``ghostfused::<op>_<backend>``; the schema is that of the op's tuple of
+arguments. Those of "cuda" and "cpu" are registered by the extensions when they load. One backward per op serves
+all backends; but for Ghost modules each backend that can train has its own, ``backward_<backend>``, and
+``train_forward_<backend>``, with BatchNorm by the batch's statistics.
 """
 
 from __future__ import annotations
@@ -14,36 +15,90 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .spec import TENSORS, GhostArgs
+from .spec import Args, DepthwiseArgs, GhostArgs, SqueezeExciteArgs
 
 _TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", int: "int", bool: "bool"}
 
-SCHEMA = ", ".join(f"{_TYPES[kind]} {name}" for name, kind in GhostArgs.__annotations__.items())
-"""The schema of GhostArgs: ``Tensor x, Tensor primary_weight, Tensor? primary_bias, …``."""
+OPS: dict[str, type[Args]] = {"forward": GhostArgs, "depthwise": DepthwiseArgs, "squeeze_excite": SqueezeExciteArgs}
+"""The ops and their arguments."""
 
-FORWARD_OPS = ("cuda", "cpu", "triton", "triton_two_kernel", "reference")
+BACKENDS = ("cuda", "cpu", "triton", "triton_two_kernel", "reference")
 
 _library = torch.library.Library("ghostfused", "DEF")
 
 
-def _fake_forward(*args) -> Tensor:
-    return GhostArgs(*args).new_output()
+def schema(args: type[Args]) -> str:
+    """``Tensor x, Tensor primary_weight, Tensor? primary_bias, …``."""
+    return ", ".join(f"{_TYPES[kind]} {name}" for name, kind in args.__annotations__.items())
 
 
-for _backend in FORWARD_OPS:
-    _library.define(f"forward_{_backend}({SCHEMA}) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
-    torch.library.register_fake(f"ghostfused::forward_{_backend}", _fake_forward, lib=_library)
-
-
-def implement(backend: str, kernel: Callable[[GhostArgs], Tensor], *dispatch_keys: str) -> None:
-    """Registers ``kernel`` as ``ghostfused::forward_<backend>`` under each of ``dispatch_keys``."""
+def implement(op: str, backend: str, kernel: Callable[[Args], Tensor], *dispatch_keys: str) -> None:
+    """Registers ``kernel`` as ``ghostfused::<op>_<backend>`` under each of ``dispatch_keys``."""
+    kind = OPS[op]
     for key in dispatch_keys:
-        _library.impl(f"forward_{backend}", lambda *args: kernel(GhostArgs(*args)), key)
+        _library.impl(f"{op}_{backend}", lambda *args: kernel(kind(*args)), key)
 
 
-def forward_op(backend: str) -> Callable[..., Tensor]:
-    """The op ``ghostfused::forward_<backend>``; call it with ``*GhostArgs``."""
-    return getattr(torch.ops.ghostfused, f"forward_{backend}").default
+def forward_op(backend: str, op: str = "forward") -> Callable[..., Tensor]:
+    """The op ``ghostfused::<op>_<backend>``; call it with ``*args``."""
+    return getattr(torch.ops.ghostfused, f"{op}_{backend}").default
+
+
+def backward_op(op: str) -> Callable[..., list[Tensor]]:
+    """The op that gives the gradients of ``op``'s tensors; call it with the output's gradient, ``*args``, needs_grad."""
+    return getattr(torch.ops.ghostfused, f"{op}_backward").default
+
+
+def _backward(kind: type[Args], grad_output: Tensor, *args) -> list[Tensor]:
+    """Gradients of the tensor arguments for which ``needs_grad`` holds, by recomputing through the reference."""
+    *fields, needs_grad = args
+    count = len(needs_grad)
+    # under a TorchDispatchMode an op's kernel runs with autograd keys excluded: take them back in
+    key = torch._C.DispatchKey.AutogradFunctionality
+    with torch._C._SetExcludeDispatchKeyGuard(key, False), torch.enable_grad():
+        tensors = [
+            t.detach().requires_grad_(need) if t is not None else None
+            for t, need in zip(fields[:count], needs_grad, strict=True)
+        ]
+        out = reference.run(kind(*tensors, *fields[count:]))  # type: ignore[arg-type]
+        wanted = [t for t, need in zip(tensors, needs_grad, strict=True) if need and t is not None]
+        grads = torch.autograd.grad(out, wanted, grad_output, allow_unused=True, materialize_grads=True)
+    return [_owned(grad, like, grad_output) for grad, like in zip(grads, wanted, strict=True)]
+
+
+def _owned(grad: Tensor, like: Tensor, grad_output: Tensor) -> Tensor:
+    """``grad`` with the strides that the fake promises, and no alias of ``grad_output`` (the residual's is itself)."""
+    promised = torch.empty_like(like)
+    if grad.stride() == promised.stride() and grad.data_ptr() != grad_output.data_ptr():
+        return grad
+    return promised.copy_(grad)
+
+
+def _fake_backward(grad_output: Tensor, *args) -> list[Tensor]:
+    needs_grad = args[-1]
+    return [torch.empty_like(t) for t, need in zip(args[: len(needs_grad)], needs_grad, strict=True) if need]
+
+
+def _define(op: str, kind: type[Args]) -> None:
+    for backend in BACKENDS:
+        _library.define(f"{op}_{backend}({schema(kind)}) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+        fake = lambda *args: kind(*args).new_output()  # noqa: E731
+        torch.library.register_fake(f"ghostfused::{op}_{backend}", fake, lib=_library)
+    implement(op, "reference", reference.run, "CPU", "CUDA")
+
+    if op == "forward":  # has backwards of its own, below
+        return
+    name = f"{op}_backward"
+    _library.define(
+        f"{name}(Tensor grad_output, {schema(kind)}, bool[] needs_grad) -> Tensor[]", tags=torch.Tag.pt2_compliant_tag
+    )
+    for key in ("CPU", "CUDA"):
+        _library.impl(name, lambda *args: _backward(kind, *args), key)
+    torch.library.register_fake(f"ghostfused::{name}", _fake_backward, lib=_library)
+
+
+for _op, _kind in OPS.items():
+    _define(_op, _kind)
 
 
 STATISTICS = ("primary_mean", "primary_var", "cheap_mean", "cheap_var")
@@ -63,18 +118,13 @@ def _fake_train_forward(*args) -> tuple[Tensor, ...]:
     return a.new_output(), *(torch.empty(size, dtype=dtype, device=a.x.device) for size in sizes)
 
 
-def _fake_backward(grad_output: Tensor, *args) -> list[Tensor]:
-    fields, needs_grad = args[: len(TENSORS)], args[-1]
-    return [torch.empty_like(t) for t, need in zip(fields, needs_grad, strict=True) if need]
-
-
 for _backend in TRAINING_OPS:
     _library.define(
         f"train_forward_{_backend}({_TRAIN_SCHEMA}, str group_name) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
         tags=torch.Tag.pt2_compliant_tag,
     )
     _library.define(
-        f"backward_{_backend}(Tensor grad_output, {SCHEMA}, bool batch_statistics, str group_name, bool[] needs_grad)"
+        f"backward_{_backend}(Tensor grad_output, {schema(GhostArgs)}, bool batch_statistics, str group_name, bool[] needs_grad)"
         " -> Tensor[]",
         tags=torch.Tag.pt2_compliant_tag,
     )
@@ -111,6 +161,3 @@ def implement_training(
 def training_op(kind: str, backend: str) -> Callable[..., Any]:
     """The op ``ghostfused::<kind>_<backend>``, ``kind`` being "train_forward" or "backward"."""
     return getattr(torch.ops.ghostfused, f"{kind}_{backend}").default
-
-
-implement("reference", reference.ghost_module, "CPU", "CUDA")

@@ -1,6 +1,6 @@
-"""The ground truth: a Ghost module in plain PyTorch operations, on any device and dtype, differentiable.
+"""The ground truth: each op in plain PyTorch operations, on any device and dtype, differentiable.
 
-Every backend is tested against this function in float64.
+Every backend is tested against these functions in float64.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .spec import Act, GhostArgs
+from .spec import Act, Args, DepthwiseArgs, Gate, GhostArgs, SqueezeExciteArgs
 
 
 def activate(x: Tensor, act: int, negative_slope: float = 0.01, slope: Tensor | None = None) -> Tensor:
@@ -64,3 +64,27 @@ def ghost_module(a: GhostArgs) -> Tensor:
     if a.residual is not None:
         out = out + a.residual
     return out
+
+
+def depthwise(a: DepthwiseArgs) -> Tensor:
+    """The depthwise convolution of ``a``, shape (N, C, H', W')."""
+    padding = a.weight.shape[2] // 2, a.weight.shape[3] // 2
+    y = F.conv2d(a.x, a.weight, a.bias, a.stride, padding, groups=a.weight.shape[0])
+    return activate(normalize(y, a.mean, a.var, a.gamma, a.beta, a.eps), a.act, a.negative_slope, a.slope)
+
+
+def squeeze_excite(a: SqueezeExciteArgs) -> Tensor:
+    """The gate of ``a``, shape (N, C)."""
+    hidden = activate(F.linear(a.x.mean((2, 3)), a.reduce_weight, a.reduce_bias), a.act)
+    gate = F.linear(hidden, a.expand_weight, a.expand_bias)
+    if a.gate == Gate.SIGMOID:
+        return gate.sigmoid()
+    return F.hardsigmoid(gate) if a.gate == Gate.HARDSIGMOID else F.relu6(gate)
+
+
+def run(args: Args) -> Tensor:
+    """What the op of ``args`` computes."""
+    return _FUNCTIONS[type(args)](args)
+
+
+_FUNCTIONS: dict = {GhostArgs: ghost_module, DepthwiseArgs: depthwise, SqueezeExciteArgs: squeeze_excite}

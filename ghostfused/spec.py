@@ -1,7 +1,8 @@
-"""What one call of a Ghost module consists of: the tuple that every layer of the package hands on.
+"""What one call of an op consists of: the tuples that every layer of the package hands on.
 
-``GhostArgs`` lists the arguments in the order of the op schema (``ops.SCHEMA``), so that a layer can pass
-``*args`` to the next and none has to repeat the list.
+Each op has one: ``GhostArgs``, and for what lies between the Ghost modules of a bottleneck ``DepthwiseArgs`` and
+``SqueezeExciteArgs``. It lists the arguments in the order of the op's schema, tensors first, so that a layer can
+pass ``*args`` to the next and none has to repeat the list.
 
 A Ghost module (Han et al., "GhostNet: More Features from Cheap Operations", CVPR 2020, section 3.1) computes::
 
@@ -28,6 +29,14 @@ class Act(enum.IntEnum):
     LEAKY_RELU = 5
     PRELU = 6
     GELU = 7
+
+
+class Gate(enum.IntEnum):
+    """What makes a squeeze-and-excite block's gate of the last 1×1 convolution."""
+
+    SIGMOID = 0
+    HARDSIGMOID = 1  # relu6(x + 3) / 6
+    RELU6 = 2  # as in the seed's network
 
 
 class BatchNorm(NamedTuple):
@@ -79,6 +88,10 @@ class GhostArgs(NamedTuple):
     allow_tf32: bool
 
     @property
+    def op(self) -> str:
+        return "forward"
+
+    @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """The tensor arguments, which come first; their names are ``TENSORS``."""
         return self[: len(TENSORS)]  # type: ignore[return-value]
@@ -108,9 +121,83 @@ class GhostArgs(NamedTuple):
 
     def new_output(self) -> Tensor:
         """An uninitialized output, in the memory format that PyTorch's convolution would choose."""
-        return torch.empty(
-            self.output_shape(), dtype=self.x.dtype, device=self.x.device, memory_format=memory_format(self.x)
-        )
+        return _new_output(self)
+
+
+class DepthwiseArgs(NamedTuple):
+    """``act(norm(depthwise_conv(x)))``: in a bottleneck, what shrinks the map or mixes rows and columns of a gate.
+
+    The conv pads by ``kernel // 2`` in each direction and makes one map of each. Dtypes as in GhostArgs.
+    """
+
+    x: Tensor  # (N, C, H, W), any strides
+    weight: Tensor  # (C, 1, kh, kw), both odd
+    bias: Tensor | None  # (C,), as are the next four
+    mean: Tensor | None  # None: no norm
+    var: Tensor | None
+    gamma: Tensor | None
+    beta: Tensor | None
+    slope: Tensor | None  # (1,) or (C,)  PReLU only
+    eps: float
+    act: int  # Act
+    negative_slope: float  # LeakyReLU only
+    stride: int
+
+    @property
+    def op(self) -> str:
+        return "depthwise"
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self[:8]
+
+    def output_shape(self) -> tuple[int, int, int, int]:
+        """(N, C, H', W')."""
+        n, c, h, w = self.x.shape
+        return n, c, (h - 1) // self.stride + 1, (w - 1) // self.stride + 1
+
+    def new_output(self) -> Tensor:
+        """An uninitialized output, in the memory format that PyTorch's convolution would choose."""
+        return _new_output(self)
+
+
+class SqueezeExciteArgs(NamedTuple):
+    """The gate of a squeeze-and-excite block (Hu et al., CVPR 2018): ``gate(expand(act(reduce(mean(x)))))``.
+
+    The mean is over height and width; reduce and expand are matrices. All tensors are of x's dtype.
+    """
+
+    x: Tensor  # (N, C, H, W), any strides
+    reduce_weight: Tensor  # (R, C)
+    reduce_bias: Tensor | None  # (R,)
+    expand_weight: Tensor  # (C, R)
+    expand_bias: Tensor | None  # (C,)
+    act: int  # Act, but none with a slope
+    gate: int  # Gate
+
+    @property
+    def op(self) -> str:
+        return "squeeze_excite"
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self[:5]
+
+    def output_shape(self) -> tuple[int, int]:
+        """(N, C)."""
+        return self.x.shape[0], self.x.shape[1]
+
+    def new_output(self) -> Tensor:
+        """An uninitialized output."""
+        return torch.empty(self.output_shape(), dtype=self.x.dtype, device=self.x.device)
+
+
+Args = GhostArgs | DepthwiseArgs | SqueezeExciteArgs
+
+
+def _new_output(args: GhostArgs | DepthwiseArgs) -> Tensor:
+    x = args.x
+    return torch.empty(args.output_shape(), dtype=x.dtype, device=x.device, memory_format=memory_format(x))
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
@@ -120,5 +207,10 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
-TENSORS = [name for name, kind in GhostArgs.__annotations__.items() if kind in (Tensor, Tensor | None)]
-"""Names of the tensor arguments; they come first in GhostArgs."""
+def tensor_names(args: type[Args]) -> list[str]:
+    """Names of the tensor arguments, which come first."""
+    return [name for name, kind in args.__annotations__.items() if kind in (Tensor, Tensor | None)]
+
+
+TENSORS = tensor_names(GhostArgs)
+"""Those of GhostArgs."""

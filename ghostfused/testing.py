@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .spec import TENSORS, Act, GhostArgs
+from .spec import Act, Args, DepthwiseArgs, Gate, GhostArgs, SqueezeExciteArgs
 
 
 class Tolerance(NamedTuple):
@@ -127,12 +127,89 @@ def make_args(case: Case) -> GhostArgs:
     )
 
 
-def convert(args: GhostArgs, dtype: torch.dtype) -> GhostArgs:
+@dataclasses.dataclass(frozen=True)
+class DepthwiseCase:
+    """One depthwise convolution with its norm and activation, and its input."""
+
+    batch: int = 2
+    channels: int = 12
+    height: int = 14
+    width: int = 14
+    kernel: tuple[int, int] = (3, 3)
+    stride: int = 2
+    act: str = "none"
+    per_channel_slope: bool = False
+    norm: str = "bn"  # as Case.primary_norm
+    dtype: torch.dtype = torch.float32
+    norm_dtype: torch.dtype | None = None
+    layout: str = "nchw"
+    sliced: bool = False
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class SqueezeExciteCase:
+    """One squeeze-and-excite gate and its input."""
+
+    batch: int = 2
+    channels: int = 24
+    reduced: int = 8
+    height: int = 14
+    width: int = 14
+    act: str = "relu"
+    gate: str = "hardsigmoid"
+    bias: bool = True
+    dtype: torch.dtype = torch.float32
+    layout: str = "nchw"
+    sliced: bool = False
+    seed: int = 0
+
+
+def make_depthwise(case: DepthwiseCase) -> DepthwiseArgs:
+    """Fresh random tensors for ``case``, as ``make_args``: a Ghost module's own depthwise conv and norm."""
+    c, (kh, kw) = case, case.kernel
+    a = make_args(
+        Case(
+            batch=c.batch, in_channels=c.channels, height=c.height, width=c.width, init_channels=c.channels,
+            out_channels=2 * c.channels, dw_size=max(kh, kw), cheap_norm=c.norm, act_cheap=c.act,
+            per_channel_slope=c.per_channel_slope, dtype=c.dtype, norm_dtype=c.norm_dtype, layout=c.layout,
+            sliced=c.sliced, seed=c.seed,
+        )
+    )  # fmt: skip
+    weight = a.cheap_weight[:, :, :kh, :kw].contiguous()
+    norm = a.cheap_mean, a.cheap_var, a.cheap_gamma, a.cheap_beta
+    settings = a.cheap_eps, a.cheap_act, a.cheap_negative_slope, c.stride
+    return DepthwiseArgs(a.x, weight, a.cheap_bias, *norm, a.cheap_slope, *settings)
+
+
+def make_squeeze_excite(case: SqueezeExciteCase) -> SqueezeExciteArgs:
+    """Fresh random tensors for ``case``; the means differ from zero, and gates reach both ends of their range."""
+    c = case
+    a = make_args(
+        Case(
+            batch=c.batch, in_channels=c.channels, height=c.height, width=c.width, out_channels=2, dtype=c.dtype,
+            layout=c.layout, sliced=c.sliced, seed=c.seed,
+        )
+    )  # fmt: skip
+    gen = torch.Generator().manual_seed(c.seed + 1)
+
+    def randn(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(shape, generator=gen, dtype=torch.float64) * scale).to(c.dtype)
+
+    a.x.add_(randn(1, c.channels, 1, 1))
+    biases = [randn(c.reduced), randn(c.channels)] if c.bias else [None, None]
+    reduce_weight = randn(c.reduced, c.channels, scale=c.channels**-0.5)
+    expand_weight = randn(c.channels, c.reduced, scale=3 * c.reduced**-0.5)
+    act, gate = int(Act[c.act.upper()]), int(Gate[c.gate.upper()])
+    return SqueezeExciteArgs(a.x, reduce_weight, biases[0], expand_weight, biases[1], act, gate)
+
+
+def convert(args: Args, dtype: torch.dtype) -> Args:
     """``args`` with every tensor in ``dtype``."""
     return _map(lambda t: t.to(dtype), args)
 
 
-def to_device(args: GhostArgs, device: str | torch.device) -> GhostArgs:
+def to_device(args: Args, device: str | torch.device) -> Args:
     """``args`` on ``device`` with the same strides: whole storages are copied, and viewed as before."""
 
     def move(t: Tensor) -> Tensor:
@@ -142,9 +219,9 @@ def to_device(args: GhostArgs, device: str | torch.device) -> GhostArgs:
     return _map(move, args)
 
 
-def _map(fn: Callable[[Tensor], Tensor], args: GhostArgs) -> GhostArgs:
+def _map(fn: Callable[[Tensor], Tensor], args: Args) -> Args:
     tensors = [t if t is None else fn(t) for t in args.tensors]
-    return GhostArgs(*tensors, *args[len(TENSORS) :])  # type: ignore[arg-type]
+    return type(args)(*tensors, *args[len(tensors) :])  # type: ignore[arg-type]
 
 
 def relative_error(out: Tensor, expected: Tensor) -> float:
@@ -174,10 +251,10 @@ class Verdict(NamedTuple):
         return self.error <= self.limit
 
 
-def judge(out: Tensor, args: GhostArgs) -> Verdict:
+def judge(out: Tensor, args: Args) -> Verdict:
     """Compares ``out`` with the float64 reference on ``args`` (CPU tensors, as ``make_args`` made them)."""
-    expected = reference.ghost_module(convert(args, torch.float64))
-    if args.allow_tf32 and args.x.dtype == torch.float32:
+    expected = reference.run(convert(args, torch.float64))
+    if isinstance(args, GhostArgs) and args.allow_tf32 and args.x.dtype == torch.float32:
         # what TF32 hardware computes exactly: products of rounded operands
         x = args.x if args.input_gate is None else args.x * args.input_gate[:, :, None, None]
         rounded = args._replace(
@@ -185,6 +262,6 @@ def judge(out: Tensor, args: GhostArgs) -> Verdict:
         )
         own, tolerance = reference.ghost_module(rounded), TOLERANCES["tf32"]
     else:
-        own, tolerance = reference.ghost_module(convert(args, args.x.dtype)), TOLERANCES[args.x.dtype]
+        own, tolerance = reference.run(convert(args, args.x.dtype)), TOLERANCES[args.x.dtype]
     torch_error = relative_error(own, expected)
     return Verdict(relative_error(out, expected), torch_error, max(tolerance.factor * torch_error, tolerance.floor))

@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .spec import TENSORS, Act, GhostArgs
+from .spec import Act, Args, DepthwiseArgs, Gate, GhostArgs, SqueezeExciteArgs, tensor_names
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def activation(half: str, act: str | Act, slope: float | Tensor | None) -> tuple[int, float, Tensor | None]:
-    """(Act, LeakyReLU's slope, PReLU's weight) of one half's activation."""
+def activation(
+    name: str, act: str | Act, slope_name: str, slope: float | Tensor | None
+) -> tuple[int, float, Tensor | None]:
+    """(Act, LeakyReLU's slope, PReLU's weight) of an activation; the names are the arguments', for errors."""
     if isinstance(act, Act):
         kind = act
     else:
@@ -19,14 +21,22 @@ def activation(half: str, act: str | Act, slope: float | Tensor | None) -> tuple
             kind = Act[act.upper()]
         except (KeyError, AttributeError):
             names = [a.name.lower() for a in Act]
-            raise ValueError(f"act_{half}: expected one of {names}, got {act!r}") from None
+            raise ValueError(f"{name}: expected one of {names}, got {act!r}") from None
     if kind == Act.PRELU:
         if not isinstance(slope, Tensor):
-            raise TypeError(f"{half}_slope: PReLU expects its weight as a tensor, got {type(slope).__name__}")
+            raise TypeError(f"{slope_name}: PReLU expects its weight as a tensor, got {type(slope).__name__}")
         return int(kind), 0.0, slope
     if isinstance(slope, Tensor) or (slope is not None and kind != Act.LEAKY_RELU):
-        raise TypeError(f"{half}_slope: expected None with {kind.name.lower()}, got {type(slope).__name__}")
+        raise TypeError(f"{slope_name}: expected None with {kind.name.lower()}, got {type(slope).__name__}")
     return int(kind), 0.01 if slope is None else float(slope), None
+
+
+def gate_kind(gate: str | Gate) -> int:
+    """The Gate of a squeeze-and-excite block."""
+    try:
+        return int(Gate[gate.upper()] if isinstance(gate, str) else Gate(gate))
+    except (KeyError, ValueError):
+        raise ValueError(f"gate: expected one of {[g.name.lower() for g in Gate]}, got {gate!r}") from None
 
 
 def _expect(name: str, expected: str, got: object) -> ValueError:
@@ -38,25 +48,33 @@ def _shape(name: str, t: Tensor, expected: tuple[int, ...], meaning: str) -> Non
         raise _expect(name, f"shape {meaning} = {expected}", tuple(t.shape))
 
 
-def _half(args: GhostArgs, half: str, channels: int, meaning: str) -> None:
-    mean, var = getattr(args, f"{half}_mean"), getattr(args, f"{half}_var")
+def _norm_and_slope(args: GhostArgs | DepthwiseArgs, half: str, channels: int, meaning: str) -> None:
+    """``half`` is what the fields' names begin with: "primary_", "cheap_" or nothing."""
+    mean, var = getattr(args, f"{half}mean"), getattr(args, f"{half}var")
     if (mean is None) != (var is None):
-        raise _expect(f"{half}_bn", "both mean and var, or neither", "one of them")
+        raise _expect(f"{half}bn", "both mean and var, or neither", "one of them")
     for field in ("bias", "mean", "var", "gamma", "beta"):
-        t = getattr(args, f"{half}_{field}")
+        t = getattr(args, f"{half}{field}")
         if t is not None:
             if mean is None and field != "bias":
-                raise _expect(f"{half}_{field}", "None without mean and var", "a tensor")
-            _shape(f"{half}_{field}", t, (channels,), meaning)
-    slope = getattr(args, f"{half}_slope")
+                raise _expect(f"{half}{field}", "None without mean and var", "a tensor")
+            _shape(f"{half}{field}", t, (channels,), meaning)
+    slope = getattr(args, f"{half}slope")
     if slope is not None and tuple(slope.shape) not in ((1,), (channels,)):
-        raise _expect(f"{half}_slope", f"shape (1,) or {meaning} = ({channels},)", tuple(slope.shape))
+        raise _expect(f"{half}slope", f"shape (1,) or {meaning} = ({channels},)", tuple(slope.shape))
 
 
-def validate(args: GhostArgs) -> None:
+def validate(args: Args) -> None:
     """Raises ValueError or TypeError for the first argument that doesn't fit; else returns."""
-    x, pw, cw = args.x, args.primary_weight, args.cheap_weight
-    for name, ndim in (("x", 4), ("primary_weight", 4), ("cheap_weight", 4)):
+    checks, dimensions = _CHECKS[type(args)]
+    _tensors(args, dimensions)
+    checks(args)
+
+
+def _tensors(args: Args, dimensions: dict[str, int]) -> None:
+    """Types, dtypes and devices of all tensors; numbers of dimensions of those that can't be None."""
+    x = args.x
+    for name, ndim in dimensions.items():
         t = getattr(args, name)
         if not isinstance(t, Tensor):
             raise TypeError(f"{name}: expected a Tensor, got {type(t).__name__}")
@@ -64,26 +82,29 @@ def validate(args: GhostArgs) -> None:
             raise _expect(name, "4 dimensions", f"{t.dim()} (shape {tuple(t.shape)})")
     if x.dtype not in _FLOATS:
         raise TypeError(f"x: expected float32, float16, bfloat16 or float64, got {x.dtype}")
-    for name, t in zip(TENSORS, args, strict=False):
+    for name, t in zip(tensor_names(type(args)), args, strict=False):
         if t is None:
             continue
         if not isinstance(t, Tensor):
             raise TypeError(f"{name}: expected a Tensor or None, got {type(t).__name__}")
         if t.device != x.device:
             raise _expect(name, f"x's device {x.device}", t.device)
-        if t.dtype != x.dtype and not (
-            t.dtype == torch.float32 and name.endswith(("_mean", "_var", "_gamma", "_beta"))
-        ):
+        if t.dtype != x.dtype and not (t.dtype == torch.float32 and name.endswith(("mean", "var", "gamma", "beta"))):
             raise TypeError(f"{name}: expected x's dtype {x.dtype}, got {t.dtype}")
+    if x.shape[1] < 1:
+        raise _expect("x", "at least one channel", tuple(x.shape))
+    if x.shape[2] < 1 or x.shape[3] < 1:
+        raise _expect("x", "height and width of at least 1", tuple(x.shape))
 
+
+def _ghost_module(args: GhostArgs) -> None:
+    x, pw, cw = args.x, args.primary_weight, args.cheap_weight
     for name in ("stride", "dilation", "groups", "out_channels"):
         if getattr(args, name) < 1:
             raise _expect(name, "a positive number", getattr(args, name))
     cp, k = pw.shape[0], pw.shape[2]
-    if cp < 1 or x.shape[1] < 1:
-        raise _expect("x, primary_weight", "at least one channel", f"{tuple(x.shape)}, {tuple(pw.shape)}")
-    if x.shape[2] < 1 or x.shape[3] < 1:
-        raise _expect("x", "height and width of at least 1", tuple(x.shape))
+    if cp < 1:
+        raise _expect("primary_weight", "at least one channel", tuple(pw.shape))
     if pw.shape[3] != k or k % 2 == 0:
         raise _expect("primary_weight", "an odd square kernel", f"{k}×{pw.shape[3]}")
     if pw.shape[1] * args.groups != x.shape[1] or cp % args.groups:
@@ -101,8 +122,8 @@ def validate(args: GhostArgs) -> None:
         raise _expect("cheap_weight", "an odd square kernel", f"{d}×{cw.shape[3]}")
     if args.out_channels > cp + new:
         raise _expect("out_channels", f"at most init_channels * ratio = {cp + new}", args.out_channels)
-    _half(args, "primary", cp, "(init_channels,)")
-    _half(args, "cheap", new, "(init_channels * (ratio - 1),)")
+    _norm_and_slope(args, "primary_", cp, "(init_channels,)")
+    _norm_and_slope(args, "cheap_", new, "(init_channels * (ratio - 1),)")
 
     if args.input_gate is not None:
         _shape("input_gate", args.input_gate, tuple(x.shape[:2]), "(N, in_channels)")
@@ -112,3 +133,33 @@ def validate(args: GhostArgs) -> None:
     gate = args.output_gate
     if gate is not None and (gate.dim() != 4 or tuple(gate.shape[:2]) != shape[:2] or 0 in gate.shape[2:]):
         raise _expect("output_gate", f"shape (N, out_channels, Hg, Wg) with {shape[:2]}", tuple(gate.shape))
+
+
+def _depthwise(args: DepthwiseArgs) -> None:
+    channels, weight = args.x.shape[1], args.weight
+    if args.stride < 1:
+        raise _expect("stride", "a positive number", args.stride)
+    if tuple(weight.shape[:2]) != (channels, 1) or weight.shape[2] % 2 == 0 or weight.shape[3] % 2 == 0:
+        raise _expect("weight", f"shape (C, 1, kh, kw) with C = {channels} and an odd kernel", tuple(weight.shape))
+    _norm_and_slope(args, "", channels, "(C,)")
+
+
+def _squeeze_excite(args: SqueezeExciteArgs) -> None:
+    channels, reduced = args.x.shape[1], args.reduce_weight.shape[0]
+    _shape("reduce_weight", args.reduce_weight, (reduced, channels), "(R, C)")
+    _shape("expand_weight", args.expand_weight, (channels, reduced), "(C, R)")
+    if reduced < 1:
+        raise _expect("reduce_weight", "at least one row", tuple(args.reduce_weight.shape))
+    for name, size, meaning in (("reduce_bias", reduced, "(R,)"), ("expand_bias", channels, "(C,)")):
+        t = getattr(args, name)
+        if t is not None:
+            _shape(name, t, (size,), meaning)
+    if args.act in (Act.LEAKY_RELU, Act.PRELU):
+        raise _expect("act", "an activation without a slope", Act(args.act).name.lower())
+
+
+_CHECKS: dict = {
+    GhostArgs: (_ghost_module, {"x": 4, "primary_weight": 4, "cheap_weight": 4}),
+    DepthwiseArgs: (_depthwise, {"x": 4, "weight": 4}),
+    SqueezeExciteArgs: (_squeeze_excite, {"x": 4, "reduce_weight": 2, "expand_weight": 2}),
+}

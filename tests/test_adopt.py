@@ -68,8 +68,8 @@ def timm_ghost(name, *args, **kwargs):
     return getattr(ghostnet, name)(*args, **kwargs)
 
 
-def timm_v3_deployed():
-    m = timm_ghost("GhostModuleV3", 6, 12)
+def timm_v3_deployed(**kwargs):
+    m = timm_ghost("GhostModuleV3", 6, 12, **kwargs)
     m.switch_to_deploy()
     return m
 
@@ -82,7 +82,9 @@ FAMILIES = {
     "paper_no_relu": lambda: paper.GhostModule(6, 13, relu=False),
     "timm": lambda: timm_ghost("GhostModule", 6, 13),
     "timm_identity": lambda: timm_ghost("GhostModule", 6, 13, act_layer=lambda inplace: nn.Identity()),
+    "timm_v2": lambda: timm_ghost("GhostModuleV2", 6, 13),
     "timm_v3_deployed": timm_v3_deployed,
+    "timm_v3_deployed_attention": lambda: timm_v3_deployed(mode="shortcut"),
     "ultralytics": lambda: ultralytics_ghost(6, 12),
     "ultralytics_k3_stride2": lambda: ultralytics_ghost(6, 12, 3, 2),
     "ultralytics_groups": lambda: ultralytics_ghost(6, 12, 1, 1, 2),
@@ -318,7 +320,6 @@ def set_item(half, index, module):
 REFUSED = {
     "rep": (Rep, "tensors beside primary_conv and cheap_operation: fusion_bn.weight"),
     "rep_deployed": (lambda: RepDeployed(6, 12), "in eval mode its output"),
-    "timm_v2": (lambda: timm_ghost("GhostModuleV2", 6, 12), "tensors beside .*short_conv"),
     "timm_v3": (lambda: timm_ghost("GhostModuleV3", 6, 12), "primary_rpr_conv: ConvBnAct at a place"),
     "conv_subclass": (ConvSubclass, "ConvSubclass overrides __setstate__"),
     "no_cheap": (NoCheap, "1 children of the form"),
@@ -381,7 +382,7 @@ def test_bad_arguments():
 
 
 def test_read_says_where_the_halves_are():
-    assert adopt.read(paper.GhostModule(6, 13)) == adopt.Adopted("primary_conv", "cheap_operation", 13)
+    assert adopt.read(paper.GhostModule(6, 13)) == adopt.Adopted("primary_conv", "cheap_operation", 6, 13)
     assert isinstance(adopt.read(nn.ReLU()), str)
 
 

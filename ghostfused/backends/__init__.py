@@ -14,7 +14,7 @@ Training takes six more, which ``training.Kernels`` lists; the backends that hav
 
 from __future__ import annotations
 
-from ..spec import GhostArgs
+from ..spec import Args
 from . import cpu, cuda, reference, reference_training, triton, triton_training, triton_two_kernel
 
 BACKENDS = {"cuda": cuda, "cpu": cpu, "triton": triton, "triton_two_kernel": triton_two_kernel, "reference": reference}
@@ -22,8 +22,10 @@ _ = reference_training, triton_training  # imported to be registered
 AUTO = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
 """The kernels that ``backend="auto"`` tries in this order before the reference, by the type of x's device."""
 
+_CALLS = {"forward": "Ghost module", "depthwise": "depthwise convolution", "squeeze_excite": "squeeze-and-excite"}
 
-def choose(args: GhostArgs, backend: str = "auto") -> str:
+
+def choose(args: Args, backend: str = "auto") -> str:
     """The name of the backend that will run ``args``.
 
     Raises:
@@ -39,5 +41,5 @@ def choose(args: GhostArgs, backend: str = "auto") -> str:
         raise ValueError(f"backend: expected 'auto' or one of {sorted(BACKENDS)}, got {backend!r}")
     reason = BACKENDS[backend].supports(args)
     if reason is not None:
-        raise RuntimeError(f"backend={backend!r} can't run this Ghost module: {reason}")
+        raise RuntimeError(f"backend={backend!r} can't run this {_CALLS[args.op]}: {reason}")
     return backend

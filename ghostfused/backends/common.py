@@ -4,23 +4,39 @@ from __future__ import annotations
 
 import torch
 
-from ..spec import TENSORS, Act, GhostArgs
+from ..spec import Act, Args, DepthwiseArgs, GhostArgs, SqueezeExciteArgs, tensor_names
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 KERNEL_DW_SIZES = (1, 3, 5, 7)
+KERNEL_DEPTHWISE = ((3, 3), (5, 5), (7, 7), (1, 5), (5, 1))
+"""Kernels of the ``depthwise`` op: those of stride-2 steps and of shortcuts, and those of DFC attention."""
 _NORMS = tuple(f"{half}_{name}" for half in ("primary", "cheap") for name in ("mean", "var", "gamma", "beta"))
 
 
-def norm_dtype(args: GhostArgs) -> torch.dtype | None:
+def norm_dtype(args: GhostArgs | DepthwiseArgs) -> torch.dtype | None:
     """The one dtype of all norm tensors, x's where there are none; None if they differ among themselves."""
-    dtypes = {t.dtype for name in _NORMS if (t := getattr(args, name)) is not None}
+    names = _NORMS if isinstance(args, GhostArgs) else ("mean", "var", "gamma", "beta")
+    dtypes = {t.dtype for name in names if (t := getattr(args, name)) is not None}
     return args.x.dtype if not dtypes else dtypes.pop() if len(dtypes) == 1 else None
 
 
-def kernel_refusal(args: GhostArgs) -> str | None:
+def kernel_refusal(args: Args) -> str | None:
     """Why the fused kernels can't run ``args`` on any device; None if they can."""
     if args.x.dtype not in KERNEL_DTYPES:
         return f"dtype {args.x.dtype} (the kernels take float32, float16 and bfloat16)"
+    if isinstance(args, DepthwiseArgs):
+        return _depthwise_refusal(args)
+    if isinstance(args, SqueezeExciteArgs):
+        return _squeeze_excite_refusal(args)
+    if reason := form_refusal(args):
+        return reason
+    if norm_dtype(args) not in (args.x.dtype, torch.float32):
+        return f"norm tensors of mixed dtypes (the kernels take all {args.x.dtype} or all float32)"
+    return None
+
+
+def form_refusal(args: GhostArgs) -> str | None:
+    """As ``kernel_refusal``, for what no change of dtype, size or device can help."""
     if args.kernel_size != 1:
         return f"a {args.kernel_size}×{args.kernel_size} primary conv (the kernels take 1×1)"
     if args.stride != 1 or args.groups != 1:
@@ -31,8 +47,25 @@ def kernel_refusal(args: GhostArgs) -> str | None:
         return f"out_channels {args.out_channels} below init_channels {args.init_channels}"
     if args.primary_act == Act.GELU or args.cheap_act == Act.GELU:
         return "GELU (the kernels have the other activations)"
+    return None
+
+
+def _depthwise_refusal(args: DepthwiseArgs) -> str | None:
+    kernel = tuple(args.weight.shape[2:])
+    if kernel not in KERNEL_DEPTHWISE:
+        return f"a {kernel[0]}×{kernel[1]} depthwise conv (the kernels take {KERNEL_DEPTHWISE})"
+    if args.stride not in (1, 2):
+        return f"stride {args.stride} (the kernels take 1 and 2)"
+    if args.act == Act.GELU:
+        return "GELU (the kernels have the other activations)"
     if norm_dtype(args) not in (args.x.dtype, torch.float32):
         return f"norm tensors of mixed dtypes (the kernels take all {args.x.dtype} or all float32)"
+    return None
+
+
+def _squeeze_excite_refusal(args: SqueezeExciteArgs) -> str | None:
+    if args.act in (Act.LEAKY_RELU, Act.PRELU, Act.GELU):
+        return f"{Act(args.act).name} (the kernels have the activations without a slope, but GELU)"
     return None
 
 
@@ -40,14 +73,15 @@ _MAX_SIZE = 2**31 - 1
 """The compiled kernels count each dimension in 32 bits; their offsets have 64."""
 
 
-def placement_refusal(args: GhostArgs) -> str | None:
+def placement_refusal(args: Args) -> str | None:
     """Why a compiled kernel can't run ``args`` for where its tensors are or how long they are; None if it can."""
     device = args.x.device
-    for name in TENSORS:
-        t = getattr(args, name)
+    for t in args.tensors:
         if t is not None and t.device != device:
+            name = next(name for name in tensor_names(type(args)) if getattr(args, name) is t)
             return f"{name} on {t.device}, x on {device}"
     # a symbolic size is left to the binding: comparing it here would constrain the shapes of an exported program
-    if not torch.compiler.is_compiling() and max(*args.x.shape, args.out_channels) > _MAX_SIZE:
-        return f"a dimension beyond {_MAX_SIZE}: x of shape {tuple(args.x.shape)}, {args.out_channels} output channels"
+    sizes = *args.x.shape, args.out_channels if isinstance(args, GhostArgs) else 1
+    if not torch.compiler.is_compiling() and max(sizes) > _MAX_SIZE:
+        return f"a dimension beyond {_MAX_SIZE}: x of shape {tuple(args.x.shape)}, {sizes[-1]} output channels"
     return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..ops import forward_op
-from ..spec import GhostArgs
+from ..spec import Args, GhostArgs
 from .common import kernel_refusal, placement_refusal
 from .extension import Extension
 
@@ -18,19 +18,21 @@ def unavailable() -> str | None:
     return _extension.failure
 
 
-def supports(args: GhostArgs) -> str | None:
+def supports(args: Args) -> str | None:
     """Why the kernel can't run ``args``; None if it can."""
     if _extension.failure is not None:
         return _extension.failure
+    if not isinstance(args, GhostArgs):
+        return f"the op {args.op}"
     if args.x.device.type != "cpu":
         return f"tensors on {args.x.device} (the kernel takes CPU tensors)"
     return kernel_refusal(args) or placement_refusal(args)
 
 
-def forward(args: GhostArgs) -> Tensor:
-    """Runs the kernel: x of shape (N, Cin, H, W), any strides, to (N, out_channels, H, W).
+def forward(args: Args) -> Tensor:
+    """Runs the kernel of the op of ``args``, a Ghost module: x of shape (N, Cin, H, W), any strides, to (N, out_channels, H, W).
 
     Raises:
         RuntimeError: an argument doesn't fit, named in the message.
     """
-    return forward_op("cpu")(*args)
+    return forward_op("cpu", args.op)(*args)

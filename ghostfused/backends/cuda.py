@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..ops import forward_op
-from ..spec import GhostArgs
+from ..spec import Args, GhostArgs
 from .common import kernel_refusal, placement_refusal
 from .extension import Extension
 
@@ -40,8 +40,10 @@ def _device_refusal(index: int) -> str | None:
     return _device_refusals[index]
 
 
-def supports(args: GhostArgs) -> str | None:
+def supports(args: Args) -> str | None:
     """Why the kernel can't run ``args``; None if it can."""
+    if not isinstance(args, GhostArgs):
+        return f"the op {args.op}"
     device = args.x.device
     if device.type != "cuda":
         return f"tensors on {device} (the kernel takes CUDA tensors)"
@@ -62,10 +64,10 @@ def _stride_refusal(args: GhostArgs) -> str | None:
     return None if longest < 2**31 else f"a stride of {longest} elements within an image (the kernel takes 2³¹ - 1)"
 
 
-def forward(args: GhostArgs) -> Tensor:
-    """Runs the kernel: x of shape (N, Cin, H, W), any strides, to (N, out_channels, H, W).
+def forward(args: Args) -> Tensor:
+    """Runs the kernel of the op of ``args``, a Ghost module: x of shape (N, Cin, H, W), any strides, to (N, out_channels, H, W).
 
     Raises:
         RuntimeError: an argument doesn't fit, named in the message; or the launch failed.
     """
-    return forward_op("cuda")(*args)
+    return forward_op("cuda", args.op)(*args)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..reference import ghost_module as forward
-from ..spec import GhostArgs
+from ..reference import run as forward
+from ..spec import Args
 
 __all__ = ["forward", "supports", "unavailable"]
 
@@ -12,5 +12,5 @@ def unavailable() -> str | None:
     return None
 
 
-def supports(args: GhostArgs) -> str | None:
+def supports(args: Args) -> str | None:
     return None

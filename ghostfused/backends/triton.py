@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..spec import GhostArgs, memory_format
+from ..spec import Args, GhostArgs, memory_format
 from .common import kernel_refusal
 from .triton_configs import Cheap, Primary, blocks
 
@@ -51,11 +51,13 @@ def unavailable() -> str | None:
     return None
 
 
-def supports(args: GhostArgs) -> str | None:
+def supports(args: Args) -> str | None:
     """Why the kernel can't run ``args``; None if it can."""
     reason = unavailable()
     if reason is not None:
         return reason
+    if not isinstance(args, GhostArgs):
+        return f"the op {args.op}"
     if not args.x.is_cuda and not INTERPRETED:
         return f"x is on {args.x.device} and Triton needs a GPU ({_INTERPRETER})"
     n, _, h, w = args.x.shape
@@ -147,7 +149,7 @@ def forward(args: GhostArgs) -> Tensor:
 def register(name: str, kernel: Any) -> None:
     """Registers a Triton backend's ``forward``, if Triton is there, for the devices that it runs on."""
     if _import_error is None:
-        ops.implement(name, kernel, "CUDA", *(("CPU",) if INTERPRETED else ()))
+        ops.implement("forward", name, kernel, "CUDA", *(("CPU",) if INTERPRETED else ()))
 
 
 register("triton", forward)

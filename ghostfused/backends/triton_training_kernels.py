@@ -53,7 +53,7 @@ def _activate_backward(grad, z, channel, mask, act, ACT: tl.constexpr):
 @triton.jit
 def _center_rstd(norm, channel, mask):
     """(center, rstd) with x̂ = (y - center) * rstd: the mean without the bias, for y has none."""
-    bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps = norm
+    bias_ptr, mean_ptr, var_ptr, _, _, eps = norm
     center = tl.zeros(channel.shape, tl.float32)
     rstd = tl.full(channel.shape, 1.0, tl.float32)
     if mean_ptr is not None:
@@ -69,7 +69,7 @@ def _center_rstd(norm, channel, mask):
 @triton.jit
 def _scale_shift(norm, rstd, channel, mask):
     """(scale, shift) with z = (y - center) * scale + shift."""
-    bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps = norm
+    _, _, _, gamma_ptr, beta_ptr, _ = norm
     scale = rstd
     shift = tl.zeros(channel.shape, tl.float32)
     if gamma_ptr is not None:
@@ -179,10 +179,7 @@ def primary_statistics_kernel(
         image, p = _tile(first + i, tiles, HW, BLOCK_M)
         p_mask = p < HW
         x = (x_ptr + image * x_sn, x_sc)
-        if X_FLAT:
-            x_pixel = _pixel_offset(p, W, None, x_sw)
-        else:
-            x_pixel = _pixel_offset(p, W, x_sh, x_sw)
+        x_pixel = _pixel_offset(p, W, None if X_FLAT else x_sh, x_sw)
         gate = None
         if input_gate_ptr is not None:
             gate = input_gate_ptr + image * Cin
@@ -271,7 +268,7 @@ def _normalize_half(
     gate_rest, gate_sn, NHWC: tl.constexpr, ACT: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """out = act(norm(out)) * gate + residual for the output's channels c; ``channel`` is theirs in their half."""
-    HW, W, out_channels = size
+    HW, _, out_channels = size
     center, rstd = _center_rstd(norm, channel, c_mask)
     scale, shift = _scale_shift(norm, rstd, channel, c_mask)
     residual_sn, residual_sc, residual_sh, residual_sw = residual_strides

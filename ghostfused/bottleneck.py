@@ -1,0 +1,196 @@
+"""FusedGhostBottleneck: a whole GhostBottleneck in few kernels.
+
+Between and around the two fused Ghost modules: the depthwise conv of a stride-2 step with its norm in one kernel; of the
+squeeze-and-excite only the gate, which the second Ghost module applies as it loads its input; the shortcut's depthwise
+and 1×1 convs in a kernel each; its sum in the second Ghost module's epilogue.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+
+from . import adopt, layers
+from .layers import Path, Run, SqueezeExcite, get
+from .module import FusedGhostModule
+from .proof import prove
+from .twin import make_twin
+
+
+class Ghost(NamedTuple):
+    """Where a fused Ghost module is."""
+
+    path: Path
+
+
+Step = Ghost | Run | SqueezeExcite
+
+
+class FusedGhostBottleneck(nn.Module):
+    """GhostBottleneck (Han et al., CVPR 2020, section 3.2), fused. (N, Cin, H, W) → (N, Cout, H', W').
+
+    Made by ``from_module`` from somebody's bottleneck, whose children, names and tensors it keeps. They are read
+    afresh at every call: what uses batch statistics, or has been changed to something that no kernel computes, runs
+    layer by layer; with hooks inside, the original's forward runs.
+    """
+
+    _main: tuple[Step, ...]
+    _shortcut: tuple[Run, ...]
+    backend: str
+
+    @classmethod
+    def from_module(cls, module: nn.Module, backend: str = "auto") -> FusedGhostBottleneck:
+        """The fused twin of a bottleneck whose Ghost modules are fused already.
+
+        The module is recognized by what it computes, as torch.fx traces it; both are run in float64 on a small random
+        input to prove that they compute the same, in eval and train mode.
+
+        Raises:
+            ValueError: it is no bottleneck, or one that can't be fused; the message says why.
+        """
+        fused = cls.try_module(module, backend)
+        if isinstance(fused, str):
+            raise ValueError(f"module: expected a bottleneck that can be fused, got {type(module).__name__}: {fused}")
+        return fused
+
+    @classmethod
+    def try_module(cls, module: nn.Module, backend: str) -> FusedGhostBottleneck | str:
+        """As ``from_module``, but returns the reason where that raises an error."""
+        found = read(module)
+        if isinstance(found, str):
+            return found
+        main, shortcut = found
+        fused = make_twin(cls, module, _main=main, _shortcut=shortcut, backend="reference")
+        ghosts = [m for m in module.modules() if isinstance(m, FusedGhostModule)]
+        backends = [ghost.backend for ghost in ghosts]
+        for ghost in ghosts:
+            ghost.backend = "reference"
+        try:
+            reason = prove(module, fused, _in_channels(module, main))
+        finally:
+            for ghost, each in zip(ghosts, backends, strict=True):
+                ghost.backend = each
+        fused.backend = backend
+        return fused if reason is None else reason
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The bottleneck of x."""
+        if self._is_observed():
+            return self.__dict__["_original"].kind.forward(self, x)
+        residual = x
+        for run in self._shortcut:
+            residual = run(self, residual, self.backend)
+        gate = None
+        last = self._main[-1]
+        for step in self._main:
+            if isinstance(step, SqueezeExcite):
+                gate = step(self, x, self.backend)
+                continue
+            # the Ghost module's input gate and epilogue are where a gate and the residual go
+            rest = residual if step is last else None
+            if isinstance(step, Ghost):
+                x = get(self, step.path)(x, input_gate=gate, residual=rest)
+            else:
+                x = step(self, x, self.backend, gate, rest)
+            gate = None
+        return x
+
+    def _is_observed(self) -> bool:
+        """Whether somebody looks at, or has replaced, what the fused forward leaps over."""
+        for step in (*self._main, *self._shortcut):
+            if isinstance(step, SqueezeExcite) and not step.is_unchanged(self):
+                return True
+            paths = (step.path,) if isinstance(step, Ghost) else step.paths
+            for path in paths:
+                module: nn.Module = self
+                for name in path:
+                    module = module._modules[name]  # type: ignore[assignment]
+                    if adopt.has_hooks(module) or adopt.forward_replaced(module):
+                        return True
+                if isinstance(step, Ghost) and not isinstance(module, FusedGhostModule):
+                    return True
+        return False
+
+    def extra_repr(self) -> str:
+        return f"backend={self.backend!r}"
+
+
+def _in_channels(module: nn.Module, main: tuple[Step, ...]) -> int:
+    first = main[0]
+    layer = get(module, first.path if isinstance(first, Ghost) else first.paths[0])
+    conv = next(m for m in layer.modules() if isinstance(m, nn.Conv2d))
+    return conv.in_channels
+
+
+class _Tracer(fx.Tracer):
+    """Sees fused Ghost modules, squeeze-and-excite blocks and torch's own layers as one call each."""
+
+    def __init__(self, root: nn.Module) -> None:
+        super().__init__()
+        self.squeeze_excites = {
+            name: found
+            for name, m in root.named_modules()
+            if (found := layers.read_squeeze_excite(m, tuple(name.split(".")))) is not None
+        }
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        ours = isinstance(m, FusedGhostModule) or module_qualified_name in self.squeeze_excites
+        return ours or super().is_leaf_module(m, module_qualified_name)
+
+
+_ADD = (operator.add, operator.iadd, torch.add)
+
+
+def read(module: nn.Module) -> tuple[tuple[Step, ...], tuple[Run, ...]] | str:
+    """The steps of ``module``'s main branch, which ends in a Ghost module, and of its shortcut; or why it has none."""
+    if reason := adopt.unusual(module):
+        return reason
+    tracer = _Tracer(module)
+    try:
+        graph = tracer.trace(module)
+    except Exception as error:
+        return f"torch.fx can't trace it: {type(error).__name__}: {error}"
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    total = next(node for node in graph.nodes if node.op == "output").args[0]
+    if (
+        not isinstance(total, fx.Node)
+        or total.target not in (*_ADD, "add", "add_")
+        or len(total.args) != 2
+        or total.kwargs
+    ):
+        return "its output is not the sum of a branch and a shortcut"
+    branches = [_branch(node, placeholders[0], tracer, module) for node in total.args]
+    if errors := [branch for branch in branches if isinstance(branch, str)]:
+        return errors[0]
+    with_ghosts = [branch for branch in branches if branch and isinstance(branch[-1], Ghost)]
+    without = [branch for branch in branches if all(isinstance(step, Run) for step in branch)]
+    if not with_ghosts or not without:
+        return "not one branch that ends in a Ghost module and one without any"
+    return tuple(with_ghosts[0]), tuple(without[0])  # type: ignore[arg-type]
+
+
+def _branch(node: object, start: fx.Node, tracer: _Tracer, root: nn.Module) -> list[Step] | str:
+    """The steps from ``start`` to ``node``, each of which must be a layer's call on the result of the one before."""
+    calls: list[str] = []
+    while node is not start:
+        if not isinstance(node, fx.Node) or node.op != "call_module" or len(node.args) != 1 or node.kwargs:
+            return f"{node} is no layer that is called on the result of one other"
+        if len(node.users) > 1:
+            return f"the result of {node.target} is used more than once"
+        calls.insert(0, str(node.target))
+        node = node.args[0]
+    steps: list[Step] = []
+    run: list[tuple[Path, nn.Module]] = []
+    for name in calls:
+        path = tuple(name.split("."))
+        layer = get(root, path)
+        if isinstance(layer, FusedGhostModule) or name in tracer.squeeze_excites:
+            steps += layers.split(run)
+            run = []
+            steps.append(Ghost(path) if isinstance(layer, FusedGhostModule) else tracer.squeeze_excites[name])
+        else:
+            run.append((path, layer))
+    return steps + layers.split(run)
