@@ -158,25 +158,29 @@ def cheap_backward(
 
 
 def primary_backward(
-    a: GhostArgs, grad: Tensor, y1: Tensor, dz2: Tensor, y2: Tensor | None, means2: Tensor | None,
+    a: GhostArgs, grad: Tensor, y1: Tensor, dz2: Tensor | None, y2: Tensor | None, means2: Tensor | None,
     batch_statistics: bool, primary: bool, sums: bool, weight: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    p, c = _half(a, "primary"), _half(a, "cheap")
-    dy2 = dz2.to(_dtype(a))
-    if batch_statistics:
-        assert y2 is not None
-        assert means2 is not None
-        dy2 = c.scale * (dy2 - means2[0].view(-1, 1, 1) - c.xhat(y2) * means2[1].view(-1, 1, 1))
+    p = _half(a, "primary")
     z1 = p.normed(y1)
-    padding = [a.dw_size // 2] * 2
-    dx1, dw2, _ = _aten.convolution_backward(
-        dy2, p.activate(z1), a.cheap_weight.to(dy2.dtype), None, [1, 1], padding, [1, 1], False, [0, 0],
-        a.init_channels, [primary, weight, False],
-    )  # fmt: skip
+    dx1, _ = _grad_halves(a, grad)
+    dw2 = None
+    if dz2 is not None:
+        c = _half(a, "cheap")
+        dy2 = dz2.to(_dtype(a))
+        if batch_statistics:
+            assert y2 is not None
+            assert means2 is not None
+            dy2 = c.scale * (dy2 - means2[0].view(-1, 1, 1) - c.xhat(y2) * means2[1].view(-1, 1, 1))
+        padding = [a.dw_size // 2] * 2
+        through_x2, dw2, _ = _aten.convolution_backward(
+            dy2, p.activate(z1), a.cheap_weight.to(dy2.dtype), None, [1, 1], padding, [1, 1], False, [0, 0],
+            a.init_channels, [primary, weight, False],
+        )  # fmt: skip
+        if primary:
+            dx1 = dx1 + through_x2
     if not primary:
         return None, None, dw2
-    g1, _ = _grad_halves(a, grad)
-    dx1 = dx1 + g1
     dz1 = p.activate_backward(dx1, z1)
     totals = p.sums(dx1, dz1, z1, y1) if sums else None
     return (dz1 if batch_statistics else dz1 * p.scale).to(a.x.dtype), totals, dw2

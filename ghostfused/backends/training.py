@@ -17,6 +17,7 @@ from ..spec import TENSORS, GhostArgs, memory_format
 
 UPSTREAM = ("x", "input_gate", *(n for n in TENSORS if n.startswith("primary_")))
 """What gets its gradient by way of the primary conv's output."""
+_CHEAP = tuple(n for n in TENSORS if n.startswith("cheap_"))
 
 
 class Kernels(NamedTuple):
@@ -41,10 +42,11 @@ class Kernels(NamedTuple):
     grad * (the output before output_gate), for both halves.
     """
     primary_backward: Callable[
-        [GhostArgs, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, bool, bool, bool, bool], tuple
+        [GhostArgs, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, bool, bool, bool, bool], tuple
     ]
     """(args, grad, y1, dz2, y2, means2, batch_statistics, primary, sums, weight) → (dz1, (3, Cp) sums, cheap_weight's).
 
+    dz2 is None where every cheap channel is cut: nothing reaches y1 that way, and ``weight`` isn't asked for.
     With batch statistics dy2 = scale2 * (dz2 - means2[0] - x̂2 * means2[1]). dz1 and its sums are as in cheap_backward,
     and None unless ``primary`` (and ``sums``) ask for them; ``weight`` asks for cheap_weight's gradient.
     """
@@ -264,7 +266,11 @@ def _gradients(
     samples = grad.shape[0] * grad.shape[2] * grad.shape[3]
     y1 = primary_conv(a)
     product = torch.empty_like(grad) if need["output_gate"] else None
-    dz2, y2, sums2 = kernels.cheap_backward(a, grad, y1, batch, batch or _needs_sums("cheap", need), product)
+    if grad.shape[1] > a.init_channels or product is not None:
+        dz2, y2, sums2 = kernels.cheap_backward(a, grad, y1, batch, batch or _needs_sums("cheap", need), product)
+    else:  # all cheap channels are cut, as functional.conv1x1 does
+        dz2 = y2 = sums2 = None
+        grads |= {name: torch.zeros_like(t) for name in _CHEAP if (t := getattr(a, name)) is not None}
     if product is not None:
         assert a.output_gate is not None
         gate_shape = list(a.output_gate.shape)
@@ -275,7 +281,8 @@ def _gradients(
     upstream, weight = any(need[name] for name in UPSTREAM), need["cheap_weight"]
     if not (upstream or weight):
         return grads
-    means2 = _means(sums2, samples, group_name) if batch else None
+    means2 = _means(sums2, samples, group_name) if batch and sums2 is not None else None
+    weight = weight and dz2 is not None
     sums = upstream and (batch or _needs_sums("primary", need))
     dz1, sums1, dw2 = kernels.primary_backward(a, grad, y1, dz2, y2, means2, batch, upstream, sums, weight)
     del dz2, y2

@@ -175,7 +175,7 @@ def cheap_backward(
 
 
 def primary_backward(
-    a: GhostArgs, grad: Tensor, y1: Tensor, dz2: Tensor, y2: Tensor | None, means2: Tensor | None,
+    a: GhostArgs, grad: Tensor, y1: Tensor, dz2: Tensor | None, y2: Tensor | None, means2: Tensor | None,
     batch_statistics: bool, primary: bool, sums: bool, weight: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     cp, new, d = a.init_channels, a.cheap_weight.shape[0], a.dw_size
@@ -192,7 +192,7 @@ def primary_backward(
         kernels.primary_backward_kernel, **_half(a, "primary"), **_half(a, "cheap", slope=False), **_gate(a, y1), **chosen,
         grad_ptr=grad, y1_ptr=y1, dz2_ptr=dz2, y2_ptr=y2, means2_ptr=_contiguous(means2),
         weight_ptr=a.cheap_weight.contiguous(), dz1_ptr=dz1, partial_ptr=partial, weight_partial_ptr=weight_partial,
-        Cp=cp, new=new, out_channels=a.out_channels, RATIO=a.ratio, DW_SIZE=d, BATCH=batch_statistics,
+        Cp=cp, new=new, out_channels=a.out_channels, RATIO=1 if dz2 is None else a.ratio, DW_SIZE=d, BATCH=batch_statistics,
         WEIGHTS=1 << (per_channel - 1).bit_length(),
     )  # fmt: skip
     dw = None if weight_partial is None else weight_partial.sum(0).T.reshape(a.cheap_weight.shape)
