@@ -66,7 +66,7 @@ def common(folder: Path) -> dict:
         include_dirs.append(pybind11.get_include())
     return {
         "sources": [f for f in files if f.endswith((".cpp", ".cu"))],
-        "depends": [f for f in files if f.endswith((".h", ".cuh"))],
+        "depends": sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.*h")),
         "include_dirs": include_dirs,
     }
 
@@ -97,7 +97,7 @@ def cpu_extension():
     if not shutil.which(os.environ.get("CXX", "g++")):
         raise RuntimeError("no C++ compiler: neither g++ nor the one that CXX names")
     module = cpp_extension().CppExtension(
-        "ghostfused._cpu", **common(ROOT / "csrc" / "cpu"), extra_compile_args=[*CXX_FLAGS, "-O3"]
+        "ghostfused._cpu", **common(ROOT / "csrc" / "cpu"), extra_compile_args=[*CXX_FLAGS, "-O3", "-fno-math-errno"]
     )
     module.libraries = [name for name in module.libraries if name in ("c10", "torch", "torch_cpu")]
     return module

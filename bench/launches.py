@@ -23,12 +23,15 @@ from ghostfused.fuse import fuse_with_report
 
 from . import cases, contest
 from .console import table
-from .peers import LEVELS
+from .peers import LEVELS, execution
 from .results import Writer
 
 KERNEL_BACKENDS = [name for name in BACKENDS if name != "reference"]
 _NO_KERNEL = {"aten.detach", "aten.alias", "aten.empty", "aten.empty_like", "aten.empty_strided", "aten.lift_fresh"}
-_KERNELS = {"ghostfused.forward_triton_two_kernel": 2}
+_KERNELS = {
+    "ghostfused.forward_triton_two_kernel": 2,
+    **{f"ghostfused.squeeze_excite_{backend}": 2 for backend in ("cuda", "triton", "triton_two_kernel")},
+}
 """Kernels of an op that is known to be more than one."""
 
 
@@ -72,8 +75,7 @@ def executions(model: nn.Module) -> dict[str, tuple[nn.Module, str | None]]:
     variants: dict[str, tuple[nn.Module, str | None]] = {"eager": (model, None)}
     for level, arguments in LEVELS.items():
         for backend in KERNEL_BACKENDS:
-            execution = f"ghostfused_{backend}" + ("" if level == "module" else f"_{level}")
-            variants[execution] = fuse_with_report(model, backend=backend, **arguments)[0], backend
+            variants[execution(backend, level)] = fuse_with_report(model, backend=backend, **arguments)[0], backend
     return variants
 
 
@@ -104,16 +106,13 @@ def main(options: argparse.Namespace) -> int:
     shown = []
     with Writer(options.output, device) as writer:
         for name in options.network.split(","):
-            for execution, (each, backend) in executions(cases.network(name)).items():
+            for variant, (each, backend) in executions(cases.network(name)).items():
                 with as_if_available(backend):
                     meta = cases.Setting("meta").place(each)
                     by_op = count_ops(meta, torch.empty(1, 3, options.size, options.size, device="meta"))
-                row = {"kind": "launches", "name": name, "execution": execution, "ops": sum(by_op.values())}
-                row |= {
-                    "ghost_ops": sum(
-                        n // _KERNELS.get(op, 1) for op, n in by_op.items() if op.startswith("ghostfused.")
-                    )
-                }
+                row = {"kind": "launches", "name": name, "execution": variant, "ops": sum(by_op.values())}
+                ours = {op: n for op, n in by_op.items() if op.startswith("ghostfused.")}
+                row |= {"fused_ops": sum(n // _KERNELS.get(op, 1) for op, n in ours.items())}
                 row |= {"by_op": dict(by_op.most_common()), "kernels": None}
                 if device.type == "cuda" and (backend is None or BACKENDS[backend].unavailable() is None):
                     on_gpu = cases.Setting("cuda").place(each)
@@ -122,9 +121,9 @@ def main(options: argparse.Namespace) -> int:
                 shown.append(row)
     table(
         "Operations per forward (counted; no GPU needed) and kernels per forward (profiled on a GPU)",
-        ["network", "execution", "operations", "fused Ghost modules", "kernels", "most frequent"],
+        ["network", "execution", "operations", "ours", "kernels", "most frequent"],
         [
-            [r["name"], r["execution"], str(r["ops"]), str(r["ghost_ops"]), str(r["kernels"] or "-"),
+            [r["name"], r["execution"], str(r["ops"]), str(r["fused_ops"]), str(r["kernels"] or "-"),
              ", ".join(f"{n} {op.removeprefix('aten.')}" for op, n in list(r["by_op"].items())[:4])]
             for r in shown
         ],

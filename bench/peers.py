@@ -17,8 +17,13 @@ from ghostfused.fuse import fuse_with_report
 from .cases import MODES, Setting
 
 Run = Callable[[Tensor], Tensor]
-LEVELS: dict[str, dict] = {"module": {}}
-"""Levels of fusion, each with ``ghostfused.fuse``'s arguments for it; a level is one more row."""
+LEVELS: dict[str, dict] = {"bottleneck": {"level": "bottleneck"}, "module": {"level": "module"}}
+"""Levels of fusion, the default first, each with ``ghostfused.fuse``'s arguments for it; a level is one more row."""
+
+
+def execution(backend: str, level: str) -> str:
+    """The name of the fused model on ``backend`` at ``level``."""
+    return f"ghostfused_{backend}" + (f"_{level}" if level != next(iter(LEVELS)) else "")
 
 
 class Peer:
@@ -64,9 +69,9 @@ class Fused(Peer):
     modes = MODES
     ours = True
 
-    def __init__(self, backend: str, level: str = "module"):
+    def __init__(self, backend: str, level: str = "bottleneck"):
         self.backend, self.level = backend, level
-        self.name = f"ghostfused_{backend}" + (f"_{level}" if level != "module" else "")
+        self.name = execution(backend, level)
         self.traffic = {"cuda": "fused", "triton": "fused", "triton_two_kernel": "two kernels"}.get(backend)
 
     def unavailable(self, setting: Setting) -> str | None:
@@ -159,21 +164,28 @@ def all_peers() -> dict[str, Peer]:
         TorchTensorRT(),
         *ours,
         *(Graphed(p) for p in ours if p.backend in ("cuda", "triton")),
-        *(_max_autotune(p) for p in ours if p.backend in ("cuda", "triton", "cpu")),
+        *(_max_autotune(p) for p in ours if p.backend in ("cuda", "triton", "cpu") and p.level == "bottleneck"),
     ]
     return {p.name: p for p in peers}
+
+
+def _only_for_networks(peer: Peer) -> bool:
+    if isinstance(peer, Fused):
+        return peer.level == "module"
+    return isinstance(peer, Compiled | Graphed) and (
+        _only_for_networks(peer.inner) or (isinstance(peer, Compiled) and isinstance(peer.inner, Fused))
+    )
 
 
 def select(names: str | None, network: bool = False) -> dict[str, Peer]:
     """The peers that a comma-separated list names; all by default. A name that ends with * stands for all it begins.
 
-    By default a module's peers leave out fused modules that are then compiled: there is nothing left to compile.
+    By default a single Ghost module's peers leave out fused modules that are then compiled, as there is nothing left to
+    compile, and the level of Ghost modules alone, which is the default's.
     """
     peers = all_peers()
     if names is None:
-        return {
-            n: p for n, p in peers.items() if network or not (isinstance(p, Compiled) and isinstance(p.inner, Fused))
-        }
+        return {n: p for n, p in peers.items() if network or not _only_for_networks(p)}
     chosen = []
     for pattern in names.split(","):
         found = [n for n in peers if n == pattern or (pattern.endswith("*") and n.startswith(pattern[:-1]))]

@@ -193,7 +193,7 @@ def page(results: list[tuple[dict, list[dict]]], drawn: list[tuple[str, Path]]) 
             parts += [contest_table(contests), absent_table(contests)]
         for kind, fields in (
             ("memory", ("name", "mode", "execution", "batch", "dtype", "saved_bytes", "peak_bytes")),
-            ("launches", ("name", "execution", "ops", "ghost_ops", "kernels")),
+            ("launches", ("name", "execution", "ops", "fused_ops", "kernels")),
             ("overhead", ("backend", "step", "us", "spread_us", "adds_us")),
         ):
             own = [r for r in rows if r["kind"] == kind]

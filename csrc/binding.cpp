@@ -1,102 +1,21 @@
-// The Torch side: checks, the output, the stream, the op's registration (stable ABI, so that one build serves
+// The Torch side: the output, the stream, the op's registration (stable ABI, so that one build serves
 // torch 2.11 and later), and the pybind11 module for plain-data queries.
 #include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <cstring>
-#include <optional>
 #include <string>
 #include <unordered_map>
 
+#include "arguments.h"
 #include "launch.h"
 
 namespace py = pybind11;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 namespace ghostfused {
 namespace {
-
-template <typename... Parts>
-[[noreturn]] void fail(const Parts&... parts) {
-  std::ostringstream message;
-  (message << ... << parts);
-  throw std::runtime_error(message.str());
-}
-
-// The kernels count sizes of one dimension in 32 bits.
-int size32(const char* name, int64_t size) {
-  if (size < 0 || size > INT32_MAX) fail(name, ": expected at most 2^31 - 1 along a dimension, got ", size);
-  return static_cast<int>(size);
-}
-
-// Checks one tensor argument after another against x.
-struct Checker {
-  int32_t device;
-  ScalarType dtype;
-
-  void check(const char* name, const Tensor& t, std::initializer_list<int64_t> sizes, bool or_float32 = false) const {
-    if (!t.is_cuda() || t.get_device_index() != device) fail(name, ": expected a tensor on cuda:", device, ", as x is");
-    if (t.scalar_type() != dtype && !(or_float32 && t.scalar_type() == ScalarType::Float)) {
-      fail(name, ": expected x's dtype", or_float32 ? " or float32" : "");
-    }
-    bool same = t.dim() == static_cast<int64_t>(sizes.size());
-    int64_t d = 0;
-    for (const int64_t size : sizes) same = same && t.size(d++) == size;
-    if (same) return;
-    std::ostringstream expected, got;  // only now: making one costs more than all the checks
-    for (const int64_t size : sizes) expected << (expected.tellp() > 0 ? ", " : "") << size;
-    for (d = 0; d < t.dim(); ++d) got << (d ? ", " : "") << t.size(d);
-    fail(name, ": expected shape (", expected.str(), "), got (", got.str(), ")");
-  }
-
-  Tensor4 tensor4(const char* name, const OptionalTensor& t, std::initializer_list<int64_t> sizes) const {
-    if (!t) return {};
-    check(name, *t, sizes);
-    return {t->data_ptr(), t->stride(0), t->stride(1), t->stride(2), t->stride(3)};
-  }
-
-  ChannelVector vector(const std::string& name, const OptionalTensor& t, int64_t channels,
-                       bool or_float32 = false) const {
-    if (!t) return {};
-    check(name.c_str(), *t, {channels}, or_float32);
-    return {t->data_ptr(), t->stride(0)};
-  }
-
-  NormAct norm_act(const std::string& half, int64_t channels, const OptionalTensor& bias, const OptionalTensor& mean,
-                   const OptionalTensor& var, const OptionalTensor& gamma, const OptionalTensor& beta,
-                   const OptionalTensor& slope, double eps, int64_t act, double negative_slope) const {
-    if (mean.has_value() != var.has_value()) fail(half, "_var: expected both mean and var, or neither");
-    if (!mean && (gamma || beta)) fail(half, "_gamma, ", half, "_beta: expected None without mean and var");
-    NormAct p{};
-    p.bias = vector(half + "_bias", bias, channels);
-    p.mean = vector(half + "_mean", mean, channels, true);
-    p.var = vector(half + "_var", var, channels, true);
-    p.gamma = vector(half + "_gamma", gamma, channels, true);
-    p.beta = vector(half + "_beta", beta, channels, true);
-    p.norm_is_float32 = mean && mean->scalar_type() == ScalarType::Float;
-    for (const OptionalTensor* t : {&var, &gamma, &beta}) {
-      if (*t && (*t)->scalar_type() != mean->scalar_type()) fail(half, "_mean: expected all norm tensors of one dtype");
-    }
-    if (act < 0 || act > static_cast<int64_t>(Act::kPReLU)) fail(half, "_act: the kernels have no activation ", act);
-    p.act = static_cast<Act>(act);
-    if (p.act == Act::kPReLU && !slope) fail(half, "_slope: PReLU expects its weight, got None");
-    if (slope) {
-      const bool one = slope->dim() == 1 && slope->size(0) == 1;
-      p.slope = vector(half + "_slope", slope, one ? 1 : channels);
-      if (one) p.slope.stride = 0;
-    }
-    p.eps = static_cast<float>(eps);
-    p.negative_slope = static_cast<float>(negative_slope);
-    return p;
-  }
-};
 
 struct Device {
   int sm_count, smem_per_block, smem_per_sm;
@@ -143,111 +62,32 @@ const LaunchPlan& cached_plan(const GhostShape& shape) {
   return plans.emplace(shape, plan_forward(shape)).first->second;
 }
 
-// The arguments are ghostfused/spec.py's GhostArgs, in order.
-Tensor forward_cuda(Tensor x, Tensor primary_weight, OptionalTensor primary_bias, OptionalTensor primary_mean,
-                    OptionalTensor primary_var, OptionalTensor primary_gamma, OptionalTensor primary_beta,
-                    OptionalTensor primary_slope, Tensor cheap_weight, OptionalTensor cheap_bias,
-                    OptionalTensor cheap_mean, OptionalTensor cheap_var, OptionalTensor cheap_gamma,
-                    OptionalTensor cheap_beta, OptionalTensor cheap_slope, OptionalTensor input_gate,
-                    OptionalTensor residual, OptionalTensor output_gate, double primary_eps, int64_t primary_act,
-                    double primary_negative_slope, double cheap_eps, int64_t cheap_act, double cheap_negative_slope,
-                    int64_t out_channels, int64_t stride, int64_t dilation, int64_t groups, bool allow_tf32) {
+Tensor launch(GhostForwardParams& a, const Tensor& x) {
   if (!x.is_cuda()) fail("x: expected a CUDA tensor");
-  for (const auto& [name, t] :
-       {std::pair{"x", &x}, {"primary_weight", &primary_weight}, {"cheap_weight", &cheap_weight}}) {
-    if (t->dim() != 4) fail(name, ": expected 4 dimensions, got ", t->dim());
-  }
-  const Checker checker{x.get_device_index(), x.scalar_type()};
-  GhostForwardParams a{};
   GhostShape& s = a.shape;
-  switch (checker.dtype) {
-    case ScalarType::Half:
-      s.path = Path::kFloat16;
-      break;
-    case ScalarType::BFloat16:
-      s.path = Path::kBFloat16;
-      break;
-    case ScalarType::Float:
-      s.path = allow_tf32 ? Path::kTF32 : Path::kFloat32;
-      break;
-    default:
-      fail("x: expected float32, float16 or bfloat16");
-  }
-  const int64_t batch = x.size(0), cin = x.size(1), height = x.size(2), width = x.size(3);
-  const int64_t cp = primary_weight.size(0), new_channels = cheap_weight.size(0), d = cheap_weight.size(2);
-  if (stride != 1 || groups != 1) fail("stride, groups: the kernel takes 1 and 1, got ", stride, " and ", groups);
-  if (cin < 1 || height < 1 || width < 1) fail("x: expected at least one channel, row and column");
-  if (cp < 1) fail("primary_weight: expected at least one output channel");
-  checker.check("primary_weight", primary_weight, {cp, cin, 1, 1});
-  if (new_channels < cp || new_channels % cp != 0) {
-    fail("cheap_weight: expected a multiple of init_channels = ", cp, " channels, got ", new_channels);
-  }
-  if (d != 1 && d != 3 && d != 5 && d != 7) fail("cheap_weight: the kernel takes 1×1, 3×3, 5×5 and 7×7, got ", d);
-  checker.check("cheap_weight", cheap_weight, {new_channels, 1, d, d});
-  if (out_channels < cp || out_channels > cp + new_channels) {
-    fail("out_channels: expected ", cp, " … ", cp + new_channels, ", got ", out_channels);
-  }
-
-  s.batch = size32("x", batch);
-  s.in_channels = size32("x", cin);
-  s.height = size32("x", height);
-  s.width = size32("x", width);
-  s.init_channels = size32("primary_weight", cp);
-  s.out_channels = size32("out_channels", out_channels);
-  s.ratio = size32("cheap_weight", new_channels / cp + 1);
-  s.dw_size = static_cast<int>(d);
-  s.input_gate = input_gate.has_value();
-
-  a.x = checker.tensor4("x", x, {batch, cin, height, width});
-  a.residual = checker.tensor4("residual", residual, {batch, out_channels, height, width});
-  if (output_gate) {
-    if (output_gate->dim() != 4 || output_gate->size(2) < 1 || output_gate->size(3) < 1) {
-      fail("output_gate: expected shape (N, out_channels, Hg, Wg)");
-    }
-    a.gate_height = size32("output_gate", output_gate->size(2));
-    a.gate_width = size32("output_gate", output_gate->size(3));
-    a.output_gate = checker.tensor4("output_gate", output_gate, {batch, out_channels, a.gate_height, a.gate_width});
-  }
-  if (input_gate) {
-    checker.check("input_gate", *input_gate, {batch, cin});
-    a.input_gate = input_gate->data_ptr();
-    a.input_gate_stride_n = input_gate->stride(0);
-    a.input_gate_stride_c = input_gate->stride(1);
-  }
-  a.primary_weight = primary_weight.data_ptr();
-  a.primary_weight_stride_n = primary_weight.stride(0);
-  a.primary_weight_stride_k = cin == 1 ? 1 : primary_weight.stride(1);
-  a.cheap_weight = cheap_weight.data_ptr();
-  a.cheap_weight_stride_c = cheap_weight.stride(0);
-  a.cheap_weight_stride_h = cheap_weight.stride(2);
-  a.cheap_weight_stride_w = cheap_weight.stride(3);
-  a.primary = checker.norm_act("primary", cp, primary_bias, primary_mean, primary_var, primary_gamma, primary_beta,
-                               primary_slope, primary_eps, primary_act, primary_negative_slope);
-  a.cheap = checker.norm_act("cheap", new_channels, cheap_bias, cheap_mean, cheap_var, cheap_gamma, cheap_beta,
-                             cheap_slope, cheap_eps, cheap_act, cheap_negative_slope);
-
-  const torch::stable::accelerator::DeviceGuard guard(checker.device);
-  const bool channels_last = !x.is_contiguous() && x.stride(1) == 1 && cin > 1;  // spec.py's memory_format
-  const int64_t sizes[] = {batch, out_channels, height, width};
+  const int32_t index = x.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(index);
+  const bool channels_last = is_channels_last(x);
+  const int64_t sizes[] = {s.batch, s.out_channels, s.height, s.width};
   Tensor out = torch::stable::empty(
-      {sizes, 4}, checker.dtype, std::nullopt, torch::stable::Device(torch::stable::DeviceType::CUDA, checker.device),
+      {sizes, 4}, x.scalar_type(), std::nullopt, torch::stable::Device(torch::stable::DeviceType::CUDA, index),
       std::nullopt,
       channels_last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous);
-  if (batch == 0) return out;
-  a.out = checker.tensor4("out", out, {batch, out_channels, height, width});
-  s.channels_last = channels_last || height * width == 1;  // one pixel is both, and K is what is contiguous
+  if (s.batch == 0) return out;
+  a.out = {out.data_ptr(), out.stride(0), out.stride(1), out.stride(2), out.stride(3)};
+  s.channels_last = channels_last || s.height * s.width == 1;  // one pixel is both, and K is what is contiguous
 
-  const Device& device = current_device(checker.device);
+  const Device& device = current_device(index);
   s.sm_count = device.sm_count;
   s.smem_per_block = device.smem_per_block;
   s.smem_per_sm = device.smem_per_sm;
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(checker.device, &stream));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
   if (const char* error = launch_forward(a, cached_plan(s), stream)) fail("ghostfused forward_cuda: ", error);
   return out;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(ghostfused, CUDA, m) { m.impl("forward_cuda", TORCH_BOX(&forward_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(ghostfused, CUDA, m) { m.impl("forward_cuda", TORCH_BOX(&forward<launch>)); }
 
 py::dict build_info() {
   py::dict info;
@@ -256,7 +96,7 @@ py::dict build_info() {
   return info;
 }
 
-Path path_of(const std::string& name) {
+Path path_named(const std::string& name) {
   const char* names[] = {"float16", "bfloat16", "tf32", "float32"};
   for (int i = 0; i < 4; ++i) {
     if (name == names[i]) return static_cast<Path>(i);
@@ -277,8 +117,8 @@ py::dict plan(int batch, int in_channels, int height, int width, int init_channe
     if (v < 1) throw py::value_error("plan: expected positive sizes and a ratio of at least 2");
   }
   GhostForwardParams a{};
-  a.shape = {path_of(path), channels_last, input_gate, batch,   in_channels, height,         width,
-             init_channels, out_channels,  ratio,      dw_size, sm_count,    smem_per_block, smem_per_sm};
+  a.shape = {path_named(path), channels_last, input_gate, batch,   in_channels, height,         width,
+             init_channels,    out_channels,  ratio,      dw_size, sm_count,    smem_per_block, smem_per_sm};
   const LaunchPlan p = plan_forward(a.shape);
   py::dict r;
   if (p.block_c == 0) return r;

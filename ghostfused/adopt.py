@@ -26,7 +26,7 @@ ACTIVATIONS: dict[type[nn.Module], Act] = {
     nn.PReLU: Act.PRELU,
     nn.GELU: Act.GELU,
 }
-_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
 class Half(NamedTuple):
@@ -108,7 +108,7 @@ def read_layers(layers: Iterable[nn.Module | None]) -> Half | str:
             return f"{kind.__name__} has hooks or another forward"
         if kind is nn.Conv2d and conv is None:
             conv = child  # type: ignore[assignment]
-        elif kind in _NORMS and conv is not None and act is None and not normed:
+        elif kind in NORMS and conv is not None and act is None and not normed:
             normed = True
             affine, buffers = child._parameters, child._buffers
             if "weight" not in affine or "bias" not in affine:

@@ -39,6 +39,8 @@ class FusedGhostBottleneck(nn.Module):
 
     _main: tuple[Step, ...]
     _shortcut: tuple[Run, ...]
+    _layout: dict[Path, dict[str, type]]
+    """Names and kinds of the children of each module down to the layers and the Ghost modules, by its path."""
     backend: str
 
     @classmethod
@@ -63,7 +65,8 @@ class FusedGhostBottleneck(nn.Module):
         if isinstance(found, str):
             return found
         main, shortcut = found
-        fused = make_twin(cls, module, _main=main, _shortcut=shortcut, backend="reference")
+        layout = _layout(module, ())
+        fused = make_twin(cls, module, _main=main, _shortcut=shortcut, _layout=layout, backend="reference")
         ghosts = [m for m in module.modules() if isinstance(m, FusedGhostModule)]
         backends = [ghost.backend for ghost in ghosts]
         for ghost in ghosts:
@@ -99,18 +102,17 @@ class FusedGhostBottleneck(nn.Module):
         return x
 
     def _is_observed(self) -> bool:
-        """Whether somebody looks at, or has replaced, what the fused forward leaps over."""
-        for step in (*self._main, *self._shortcut):
-            if isinstance(step, SqueezeExcite) and not step.is_unchanged(self):
-                return True
-            paths = (step.path,) if isinstance(step, Ghost) else step.paths
-            for path in paths:
-                module: nn.Module = self
-                for name in path:
-                    module = module._modules[name]  # type: ignore[assignment]
-                    if adopt.has_hooks(module) or adopt.forward_replaced(module):
-                        return True
-                if isinstance(step, Ghost) and not isinstance(module, FusedGhostModule):
+        """Whether somebody looks at, or has changed, what the fused forward leaps over: by hooks, another forward, or
+        layers added, removed or of another kind. Only norms may have gone, folded into their convolutions."""
+        for path, kinds in self._layout.items():
+            children = get(self, path)._modules
+            for name, child in children.items():
+                if child is None or type(child) is nn.Identity:
+                    continue
+                if kinds.get(name) is not type(child) or adopt.has_hooks(child) or adopt.forward_replaced(child):
+                    return True
+            for name, kind in kinds.items():
+                if name not in children and kind not in adopt.NORMS:
                     return True
         return False
 
@@ -118,11 +120,23 @@ class FusedGhostBottleneck(nn.Module):
         return f"backend={self.backend!r}"
 
 
+def _layout(module: nn.Module, path: Path) -> dict[Path, dict[str, type]]:
+    if isinstance(module, FusedGhostModule) or not module._modules:
+        return {}
+    children = {name: m for name, m in module._modules.items() if m is not None}
+    layout = {path: {name: type(m) for name, m in children.items() if type(m) is not nn.Identity}}
+    for name, child in children.items():
+        layout |= _layout(child, (*path, name))
+    return layout
+
+
 def _in_channels(module: nn.Module, main: tuple[Step, ...]) -> int:
     first = main[0]
     layer = get(module, first.path if isinstance(first, Ghost) else first.paths[0])
-    conv = next(m for m in layer.modules() if isinstance(m, nn.Conv2d))
-    return conv.in_channels
+    if isinstance(layer, FusedGhostModule):
+        layer = layer._modules[layer._halves[0]]  # type: ignore[assignment]
+    matrix = next(m for m in layer.modules() if isinstance(m, nn.Conv2d | nn.Linear))
+    return matrix.in_channels if isinstance(matrix, nn.Conv2d) else matrix.in_features
 
 
 class _Tracer(fx.Tracer):

@@ -21,10 +21,13 @@ Path = tuple[str, ...]
 
 
 def get(root: nn.Module, path: Path) -> nn.Module:
-    """The descendant of ``root`` at ``path``."""
+    """The descendant of ``root`` at ``path``; Identity if it has been removed, as a norm is when it is folded."""
     for name in path:
-        root = root._modules[name]  # type: ignore[assignment]
+        root = root._modules.get(name) or _IDENTITY
     return root
+
+
+_IDENTITY = nn.Identity()
 
 
 class Run(NamedTuple):
@@ -83,22 +86,16 @@ def split(layers: Sequence[tuple[Path, nn.Module]]) -> list[Run]:
 
 
 class SqueezeExcite(NamedTuple):
-    """A squeeze-and-excite block: where it and its two 1×1 convolutions (or Linear layers) are."""
+    """A squeeze-and-excite block: where its two 1×1 convolutions or Linear layers are, and what it does besides."""
 
-    block: Path
     reduce: Path
     expand: Path
     act: Act
     gate: Gate
-    children: tuple[type, ...]
-    """Kinds of the block's children, by which a later change of its layers shows."""
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        return self.block, self.reduce, self.expand
-
-    def is_unchanged(self, root: nn.Module) -> bool:
-        return tuple(map(type, get(root, self.block)._modules.values())) == self.children
+        return self.reduce, self.expand
 
     def __call__(self, root: nn.Module, x: Tensor, backend: str) -> Tensor:
         """The gate, (N, C)."""
@@ -150,10 +147,10 @@ def read_squeeze_excite(block: nn.Module, path: Path) -> SqueezeExcite | None:
                 for gate in Gate:
                     if act in (Act.LEAKY_RELU, Act.PRELU):
                         continue
-                    found = SqueezeExcite((), reduce, expand, act, gate, tuple(map(type, block._modules.values())))
+                    found = SqueezeExcite(reduce, expand, act, gate)
                     out = x * found(block, x, "reference")[:, :, None, None]
                     if out.shape == expected.shape and torch.allclose(out, expected, rtol=1e-10, atol=1e-12):
-                        return found._replace(block=path, reduce=path + reduce, expand=path + expand)
+                        return found._replace(reduce=path + reduce, expand=path + expand)
     except Exception:  # whatever it does, it isn't this
         return None
     return None

@@ -16,7 +16,15 @@ from ghostfused import functional
 from ghostfused.autograd import call
 from ghostfused.backends import cpu
 from ghostfused.spec import TENSORS, Act
-from ghostfused.testing import Case, judge, make_args
+from ghostfused.testing import (
+    Case,
+    DepthwiseCase,
+    SqueezeExciteCase,
+    judge,
+    make_args,
+    make_depthwise,
+    make_squeeze_excite,
+)
 from ghostfused.verify import read_cases
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
@@ -28,8 +36,14 @@ NORMS = ["bn", "bias", "bn+bias", "bn_no_affine", "none"]
 ISA = "GHOSTFUSED_CPU_ISA"
 
 
-def check(case: Case) -> torch.Tensor:
-    args = make_args(case)
+MAKE = {Case: make_args, DepthwiseCase: make_depthwise, SqueezeExciteCase: make_squeeze_excite}
+
+
+def check(case: Case | DepthwiseCase | SqueezeExciteCase) -> torch.Tensor:
+    return check_args(MAKE[type(case)](case), case)
+
+
+def check_args(args, case) -> torch.Tensor:
     out = functional.run(args, "cpu")
     verdict = judge(out, args)
     assert verdict.ok, f"{case}: {verdict}"
@@ -52,6 +66,89 @@ def test_every_kernel(dtype, layout, dw_size):
 def test_sizes(size, layout):
     check(Case(2, 12, *size, 18, layout=layout))
     check(Case(1, 8, *size, 16, dw_size=5, layout=layout, act_primary="silu"))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [(1, 1), (7, 7), (9, 11), (14, 14)])
+def test_conv1x1_without_ghosts(size, dtype, layout):
+    for extras in (False, True):
+        case = Case(
+            3, 21, *size, 19, dw_size=1, init_channels=19, dtype=dtype, layout=layout, input_gate=extras,
+            residual=extras, act_primary="prelu" if extras else "relu", per_channel_slope=True,
+        )  # fmt: skip
+        args = make_args(case)
+        check_args(args._replace(cheap_weight=args.primary_weight[:, :1]), case)
+        check_args(args._replace(residual=None), case)
+        check_args(args._replace(input_gate=None), case)
+    deep = Case(5, 200, *size, 37, dw_size=1, init_channels=37, dtype=dtype, layout=layout, sliced=True)
+    check(deep)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kernel", [(3, 3), (5, 5), (7, 7), (1, 5), (5, 1)])
+def test_depthwise(kernel, stride, dtype, layout):
+    common = {"kernel": kernel, "stride": stride, "dtype": dtype, "layout": layout}
+    check(DepthwiseCase(2, 12, 14, 14, **common))
+    check(DepthwiseCase(1, 150, 9, 35, sliced=True, act="hardswish", **common))
+    for size in ((1, 1), (1, 6), (5, 2), (33, 7)):
+        check(DepthwiseCase(2, 19, *size, act="relu6", **common))
+
+
+@given(
+    case=st.builds(
+        DepthwiseCase,
+        batch=st.integers(1, 3),
+        channels=st.integers(2, 70),
+        height=st.integers(1, 30),
+        width=st.integers(1, 70),
+        kernel=st.sampled_from([(3, 3), (5, 5), (7, 7), (1, 5), (5, 1)]),
+        stride=st.integers(1, 2),
+        act=st.sampled_from(ACTS),
+        per_channel_slope=st.booleans(),
+        norm=st.sampled_from(NORMS),
+        dtype=st.sampled_from(DTYPES),
+        norm_dtype=st.sampled_from([None, torch.float32]),
+        layout=st.sampled_from(LAYOUTS),
+        sliced=st.booleans(),
+        seed=st.integers(0, 999),
+    )
+)
+def test_random_depthwise(case):
+    check(case)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("gate", ["sigmoid", "hardsigmoid", "relu6"])
+def test_squeeze_excite(gate, dtype, layout):
+    common = {"gate": gate, "dtype": dtype, "layout": layout}
+    check(SqueezeExciteCase(2, 24, 8, 14, 14, **common))
+    check(SqueezeExciteCase(5, 41, 11, 7, 9, act="silu", bias=False, sliced=True, **common))
+    check(SqueezeExciteCase(1, 3, 1, 1, 1, **common))
+
+
+@given(
+    case=st.builds(
+        SqueezeExciteCase,
+        batch=st.integers(1, 6),
+        channels=st.integers(2, 200),
+        reduced=st.integers(1, 50),
+        height=st.integers(1, 20),
+        width=st.integers(1, 20),
+        act=st.sampled_from(["none", "relu", "relu6", "silu", "hardswish"]),
+        gate=st.sampled_from(["sigmoid", "hardsigmoid", "relu6"]),
+        bias=st.booleans(),
+        dtype=st.sampled_from(DTYPES),
+        layout=st.sampled_from(LAYOUTS),
+        sliced=st.booleans(),
+        seed=st.integers(0, 999),
+    )
+)
+def test_random_squeeze_excite(case):
+    check(case)
 
 
 @given(
@@ -95,7 +192,7 @@ def test_each_instruction_set(isa):
     if ISA in os.environ:
         pytest.skip("runs at one instruction set")
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-x", __file__]
-    command += ["-k", "test_every_kernel or test_sizes or test_chosen"]
+    command += ["-k", "every_kernel or sizes or chosen or without_ghosts or test_depthwise or test_squeeze"]
     run = subprocess.run(command, env=os.environ | {ISA: isa}, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout[-4000:]
 

@@ -1,40 +1,146 @@
-"""fuse(model): finds the Ghost modules of a model, swaps them and changes nothing else."""
+"""fuse(model) and unfuse(model): which families are found, that nothing else changes, and the report."""
 
+import copy
+
+import families
+import pytest
 import torch
 from torch import nn
 
-from ghostfused import FusedGhostModule, fuse
-from ghostfused.fuse import fuse_with_report
+import ghostfused
+from ghostfused import FusedGhostBottleneck, FusedGhostModule, fuse, fuse_with_report, unfuse
 from ghostfused.models import paper, seed
+
+EXACT = {"rtol": 1e-9, "atol": 1e-9}
 
 
 def randomized(model: nn.Module) -> nn.Module:
+    """In eval mode and float64, with statistics and weights as after training."""
     for m in model.modules():
         if isinstance(m, nn.BatchNorm2d):
             nn.init.uniform_(m.running_var, 0.5, 1.5)
             nn.init.normal_(m.running_mean, std=0.3)
+            nn.init.uniform_(m.weight, 0.5, 1.5)
             nn.init.normal_(m.bias, std=0.3)
+        if isinstance(m, nn.PReLU):
+            nn.init.uniform_(m.weight, -0.5, 0.5)
     return model.eval().double()
 
 
-def test_fused_network_is_the_same_network():
-    model = randomized(seed.GhostNet(num_classes=5))
-    before = model.state_dict()
-    fused, report = fuse_with_report(model)
-    assert sum(row.fused for row in report) == 30
-    assert not any(isinstance(m, FusedGhostModule) for m in model.modules()), "not inplace: the model stays as it was"
-    after = fused.state_dict()
-    assert list(after) == list(before)
-    assert all(torch.equal(a, b) for a, b in zip(after.values(), before.values(), strict=True))
-    x = torch.randn(1, 3, 224, 224, dtype=torch.float64)
+def timm_model(name):
+    return pytest.importorskip("timm", reason="timm's own models are what is fused").create_model(name, num_classes=5)
+
+
+def yolo(cfg, fused=False):
+    tasks = pytest.importorskip("ultralytics.nn.tasks", reason="ultralytics' own models are what is fused")
+    model = tasks.DetectionModel(copy.deepcopy(cfg), nc=5, verbose=False)
+    return model.eval().fuse(verbose=False) if fused else model
+
+
+# how to make it, Ghost modules, bottlenecks, modules left alone
+FAMILIES = {
+    "seed": (lambda: seed.GhostNet(num_classes=5), 30, 15, 0),
+    "paper": (lambda: paper.GhostNet(num_classes=5, width=0.5), 32, 16, 0),
+    "official_v1": (families.official, 8, 4, 0),
+    "official_v2": (lambda: families.official(mode="attn"), 8, 4, 0),
+    "nanodet": (families.nanodet, 4, 2, 0),
+    "ghostfacenets": (families.ghostfacenets, 4, 2, 0),
+    **{f"timm_{name}": (lambda name=name: timm_model(name), 32, 16, 0) for name in (
+        "ghostnet_050", "ghostnet_100", "ghostnet_130", "ghostnetv2_100", "ghostnetv2_130", "ghostnetv2_160",
+        "ghostnetv3_050", "ghostnetv3_100", "ghostnetv3_130", "ghostnetv3_160",
+    )},
+    "yolov8n_ghost": (lambda: yolo("yolov8n-ghost.yaml"), 20, 10, 6),
+    "yolov8n_ghost_fused": (lambda: yolo("yolov8n-ghost.yaml", fused=True), 20, 10, 6),
+    "yolov5s_ghost": (lambda: yolo(families.YOLOV5S_GHOST), 24, 11, 6),
+    "yolov5s_ghost_fused": (lambda: yolo(families.YOLOV5S_GHOST, fused=True), 24, 11, 6),
+}  # fmt: skip
+
+
+def run(model, x):
     with torch.no_grad():
-        torch.testing.assert_close(fused(x), model(x), rtol=1e-9, atol=1e-9)
-    assert fuse_with_report(fused)[1] == [], "nothing is left to fuse"
+        out = model(x)
+    return out[0] if isinstance(out, tuple) else out
 
 
-def test_inplace_root_and_shared_modules():
+def deployed(model):
+    """timm's GhostNetV3 is re-parameterized first, which changes its state_dict."""
+    from timm.utils import reparameterize_model
+
+    return reparameterize_model(model)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_fused_network_is_the_same_network(family):
+    make, modules, bottlenecks, left = FAMILIES[family]
+    model = randomized(make())
+    x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    expected = run(model, x)
+    kinds = [type(m) for m in model.modules()]
+    fused, report = fuse_with_report(model)
+    assert [type(m) for m in model.modules()] == kinds, "not in place: the model stays as it was"
+    swapped = [swap for swap in report if swap.fused]
+    assert len(swapped) == modules + bottlenecks, str(report)
+    assert len(report) - len(swapped) == left, str(report)
+    assert sum(isinstance(m, FusedGhostBottleneck) for m in fused.modules()) == bottlenecks
+    torch.testing.assert_close(run(fused, x), expected, **EXACT)
+
+    base = deployed(model) if "ghostnetv3" in family else model
+    state, after = base.state_dict(), fused.state_dict()
+    assert list(after) == list(state)
+    if "ghostnetv3" not in family:
+        assert all(torch.equal(a, b) for a, b in zip(after.values(), state.values(), strict=True))
+    again, report = fuse_with_report(fused)
+    assert not any(swap.fused for swap in report), "a second call is a no-op"
+    assert [type(m) for m in again.modules()] == [type(m) for m in fused.modules()]
+
+    back = unfuse(fused)
+    assert [type(m) for m in back.modules()] == [type(m) for m in base.modules()]
+    assert list(back.state_dict()) == list(state)
+    if "ghostnetv3" not in family:
+        assert torch.equal(run(back, x), expected), "bit for bit"
+        for a, b in zip(back.modules(), model.modules(), strict=True):
+            assert a.__dict__.keys() == b.__dict__.keys(), "no trace is left"
+
+
+def test_training_form_is_left_alone_where_it_can_not_be_changed():
+    model = timm_model("ghostnetv3_050")
+    for reason, mode, inplace in (("eval mode", True, False), ("inplace=False", False, True)):
+        report = fuse_with_report(model.train(mode), inplace=inplace)[1]
+        assert not any(swap.fused for swap in report)
+        assert len(report) == 32
+        assert all("training form" in swap.reason and reason in swap.reason for swap in report)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("family", ["seed", "official_v1", "official_v2", "ghostfacenets", "yolov8n_ghost"])
+def test_gradients_and_running_statistics(family, training):
+    torch.manual_seed(0)
+    model = randomized(FAMILIES[family][0]()).train(training)
+    twin = fuse(model, backend="reference")
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    grads = []
+    for each in (model, twin):
+        torch.manual_seed(0)
+        given = x.clone().requires_grad_()
+        out = each(given)
+        while not isinstance(out, torch.Tensor):
+            out = next(iter(out.values())) if isinstance(out, dict) else out[0]
+        out.square().mean().backward()
+        grads.append([given.grad, *(p.grad for p in each.parameters())])
+    for a, b in zip(*grads, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(b, a, rtol=1e-7, atol=1e-9)
+    for (name, a), b in zip(twin.named_buffers(), model.buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9, msg=name)
+
+
+def test_root_itself_and_shared_modules():
     root = randomized(paper.GhostModule(6, 8))
-    assert isinstance(fuse(root), FusedGhostModule)
+    fused = fuse(root)
+    assert isinstance(fused, FusedGhostModule)
+    assert type(unfuse(fused)) is paper.GhostModule
+    assert isinstance(fuse(paper.GhostBottleneck(6, 12, 8)), FusedGhostBottleneck)
     shared = paper.GhostModule(6, 6)
     model = randomized(nn.Sequential(shared, nn.ReLU(), shared))
     weight = shared.primary_conv[0].weight
@@ -42,3 +148,99 @@ def test_inplace_root_and_shared_modules():
     assert model[0] is model[2]
     assert isinstance(model[0], FusedGhostModule)
     assert model[0].primary_conv[0].weight is weight
+    assert unfuse(model, inplace=True) is model
+    assert model[0] is model[2]
+    assert type(model[0]) is paper.GhostModule
+    assert model[0].primary_conv[0].weight is weight
+
+
+def test_shared_bottleneck_and_tied_weights():
+    block = paper.GhostBottleneck(6, 12, 6)
+    tied = paper.GhostBottleneck(6, 12, 6)
+    tied.ghost1.primary_conv[0].weight = block.ghost1.primary_conv[0].weight
+    model = randomized(nn.Sequential(block, tied, block))
+    fused = fuse(model)
+    assert fused[0] is fused[2]
+    assert fused[1].ghost1.primary_conv[0].weight is fused[0].ghost1.primary_conv[0].weight
+    x = torch.randn(2, 6, 9, 7, dtype=torch.float64)
+    torch.testing.assert_close(fused(x), model(x), **EXACT)
+
+
+def test_levels_and_filter():
+    model = randomized(families.official())
+    by_module, report = fuse_with_report(model, level="module")
+    assert {swap.kind for swap in report} == {"OfficialGhost"}
+    assert not any(isinstance(m, FusedGhostBottleneck) for m in by_module.modules())
+    assert sum(isinstance(m, FusedGhostBottleneck) for m in fuse(by_module, level="bottleneck").modules()) == 4
+    asked = []
+
+    def keep_third(fqn, module):
+        asked.append((fqn, type(module).__name__))
+        return not fqn.startswith("5")
+
+    partly, report = fuse_with_report(model, filter_fn=keep_third, strict=True)
+    assert ("5.ghost1", "OfficialGhost") in asked
+    assert sum(isinstance(m, FusedGhostBottleneck) for m in partly.modules()) == 3
+    assert {swap.fqn: swap.reason for swap in report if not swap.fused} == {
+        "5.ghost1": "filter_fn says no", "5.ghost2": "filter_fn says no",
+    }  # fmt: skip
+
+
+def test_backend_is_that_of_the_call():
+    fused, report = fuse_with_report(randomized(families.official()).float(), backend="reference")
+    assert {m.backend for m in fused.modules() if hasattr(m, "backend")} == {"reference"}
+    assert {swap.backend for swap in report} == {"reference"}
+    for wrong in ({"backend": "x"}, {"level": "network"}):
+        (name,) = wrong
+        with pytest.raises(ValueError, match=f"{name}: expected .* got '{wrong[name]}'"):
+            fuse(nn.ReLU(), **wrong)
+    with pytest.raises(TypeError, match=r"model: expected an nn\.Module, got str"):
+        fuse("model")
+
+
+def test_report_as_a_table_and_as_data(capsys):
+    model = nn.Sequential(paper.GhostModule(4, 8), nn.Sequential(yolo_k3()))
+    fuse(model, verbose=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["name", "class", "fused", "backend", "reason"]
+    report = fuse_with_report(model)[1]
+    assert [(s.fqn, s.kind, s.fused) for s in report] == [("0", "GhostModule", True), ("1.0", "Ghost3x3", False)]
+    assert "3×3 primary conv" in report[1].reason
+    assert all(s.reason is None or s.reason in str(report) for s in report)
+
+
+def yolo_k3():
+    class Ghost3x3(seed.GhostModule):
+        pass
+
+    return Ghost3x3(4, 8, 2, 3, 2)
+
+
+def test_strict_raises_and_leaves_the_model_as_it_was():
+    model = nn.Sequential(paper.GhostModule(4, 8), yolo_k3())
+    kinds = [type(m) for m in model.modules()]
+    with pytest.raises(ValueError, match="strict: left unfused: 1: no kernel for a 3×3 primary conv"):
+        fuse(model, strict=True, inplace=True)
+    assert [type(m) for m in model.modules()] == kinds
+    with pytest.raises(ValueError, match="no Ghost module that can be fused"):
+        fuse(nn.Conv2d(1, 1, 1), strict=True)
+    fused = fuse(nn.Sequential(paper.GhostModule(4, 8)), strict=True)
+    assert fuse(fused, strict=True) is not fused
+
+
+def test_unfuse_keeps_new_values_and_built_modules():
+    model = nn.Sequential(paper.GhostBottleneck(6, 12, 8), FusedGhostModule(8, 4))
+    fused = fuse(model)
+    with torch.no_grad():
+        fused[0].ghost1.primary_conv[0].weight.fill_(3)
+    fused.train()
+    back = unfuse(fused)
+    assert isinstance(back[1], FusedGhostModule)
+    assert type(back[0]) is paper.GhostBottleneck
+    assert back.training
+    assert back[0].ghost1.primary_conv[0].weight.min().item() == 3
+    assert isinstance(fused[0], FusedGhostBottleneck), "not in place"
+
+
+def test_public_names():
+    assert all(hasattr(ghostfused, name) for name in ghostfused.__all__)

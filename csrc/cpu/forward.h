@@ -2,7 +2,10 @@
 // one instruction set.
 #pragma once
 
+#include "fully_connected.h"
 #include "output.h"
+#include "pack.h"
+#include "parameters.h"
 #include "plan.h"
 
 namespace ghostfused::cpu::GHOSTFUSED_ISA {
@@ -16,9 +19,10 @@ class Worker {
         plan(plan),
         at(scratch_layout(s, plan)),
         scratch(thread_scratch(at.total + plan.blocks)),
-        block_ready(scratch + at.total),
-        multiply_kernels() {
-    for (int64_t b = 0; b < plan.blocks; ++b) block_ready[b] = 0.f;
+        block_image(reinterpret_cast<int32_t*>(scratch + at.total)),
+        multiply_kernels(),
+        output(params) {
+    for (int64_t b = 0; b < plan.blocks; ++b) block_image[b] = -1;
     for (int vecs = 1; vecs <= kMaxVecs; ++vecs) {
       for (int rows = 1; rows <= kMaxRows; ++rows) {
         multiply_kernels[rows][vecs] = multiply_kernel<!kChannelsLast>(rows, vecs);
@@ -37,11 +41,16 @@ class Worker {
       c0 = block * plan.block;
       channels = min_of<int64_t>(plan.block, s.init_channels - c0);
       x_h0 = max_of<int64_t>(h0 - pad, 0);
-      if (plan.pack_x && tile != packed) pack_x();
+      if (plan.pack_x && tile != packed) {
+        const int64_t rows = min_of<int64_t>(h1 + pad, s.height) - x_h0;
+        pack_x<T, kChannelsLast>(p, output.n, x_h0, rows, scratch + at.packed_x, at.packed_x_row);
+      }
       packed = tile;
       parameters = scratch + at.blocks + block * at.block_size;
-      if (block_ready[block] == 0.f) prepare_block();
-      block_ready[block] = 1.f;
+      int32_t& image = block_image[block];
+      if (image < 0) prepare_block();
+      if (plan.pack_weight && (image < 0 || (plan.gate_weight && image != output.n))) prepare_weight();
+      image = static_cast<int32_t>(output.n);
       run_unit();
     }
   }
@@ -49,7 +58,7 @@ class Worker {
  private:
   void run_unit() {
     float* x1 = scratch + at.x1;
-    if (kChannelsLast) zero_columns(x1);
+    if (kChannelsLast && pad) zero_columns(x1);
     const int64_t size = kChannelsLast ? 1 : channels;
     int64_t done = x_h0;  // the rows of x1 before this one are made
     for (int64_t h = h0; h < h1; h += plan.chunk) {
@@ -76,7 +85,7 @@ class Worker {
       }
       if (!direct) store_x1(first, own, top);
       done = until;
-      cheap(h, last);
+      if (plan.ghosts) cheap(h, last);
     }
   }
 
@@ -106,6 +115,18 @@ class Worker {
     panel.shift = norm + plan.padded_block;
     panel.slope = norm + 2 * plan.padded_block;
     panel.act = p.primary.act;
+    panel.clamp = clamp_of(p.primary.act);
+    // where there are no ghosts, nobody needs x1 anywhere else
+    const bool only_out = store_too && !plan.ghosts && !p.residual.data;
+    const auto go = [&](Multiply kernel, float* x1_to, int64_t h, int64_t w) {
+      panel.y = x1_to;
+      if (store_too) {
+        float* out = reinterpret_cast<float*>(output.at(c0, h, w));
+        (only_out ? panel.y : panel.copy) = out;
+        panel.residual = reinterpret_cast<const float*>(output.residual_at(c0, h, w));
+      }
+      kernel(panel);
+    };
     const float* x = static_cast<const float*>(p.x.data) + output.n * p.x.stride_n + begin * p.x.stride_h;
     int64_t x_h = p.x.stride_h, x_w = p.x.stride_w, x_c = p.x.stride_c;
     if (plan.pack_x) {
@@ -118,16 +139,15 @@ class Worker {
       panel.b = parameters + at.block_weight;
       panel.b_row = plan.padded_block;
       panel.a_row = x_w;
-      panel.x1_row = plan.padded_block;
-      panel.out_row = p.out.stride_w;
+      panel.y_row = only_out ? p.out.stride_w : plan.padded_block;
+      panel.copy_row = p.out.stride_w;
+      panel.residual_row = p.residual.stride_w;
       const int64_t panels = div_up(s.width, kMaxRows);
       for (int64_t h = begin; h < end; ++h, x += x_h, x1 += at.x1_row) {
         for (int64_t i = 0; i < panels; ++i) {
           const int64_t w = i * s.width / panels, rows = (i + 1) * s.width / panels - w;
           panel.a = x + w * x_w;
-          panel.x1 = x1 + (pad + w) * plan.padded_block;
-          if (store_too) panel.out = reinterpret_cast<float*>(output.at(c0, h, w));
-          multiply_kernels[rows][plan.padded_block / kLanes](panel);
+          go(multiply_kernels[rows][plan.padded_block / kLanes], x1 + (pad + w) * plan.padded_block, h, w);
         }
       }
     } else {
@@ -135,14 +155,12 @@ class Worker {
       panel.a_row = p.primary_weight_stride_n;
       if (plan.pack_weight) panel.a = parameters + at.block_weight, panel.a_row = s.in_channels;
       panel.b_row = x_c;
-      panel.x1_row = at.x1_channel;
-      panel.out_row = p.out.stride_c;
-      float* out = reinterpret_cast<float*>(output.at(c0, begin, 0));
-      const auto run = [&](int64_t pixel, int64_t vecs) {
+      panel.y_row = only_out ? p.out.stride_c : at.x1_channel;
+      panel.copy_row = p.out.stride_c;
+      panel.residual_row = p.residual.stride_c;
+      const auto run = [&](int64_t pixel, int64_t vecs) {  // counted from row begin's first
         panel.b = x + pixel;
-        panel.x1 = x1 + pixel;
-        if (store_too) panel.out = out + pixel;
-        multiply_kernels[channels][vecs](panel);
+        go(multiply_kernels[channels][vecs], x1 + pixel, begin, pixel);
       };
       const int64_t pixels = (end - begin) * s.width, vecs = div_up(pixels, kLanes), panels = div_up(vecs, kMaxVecs);
       for (int64_t i = 0; i < panels; ++i) {
@@ -199,6 +217,7 @@ class Worker {
     const int64_t d = s.dw_size, cheap_per_channel = s.ratio - 1;
     Walk walk{};
     walk.act = p.cheap.act;
+    walk.clamp = clamp_of(p.cheap.act);
     for (int64_t j = 0; j < cheap_per_channel; ++j) {
       const float* weight = parameters + at.block_cheap + j * d * d * plan.padded_block;
       const float* norm = parameters + at.block_norms + (1 + j) * 3 * plan.padded_block;
@@ -268,6 +287,8 @@ class Worker {
     if constexpr (sizeof(T) == sizeof(float)) {
       walk.out = reinterpret_cast<float*>(output.at(c, h, w));
       walk.out_walk = kChannelsLast ? p.out.stride_w : p.out.stride_h;
+      walk.residual = reinterpret_cast<const float*>(output.residual_at(c, h, w));
+      walk.residual_walk = kChannelsLast ? p.residual.stride_w : p.residual.stride_h;
       if (output.plain && step == 1) {
         direct = walk.steps;
         // short rows: what is written past a row's end, the next row overwrites, but for the last ones
@@ -285,6 +306,7 @@ class Worker {
       rest.x1 += direct * walk.walk;
       rest.out = scratch + at.stage;
       rest.out_walk = kLanes;
+      rest.residual = nullptr;
       kernel(rest);
       for (int64_t i = 0; i < staged; ++i) {
         const int64_t at_step = direct + i;
@@ -295,118 +317,45 @@ class Worker {
     walk.steps = direct + staged;
   }
 
-  // The tile's x with its halo, as fp32, through the input gate.
-  void pack_x() {
-    const int64_t pixels = (min_of<int64_t>(h1 + pad, s.height) - x_h0) * s.width;
-    const T* x = static_cast<const T*>(p.x.data) + output.n * p.x.stride_n + x_h0 * p.x.stride_h;
-    const T* gate = static_cast<const T*>(p.input_gate) + (p.input_gate ? output.n * p.input_gate_stride_n : 0);
-    float* to = scratch + at.packed_x;
-    const bool flat = s.height == 1 || p.x.stride_h == s.width * p.x.stride_w;
-    const auto gated = [&](Vec v, Vec factor) {
-      v *= factor;
-      if constexpr (sizeof(T) == sizeof(float)) {
-        return v;
-      } else {
-        return widen(narrow(v, T{}), T{});  // x * gate is rounded, as in PyTorch
-      }
-    };
+  // The 1×1 weights of the block's channels, as the multiplication reads them.
+  void prepare_weight() const {
+    float* weight = parameters + at.block_weight;
+    const T* from = static_cast<const T*>(p.primary_weight) + c0 * p.primary_weight_stride_n;
+    const int64_t stride = p.primary_weight_stride_k, depth = s.in_channels;
     if constexpr (kChannelsLast) {
-      for (int64_t i = 0; i < pixels; ++i, to += at.packed_x_row) {
-        const T* from = x + i / s.width * p.x.stride_h + i % s.width * p.x.stride_w;
-        const auto get = [&](const T* q, int64_t stride, int64_t k, int count) {
-          if (stride == 1 && count == kLanes) return load_float(q + k);
-          return gather(q + k * stride, stride, count);
-        };
-        for (int64_t k = 0; k < s.in_channels; k += kLanes) {
-          const int count = min_of<int64_t>(s.in_channels - k, kLanes);
-          Vec v = get(from, p.x.stride_c, k, count);
-          if (gate) v = gated(v, get(gate, p.input_gate_stride_c, k, count));
-          if (count == kLanes) {
-            store(to + k, v);
-          } else {
-            store_part(to + k, v, count);
-          }
-        }
+      zero(weight, plan.padded_block * depth);
+      for (int64_t c = 0; c < channels; ++c, from += p.primary_weight_stride_n) {
+        for (int64_t k = 0; k < depth; ++k) weight[c + k * plan.padded_block] = to_float(from[k * stride]);
       }
     } else {
-      for (int64_t k = 0; k < s.in_channels; ++k, to += at.packed_x_row) {
-        const Vec factor = splat(gate ? to_float(gate[k * p.input_gate_stride_c]) : 1.f);
-        const T* from = x + k * p.x.stride_c;
-        const int64_t run = flat ? pixels : s.width;  // pixels at one stride
-        for (int64_t begin = 0; begin < pixels; begin += run, from += p.x.stride_h) {
-          for (int64_t i = 0; i < run; i += kLanes) {
-            const int count = min_of<int64_t>(run - i, kLanes);
-            const T* q = from + i * p.x.stride_w;
-            Vec v = p.x.stride_w == 1 && count == kLanes ? load_float(q) : gather(q, p.x.stride_w, count);
-            if (gate) v = gated(v, factor);
-            store(to + begin + i, v);
-          }
+      const T* gate =
+          plan.gate_weight ? static_cast<const T*>(p.input_gate) + output.n * p.input_gate_stride_n : nullptr;
+      for (int64_t c = 0; c < channels; ++c, from += p.primary_weight_stride_n, weight += depth) {
+        for (int64_t k = 0; k < depth; k += kLanes) {
+          const int count = min_of<int64_t>(depth - k, kLanes);
+          Vec v = load_strided(from + k * stride, stride, count);
+          if (gate) v *= load_strided(gate + k * p.input_gate_stride_c, p.input_gate_stride_c, count);
+          store_part(weight + k, v, count);
         }
       }
     }
   }
 
-  static Vec gather(const T* p, int64_t stride, int count) {
-    Vec v{};
-    for (int i = 0; i < count; ++i) v[i] = to_float(p[i * stride]);
-    return v;
-  }
-
-  // The weights and norms of the block's channels, as the kernels read them.
-  void prepare_block() {
-    const int64_t padded = plan.padded_block, d = s.dw_size, cheap_per_channel = s.ratio - 1;
-    float* weight = parameters + at.block_weight;
-    if (plan.pack_weight) {
-      const T* from = static_cast<const T*>(p.primary_weight) + c0 * p.primary_weight_stride_n;
-      const int64_t to_c = kChannelsLast ? 1 : s.in_channels, to_k = kChannelsLast ? padded : 1;
-      if (kChannelsLast) zero(weight, padded * s.in_channels);
-      for (int64_t c = 0; c < channels; ++c) {
-        for (int64_t k = 0; k < s.in_channels; ++k) {
-          weight[c * to_c + k * to_k] = to_float(from[c * p.primary_weight_stride_n + k * p.primary_weight_stride_k]);
-        }
-      }
-    }
+  // Its norms and depthwise weights.
+  void prepare_block() const {
+    const int64_t padded = plan.padded_block, d = s.dw_size, cheap_per_channel = plan.ghosts ? s.ratio - 1 : 0;
     float* norm = parameters + at.block_norms;
     zero(norm, (1 + cheap_per_channel) * 3 * padded);
-    prepare_norm(p.primary, norm, c0, 1);
+    prepare_norm<T>(p.primary, c0, 1, channels, norm, padded);
+    const Taps taps{
+        p.cheap_weight, p.cheap_weight_stride_c, p.cheap_weight_stride_h, p.cheap_weight_stride_w, s.dw_size,
+        s.dw_size};
     for (int64_t j = 0; j < cheap_per_channel; ++j) {
-      prepare_norm(p.cheap, norm + (1 + j) * 3 * padded, c0 * cheap_per_channel + j, cheap_per_channel);
-      // (tap, channel); the taps in the order that the walk meets them
+      const int64_t first = c0 * cheap_per_channel + j;
+      prepare_norm<T>(p.cheap, first, cheap_per_channel, channels, norm + (1 + j) * 3 * padded, padded);
       float* to = parameters + at.block_cheap + j * d * d * padded;
       zero(to, d * d * padded);
-      for (int64_t c = 0; c < channels; ++c) {
-        const T* from =
-            static_cast<const T*>(p.cheap_weight) + ((c0 + c) * cheap_per_channel + j) * p.cheap_weight_stride_c;
-        for (int64_t h = 0; h < d; ++h) {
-          for (int64_t w = 0; w < d; ++w) {
-            const int64_t tap = kChannelsLast ? w * d + h : h * d + w;
-            to[tap * padded + c] = to_float(from[h * p.cheap_weight_stride_h + w * p.cheap_weight_stride_w]);
-          }
-        }
-      }
-    }
-  }
-
-  // (scale, shift, slope) of the block's channels, with norm(y + bias) = y * scale + shift. In double, since what is
-  // rounded here counts most where y * scale and shift nearly cancel.
-  void prepare_norm(const NormAct& half, float* to, int64_t first, int64_t step) const {
-    const auto get = [](const ChannelVector& v, int64_t c, bool is_float32) {
-      return is_float32 ? static_cast<const float*>(v.data)[c * v.stride]
-                        : to_float(static_cast<const T*>(v.data)[c * v.stride]);
-    };
-    for (int64_t i = 0; i < channels; ++i) {
-      const int64_t c = first + i * step;
-      double scale = 1, shift = 0;
-      if (half.mean.data) {
-        scale = 1 / __builtin_sqrt(get(half.var, c, half.norm_is_float32) + double{half.eps});
-        if (half.gamma.data) scale *= get(half.gamma, c, half.norm_is_float32);
-        shift = -get(half.mean, c, half.norm_is_float32) * scale;
-        if (half.beta.data) shift += get(half.beta, c, half.norm_is_float32);
-      }
-      if (half.bias.data) shift += get(half.bias, c, false) * scale;
-      to[i] = static_cast<float>(scale);
-      to[i + plan.padded_block] = static_cast<float>(shift);
-      to[i + 2 * plan.padded_block] = half.act == Act::kPReLU ? get(half.slope, c, false) : half.negative_slope;
+      prepare_taps<T>(taps, kChannelsLast, first, cheap_per_channel, channels, to, padded);  // as the walk meets them
     }
   }
 
@@ -415,10 +364,10 @@ class Worker {
   const Plan& plan;
   const Scratch at;
   float* const scratch;
-  float* const block_ready;  // per block: 1 once its parameters are prepared
-  const int64_t pad = s.dw_size / 2;
+  int32_t* const block_image;  // per block: that for which its parameters were prepared last, or -1
+  const int64_t pad = plan.pad;
   Multiply multiply_kernels[kMaxRows + 1][kMaxVecs + 1];
-  Output<T> output{p, 0, !p.residual.data && !p.output_gate.data};
+  Output<T> output;
 
   // the current unit
   int64_t h0, h1, x_h0, c0, channels;
@@ -442,18 +391,12 @@ void run_units(int64_t begin, int64_t end, void* context) {
 
 inline void forward(const GhostForwardParams& p, const Threads& threads) {
   const GhostShape& s = p.shape;
+  if (is_fully_connected(p)) return fully_connected(p, threads);
   const Plan plan = make_plan(p, threads.count);
   Task task{p, plan};
-  const Body body = s.path == Path::kFloat16    ? run_units<Float16>
-                    : s.path == Path::kBFloat16 ? run_units<BFloat16>
-                                                : run_units<float>;
   const double work = static_cast<double>(s.batch) * s.height * s.width * s.init_channels *
                       (s.in_channels + s.dw_size * s.dw_size * (s.ratio - 1));
-  if (threads.count == 1 || plan.units == 1 || work < kSerialWork) {
-    body(0, plan.units, &task);
-  } else {
-    threads.parallel_for(plan.units, body, &task);
-  }
+  run(threads, plan.units, work, GHOSTFUSED_BY_PATH(s.path, run_units), &task);
 }
 
 }  // namespace ghostfused::cpu::GHOSTFUSED_ISA

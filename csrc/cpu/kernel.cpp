@@ -13,11 +13,6 @@
 
 namespace ghostfused::cpu {
 
-void forward_baseline(const GhostForwardParams& params, const Threads& threads);
-void forward_avx2(const GhostForwardParams& params, const Threads& threads);
-void forward_avx512vl(const GhostForwardParams& params, const Threads& threads);
-void forward_avx512(const GhostForwardParams& params, const Threads& threads);
-
 namespace {
 
 bool always() { return true; }
@@ -42,11 +37,9 @@ bool is_amd_19h() {
 }  // namespace
 
 const Isa kIsas[] = {
-    {"baseline", 4, always, forward_baseline},
+    {"baseline", 4, always, &kBaseline},
 #ifdef __x86_64__
-    {"avx2", 8, has_avx2, forward_avx2},
-    {"avx512vl", 8, has_avx512, forward_avx512vl},
-    {"avx512", 16, has_avx512, forward_avx512},
+    {"avx2", 8, has_avx2, &kAvx2},       {"avx512vl", 8, has_avx512, &kAvx512vl}, {"avx512", 16, has_avx512, &kAvx512},
 #endif
     {nullptr, 0, nullptr, nullptr},
 };

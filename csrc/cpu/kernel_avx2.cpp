@@ -10,9 +10,9 @@
 #define GHOSTFUSED_ISA avx2
 #define GHOSTFUSED_LANES 8
 #define GHOSTFUSED_X86_HALVES
-#include "forward.h"
+#include "kernels.h"
 
 namespace ghostfused::cpu {
-void forward_avx2(const GhostForwardParams& params, const Threads& threads) { avx2::forward(params, threads); }
+const Kernels kAvx2 = avx2::kernels;
 }  // namespace ghostfused::cpu
 #endif  // __x86_64__

@@ -11,9 +11,9 @@
 #define GHOSTFUSED_LANES 16
 #define GHOSTFUSED_MANY_REGISTERS
 #define GHOSTFUSED_X86_HALVES
-#include "forward.h"
+#include "kernels.h"
 
 namespace ghostfused::cpu {
-void forward_avx512(const GhostForwardParams& params, const Threads& threads) { avx512::forward(params, threads); }
+const Kernels kAvx512 = avx512::kernels;
 }  // namespace ghostfused::cpu
 #endif  // __x86_64__

@@ -9,8 +9,8 @@
 #ifdef __aarch64__
 #define GHOSTFUSED_MANY_REGISTERS
 #endif
-#include "forward.h"
+#include "kernels.h"
 
 namespace ghostfused::cpu {
-void forward_baseline(const GhostForwardParams& params, const Threads& threads) { baseline::forward(params, threads); }
+const Kernels kBaseline = baseline::kernels;
 }  // namespace ghostfused::cpu

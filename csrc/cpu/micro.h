@@ -21,7 +21,15 @@ constexpr int kLine = 16, kPrefetchX = 120, kPrefetchOut = 72;
 // more; it takes parts this short to stay within twice PyTorch's error on small random modules (1 in 1000 misses it).
 GHOSTFUSED_INLINE int64_t part_of(int64_t depth) { return depth <= 64 ? 16 : depth <= 256 ? 32 : 64; }
 
-// x1 = act(scale * (a b) + shift): a (rows, depth) read by broadcasts, b (depth, vecs * kLanes), row-major all.
+// p + step, opaquely: the compiler would compute the addresses of all rows ahead, and run out of registers.
+template <typename P>
+GHOSTFUSED_INLINE P next_row(P p, int64_t step) {
+  p += step;
+  asm("" : "+r"(p));
+  return p;
+}
+
+// y = act(scale * (a b) + shift): a (rows, depth) read by broadcasts, b (depth, vecs * kLanes), row-major all.
 // NCHW: rows are channels, vectors lie along pixels. channels_last: rows are pixels, vectors lie along channels.
 struct Panel {
   const float* a;
@@ -29,58 +37,115 @@ struct Panel {
   const float* b;
   int64_t b_row;
   int64_t depth;
-  float* x1;
-  int64_t x1_row;
-  float* out;  // where the result goes too, or null
-  int64_t out_row;
+  float* y;
+  int64_t y_row;
+  float* copy;  // where y goes too, with the residual added if there is one; or null
+  int64_t copy_row;
+  const float* residual;
+  int64_t residual_row;
   const float *scale, *shift, *slope;  // one per row, or one per column of b
   Act act;
+  Clamp clamp;  // that of act
 };
+
+// The other activations, in place. Out of line, since a call would make the kernels save every accumulator.
+template <bool kRowsAreChannels>
+__attribute__((noinline)) void activate_panel(const Panel& p, int rows, int vecs) {
+  for (int i = 0; i < rows; ++i) {
+    for (int j = 0; j < vecs; ++j) {
+      const int at = j * kLanes;
+      const Vec slope = kRowsAreChannels ? splat(p.slope[i]) : load(p.slope + at);
+      const Vec y = activate(load(p.y + i * p.y_row + at), slope, p.act);
+      store(p.y + i * p.y_row + at, y);
+      if (p.copy) {
+        store(p.copy + i * p.copy_row + at, p.residual ? y + load(p.residual + i * p.residual_row + at) : y);
+      }
+    }
+  }
+}
 
 template <int kRows, int kVecs, bool kRowsAreChannels>
 void multiply(const Panel& p) {
-  Vec sum[kRows][kVecs], total[kRows][kVecs];
+  Vec sum[kRows][kVecs];
   const int64_t part = part_of(p.depth);
-  const bool in_parts = p.depth > part;
-  for (int i = 0; i < kRows; ++i) {
-    for (int j = 0; j < kVecs; ++j) sum[i][j] = total[i][j] = Vec{};
-  }
   const float *a = p.a, *b = p.b;
-  for (int64_t left = p.depth;;) {
+  for (int64_t left = p.depth;; left -= part) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 8
+      for (int j = 0; j < kVecs; ++j) sum[i][j] = Vec{};
+    }
     for (int64_t k = min_of(left, part); k > 0; --k, ++a, b += p.b_row) {
       Vec row[kVecs];
+#pragma GCC unroll 8
       for (int j = 0; j < kVecs; ++j) row[j] = load(b + j * kLanes);
       if (kRowsAreChannels) {  // every row is in another page, where the hardware doesn't look ahead
         __builtin_prefetch(b + kPrefetchX);
         __builtin_prefetch(b + kPrefetchX + kLine);
       }
+#pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i) {
         const Vec factor = splat(a[i * p.a_row]);
+#pragma GCC unroll 8
         for (int j = 0; j < kVecs; ++j) sum[i][j] += factor * row[j];
       }
     }
-    left -= part;
-    if (left <= 0) break;
-    for (int i = 0; i < kRows; ++i) {
-      for (int j = 0; j < kVecs; ++j) {
-        total[i][j] += sum[i][j];
-        sum[i][j] = Vec{};
+    if (left <= part) break;
+    // what the parts add up to waits where y will be: there is no register for it
+    float* total = p.y;
+    if (left == p.depth) {
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i, total = next_row(total, p.y_row)) {
+#pragma GCC unroll 8
+        for (int j = 0; j < kVecs; ++j) store(total + j * kLanes, sum[i][j]);
+      }
+    } else {
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i, total = next_row(total, p.y_row)) {
+#pragma GCC unroll 8
+        for (int j = 0; j < kVecs; ++j) store(total + j * kLanes, load(total + j * kLanes) + sum[i][j]);
       }
     }
   }
-  for (int i = 0; i < kRows; ++i) {
-    for (int j = 0; j < kVecs; ++j) {
-      const int at = j * kLanes;
-      const Vec scale = kRowsAreChannels ? splat(p.scale[i]) : load(p.scale + at);
-      const Vec shift = kRowsAreChannels ? splat(p.shift[i]) : load(p.shift + at);
-      const Vec slope = kRowsAreChannels ? splat(p.slope[i]) : load(p.slope + at);
-      if (in_parts) sum[i][j] += total[i][j];
-      const Vec y = activate(sum[i][j] * scale + shift, slope, p.act);
-      store(p.x1 + i * p.x1_row + at, y);
-      if (p.out) store(p.out + i * p.out_row + at, y);
-      if (kRowsAreChannels && p.out && j != 1) __builtin_prefetch(p.out + i * p.out_row + at + kPrefetchOut, 1);
+  if (p.depth > part) {
+    const float* total = p.y;
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i, total = next_row(total, p.y_row)) {
+#pragma GCC unroll 8
+      for (int j = 0; j < kVecs; ++j) sum[i][j] += load(total + j * kLanes);
     }
   }
+  const Clamp bounds = p.clamp;
+  float *y = p.y, *copy = p.copy;
+  const float *scales = p.scale, *shifts = p.shift, *residual = p.residual;
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i, y = next_row(y, p.y_row)) {
+#pragma GCC unroll 8
+    for (int j = 0; j < kVecs; ++j) {
+      const Vec scale = kRowsAreChannels ? splat(scales[i]) : load(scales + j * kLanes);
+      const Vec shift = kRowsAreChannels ? splat(shifts[i]) : load(shifts + j * kLanes);
+      sum[i][j] = clamp(sum[i][j] * scale + shift, bounds);
+      store(y + j * kLanes, sum[i][j]);
+    }
+  }
+  if (copy) {
+    if (residual) {
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i, residual = next_row(residual, p.residual_row)) {
+#pragma GCC unroll 8
+        for (int j = 0; j < kVecs; ++j) sum[i][j] += load(residual + j * kLanes);
+      }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i, copy = next_row(copy, p.copy_row)) {
+#pragma GCC unroll 8
+      for (int j = 0; j < kVecs; ++j) {
+        store(copy + j * kLanes, sum[i][j]);
+        if (kRowsAreChannels && j != 1) __builtin_prefetch(copy + j * kLanes + kPrefetchOut, 1);
+      }
+    }
+  }
+  if (!is_clamp(p.act)) activate_panel<kRowsAreChannels>(p, kRows, kVecs);
 }
 
 using Multiply = void (*)(const Panel&);
@@ -105,14 +170,17 @@ struct Walk {
   const Ints* mask;  // per tap across: lanes inside the image. All are at the middle tap
   float* out;
   int64_t out_walk;
+  const float* residual;  // added to what goes out, or null
+  int64_t residual_walk;
   int steps;
   Vec scale, shift, slope;
   Act act;
+  Clamp clamp;  // that of act
 };
 
 // kOutputs steps at once, so that each loaded vector serves all the taps that it lies under.
 template <int kSize, int kOutputs, bool kMasked>
-GHOSTFUSED_INLINE void depthwise_step(const Walk& p, const float* x1, float* out) {
+GHOSTFUSED_INLINE void depthwise_step(const Walk& p, const float* x1, float* out, const float* residual) {
   constexpr bool kInParts = kSize > 3;  // for the same reason
   Vec sum[kOutputs] = {};
 #pragma GCC unroll 16
@@ -134,18 +202,26 @@ GHOSTFUSED_INLINE void depthwise_step(const Walk& p, const float* x1, float* out
     for (int o = 0; kInParts && o < kOutputs; ++o) sum[o] += part[o];
   }
   for (int o = 0; o < kOutputs; ++o) __builtin_prefetch(out + o * p.out_walk + kLine, 1);
-  for (int o = 0; o < kOutputs; ++o) store(out + o * p.out_walk, activate(sum[o] * p.scale + p.shift, p.slope, p.act));
+  for (int o = 0; o < kOutputs; ++o) {
+    sum[o] = clamp(sum[o] * p.scale + p.shift, p.clamp);
+    if (__builtin_expect(!is_clamp(p.act), 0)) sum[o] = activate(sum[o], p.slope, p.act);
+    if (residual) sum[o] += load(residual + o * p.residual_walk);
+    store(out + o * p.out_walk, sum[o]);
+  }
 }
 
 template <int kSize, bool kMasked>
 void depthwise(const Walk& p) {
-  const float* x1 = p.x1;
+  const float *x1 = p.x1, *residual = p.residual;
   float* out = p.out;
   int left = p.steps;
-  for (; left >= 4; left -= 4, x1 += 4 * p.walk, out += 4 * p.out_walk) depthwise_step<kSize, 4, kMasked>(p, x1, out);
-  if (left == 3) return depthwise_step<kSize, 3, kMasked>(p, x1, out);
-  if (left == 2) return depthwise_step<kSize, 2, kMasked>(p, x1, out);
-  if (left == 1) return depthwise_step<kSize, 1, kMasked>(p, x1, out);
+  for (; left >= 4; left -= 4, x1 += 4 * p.walk, out += 4 * p.out_walk) {
+    depthwise_step<kSize, 4, kMasked>(p, x1, out, residual);
+    if (residual) residual += 4 * p.residual_walk;
+  }
+  if (left == 3) return depthwise_step<kSize, 3, kMasked>(p, x1, out, residual);
+  if (left == 2) return depthwise_step<kSize, 2, kMasked>(p, x1, out, residual);
+  if (left == 1) return depthwise_step<kSize, 1, kMasked>(p, x1, out, residual);
 }
 
 using Depthwise = void (*)(const Walk&);

@@ -8,23 +8,29 @@ namespace ghostfused::cpu::GHOSTFUSED_ISA {
 template <typename T>
 struct Output {
   const GhostForwardParams& p;
-  int64_t n;
-  bool plain;  // no gate, no residual
+  int64_t n = 0;  // the image
+  bool plain;     // no gate, and no residual but one whose vectors can be loaded where the output's are stored
+
+  Output(const GhostForwardParams& p) : p(p), plain(!p.output_gate.data && (!p.residual.data || residual_matches())) {}
 
   T* at(int64_t c, int64_t h, int64_t w) const { return static_cast<T*>(p.out.data) + offset(p.out, c, h, w); }
 
+  const T* residual_at(int64_t c, int64_t h, int64_t w) const {
+    return p.residual.data ? static_cast<const T*>(p.residual.data) + offset(p.residual, c, h, w) : nullptr;
+  }
+
   // ``lanes`` numbers of y: pixels w, w + 1, … of channel c, or, in channels_last, channels c, c + step, … of a pixel.
   void put(Vec y, int64_t c, int64_t h, int64_t w, int lanes, int step = 1) const {
-    if (!plain) y = gate_and_residual(y, c, h, w, lanes, step);
-    T* out = at(c, h, w);
-    if (lanes == kLanes && step == 1) {
-      store_float(out, y);
-    } else {
-      store_part(out, y, lanes, step);
-    }
+    if (p.output_gate.data || p.residual.data) y = gate_and_residual(y, c, h, w, lanes, step);
+    store_part(at(c, h, w), y, lanes, step);
   }
 
  private:
+  bool residual_matches() const {
+    const Tensor4 &a = p.residual, &b = p.out;
+    return p.shape.channels_last ? a.stride_c == 1 : a.stride_w == 1 && a.stride_h == b.stride_h;
+  }
+
   int64_t offset(const Tensor4& t, int64_t c, int64_t h, int64_t w) const {
     return n * t.stride_n + c * t.stride_c + h * t.stride_h + w * t.stride_w;
   }

@@ -2,26 +2,31 @@
 #pragma once
 
 #include "micro.h"
+#include "parallel.h"
 
 namespace ghostfused::cpu::GHOSTFUSED_ISA {
 
 constexpr int64_t kTileBytes = 384 << 10;   // of x in one tile: stays in a core's L2 while every block reads it
 constexpr int64_t kChunkBytes = 192 << 10;  // of x1 in one chunk: stays in L2, and a channel of it in L1
-constexpr int64_t kSerialWork = 200 << 10;  // multiply-adds that are done before other threads would wake up
 
 // A unit is one block of init channels × one tile of rows of one image; it goes down the tile in chunks of rows.
 struct Plan {
   int64_t block, blocks, padded_block;  // channels of a block; padded to whole vectors
   int64_t rows, tiles, chunk;           // rows of a tile and of a chunk
   bool pack_x, pack_weight;  // copied as fp32 with unit stride, because the multiplication can't read it as it is
+  bool gate_weight;          // the input gate goes to the packed weights, else to the packed x
+  bool ghosts;               // false: a 1×1 convolution and no more
+  int64_t pad;
   int64_t units;
 };
 
 inline Plan make_plan(const GhostForwardParams& p, int threads) {
   const GhostShape& s = p.shape;
-  const int64_t depth = s.in_channels, height = s.height, width = s.width, pad = s.dw_size / 2;
+  const int64_t depth = s.in_channels, height = s.height, width = s.width;
   const bool is_float = s.path == Path::kFloat32 || s.path == Path::kTF32;
   Plan plan{};
+  plan.ghosts = s.out_channels > s.init_channels;
+  const int64_t pad = plan.pad = plan.ghosts ? s.dw_size / 2 : 0;
 
   plan.rows = max_of<int64_t>(kTileBytes / (depth * width * 4), 4);
   plan.tiles = div_up(height, plan.rows);
@@ -47,15 +52,18 @@ inline Plan make_plan(const GhostForwardParams& p, int threads) {
   const int64_t row_bytes = s.channels_last ? plan.padded_block * (width + 2 * pad) * 4 : plan.block * width * 4;
   const int64_t chunk = max_of<int64_t>(kChunkBytes / row_bytes - 2 * pad, 2);
   plan.chunk = div_up(plan.rows, div_up(plan.rows, chunk));
+  if (!plan.ghosts && is_float && !p.residual.data && !p.output_gate.data) plan.chunk = plan.rows;  // x1 is the output
   plan.pack_weight = s.channels_last || !is_float || (depth > 1 && p.primary_weight_stride_k != 1);
-  plan.pack_x = !is_float || s.input_gate;
+  plan.pack_x = !is_float;
   if (s.channels_last) {
-    plan.pack_x |= depth > 1 && p.x.stride_c != 1;
+    plan.pack_x |= s.input_gate || (depth > 1 && p.x.stride_c != 1);
   } else {
     // vectors lie along the pixels of a channel, across rows; they mustn't reach past x's end
     plan.pack_x |= (width > 1 && p.x.stride_w != 1) || (height > 1 && p.x.stride_h != width);
     plan.pack_x |= width < kLanes && (plan.chunk != height || height * width < kLanes);
   }
+  plan.gate_weight = s.input_gate && !plan.pack_x;
+  plan.pack_weight |= plan.gate_weight;
   return plan;
 }
 
@@ -67,7 +75,7 @@ struct Scratch {
 };
 
 inline Scratch scratch_layout(const GhostShape& s, const Plan& plan) {
-  const int64_t pad = s.dw_size / 2, rows = plan.chunk + 2 * pad, cheap = s.ratio - 1, margin = 64;
+  const int64_t pad = plan.pad, rows = plan.chunk + 2 * pad, cheap = plan.ghosts ? s.ratio - 1 : 0, margin = 64;
   Scratch at{};
   at.block_weight = 0;
   at.block_cheap = plan.pack_weight ? plan.padded_block * s.in_channels : 0;

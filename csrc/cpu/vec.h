@@ -105,12 +105,14 @@ GHOSTFUSED_INLINE float to_float(T x) {
 // The first ``count`` lanes of memory; zeros after them. And the reverse.
 template <typename T>
 GHOSTFUSED_INLINE Vec load_part(const T* p, int count) {
+  if (count == kLanes) return load_float(p);
   T lanes[kLanes] = {};
   for (int i = 0; i < count; ++i) lanes[i] = p[i];
   return load_float(lanes);
 }
 template <typename T>
 GHOSTFUSED_INLINE void store_part(T* p, Vec v, int count, int64_t stride = 1) {
+  if (count == kLanes && stride == 1) return store_float(p, v);
   T lanes[kLanes];
   store_float(lanes, v);
   for (int i = 0; i < count; ++i) p[i * stride] = lanes[i];
@@ -135,29 +137,37 @@ GHOSTFUSED_INLINE Vec exp(Vec x) {
   return p * reinterpret_cast<Vec>((half + 127) << 23) * reinterpret_cast<Vec>((whole - half + 127) << 23);
 }
 
-// The activations that cost more than a comparison or are rare: a call keeps their code out of the unrolled kernels.
-__attribute__((noinline)) static Vec activate_other(Vec x, Vec slope, Act act) {
+// Every comparison below is written so that NaN takes the branch that keeps it, as in PyTorch.
+
+// None, ReLU and ReLU6 are clamps between these bounds, with no branch in the kernels.
+struct Clamp {
+  Vec low, high;
+};
+inline Clamp clamp_of(Act act) {
+  const float infinity = __builtin_inff();
+  return {splat(act == Act::kReLU || act == Act::kReLU6 ? 0.f : -infinity), splat(act == Act::kReLU6 ? 6.f : infinity)};
+}
+GHOSTFUSED_INLINE bool is_clamp(Act act) { return act <= Act::kReLU6; }
+GHOSTFUSED_INLINE Vec clamp(Vec x, const Clamp& to) {
+  x = to.low > x ? to.low : x;
+  return x > to.high ? to.high : x;
+}
+
+// The other activations: a call keeps their code out of the unrolled kernels.
+__attribute__((noinline)) static Vec activate(Vec x, Vec slope, Act act) {
   switch (act) {
-    case Act::kReLU6: {
-      const Vec y = 0.f > x ? Vec{} : x;
-      return y > 6.f ? splat(6.f) : y;
-    }
     case Act::kSiLU:
       return x / (1.f + exp(-x));
     case Act::kHardswish: {
       const Vec y = x + 3.f, low = 0.f > y ? Vec{} : y;
       return x * (low > 6.f ? splat(6.f) : low) * (1.f / 6.f);
     }
-    default:  // LeakyReLU, PReLU
+    case Act::kLeakyReLU:
+    case Act::kPReLU:
       return x > 0.f ? x : x * slope;
+    default:
+      return clamp(x, clamp_of(act));
   }
-}
-
-// Every comparison is written so that NaN takes the branch that keeps it, as in PyTorch.
-GHOSTFUSED_INLINE Vec activate(Vec x, Vec slope, Act act) {
-  if (act == Act::kNone) return x;
-  if (__builtin_expect(act == Act::kReLU, 1)) return Vec{} > x ? Vec{} : x;
-  return activate_other(x, slope, act);
 }
 
 }  // namespace ghostfused::cpu::GHOSTFUSED_ISA

@@ -1,11 +1,11 @@
-"""The C++ SIMD kernel as a backend. The extension ``ghostfused._cpu`` registers it; nothing here fails without one."""
+"""The C++ SIMD kernels as a backend. The extension ``ghostfused._cpu`` registers them; nothing here fails without one."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from ..ops import forward_op
-from ..spec import Args, GhostArgs
+from ..spec import Args
 from .common import kernel_refusal, placement_refusal
 from .extension import Extension
 
@@ -22,15 +22,13 @@ def supports(args: Args) -> str | None:
     """Why the kernel can't run ``args``; None if it can."""
     if _extension.failure is not None:
         return _extension.failure
-    if not isinstance(args, GhostArgs):
-        return f"the op {args.op}"
     if args.x.device.type != "cpu":
         return f"tensors on {args.x.device} (the kernel takes CPU tensors)"
     return kernel_refusal(args) or placement_refusal(args)
 
 
 def forward(args: Args) -> Tensor:
-    """Runs the kernel of the op of ``args``, a Ghost module: x of shape (N, Cin, H, W), any strides, to (N, out_channels, H, W).
+    """Runs the kernel of the op of ``args``, whose class describes inputs and output.
 
     Raises:
         RuntimeError: an argument doesn't fit, named in the message.

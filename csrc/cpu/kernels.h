@@ -1,0 +1,26 @@
+// All kernels. Each kernel_*.cpp file that includes this compiles them for one instruction set.
+#pragma once
+
+#include "depthwise.h"
+#include "forward.h"
+#include "squeeze_excite.h"
+
+namespace ghostfused::cpu::GHOSTFUSED_ISA {
+
+// For the benchmarks: what share of the multiply-adds that a core can do the kernels do.
+inline double multiply_add(int64_t count) {
+  constexpr int kChains = 12;  // more than latency × units
+  Vec sum[kChains], a = splat(0.5f), b = splat(1.f);
+  for (int j = 0; j < kChains; ++j) sum[j] = splat(static_cast<float>(j));
+  for (int64_t i = 0; i < count; ++i) {
+#pragma GCC unroll 12
+    for (int j = 0; j < kChains; ++j) sum[j] = sum[j] * a + b;
+  }
+  for (int j = 1; j < kChains; ++j) sum[0] += sum[j];
+  asm volatile("" : "+m"(sum[0]));
+  return 2.0 * kChains * kLanes * static_cast<double>(count);
+}
+
+inline constexpr Kernels kernels{forward, depthwise, squeeze_excite, multiply_add};
+
+}  // namespace ghostfused::cpu::GHOSTFUSED_ISA

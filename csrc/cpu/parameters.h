@@ -1,0 +1,81 @@
+// Norms and depthwise weights as the kernels read them: fp32, a channel per lane.
+#pragma once
+
+#include "vec.h"
+
+namespace ghostfused::cpu::GHOSTFUSED_ISA {
+
+// Numbers c, c + step, … of a vector of channels.
+template <typename T>
+void read_channels(const ChannelVector& v, bool is_float32, int64_t c, int64_t step, int count, float* to) {
+  const int64_t stride = v.stride * step;
+  if (is_float32) {
+    const float* from = static_cast<const float*>(v.data) + c * v.stride;
+    for (int i = 0; i < count; ++i) to[i] = from[i * stride];
+  } else {
+    const T* from = static_cast<const T*>(v.data) + c * v.stride;
+    for (int i = 0; i < count; ++i) to[i] = to_float(from[i * stride]);
+  }
+}
+
+// (scale, shift, slope), ``next`` floats apart, of the channels first, first + step, …, with
+// norm(y + bias) = y * scale + shift. In double, since what is rounded here counts most where y * scale and shift
+// nearly cancel.
+template <typename T>
+void prepare_norm(const NormAct& half, int64_t first, int64_t step, int64_t count, float* to, int64_t next) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const int lanes = min_of<int64_t>(kLanes, count - i);
+    const int64_t c = first + i * step;
+    float in[kLanes] = {};
+    double scale[kLanes], shift[kLanes];
+    for (int l = 0; l < kLanes; ++l) scale[l] = 1, shift[l] = 0;
+    if (half.mean.data) {
+      read_channels<T>(half.var, half.norm_is_float32, c, step, lanes, in);
+      for (int l = 0; l < kLanes; ++l) scale[l] = 1 / __builtin_sqrt(in[l] + double{half.eps});
+      if (half.gamma.data) {
+        read_channels<T>(half.gamma, half.norm_is_float32, c, step, lanes, in);
+        for (int l = 0; l < kLanes; ++l) scale[l] *= in[l];
+      }
+      read_channels<T>(half.mean, half.norm_is_float32, c, step, lanes, in);
+      for (int l = 0; l < kLanes; ++l) shift[l] = -in[l] * scale[l];
+      if (half.beta.data) {
+        read_channels<T>(half.beta, half.norm_is_float32, c, step, lanes, in);
+        for (int l = 0; l < kLanes; ++l) shift[l] += in[l];
+      }
+    }
+    if (half.bias.data) {
+      read_channels<T>(half.bias, false, c, step, lanes, in);
+      for (int l = 0; l < kLanes; ++l) shift[l] += in[l] * scale[l];
+    }
+    for (int l = 0; l < lanes; ++l) to[i + l] = static_cast<float>(scale[l]);
+    for (int l = 0; l < lanes; ++l) to[i + l + next] = static_cast<float>(shift[l]);
+    if (half.act == Act::kPReLU) {
+      read_channels<T>(half.slope, false, c, step, lanes, to + i + 2 * next);
+    } else {
+      for (int l = 0; l < lanes; ++l) to[i + l + 2 * next] = half.negative_slope;
+    }
+  }
+}
+
+// A depthwise convolution's weights: (channels, rows, columns) at any strides to (taps, channels), ``next`` floats from
+// tap to tap. The taps follow each other row by row, or column by column.
+struct Taps {
+  const void* data;
+  int64_t stride_c, stride_h, stride_w;
+  int rows, columns;
+};
+template <typename T>
+void prepare_taps(const Taps& taps, bool by_column, int64_t first, int64_t step, int64_t count, float* to,
+                  int64_t next) {
+  for (int64_t i = 0; i < count; ++i, ++to) {
+    const T* from = static_cast<const T*>(taps.data) + (first + i * step) * taps.stride_c;
+    for (int h = 0; h < taps.rows; ++h) {
+      for (int w = 0; w < taps.columns; ++w) {
+        const int tap = by_column ? w * taps.rows + h : h * taps.columns + w;
+        to[tap * next] = to_float(from[h * taps.stride_h + w * taps.stride_w]);
+      }
+    }
+  }
+}
+
+}  // namespace ghostfused::cpu::GHOSTFUSED_ISA

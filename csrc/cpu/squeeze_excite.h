@@ -1,0 +1,138 @@
+// The gate of a squeeze-and-excite block: the means of x, and two fully connected layers.
+#pragma once
+
+#include "dot.h"
+#include "parallel.h"
+
+namespace ghostfused::cpu::GHOSTFUSED_ISA {
+
+struct SqueezeExciteTask {
+  const SqueezeExciteParams& p;
+  float *mean, *hidden;  // (N, C), (N, reduced)
+};
+
+// Vectors ``step`` apart are summed by fours and in parts, so that no long chain loses precision.
+template <typename T>
+GHOSTFUSED_INLINE Vec sum_of_vectors(const T* p, int64_t step, int64_t count) {
+  constexpr int64_t kPart = 64;
+  Vec total{};
+  for (int64_t begin = 0; begin < count; begin += kPart) {
+    const int64_t end = min_of(begin + kPart, count);
+    Vec sum[4] = {};
+    int64_t i = begin;
+    for (; i + 4 <= end; i += 4) {
+      for (int j = 0; j < 4; ++j) sum[j] += load_float(p + (i + j) * step);
+    }
+    for (; i < end; ++i) sum[0] += load_float(p + i * step);
+    total += (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  }
+  return total;
+}
+
+template <typename T>
+float sum_of_run(const T* p, int64_t stride, int64_t count) {
+  if (stride != 1) {
+    float sum = 0.f;
+    for (int64_t i = 0; i < count; ++i) sum += to_float(p[i * stride]);
+    return sum;
+  }
+  const int64_t whole = count / kLanes * kLanes;
+  return sum_of_lanes(sum_of_vectors(p, kLanes, count / kLanes) +
+                      load_part(p + whole, static_cast<int>(count - whole)));
+}
+
+// Means of x; a unit is the planes of up to kLanes channels of an image.
+template <typename T>
+void squeeze(int64_t begin, int64_t end, void* context) {
+  const SqueezeExciteTask& task = *static_cast<const SqueezeExciteTask*>(context);
+  const SqueezeExciteParams& p = task.p;
+  const float scale = 1.f / (static_cast<float>(p.height) * static_cast<float>(p.width));
+  const bool flat = p.height == 1 || p.x.stride_h == p.width * p.x.stride_w;
+  const int64_t rows = flat ? 1 : p.height, run = flat ? int64_t{p.height} * p.width : p.width;
+  const int64_t groups = div_up(p.channels, kLanes);
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t n = unit / groups, first = unit % groups * kLanes, last = min_of<int64_t>(first + kLanes, p.channels);
+    const T* x = static_cast<const T*>(p.x.data) + n * p.x.stride_n + first * p.x.stride_c;
+    float* mean = task.mean + n * p.channels + first;
+    if (p.x.stride_c == 1 && p.x.stride_w != 1 && last - first == kLanes) {  // channels_last
+      Vec sum{};
+      for (int64_t h = 0; h < rows; ++h) sum += sum_of_vectors(x + h * p.x.stride_h, p.x.stride_w, run);
+      store(mean, sum * scale);
+      continue;
+    }
+    for (int64_t c = first; c < last; ++c, x += p.x.stride_c) {
+      float sum = 0.f;
+      for (int64_t h = 0; h < rows; ++h) sum += sum_of_run(x + h * p.x.stride_h, p.x.stride_w, run);
+      *mean++ = sum * scale;
+    }
+  }
+}
+
+// Units begin … end - 1, each kDotRows outputs for all images, of weight b + bias.
+template <typename T, typename Finish>
+void layer(int64_t begin, int64_t end, const SqueezeExciteParams& p, const void* weight, const ChannelVector& bias,
+           const float* b, int64_t depth, int64_t channels, const Finish& finish) {
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t first = unit * kDotRows;
+    const int rows = min_of<int64_t>(kDotRows, channels - first);
+    const T* a = static_cast<const T*>(weight) + first * depth;
+    for (int64_t n = 0; n < p.batch; n += kDotColumns) {
+      const int columns = min_of<int64_t>(kDotColumns, p.batch - n);
+      float y[kDotColumns * kDotRows];
+      dot(a, depth, rows, b + n * depth, depth, columns, depth, y, kDotRows);
+      for (int j = 0; j < columns; ++j) {
+        for (int i = 0; i < rows; ++i) {
+          float sum = y[j * kDotRows + i];
+          if (bias.data) sum += to_float(static_cast<const T*>(bias.data)[(first + i) * bias.stride]);
+          y[j * kDotRows + i] = sum;
+        }
+        finish(n + j, first, y + j * kDotRows, rows);
+      }
+    }
+  }
+}
+
+template <typename T>
+void reduce(int64_t begin, int64_t end, void* context) {
+  const SqueezeExciteTask& task = *static_cast<const SqueezeExciteTask*>(context);
+  const SqueezeExciteParams& p = task.p;
+  const auto finish = [&](int64_t n, int64_t r, const float* y, int count) {
+    store_part(task.hidden + n * p.reduced + r, activate(load_part(y, count), Vec{}, p.act), count);
+  };
+  layer<T>(begin, end, p, p.reduce_weight, p.reduce_bias, task.mean, p.channels, p.reduced, finish);
+}
+
+template <typename T>
+void excite(int64_t begin, int64_t end, void* context) {
+  const SqueezeExciteTask& task = *static_cast<const SqueezeExciteTask*>(context);
+  const SqueezeExciteParams& p = task.p;
+  const auto finish = [&](int64_t n, int64_t c, const float* y, int count) {
+    Vec v = load_part(y, count);
+    if (p.gate == Gate::kSigmoid) {
+      v = 1.f / (1.f + exp(-v));
+    } else {
+      v = clamp(p.gate == Gate::kHardsigmoid ? v + 3.f : v, clamp_of(Act::kReLU6));
+      if (p.gate == Gate::kHardsigmoid) v *= 1.f / 6.f;
+    }
+    store_part(static_cast<T*>(p.out) + n * p.channels + c, v, count);
+  };
+  layer<T>(begin, end, p, p.expand_weight, p.expand_bias, task.hidden, p.reduced, p.channels, finish);
+}
+
+template <typename T>
+void squeeze_excite(const SqueezeExciteParams& p, const Threads& threads) {
+  const int64_t images = p.batch, planes = images * p.channels;
+  float* scratch = thread_scratch(planes + images * p.reduced);
+  SqueezeExciteTask task{p, scratch, scratch + planes};
+  const double products = static_cast<double>(planes) * p.reduced;
+  run(threads, images * div_up(p.channels, kLanes), static_cast<double>(planes) * p.height * p.width, squeeze<T>,
+      &task);
+  run(threads, div_up(p.reduced, kDotRows), products, reduce<T>, &task);
+  run(threads, div_up(p.channels, kDotRows), products, excite<T>, &task);
+}
+
+inline void squeeze_excite(const SqueezeExciteParams& p, const Threads& threads) {
+  GHOSTFUSED_BY_PATH(p.path, squeeze_excite)(p, threads);
+}
+
+}  // namespace ghostfused::cpu::GHOSTFUSED_ISA
