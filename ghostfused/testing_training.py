@@ -1,8 +1,10 @@
 """Judging a training step of one Ghost module: the output, the statistics and every gradient, by testing.TOLERANCES.
 
 PyTorch's own error is that of autograd through ``reference.ghost_module`` in the same dtype. Gradients are sums that may
-cancel, and then a single run says little about how large an error is usual; so it is the largest of four runs, on the
-batch as it is and reversed, in NCHW and in channels_last, which are the same numbers added up in another order.
+cancel, and then a single one says little about how large an error is usual. So PyTorch's error is the largest among the
+step's gradients, in several runs: on the batch as it is and reversed, in NCHW and in channels_last, which add up the same
+numbers in other orders, and in float64 on arguments off by one rounding, which shows how far the result is determined. In half precision draw activations without kinks, for one pixel on the other side of a kink
+is a large error in a small map.
 """
 
 from __future__ import annotations
@@ -98,6 +100,20 @@ def _reversed(a: GhostArgs, grad_output: Tensor, memory_format: torch.memory_for
     return a._replace(**flipped), grad_output.flip(0)
 
 
+def _nudged(a: GhostArgs, seed: int) -> GhostArgs:
+    """``a`` in float64, each number off by half a unit of ``a``'s dtype, up or down."""
+    generator = torch.Generator().manual_seed(seed)
+    half_unit = torch.finfo(a.x.dtype).eps / 2
+
+    def nudge(t: Tensor | None) -> Tensor | None:
+        if t is None:
+            return None
+        sign = torch.randint(0, 2, t.shape, generator=generator, dtype=torch.float64) * 2 - 1
+        return t.double() * (1 + half_unit * sign)
+
+    return GhostArgs(*(nudge(t) for t in a.tensors), *a[len(TENSORS) :])  # type: ignore[arg-type]
+
+
 def judge_training(
     results: dict[str, Tensor], a: GhostArgs, grad_output: Tensor, batch_statistics: bool
 ) -> dict[str, Verdict]:
@@ -114,18 +130,27 @@ def judge_training(
             if name in other:
                 other[name] = other[name].flip(0)
         own.append(other)
+    own += [by_autograd(_nudged(a, seed), grad_output.double(), batch_statistics) for seed in range(4)]
     tolerance = TOLERANCES[a.x.dtype]
+    torch_errors = {name: max(_error(name, run, expected) for run in own) for name in expected}
+    # with batch statistics a bias's gradient is zero, and what autograd finds is the rounding of it
+    zero = [name for name in ("primary_bias", "cheap_bias") if batch_statistics and name in expected]
+    gradients = [name for name in TENSORS if name in expected and name not in zero]
+    pooled = max(torch_errors[name] for name in gradients)
     verdicts = {}
-    for name, exact in expected.items():
-        # the bias's gradient is zero with batch statistics, and PyTorch's is what rounding makes of zero
-        torch_error = max(_error(run[name], exact) for run in own)
+    for name in expected:
+        if name in zero:
+            verdicts[name] = Verdict(float(results[name].abs().max()), 0.0, 0.0)
+            continue
+        torch_error = pooled if name in gradients else torch_errors[name]
         limit = max(tolerance.factor * torch_error, tolerance.floor)
-        verdicts[name] = Verdict(_error(results[name], exact), torch_error, limit)
+        verdicts[name] = Verdict(_error(name, results, expected), torch_error, limit)
     return verdicts
 
 
-def _error(result: Tensor, exact: Tensor) -> float:
-    """``relative_error``; absolute where the exact result is zero but for the rounding of float64."""
-    if exact.abs().max() < 1e-10:
-        return float(result.double().abs().max())
-    return relative_error(result, exact)
+def _error(name: str, results: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """``relative_error``; a mean's in standard deviations where it is less than one."""
+    if name.startswith("batch_") and name.endswith("mean"):
+        std = expected[name.replace("mean", "var")].sqrt()
+        return relative_error(results[name].double() + std, expected[name] + std)
+    return relative_error(results[name], expected[name])

@@ -37,6 +37,11 @@ def assert_right(case: Case, batch_statistics: bool, backend: str = "reference")
     assert not wrong, f"{case}: {wrong}"
 
 
+def smooth(act: str) -> str:
+    """An activation without kinks in place of one that has some (see testing_training)."""
+    return act if act in ("none", "silu", "gelu") else "silu"
+
+
 # ---- the ops
 
 
@@ -73,6 +78,12 @@ def assert_right(case: Case, batch_statistics: bool, backend: str = "reference")
 def test_any_module(case, batch_statistics):
     if case.dtype == torch.float64 or (not batch_statistics and case.norm_dtype):
         case = dataclasses.replace(case, norm_dtype=None)
+    if batch_statistics and case.dw_size == 1:
+        case = dataclasses.replace(
+            case, dw_size=3
+        )  # a 1×1 kernel's scale doesn't matter before a norm: its gradient is 0
+    if case.dtype.itemsize == 2:
+        case = dataclasses.replace(case, act_primary=smooth(case.act_primary), act_cheap=smooth(case.act_cheap))
     assert_right(case, batch_statistics)
 
 
