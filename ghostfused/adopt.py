@@ -39,8 +39,12 @@ class Half(NamedTuple):
     act: Act
     slope: float | Tensor | None
     """LeakyReLU's slope or PReLU's weight."""
-    batch_statistics: bool
-    """Whether the norm would use the batch's statistics, not stored ones."""
+    batch_norm: nn.Module | None
+    """The norm, if it would use the batch's statistics, not stored ones."""
+
+    @property
+    def batch_statistics(self) -> bool:
+        return self.batch_norm is not None
 
 
 class Adopted(NamedTuple):
@@ -94,7 +98,8 @@ def read_layers(layers: Iterable[nn.Module | None]) -> Half | str:
     norm: BatchNorm | None = None
     act: Act | None = None
     slope: float | Tensor | None = None
-    normed = batch_statistics = False
+    batch_norm: nn.Module | None = None
+    normed = False
     for child in layers:
         if child is None:
             continue
@@ -110,9 +115,8 @@ def read_layers(layers: Iterable[nn.Module | None]) -> Half | str:
                 return f"{kind.__name__}, whose weight or bias is no parameter of it"
             mean, var = buffers["running_mean"], buffers["running_var"]
             if child.training or mean is None or var is None:
-                batch_statistics = True
-            else:
-                norm = BatchNorm(mean, var, affine["weight"], affine["bias"], child.eps)  # type: ignore[arg-type]
+                batch_norm, mean, var = child, None, None
+            norm = BatchNorm(mean, var, affine["weight"], affine["bias"], child.eps)  # type: ignore[arg-type]
         elif kind in ACTIVATIONS and conv is not None and act is None:
             act = ACTIVATIONS[kind]
             if kind is nn.LeakyReLU:
@@ -129,7 +133,7 @@ def read_layers(layers: Iterable[nn.Module | None]) -> Half | str:
     if "weight" not in parameters or "bias" not in parameters:  # torch.nn.utils.weight_norm, DataParallel's replicas
         return "Conv2d, whose weight or bias is no parameter of it"
     weight: Tensor = parameters["weight"]  # type: ignore[assignment]
-    return Half(conv, weight, parameters["bias"], norm, Act.NONE if act is None else act, slope, batch_statistics)
+    return Half(conv, weight, parameters["bias"], norm, Act.NONE if act is None else act, slope, batch_norm)
 
 
 def mismatch(primary: Half, cheap: Half) -> str | None:

@@ -64,6 +64,23 @@ def ghost_module(
         ValueError, TypeError: an argument doesn't fit; the message names it, what was expected and what came.
         RuntimeError: the backend asked for can't run this call; the message says why.
     """
+    args = arguments(
+        x, primary_weight, cheap_weight, primary_bias, primary_bn, act_primary, primary_slope, cheap_bias, cheap_bn,
+        act_cheap, cheap_slope, out_channels, stride, dilation, groups, input_gate, residual, output_gate,
+    )  # fmt: skip
+    return run(args, backend)
+
+
+def arguments(
+    x: Tensor, primary_weight: Tensor, cheap_weight: Tensor,
+    primary_bias: Tensor | None = None, primary_bn: BatchNorm | None = None,
+    act_primary: str | Act = "relu", primary_slope: float | Tensor | None = None,
+    cheap_bias: Tensor | None = None, cheap_bn: BatchNorm | None = None,
+    act_cheap: str | Act = "relu", cheap_slope: float | Tensor | None = None,
+    out_channels: int | None = None, stride: int = 1, dilation: int = 1, groups: int = 1,
+    input_gate: Tensor | None = None, residual: Tensor | None = None, output_gate: Tensor | None = None,
+) -> GhostArgs:  # fmt: skip
+    """``ghost_module``'s arguments as a GhostArgs, cast as autocast asks."""
     primary_act, primary_negative_slope, primary_prelu = activation(
         "act_primary", act_primary, "primary_slope", primary_slope
     )
@@ -76,7 +93,7 @@ def ghost_module(
             t if t is None else t.to(x.dtype) for t in (input_gate, residual, output_gate)
         )
     p, c = primary_bn or _NO_NORM, cheap_bn or _NO_NORM
-    args = GhostArgs(
+    return GhostArgs(
         x, primary_weight, primary_bias, p.mean, p.var, p.weight, p.bias, primary_prelu,
         cheap_weight, cheap_bias, c.mean, c.var, c.weight, c.bias, cheap_prelu,
         input_gate, residual, output_gate,
@@ -84,7 +101,6 @@ def ghost_module(
         cheap_weight.shape[0] + primary_weight.shape[0] if out_channels is None else out_channels,
         stride, dilation, groups, x.is_cuda and x.dtype == torch.float32 and tf32_allowed(),
     )  # fmt: skip
-    return run(args, backend)
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -215,6 +231,11 @@ def squeeze_excite(
 
 def run(args: Args, backend: str = "auto") -> Tensor:
     """The op of ``args``: choose a backend, check, call it."""
+    if backend == "auto" and backends.cpu.may_try(args):
+        try:
+            return call("cpu", args)
+        except RuntimeError:
+            pass  # another backend can run it, or the error says why none can
     try:
         name = "reference" if _is_onnx_export() else backends.choose(args, backend)
         if name not in ("cuda", "cpu"):  # their bindings check all that validate does, at a tenth of the host time

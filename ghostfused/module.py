@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import adopt, backends
+from . import adopt, backends, training
 from .functional import ghost_module
 from .proof import prove
 from .spec import Act
@@ -34,9 +34,9 @@ class FusedGhostModule(nn.Module):
     activation; what exceeds ``out_channels`` is dropped.
 
     Weights, BatchNorms and activations live in ordinary child modules and are read afresh at every call, so whatever is
-    done to them takes effect. Where BatchNorm uses batch statistics, or a child is one that the fused function can't
-    stand for (hooks, parametrizations, other padding, …), forward runs the children themselves: same result, more
-    kernels.
+    done to them takes effect. Where a child is one that the fused function can't stand for (hooks, parametrizations,
+    other padding, …), or only one BatchNorm uses batch statistics, forward runs the children themselves: same result,
+    more kernels.
 
     Args:
         in_channels, out_channels: of input and output.
@@ -183,8 +183,8 @@ class FusedGhostModule(nn.Module):
         cheap = adopt.read_half(modules[self._halves[1]])  # type: ignore[arg-type]
         if isinstance(cheap, str):
             return cheap
-        if primary.batch_statistics or cheap.batch_statistics:
-            return "BatchNorm uses batch statistics"
+        if (primary.batch_norm is None) != (cheap.batch_norm is None):
+            return "one half's BatchNorm uses batch statistics, the other's doesn't"
         return adopt.mismatch(primary, cheap) or (primary, cheap)
 
     def forward(
@@ -211,27 +211,34 @@ class FusedGhostModule(nn.Module):
             return self._run_children(x, input_gate, residual, output_gate)
         primary, cheap = halves
         conv = primary.conv
-        return ghost_module(
-            x,
-            primary.weight,
-            cheap.weight,
-            primary_bias=primary.bias,
-            primary_bn=primary.norm,
-            act_primary=primary.act,
-            primary_slope=primary.slope,
-            cheap_bias=cheap.bias,
-            cheap_bn=cheap.norm,
-            act_cheap=cheap.act,
-            cheap_slope=cheap.slope,
-            out_channels=self.out_channels,
-            stride=conv.stride[0],
-            dilation=conv.dilation[0],
-            groups=conv.groups,
-            input_gate=input_gate,
-            residual=residual,
-            output_gate=output_gate,
-            backend=self.backend,
-        )
+        options: dict[str, Any] = {
+            "primary_bias": primary.bias,
+            "primary_bn": primary.norm,
+            "act_primary": primary.act,
+            "primary_slope": primary.slope,
+            "cheap_bias": cheap.bias,
+            "cheap_bn": cheap.norm,
+            "act_cheap": cheap.act,
+            "cheap_slope": cheap.slope,
+            "out_channels": self.out_channels,
+            "stride": conv.stride[0],
+            "dilation": conv.dilation[0],
+            "groups": conv.groups,
+            "input_gate": input_gate,
+            "residual": residual,
+            "output_gate": output_gate,
+            "backend": self.backend,
+        }
+        if primary.batch_norm is None or cheap.batch_norm is None:
+            return ghost_module(x, primary.weight, cheap.weight, **options)
+        norms = primary.batch_norm, cheap.batch_norm
+        groups = [training.group_name(norm) for norm in norms]
+        if groups[0] != groups[1] or isinstance(x, torch.fx.Proxy):
+            return self._run_children(x, input_gate, residual, output_gate)
+        result = training.ghost_module_training(x, primary.weight, cheap.weight, group_name=groups[0], **options)
+        training.update_running_statistics(norms[0], result.primary_mean, result.primary_var, result.samples)
+        training.update_running_statistics(norms[1], result.cheap_mean, result.cheap_var, result.samples)
+        return result.out
 
     def _run_children(
         self, x: Tensor, input_gate: Tensor | None, residual: Tensor | None, output_gate: Tensor | None

@@ -2,12 +2,14 @@
 
 Per op and kernel backend one forward, ``ghostfused::<op>_<backend>``; the schema is that of the op's tuple of
 arguments. Those of "cuda" and "cpu" are registered by the extensions when they load. One backward per op serves
-all backends.
+all backends; but for Ghost modules each backend that can train has its own, ``backward_<backend>``, and
+``train_forward_<backend>``, with BatchNorm by the batch's statistics.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,7 +46,7 @@ def forward_op(backend: str, op: str = "forward") -> Callable[..., Tensor]:
 
 def backward_op(op: str) -> Callable[..., list[Tensor]]:
     """The op that gives the gradients of ``op``'s tensors; call it with the output's gradient, ``*args``, needs_grad."""
-    return getattr(torch.ops.ghostfused, "backward" if op == "forward" else f"{op}_backward").default
+    return getattr(torch.ops.ghostfused, f"{op}_backward").default
 
 
 def _backward(kind: type[Args], grad_output: Tensor, *args) -> list[Tensor]:
@@ -73,8 +75,8 @@ def _owned(grad: Tensor, like: Tensor, grad_output: Tensor) -> Tensor:
 
 
 def _fake_backward(grad_output: Tensor, *args) -> list[Tensor]:
-    *fields, needs_grad = args
-    return [torch.empty_like(t) for t, need in zip(fields[: len(needs_grad)], needs_grad, strict=True) if need]
+    needs_grad = args[-1]
+    return [torch.empty_like(t) for t, need in zip(args[: len(needs_grad)], needs_grad, strict=True) if need]
 
 
 def _define(op: str, kind: type[Args]) -> None:
@@ -84,7 +86,9 @@ def _define(op: str, kind: type[Args]) -> None:
         torch.library.register_fake(f"ghostfused::{op}_{backend}", fake, lib=_library)
     implement(op, "reference", reference.run, "CPU", "CUDA")
 
-    name = "backward" if op == "forward" else f"{op}_backward"
+    if op == "forward":  # has backwards of its own, below
+        return
+    name = f"{op}_backward"
     _library.define(
         f"{name}(Tensor grad_output, {schema(kind)}, bool[] needs_grad) -> Tensor[]", tags=torch.Tag.pt2_compliant_tag
     )
@@ -95,3 +99,65 @@ def _define(op: str, kind: type[Args]) -> None:
 
 for _op, _kind in OPS.items():
     _define(_op, _kind)
+
+
+STATISTICS = ("primary_mean", "primary_var", "cheap_mean", "cheap_var")
+TRAIN_FIELDS = [name for name in GhostArgs.__annotations__ if name not in STATISTICS]
+"""GhostArgs' fields but for the statistics, which the training forward computes."""
+TRAINING_OPS = ("cuda", "triton", "reference")
+"""The backends with training kernels: ``train_forward_<backend>`` and ``backward_<backend>``."""
+
+_TRAIN_SCHEMA = ", ".join(f"{_TYPES[GhostArgs.__annotations__[name]]} {name}" for name in TRAIN_FIELDS)
+
+
+def _fake_train_forward(*args) -> tuple[Tensor, ...]:
+    *fields, group_name = args
+    a = train_args(fields)
+    dtype = torch.float64 if a.x.dtype == torch.float64 else torch.float32
+    sizes = [a.init_channels] * 2 + [a.cheap_weight.shape[0]] * 2 + [1 if group_name else 0]
+    return a.new_output(), *(torch.empty(size, dtype=dtype, device=a.x.device) for size in sizes)
+
+
+for _backend in TRAINING_OPS:
+    _library.define(
+        f"train_forward_{_backend}({_TRAIN_SCHEMA}, str group_name) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+        tags=torch.Tag.pt2_compliant_tag,
+    )
+    _library.define(
+        f"backward_{_backend}(Tensor grad_output, {schema(GhostArgs)}, bool batch_statistics, str group_name, bool[] needs_grad)"
+        " -> Tensor[]",
+        tags=torch.Tag.pt2_compliant_tag,
+    )
+    torch.library.register_fake(f"ghostfused::train_forward_{_backend}", _fake_train_forward, lib=_library)
+    torch.library.register_fake(f"ghostfused::backward_{_backend}", _fake_backward, lib=_library)
+
+
+def train_args(fields: Iterable) -> GhostArgs:
+    """The GhostArgs of a training forward's arguments (``TRAIN_FIELDS``), with no statistics."""
+    values: dict[str, Any] = dict(zip(TRAIN_FIELDS, fields, strict=True))
+    return GhostArgs(**values, **dict.fromkeys(STATISTICS))  # type: ignore[arg-type]
+
+
+def implement_training(
+    backend: str, forward: Callable[[GhostArgs, str], tuple[Tensor, ...]], backward: Callable, *dispatch_keys: str
+) -> None:
+    """Registers both training ops of ``backend`` under each of ``dispatch_keys``.
+
+    ``forward(args, group_name)`` and ``backward(grad_output, args, batch_statistics, group_name, needs_grad)`` are
+    ``backends.training.train_forward`` and ``backward`` with the backend's kernels.
+    """
+
+    def run_forward(*args) -> tuple[Tensor, ...]:
+        return forward(train_args(args[:-1]), args[-1])
+
+    def run_backward(grad_output: Tensor, *args) -> list[Tensor]:
+        return backward(grad_output, GhostArgs(*args[:-3]), *args[-3:])
+
+    for key in dispatch_keys:
+        _library.impl(f"train_forward_{backend}", run_forward, key)
+        _library.impl(f"backward_{backend}", run_backward, key)
+
+
+def training_op(kind: str, backend: str) -> Callable[..., Any]:
+    """The op ``ghostfused::<kind>_<backend>``, ``kind`` being "train_forward" or "backward"."""
+    return getattr(torch.ops.ghostfused, f"{kind}_{backend}").default

@@ -35,24 +35,35 @@ def activate(x: Tensor, act: int, negative_slope: float = 0.01, slope: Tensor | 
 
 
 def normalize(
-    x: Tensor, mean: Tensor | None, var: Tensor | None, gamma: Tensor | None, beta: Tensor | None, eps: float
+    x: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+    batch_statistics: bool = False,
 ) -> Tensor:
-    """BatchNorm with stored statistics; the identity where there are none."""
+    """BatchNorm with stored statistics, the identity where there are none; or with the batch's."""
+    if batch_statistics:
+        return F.batch_norm(x, None, None, gamma, beta, training=True, eps=eps)
     if mean is None:
         return x
     return F.batch_norm(x, mean, var, gamma, beta, training=False, eps=eps)
 
 
-def ghost_module(a: GhostArgs) -> Tensor:
-    """The Ghost module of ``a``, shape (N, out_channels, H', W')."""
+def ghost_module(a: GhostArgs, batch_statistics: bool = False) -> Tensor:
+    """The Ghost module of ``a``, shape (N, out_channels, H', W').
+
+    With ``batch_statistics`` both halves have a norm, by the statistics of this batch.
+    """
     x = a.x if a.input_gate is None else a.x * a.input_gate[:, :, None, None]
     padding = a.dilation * (a.kernel_size - 1) // 2
     x1 = F.conv2d(x, a.primary_weight, a.primary_bias, a.stride, padding, a.dilation, a.groups)
-    x1 = normalize(x1, a.primary_mean, a.primary_var, a.primary_gamma, a.primary_beta, a.primary_eps)
+    x1 = normalize(x1, a.primary_mean, a.primary_var, a.primary_gamma, a.primary_beta, a.primary_eps, batch_statistics)
     x1 = activate(x1, a.primary_act, a.primary_negative_slope, a.primary_slope)
 
     x2 = F.conv2d(x1, a.cheap_weight, a.cheap_bias, padding=a.dw_size // 2, groups=a.init_channels)
-    x2 = normalize(x2, a.cheap_mean, a.cheap_var, a.cheap_gamma, a.cheap_beta, a.cheap_eps)
+    x2 = normalize(x2, a.cheap_mean, a.cheap_var, a.cheap_gamma, a.cheap_beta, a.cheap_eps, batch_statistics)
     x2 = activate(x2, a.cheap_act, a.cheap_negative_slope, a.cheap_slope)
 
     out = torch.cat([x1, x2], dim=1)

@@ -40,10 +40,10 @@ class Gate(enum.IntEnum):
 
 
 class BatchNorm(NamedTuple):
-    """The tensors and the epsilon of a BatchNorm that uses its stored statistics, each of shape (C,)."""
+    """The tensors and the epsilon of a BatchNorm, each of shape (C,); mean and var are None if it uses the batch's."""
 
-    mean: Tensor
-    var: Tensor
+    mean: Tensor | None
+    var: Tensor | None
     weight: Tensor | None = None
     bias: Tensor | None = None
     eps: float = 1e-5

@@ -172,10 +172,9 @@ def test_forward_is_that_of_the_children(kwargs, backend):
     torch.testing.assert_close(m(x), unfused(m, x), **FLOAT64)
     twin = copy.deepcopy(m)
     m.train()
-    assert not runs_fused(m)
     torch.testing.assert_close(m(x), unfused(twin.train(), x), **FLOAT64)
     for a, b in zip(m.buffers(), twin.buffers(), strict=True):
-        assert torch.equal(a, b)
+        torch.testing.assert_close(a, b, **FLOAT64)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -237,8 +236,8 @@ def test_batchnorm_settings(norm):
         out, expected = m.train(training)(x), unfused(twin.train(training), x)
         torch.testing.assert_close(out, expected, **FLOAT64)
         for a, b in zip(m.buffers(), twin.buffers(), strict=True):
-            assert torch.equal(a, b)
-    assert runs_fused(m) == norm.get("track_running_stats", True)
+            torch.testing.assert_close(a, b, **FLOAT64)
+    assert runs_fused(m)
 
 
 def test_halves_can_be_in_different_modes():

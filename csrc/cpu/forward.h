@@ -45,10 +45,13 @@ class Worker {
       x_h0 = max_of<int64_t>(h0 - pad, 0);
       if (plan.pack_x && tile != packed) {
         const int64_t rows = min_of<int64_t>(h1 + pad, s.height) - x_h0;
+        const T* gate = plan.gate_weight ? nullptr : gate_of<T>(p, output.n);
+        float* to = scratch + at.packed_x;
         if (plan.panels) {
-          pack_panels<T>(p, output.n, scratch + at.packed_x);
-        } else
-          pack_x<T, kChannelsLast>(p, output.n, x_h0, rows, scratch + at.packed_x, at.packed_x_row);
+          pack_panels<T>(p, gate, output.n, to);
+        } else {
+          pack_x<T, kChannelsLast>(p, gate, output.n, x_h0, rows, to, at.packed_x_row);
+        }
       }
       packed = tile;
       parameters = scratch + at.blocks + block * at.block_size;
@@ -177,7 +180,8 @@ class Worker {
           panel.b_row = pixels_of.vecs * kLanes;
           // the weights of the next block, which nobody has read yet, a part of them with every panel
           panel.ahead_row = div_up(channels, panels);
-          panel.ahead = panel.a + channels * panel.a_row + i * panel.ahead_row * s.in_channels;
+          panel.ahead = static_cast<const float*>(p.primary_weight) + (c0 + channels) * p.primary_weight_stride_n +
+                        i * panel.ahead_row * s.in_channels;
           go(multiply_kernels[channels][pixels_of.vecs], x1 + pixels_of.begin, begin, pixels_of.begin);
         } else if (plan.pack_x) {
           run(pixels_of.vecs_before * kLanes, pixels_of.vecs);
@@ -236,8 +240,7 @@ class Worker {
         for (int64_t k = 0; k < depth; ++k) weight[c + k * plan.padded_block] = to_float(from[k * stride]);
       }
     } else {
-      const T* gate =
-          plan.gate_weight ? static_cast<const T*>(p.input_gate) + output.n * p.input_gate_stride_n : nullptr;
+      const T* gate = plan.gate_weight ? gate_of<T>(p, output.n) : nullptr;
       for (int64_t c = 0; c < channels; ++c, from += p.primary_weight_stride_n, weight += depth) {
         for (int64_t k = 0; k < depth; k += kLanes) {
           const int count = min_of<int64_t>(depth - k, kLanes);

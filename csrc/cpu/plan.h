@@ -31,7 +31,7 @@ struct Plan {
   bool pack_x, pack_weight;  // copied as fp32 with unit stride, because the multiplication can't read it as it is
   bool pack_taps;            // the depthwise weights as well
   bool panels;               // x is packed panel by panel, for many blocks of channels to read it one after the other
-  bool gate_weight;          // the input gate goes to the packed weights, else to the packed x
+  bool gate_weight;          // the input gate goes to the weights, else to x, as they are packed
   bool ghosts;               // false: a 1×1 convolution and no more
   int64_t pad;
   int64_t units;
@@ -85,7 +85,8 @@ inline Plan make_plan(const GhostForwardParams& p, int threads) {
   plan.panels = !s.channels_last && sharing >= kPanelBlocks && plan.chunk == height && vecs > kMaxVecs &&
                 (width == 1 || p.x.stride_w == 1) && (height == 1 || p.x.stride_h == width);
   plan.pack_x |= plan.panels;
-  plan.gate_weight = s.input_gate && !plan.pack_x;
+  // whatever the number of threads, so that the result doesn't depend on it
+  plan.gate_weight = s.input_gate && is_float && !s.channels_last;
   plan.pack_weight |= plan.gate_weight;
   return plan;
 }

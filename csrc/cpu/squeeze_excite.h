@@ -124,7 +124,8 @@ void squeeze_excite(const SqueezeExciteParams& p, const Threads& threads) {
   const int64_t images = p.batch, planes = images * p.channels;
   float* scratch = thread_scratch(planes + images * p.reduced);
   SqueezeExciteTask task{p, scratch, scratch + planes};
-  const double products = static_cast<double>(planes) * p.reduced;
+  // each weight comes from memory for a few products: such work takes longer, and is worth more threads
+  const double products = 4. * static_cast<double>(planes) * p.reduced;
   run(threads, images * div_up(p.channels, kLanes), static_cast<double>(planes) * p.height * p.width, squeeze<T>,
       &task);
   run(threads, div_up(p.reduced, kDotRows), products, reduce<T>, &task);

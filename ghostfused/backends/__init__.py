@@ -8,14 +8,17 @@ A backend is a module with three functions:
     Why it can't run this call; None if it can. Used to choose and to explain a refusal.
 ``forward(args) -> Tensor``
     Runs it. ``ops.py`` wraps this in a registered op.
+
+Training takes six more, which ``training.Kernels`` lists; the backends that have them register them there.
 """
 
 from __future__ import annotations
 
 from ..spec import Args
-from . import cpu, cuda, reference, triton, triton_two_kernel
+from . import cpu, cuda, reference, reference_training, triton, triton_training, triton_two_kernel
 
 BACKENDS = {"cuda": cuda, "cpu": cpu, "triton": triton, "triton_two_kernel": triton_two_kernel, "reference": reference}
+_ = reference_training, triton_training  # imported to be registered
 AUTO = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
 """The kernels that ``backend="auto"`` tries in this order before the reference, by the type of x's device."""
 

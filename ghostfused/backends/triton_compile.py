@@ -11,7 +11,7 @@ from triton.compiler import ASTSource
 
 from .triton_kernels import ghost_kernel
 
-_TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+_TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32"}
 _OPTIONS = ("num_warps", "num_stages")
 
 
@@ -37,8 +37,12 @@ def describe(
                 attributes[index,] = [["tt.divisibility", 16]]
         elif isinstance(value, float):
             signature[parameter.name] = "fp32"
+        elif value == 1 and not parameter.do_not_specialize:
+            signature[parameter.name], constexprs[parameter.name] = "constexpr", value
         else:
             signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
+            if value % 16 == 0 and not parameter.do_not_specialize:
+                attributes[index,] = [["tt.divisibility", 16]]
     return signature, constexprs, attributes, {name: kwargs[name] for name in _OPTIONS if name in kwargs}
 
 

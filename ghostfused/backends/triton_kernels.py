@@ -106,18 +106,25 @@ def _offset(p, c, HW, channels, NHWC: tl.constexpr):
         return c[None, :] * HW + p[:, None]
 
 
+@triton.jit
+def _gate(p, c, mask, W, gate):
+    """The output gate at pixels p × channels c."""
+    gate_ptr, gate_h, gate_w, scale_h, scale_w, gate_sc, gate_sh, gate_sw = gate
+    # the index rule of F.interpolate(mode="nearest"), in float32 as there
+    h = tl.minimum(((p // W).to(tl.float32) * scale_h).to(tl.int32), gate_h - 1)
+    w = tl.minimum(((p % W).to(tl.float32) * scale_w).to(tl.int32), gate_w - 1)
+    at = (h.to(p.dtype) * gate_sh + w.to(p.dtype) * gate_sw)[:, None] + (c * gate_sc)[None, :]
+    return tl.load(gate_ptr + at, mask=mask, other=0.0).to(tl.float32)
+
+
 # Arguments that belong together travel as tuples: norm, act, size, x1, residual and gate are packed in ghost_kernel.
 @triton.jit
 def _store(y, p, c, mask, size, out, residual, gate, NHWC: tl.constexpr):
     """out = y * upsample(gate) + residual for a tile y (pixels, channels)."""
     HW, W, out_channels = size
     offset = _offset(p, c, HW, out_channels, NHWC)
-    gate_ptr, gate_h, gate_w, scale_h, scale_w, gate_sc, gate_sh, gate_sw = gate
-    if gate_ptr is not None:  # the index rule of F.interpolate(mode="nearest"), in float32 as there
-        h = tl.minimum(((p // W).to(tl.float32) * scale_h).to(tl.int32), gate_h - 1)
-        w = tl.minimum(((p % W).to(tl.float32) * scale_w).to(tl.int32), gate_w - 1)
-        at = (h.to(p.dtype) * gate_sh + w.to(p.dtype) * gate_sw)[:, None] + (c * gate_sc)[None, :]
-        y *= tl.load(gate_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    if gate[0] is not None:
+        y *= _gate(p, c, mask, W, gate)
     residual_ptr, residual_sc, residual_sh, residual_sw = residual
     if residual_ptr is not None:
         if residual_sc is None:  # of the output's strides
