@@ -249,8 +249,8 @@ def run(args: Args, backend: str = "auto") -> Tensor:
 
 def _is_onnx_export() -> bool:
     """Whether ``torch.onnx.export`` is tracing: what reads its file knows the standard operations only."""
-    # the first two are cheap, the third isn't
-    tracing = torch.compiler.is_exporting() or (not torch.compiler.is_compiling() and torch.jit.is_tracing())
+    # on every call's way, and torch.jit.is_tracing and is_in_onnx_export take longer
+    tracing = torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
     return tracing and torch.onnx.is_in_onnx_export()
 
 

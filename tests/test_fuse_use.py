@@ -249,24 +249,27 @@ def test_ultralytics_loss_and_a_step(ultralytics):
     from ultralytics.cfg import get_cfg
 
     model = network("yolov8n-ghost").float()
-    fused = fuse(model)
+    fused, nudged = fuse(model), copy.deepcopy(model)
     boxes = torch.tensor([[0.5, 0.5, 0.4, 0.4], [0.3, 0.3, 0.2, 0.2], [0.6, 0.6, 0.3, 0.3]])
     classes, owners = torch.tensor([[0.0], [1.0], [2.0]]), torch.tensor([0.0, 0.0, 1.0])
     batch = {"img": torch.rand(2, 3, 64, 64), "cls": classes, "bboxes": boxes, "batch_idx": owners}
-    losses = []
-    for each in (model, fused):
+    losses, gradients = [], []
+    for each in (model, fused, nudged):  # the last has inputs off by a rounding error: how far that alone leads
         each.args = get_cfg()
         each.train()
         optimizer = torch.optim.SGD(each.parameters(), 0.01)
         for _ in range(2):
             optimizer.zero_grad()
-            loss, _ = each(batch)  # as their trainer calls it
+            images = batch["img"] * (1 + 3e-7) if each is nudged else batch["img"]
+            loss, _ = each({**batch, "img": images})  # as their trainer calls it
             loss.sum().backward()
             optimizer.step()
             losses.append(loss.detach())
-    torch.testing.assert_close(losses[2:], losses[:2], rtol=1e-4, atol=1e-4)
+        gradients.append(torch.cat([p.grad.flatten() for p in each.parameters() if p.grad is not None]))
+    torch.testing.assert_close(losses[2:4], losses[:2], rtol=1e-4, atol=1e-4)
     assert not torch.equal(losses[0], losses[1])
-    assert_same_gradients(fused, model, 1e-3)
+    expected, ours, rounded = gradients
+    assert (ours - expected).norm() <= 4 * (rounded - expected).norm()
 
 
 def test_ultralytics_trainer(ultralytics, tmp_path):
