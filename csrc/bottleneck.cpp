@@ -47,7 +47,7 @@ DepthwisePlan plan_depthwise(const DepthwiseParams& a, int sm_count) {
   DepthwisePlan p{};
   const int es = element_size(a.path), full = kVectorBytes / es;
   if (a.channels_last) {
-    const int widest = depthwise_vector_bytes(a.kernel_w) / es;
+    const int widest = (a.kernel_w >= kNarrowVectors ? 8 : 16) / es;
     p.x_vector = common_vector(widest, es, a.x.data, {a.channels, a.x.stride_n, a.x.stride_h, a.x.stride_w});
     p.x_vector = compiled_vector(common_vector(p.x_vector, es, a.out.data, {}), widest);
     p.out_vector = p.x_vector;

@@ -19,8 +19,8 @@ struct DepthwisePlan {
   int64_t grid;
 };
 
-// The widest vectors of channels that a channels_last kernel is compiled for: with 16 bytes a row of 7 weights spills.
-constexpr int depthwise_vector_bytes(int kernel_w) { return kernel_w == 7 ? 8 : 16; }
+// From this width of kernel on, channels_last kernels have vectors of 8 bytes instead of 16: a row of 7 weights spills.
+constexpr int kNarrowVectors = 7;
 
 struct DepthwiseKernelParams {
   DepthwiseParams args;

@@ -217,7 +217,7 @@ __global__ void __launch_bounds__(kBottleneckThreads, 2)
   load_parameters<T, kW>(p, t, parameters);
   __syncthreads();  // the parameters are there
   if constexpr (kChannelsLast) {
-    constexpr int kFull = depthwise_vector_bytes(kW) / sizeof(T);
+    constexpr int kFull = (kW >= kNarrowVectors ? 8 : 16) / sizeof(T);
     if (p.plan.x_vector == kFull) {
       conv_channels_last<kPath, T, kW, kStride, kFull>(p, t, parameters);
     } else if (p.plan.x_vector == kFull / 2) {

@@ -155,17 +155,18 @@ def test_strided_parameters():
 @pytest.mark.parametrize("optional", [(), ("input_gate",), ("residual",), ("output_gate",)], ids=str)
 def test_no_ghosts_is_one_launch_with_nothing_allocated(optional, layout, backend, monkeypatch):
     """A module cut off after its first half: the 1×1 conv alone, even if the depthwise conv would be 5×5 with 3 ghosts."""
+    launches, allocated, empty, run = [], [], torch.empty, triton.run
+    monkeypatch.setattr(triton, "run", lambda *a: launches.append(a) or run(*a))
     for conv in ({"dw_size": 1}, {"dw_size": 5, "ratio": 3}):
         case = Case(out_channels=20, init_channels=20, height=9, layout=layout, act_cheap="prelu", **conv)
         args = make_args(dataclasses.replace(case, **dict.fromkeys(optional, True)))
         args = args._replace(cheap_weight=torch.full_like(args.cheap_weight.transpose(2, 3), float("nan")))
         on_device = to_device(args, DEVICE)
-        launches, empty, run, allocated = [], torch.empty, triton.run, []
-        monkeypatch.setattr(triton, "run", lambda *a, run=run: launches.append(a) or run(*a))
-        monkeypatch.setattr(torch, "empty", lambda *a, empty=empty, **k: allocated.append(a) or empty(*a, **k))
-        out = forward_op(backend)(*on_device)
-        monkeypatch.setattr(triton, "run", run)
-        monkeypatch.setattr(torch, "empty", empty)
+        launches.clear()
+        allocated.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "empty", lambda *a, **k: allocated.append(a) or empty(*a, **k))
+            out = forward_op(backend)(*on_device)
         assert judge(out, args._replace(cheap_weight=torch.ones_like(args.cheap_weight))).ok
         (launch,) = launches
         assert not launch[2]["CHEAP"]

@@ -17,7 +17,8 @@ if import_error is None:
 
 _BLOCK_C = 64
 """Channels of a program of either squeeze-and-excite kernel."""
-_BLOCK_R = 32
+_BLOCK_R = 16, 32
+"""Rows of the hidden layer that the first kernel makes at a time, and that the second reads."""
 _BLOCK_P = 32
 _CHUNK = 256, 1024
 """The fewest and the most pixels of which a program takes the mean. More would make chains of sums that round too much."""
@@ -29,7 +30,6 @@ def depthwise_plan(args: DepthwiseArgs, out: Tensor) -> dict[str, Any]:
     kh, kw = a.weight.shape[2:]
     nhwc = is_channels_last(out)
     blocks = cheap_blocks(a.x.element_size(), nhwc, max(kh, kw), c)
-    blocks = blocks._replace(BLOCK_C=max(blocks.BLOCK_C, 4))  # with fewer, 7×7 in NCHW spills
     if oh * ow <= SMALL_IMAGE:
         blocks = blocks._replace(BLOCK_P=min(blocks.BLOCK_P, SMALL_IMAGE))
     # contiguous already in any usual model: then no copy
@@ -76,7 +76,7 @@ def squeeze_plan(args: SqueezeExciteArgs) -> dict[str, Any]:
     return dict(
         x_ptr=a.x, weight_ptr=a.reduce_weight.contiguous(), N=n, H=h, W=w, C=c, R=a.reduce_weight.shape[0],
         chunk=-(-chunk // block_p) * block_p, **x_strides(a.x), C_ALIGN=align(c), P_ALIGN=align(pixels),
-        INDEX_64=reach(a.x) >= 2**31, IMAGES=images, BLOCK_P=block_p, BLOCK_C=_BLOCK_C, BLOCK_R=_BLOCK_R,
+        INDEX_64=reach(a.x) >= 2**31, IMAGES=images, BLOCK_P=block_p, BLOCK_C=_BLOCK_C, BLOCK_R=_BLOCK_R[0],
         num_warps=NUM_WARPS,
     )  # fmt: skip
 
@@ -89,7 +89,7 @@ def excite_plan(args: SqueezeExciteArgs, parts: Tensor, out: Tensor, images: int
         "weight_ptr": args.expand_weight.contiguous(),
         "bias_ptr": None if args.expand_bias is None else args.expand_bias.contiguous(),
         "out_ptr": out, "N": n, "C": out.shape[1], "R": r, "parts": count, "ACT": args.act, "GATE": args.gate, "R_ALIGN": align(r),
-        "IMAGES": images, "BLOCK_C": _BLOCK_C, "BLOCK_R": _BLOCK_R, "num_warps": NUM_WARPS,
+        "IMAGES": images, "BLOCK_C": _BLOCK_C, "BLOCK_R": _BLOCK_R[1], "num_warps": NUM_WARPS,
     }  # fmt: skip
 
 

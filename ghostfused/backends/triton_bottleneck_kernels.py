@@ -34,6 +34,26 @@ def _x_strides(sc, sh, sw, UNIT: tl.constexpr, ALIGN: tl.constexpr):
     return sc, sh, sw
 
 
+@triton.jit
+def _window_row(
+    i, x, top, left, size, p_mask, c, c_mask, weight_ptr,
+    KH: tl.constexpr, KW: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """The products of row i of the windows, summed by themselves: one long chain would round more than PyTorch does."""
+    x_tile, x_sh, x_sw = x
+    H, W = size
+    h = top + i
+    row_mask = p_mask & (h >= 0) & (h < H)
+    row = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    for j in tl.static_range(KW):
+        w = left + j
+        inside = row_mask & (w >= 0) & (w < W)
+        tile = tl.load(x_tile + (i * x_sh + j * x_sw), mask=inside[:, None] & c_mask[None, :], other=0.0)
+        weight = tl.load(weight_ptr + c * (KH * KW) + i * KW + j, mask=c_mask, other=0.0)
+        row += tile.to(tl.float32) * weight.to(tl.float32)[None, :]
+    return row
+
+
 DEPTHWISE_SCALARS = "eps negative_slope slope_stride H W C OH OW x_sn x_sc x_sh x_sw".split()  # noqa: SIM905
 
 
@@ -64,16 +84,14 @@ def depthwise_kernel(
     left = p % OW * STRIDE - KW // 2
     x_tile = x_ptr + image * _multiple(x_sn, X_ALIGN) + (top * x_sh + left * x_sw)[:, None] + (c * x_sc)[None, :]
     acc = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    for i in tl.static_range(KH):
-        row = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)  # summed by itself: one long chain would round more than PyTorch
-        for j in tl.static_range(KW):
-            h = top + i
-            w = left + j
-            inside = p_mask & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-            tile = tl.load(x_tile + (i * x_sh + j * x_sw), mask=inside[:, None] & c_mask[None, :], other=0.0)
-            weight = tl.load(weight_ptr + c * (KH * KW) + i * KW + j, mask=c_mask, other=0.0)
-            row += tile.to(tl.float32) * weight.to(tl.float32)[None, :]
-        acc += row
+    x = (x_tile, x_sh, x_sw)
+    size = (H, W)
+    if KH <= 3:
+        for i in tl.static_range(KH):
+            acc += _window_row(i, x, top, left, size, p_mask, c, c_mask, weight_ptr, KH, KW, BLOCK_P, BLOCK_C)
+    else:  # unrolled, it would have more loads under way than registers for them
+        for i in range(KH):
+            acc += _window_row(i, x, top, left, size, p_mask, c, c_mask, weight_ptr, KH, KW, BLOCK_P, BLOCK_C)
     scale, shift = _scale_shift((bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps), c, c_mask)
     act = (slope_ptr, slope_stride, negative_slope)
     y = _activate(acc * scale[None, :] + shift[None, :], c, c_mask, act, ACT)
