@@ -241,7 +241,18 @@ def test_fused_training_with_frozen_statistics_saves_less():
 
 
 def test_help_and_unknown_names(capsys):
-    for command in ("module", "network", "memory", "launches", "overhead", "cpu_peak", "suite", "compare", "report", "readme"):
+    for command in (
+        "module",
+        "network",
+        "memory",
+        "launches",
+        "overhead",
+        "cpu_peak",
+        "suite",
+        "compare",
+        "report",
+        "readme",
+    ):
         with pytest.raises(SystemExit) as stopped:
             main([command, "--help"])
         assert stopped.value.code == 0
