@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..ops import forward_op
 from ..spec import Args
-from .common import kernel_refusal, placement_refusal
+from .common import KERNEL_DTYPES, kernel_refusal, placement_refusal
 from .extension import Extension
 
 _extension = Extension("_cpu")
@@ -36,6 +36,7 @@ def may_try(args: Args) -> bool:
         _extension.failure is None
         and type(x) is Tensor
         and x.is_cpu
+        and x.dtype in KERNEL_DTYPES
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
     )
