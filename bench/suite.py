@@ -23,7 +23,7 @@ COMMANDS: dict[str, dict[str, list[str]]] = {
         "overhead": ["overhead", "--threads", "1"],
         "cpu_peak": ["cpu_peak", "--batch", "1,16"],
         "module": ["module"],
-        "network": ["network", "--batch", "1,2,4,8", "--max-seconds", "30"],
+        "network": ["network", "--batch", "1,4,16", "--max-seconds", "30"],
     },
     "cuda": {
         "launches": ["launches", "--network", "paper,seed"],
