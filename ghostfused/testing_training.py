@@ -130,19 +130,22 @@ def judge_training(
             if name in other:
                 other[name] = other[name].flip(0)
         own.append(other)
-    own += [by_autograd(_nudged(a, seed), grad_output.double(), batch_statistics) for seed in range(4)]
+    own += [by_autograd(_nudged(a, seed), grad_output.double(), batch_statistics) for seed in range(16)]
     tolerance = TOLERANCES[a.x.dtype]
     torch_errors = {name: max(_error(name, run, expected) for run in own) for name in expected}
     # with batch statistics a bias's gradient is zero, and what autograd finds is the rounding of it
     zero: list[str] = [name for name in ("primary_bias", "cheap_bias") if batch_statistics and name in expected]
     gradients = [name for name in TENSORS if name in expected and name not in zero]
     pooled = max(torch_errors[name] for name in gradients)
+    statistics = [name for name in expected if name.startswith("batch_")]
+    pooled_statistics = max((torch_errors[name] for name in statistics), default=0.0)
     verdicts: dict[str, Verdict] = {}
     for name in expected:
         if name in zero:
             verdicts[name] = Verdict(float(results[name].abs().max()), 0.0, 0.0)
             continue
-        torch_error = pooled if name in gradients else torch_errors[name]
+        # PyTorch's worst of its kind: one of few numbers may be exact by luck
+        torch_error = pooled if name in gradients else pooled_statistics if name in statistics else torch_errors[name]
         limit = max(tolerance.factor * torch_error, tolerance.floor)
         verdicts[name] = Verdict(_error(name, results, expected), torch_error, limit)
     return verdicts
