@@ -7,7 +7,7 @@ import importlib
 import runpy
 import sys
 
-COMMANDS = ("module", "network", "memory", "launches", "overhead", "suite", "compare", "report", "readme")
+COMMANDS = ("module", "network", "memory", "launches", "overhead", "cpu_peak", "suite", "compare", "report", "readme")
 FORWARDED = {"static": "what the compiled kernels hold, from their code", "traffic": "bytes moved, by arithmetic"}
 
 

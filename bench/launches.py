@@ -28,9 +28,8 @@ from .results import Writer
 
 KERNEL_BACKENDS = [name for name in BACKENDS if name != "reference"]
 _NO_KERNEL = {"aten.detach", "aten.alias", "aten.empty", "aten.empty_like", "aten.empty_strided", "aten.lift_fresh"}
-_KERNELS = {
-    "ghostfused.forward_triton_two_kernel": 2,
-    **{f"ghostfused.squeeze_excite_{backend}": 2 for backend in ("cuda", "triton", "triton_two_kernel")},
+_KERNELS = {"ghostfused.forward_triton_two_kernel": 2} | {
+    f"ghostfused.squeeze_excite_{backend}": 2 for backend in ("cuda", "triton", "triton_two_kernel")
 }
 """Kernels of an op that is known to be more than one."""
 

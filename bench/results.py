@@ -23,6 +23,8 @@ FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "memory": {"name": str, "mode": str, "execution": str, "batch": int, "dtype": str, "saved_bytes": int},
     "launches": {"name": str, "execution": str, "ops": int, "by_op": dict},
     "overhead": {"backend": str, "step": str, "us": float, "spread_us": float},
+    "cpu_peak": {"name": str, "count": int, "batch": int, "dtype": str, "layout": str, "isa": str, "gflops": float,
+                 "peak_gflops": float, "peak_percent": float},
     "end": {"seconds": float},
 }  # fmt: skip
 """Fields that a row of each kind has at least."""

@@ -21,8 +21,9 @@ COMMANDS: dict[str, dict[str, list[str]]] = {
         "launches": ["launches", "--network", "paper,seed"],
         "memory": ["memory"],
         "overhead": ["overhead", "--threads", "1"],
+        "cpu_peak": ["cpu_peak", "--batch", "1,16"],
         "module": ["module"],
-        "network": ["network", "--batch", "1,2,4,8", "--max-seconds", "30"],
+        "network": ["network", "--batch", "1,4,16", "--max-seconds", "30"],
     },
     "cuda": {
         "launches": ["launches", "--network", "paper,seed"],
@@ -35,6 +36,7 @@ COMMANDS: dict[str, dict[str, list[str]]] = {
 }
 QUICK_PEERS = ["--peers", "eager,eager+graph,bn_folded,onnxruntime,openvino*,ghostfused_*"]
 QUICK = {
+    "cpu_peak": ["--only", "blocks.0,blocks.6.3,blocks.8.0", "--batch", "1", "--samples", "5", "--repeats", "3"],
     "module": [*QUICK_PEERS, "--only", "blocks.0,blocks.6.3,blocks.8.0", "--samples", "5", "--repeats", "3"],
     "network": [*QUICK_PEERS, "--batch", "1,2", "--samples", "3", "--repeats", "3"],
 }

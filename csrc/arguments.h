@@ -202,4 +202,79 @@ Tensor forward(Tensor x, Tensor primary_weight, OptionalTensor primary_bias, Opt
   return launch(a, x);
 }
 
+// The depthwise op: its arguments are DepthwiseArgs, in order.
+template <Tensor (*launch)(DepthwiseParams& params, const Tensor& x)>
+Tensor depthwise(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor mean, OptionalTensor var,
+                 OptionalTensor gamma, OptionalTensor beta, OptionalTensor slope, double eps, int64_t act,
+                 double negative_slope, int64_t stride) {
+  for (const auto& [name, t] : {std::pair{"x", &x}, {"weight", &weight}}) {
+    if (t->dim() != 4) fail(name, ": expected 4 dimensions, got ", t->dim());
+  }
+  const Checker checker(x);
+  DepthwiseParams p{};
+  p.path = path_of(checker.dtype);
+  const auto sizes = x.sizes();
+  const int64_t channels = sizes[1], kernel_h = weight.size(2), kernel_w = weight.size(3);
+  if (channels < 1 || sizes[2] < 1 || sizes[3] < 1) fail("x: expected at least one channel, row and column");
+  if (stride != 1 && stride != 2) fail("stride: the kernel takes 1 and 2, got ", stride);
+  for (const int64_t k : {kernel_h, kernel_w}) {
+    if (k < 1 || k > 7 || k % 2 == 0) fail("weight: the kernel takes sides of 1, 3, 5 and 7, got ", k);
+  }
+  checker.check({"", "weight"}, weight, {channels, 1, kernel_h, kernel_w});
+  p.batch = size32("x", sizes[0]);
+  p.channels = size32("x", channels);
+  p.height = size32("x", sizes[2]);
+  p.width = size32("x", sizes[3]);
+  p.out_height = (p.height - 1) / static_cast<int>(stride) + 1;
+  p.out_width = (p.width - 1) / static_cast<int>(stride) + 1;
+  p.kernel_h = static_cast<int>(kernel_h);
+  p.kernel_w = static_cast<int>(kernel_w);
+  p.stride = static_cast<int>(stride);
+  p.channels_last = is_channels_last(x);
+  p.x = checker.tensor4("x", x, {sizes[0], channels, sizes[2], sizes[3]});
+  p.weight = weight.data_ptr();
+  const auto strides = weight.strides();
+  p.weight_stride_c = strides[0];
+  p.weight_stride_h = strides[2];
+  p.weight_stride_w = strides[3];
+  p.norm = checker.norm_act("", channels, bias, mean, var, gamma, beta, slope, eps, act, negative_slope);
+  return launch(p, x);
+}
+
+// The squeeze_excite op: its arguments are SqueezeExciteArgs, in order.
+template <Tensor (*launch)(SqueezeExciteParams& params, const Tensor& x)>
+Tensor squeeze_excite(Tensor x, Tensor reduce_weight, OptionalTensor reduce_bias, Tensor expand_weight,
+                      OptionalTensor expand_bias, int64_t act, int64_t gate) {
+  if (x.dim() != 4) fail("x: expected 4 dimensions, got ", x.dim());
+  if (reduce_weight.dim() != 2) fail("reduce_weight: expected 2 dimensions, got ", reduce_weight.dim());
+  const Checker checker(x);
+  SqueezeExciteParams p{};
+  p.path = path_of(checker.dtype);
+  const auto sizes = x.sizes();
+  const int64_t channels = sizes[1], reduced = reduce_weight.size(0);
+  if (channels < 1 || sizes[2] < 1 || sizes[3] < 1) fail("x: expected at least one channel, row and column");
+  if (reduced < 1) fail("reduce_weight: expected at least one row");
+  checker.check({"", "reduce_weight"}, reduce_weight, {reduced, channels});
+  checker.check({"", "expand_weight"}, expand_weight, {channels, reduced});
+  p.batch = size32("x", sizes[0]);
+  p.channels = size32("x", channels);
+  p.height = size32("x", sizes[2]);
+  p.width = size32("x", sizes[3]);
+  p.reduced = size32("reduce_weight", reduced);
+  p.x = checker.tensor4("x", x, {sizes[0], channels, sizes[2], sizes[3]});
+  if (x.is_cpu()) {  // whose kernel reads the matrices row by row
+    reduce_weight = torch::stable::contiguous(reduce_weight);
+    expand_weight = torch::stable::contiguous(expand_weight);
+  }
+  p.reduce = {reduce_weight.data_ptr(), reduce_weight.stride(0), reduce_weight.stride(1)};
+  p.expand = {expand_weight.data_ptr(), expand_weight.stride(0), expand_weight.stride(1)};
+  p.reduce_bias = checker.vector({"", "reduce_bias"}, reduce_bias, reduced);
+  p.expand_bias = checker.vector({"", "expand_bias"}, expand_bias, channels);
+  p.act = Checker::act({"", "act"}, act);
+  if (p.act == Act::kLeakyReLU || p.act == Act::kPReLU) fail("act: expected an activation without a slope");
+  if (gate < 0 || gate > static_cast<int64_t>(Gate::kReLU6)) fail("gate: the kernels have no gate ", gate);
+  p.gate = static_cast<Gate>(gate);
+  return launch(p, x);
+}
+
 }  // namespace ghostfused

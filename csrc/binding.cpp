@@ -10,7 +10,7 @@
 #include <unordered_map>
 
 #include "arguments.h"
-#include "launch.h"
+#include "bottleneck.h"
 
 namespace py = pybind11;
 
@@ -41,6 +41,13 @@ const Device& current_device(int32_t index) {
   return known.emplace(index, d).first->second;
 }
 
+// A module whose ghosts are all cut off is a 1×1 conv: no halo, whatever the size of the depthwise conv.
+void drop_unused_ghosts(GhostShape& s) {
+  if (s.out_channels > s.init_channels) return;
+  s.ratio = 2;
+  s.dw_size = 1;
+}
+
 struct ShapeHash {
   size_t operator()(const GhostShape& s) const {
     size_t h = 0;
@@ -62,32 +69,81 @@ const LaunchPlan& cached_plan(const GhostShape& shape) {
   return plans.emplace(shape, plan_forward(shape)).first->second;
 }
 
-Tensor launch(GhostForwardParams& a, const Tensor& x) {
+Tensor new_output(std::initializer_list<int64_t> sizes, ScalarType dtype, int32_t device, bool channels_last = false) {
+  return torch::stable::empty(
+      {sizes.begin(), sizes.size()}, dtype, std::nullopt,
+      torch::stable::Device(torch::stable::DeviceType::CUDA, device), std::nullopt,
+      channels_last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous);
+}
+
+Tensor4 map_of(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; }
+
+void* current_stream(int32_t device) {
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  return stream;
+}
+
+int32_t cuda_device(const Tensor& x) {
   if (!x.is_cuda()) fail("x: expected a CUDA tensor");
+  return x.get_device_index();
+}
+
+Tensor launch(GhostForwardParams& a, const Tensor& x) {
+  const int32_t index = cuda_device(x);
   GhostShape& s = a.shape;
-  const int32_t index = x.get_device_index();
+  drop_unused_ghosts(s);
   const torch::stable::accelerator::DeviceGuard guard(index);
   const bool channels_last = is_channels_last(x);
-  const int64_t sizes[] = {s.batch, s.out_channels, s.height, s.width};
-  Tensor out = torch::stable::empty(
-      {sizes, 4}, x.scalar_type(), std::nullopt, torch::stable::Device(torch::stable::DeviceType::CUDA, index),
-      std::nullopt,
-      channels_last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous);
+  Tensor out = new_output({s.batch, s.out_channels, s.height, s.width}, x.scalar_type(), index, channels_last);
   if (s.batch == 0) return out;
-  a.out = {out.data_ptr(), out.stride(0), out.stride(1), out.stride(2), out.stride(3)};
+  a.out = map_of(out);
   s.channels_last = channels_last || s.height * s.width == 1;  // one pixel is both, and K is what is contiguous
 
   const Device& device = current_device(index);
   s.sm_count = device.sm_count;
   s.smem_per_block = device.smem_per_block;
   s.smem_per_sm = device.smem_per_sm;
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
-  if (const char* error = launch_forward(a, cached_plan(s), stream)) fail("ghostfused forward_cuda: ", error);
+  if (const char* error = launch_forward(a, cached_plan(s), current_stream(index))) {
+    fail("ghostfused forward_cuda: ", error);
+  }
   return out;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(ghostfused, CUDA, m) { m.impl("forward_cuda", TORCH_BOX(&forward<launch>)); }
+Tensor launch(DepthwiseParams& a, const Tensor& x) {
+  const int32_t index = cuda_device(x);
+  const torch::stable::accelerator::DeviceGuard guard(index);
+  Tensor out = new_output({a.batch, a.channels, a.out_height, a.out_width}, x.scalar_type(), index, a.channels_last);
+  if (a.batch == 0) return out;
+  a.out = map_of(out);
+  if (a.height * a.width == 1 && a.x.stride_c == 1) a.channels_last = true;  // one pixel is both
+  const DepthwisePlan plan = plan_depthwise(a, current_device(index).sm_count);
+  if (const char* error = launch_depthwise(a, plan, current_stream(index))) {
+    fail("ghostfused depthwise_cuda: ", error);
+  }
+  return out;
+}
+
+Tensor launch(SqueezeExciteParams& a, const Tensor& x) {
+  const int32_t index = cuda_device(x);
+  const torch::stable::accelerator::DeviceGuard guard(index);
+  Tensor out = new_output({a.batch, a.channels}, x.scalar_type(), index);
+  if (a.batch == 0) return out;
+  a.out = out.data_ptr();
+  const SqueezeExcitePlan plan = plan_squeeze_excite(a, current_device(index).sm_count);
+  const Tensor parts = new_output({a.batch, plan.parts, a.reduced}, ScalarType::Float, index);
+  if (const char* error =
+          launch_squeeze_excite(a, plan, static_cast<float*>(parts.data_ptr()), current_stream(index))) {
+    fail("ghostfused squeeze_excite_cuda: ", error);
+  }
+  return out;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ghostfused, CUDA, m) {
+  m.impl("forward_cuda", TORCH_BOX(&forward<launch>));
+  m.impl("depthwise_cuda", TORCH_BOX(&depthwise<launch>));
+  m.impl("squeeze_excite_cuda", TORCH_BOX(&squeeze_excite<launch>));
+}
 
 py::dict build_info() {
   py::dict info;
@@ -119,6 +175,7 @@ py::dict plan(int batch, int in_channels, int height, int width, int init_channe
   GhostForwardParams a{};
   a.shape = {path_named(path), channels_last, input_gate, batch,   in_channels, height,         width,
              init_channels,    out_channels,  ratio,      dw_size, sm_count,    smem_per_block, smem_per_sm};
+  drop_unused_ghosts(a.shape);
   const LaunchPlan p = plan_forward(a.shape);
   py::dict r;
   if (p.block_c == 0) return r;
@@ -182,7 +239,8 @@ py::list all_kernel_attributes() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() =
-      "ghostfused's CUDA kernels: loading this registers ghostfused::forward_cuda; its functions answer questions.";
+      "ghostfused's CUDA kernels: loading this registers ghostfused::{forward,depthwise,squeeze_excite}_cuda; its "
+      "functions answer questions.";
   m.def("build_info", &ghostfused::build_info, "CUDA version and architectures of this build.");
   m.def("plan", &ghostfused::plan, py::kw_only(), py::arg("batch"), py::arg("in_channels"), py::arg("height"),
         py::arg("width"), py::arg("init_channels"), py::arg("out_channels"), py::arg("ratio") = 2,

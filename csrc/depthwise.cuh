@@ -40,20 +40,6 @@ __device__ __forceinline__ void stage(unsigned char* p, int pitch, const float (
   }
 }
 
-// A thread's share of a [channel vectors × positions] grid: one vector for good, so that what belongs to its channels
-// stays in registers, and every ``step``-th position. Neighbours in a warp take the next vector in channels_last and
-// the next position in NCHW, as the stage is written.
-struct ThreadShare {
-  int vector, first, step;
-  template <bool kChannelsLast>
-  __device__ __forceinline__ static ThreadShare of(int vectors, int positions) {
-    const int step = blockDim.x / vectors, id = threadIdx.x;
-    ThreadShare s{kChannelsLast ? id % vectors : id / step, kChannelsLast ? id / vectors : id % step, step};
-    if (s.vector >= vectors || s.first >= step) s.first = positions;  // left over
-    return s;
-  }
-};
-
 // kD > 0: ratio 2 and a kD × kD kernel, unrolled. kD = 0: any size and ratio.
 template <Path kPath, typename T, int kD, bool kChannelsLast>
 __device__ __forceinline__ void depthwise(const KernelParams& p, const BlockTile& t, const DepthwiseOperands& op) {

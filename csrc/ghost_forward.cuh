@@ -172,7 +172,7 @@ __device__ __forceinline__ void cheap_and_store(const KernelParams& p, unsigned 
     {
       const BlockTile t = block_tile(p);
       const NewChannels g = new_channels<kD>(p, t, max(group, 0));
-      with_out_vector<T>(p.width.out, [&]<int kV>(Vector<T, kV>) {
+      with_vector<T>(p.width.out, [&]<int kV>(Vector<T, kV>) {
         if constexpr (kChannelsLast) {
           store_rows<T, kV>(p, t, x1, staging, group == 0 ? t.channels : 0, g);
         } else {

@@ -1,4 +1,4 @@
-// The bridge between Torch and the kernels: plain structs of pointers, sizes and strides, and three functions.
+// The bridge between Torch and the kernels: plain structs of pointers, sizes and strides, and a few functions.
 // Neither Torch nor CUDA is needed to read or include it.
 #pragma once
 
@@ -56,6 +56,38 @@ struct GhostForwardParams {
   NormAct primary, cheap;
 };
 
+// act(norm(depthwise_conv(x))), padded by half the kernel.
+struct DepthwiseParams {
+  Path path;
+  bool channels_last;  // of the output
+  int batch, channels, height, width, out_height, out_width, kernel_h, kernel_w, stride;
+  Tensor4 x, out;
+  const void* weight;  // (C, kernel_h, kernel_w)
+  int64_t weight_stride_c, weight_stride_h, weight_stride_w;
+  NormAct norm;
+};
+
+// The values of ghostfused/spec.py's Gate.
+enum class Gate : int { kSigmoid, kHardsigmoid, kReLU6 };
+
+// A matrix with any strides, in elements.
+struct Matrix {
+  const void* data;
+  int64_t stride_row, stride_col;
+};
+
+// gate(expand act(reduce mean(x))), a number per image and channel.
+struct SqueezeExciteParams {
+  Path path;
+  int batch, channels, height, width, reduced;
+  Tensor4 x;
+  Matrix reduce, expand;  // (reduced, C) and (C, reduced)
+  ChannelVector reduce_bias, expand_bias;
+  Act act;
+  Gate gate;
+  void* out;  // (N, C), contiguous
+};
+
 // How a module is cut into blocks, and what that costs. See plan.cpp.
 struct LaunchPlan {
   int tile_h, tile_w;     // output pixels of a block
@@ -96,7 +128,8 @@ struct KernelAttributes {
   char name[64];
   int registers, local_bytes, static_smem_bytes, max_threads, binary_version;
 };
-constexpr int kKernelCount = 24;  // 4 paths × (3×3, 5×5, any size and ratio) × 2 layouts
+constexpr int kGhostKernelCount = 24;                     // 4 paths × (3×3, 5×5, any size and ratio) × 2 layouts
+constexpr int kKernelCount = kGhostKernelCount + 3 * 19;  // and bottleneck.h's
 const char* kernel_attributes(int index, KernelAttributes* attributes);
 
 }  // namespace ghostfused

@@ -1,11 +1,11 @@
-// Picks the compiled kernel for a plan and queues it.
-#include "launch.h"
-
+// Picks the compiled kernel of a Ghost module for a plan and queues it.
 #include <cuda_runtime_api.h>
 
 #include <atomic>
 #include <cstdint>
 #include <cstdio>
+
+#include "bottleneck.h"
 
 namespace ghostfused {
 namespace {
@@ -35,7 +35,7 @@ const Kernel& kernel_at(int index) {
 // Lets the kernel use all of the device's shared memory; once per kernel and device, since it isn't free.
 cudaError_t allow_shared_memory(int index) {
   constexpr int kMaxDevices = 64;
-  static std::atomic<bool> done[kKernelCount][kMaxDevices];
+  static std::atomic<bool> done[kGhostKernelCount][kMaxDevices];
   int device = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess) return error;
@@ -52,6 +52,8 @@ cudaError_t allow_shared_memory(int index) {
   return error;
 }
 
+}  // namespace
+
 bool narrow(const Tensor4& t, DeviceTensor* out) {
   for (const int64_t stride : {t.stride_c, t.stride_h, t.stride_w}) {
     if (stride < 0 || stride > INT32_MAX) return false;
@@ -60,8 +62,6 @@ bool narrow(const Tensor4& t, DeviceTensor* out) {
           static_cast<uint32_t>(t.stride_w)};
   return true;
 }
-
-}  // namespace
 
 const char* launch_forward(const GhostForwardParams& params, const LaunchPlan& plan, void* stream) {
   if (plan.block_c == 0) return "no tile fits the device's shared memory";
@@ -73,7 +73,7 @@ const char* launch_forward(const GhostForwardParams& params, const LaunchPlan& p
       !narrow(params.output_gate, &p.output_gate)) {
     return "a stride within an image is beyond 2^31 elements";
   }
-  const int element = params.shape.path == Path::kFloat16 || params.shape.path == Path::kBFloat16 ? 2 : 4;
+  const int element = element_size(params.shape.path);
   p.x_row = reciprocal_of(plan.block_k * element / p.width.x);
   p.weight_row = reciprocal_of(plan.block_k * element / p.width.primary_weight);
   void* arguments[] = {&p};
@@ -83,10 +83,11 @@ const char* launch_forward(const GhostForwardParams& params, const LaunchPlan& p
 }
 
 const char* kernel_attributes(int index, KernelAttributes* out) {
+  const Kernel& kernel = index < kGhostKernelCount ? kernel_at(index) : bottleneck_kernel(index - kGhostKernelCount);
   cudaFuncAttributes a;
-  const cudaError_t error = cudaFuncGetAttributes(&a, kernel_at(index).function);
+  const cudaError_t error = cudaFuncGetAttributes(&a, kernel.function);
   if (error != cudaSuccess) return cudaGetErrorString(error);
-  std::snprintf(out->name, sizeof out->name, "%s", kernel_at(index).name);
+  std::snprintf(out->name, sizeof out->name, "%s", kernel.name);
   out->registers = a.numRegs;
   out->local_bytes = static_cast<int>(a.localSizeBytes);
   out->static_smem_bytes = static_cast<int>(a.sharedSizeBytes);

@@ -2,6 +2,8 @@
 // allow.
 #pragma once
 
+#include <initializer_list>
+
 #include "ghost_module.h"
 
 namespace ghostfused {
@@ -10,6 +12,11 @@ struct VectorWidths {
   int x, primary_weight;  // bytes of one copy to shared memory: 16, 8, 4, or one 2-byte element
   int out;                // elements of one store, and of one load of the residual and the output gate
 };
+
+constexpr int element_size(Path path) { return path == Path::kFloat16 || path == Path::kBFloat16 ? 2 : 4; }
+
+// The largest power of two ≤ limit that divides all of the values and, times ``element``, the address.
+int common_vector(int limit, int element, const void* data, std::initializer_list<int64_t> values);
 
 VectorWidths vector_widths(const GhostForwardParams& params, const LaunchPlan& plan);
 
@@ -21,7 +28,10 @@ struct DeviceTensor {
   uint32_t stride_c, stride_h, stride_w;
 };
 
-// For a division that many threads make (tile.cuh's FastDivisor).
+// False if a stride within an image needs more than 31 bits.
+bool narrow(const Tensor4& t, DeviceTensor* out);
+
+// For a division that many threads make (vector.cuh's FastDivisor).
 struct Reciprocal {
   uint32_t divisor, reciprocal;
 };
@@ -45,7 +55,7 @@ constexpr int unrolled_dw(const GhostShape& s) {
 constexpr int kMaxThreads = 256, kMinBlocks = 2;
 
 struct Kernel {
-  const void* function;  // __global__ void (KernelParams)
+  const void* function;  // __global__ void (KernelParams), or those of bottleneck.h
   const char* name;
 };
 

@@ -1,8 +1,8 @@
 // Global to shared memory: x and the 1×1 weights through the cp.async pipeline, parameters once.
 #pragma once
 
-#include "activation.cuh"
 #include "mma.cuh"
+#include "norm.cuh"
 #include "tile.cuh"
 
 namespace ghostfused {
@@ -67,34 +67,6 @@ __device__ __forceinline__ void load_primary_weight(const KernelParams& p, const
   });
 }
 
-template <typename T>
-__device__ __forceinline__ float channel_value(const ChannelVector& v, int64_t c, float absent, bool is_float32) {
-  if (v.data == nullptr) return absent;
-  return is_float32 ? static_cast<const float*>(v.data)[c * v.stride]
-                    : to_float(static_cast<const T*>(v.data)[c * v.stride]);
-}
-
-// Bias and norm as y = x * scale + shift, and the slope of the activation below zero.
-struct Affine {
-  float scale, shift, slope;
-};
-
-template <typename T>
-__device__ __forceinline__ Affine affine(const NormAct& p, int64_t c) {
-  Affine a;
-  a.scale = 1.f;
-  a.shift = 0.f;
-  if (p.mean.data != nullptr) {
-    const float var = channel_value<T>(p.var, c, 1.f, p.norm_is_float32);
-    a.scale = channel_value<T>(p.gamma, c, 1.f, p.norm_is_float32) / sqrtf(var + p.eps);
-    a.shift = channel_value<T>(p.beta, c, 0.f, p.norm_is_float32) -
-              channel_value<T>(p.mean, c, 0.f, p.norm_is_float32) * a.scale;
-  }
-  a.shift += channel_value<T>(p.bias, c, 0.f, false) * a.scale;
-  a.slope = slope_of(p, channel_value<T>(p.slope, c, 0.f, false));
-  return a;
-}
-
 // [scale | shift | slope] of the block's init channels, zero for those beyond the last.
 template <typename T>
 __device__ __forceinline__ void load_primary_affine(const KernelParams& p, const BlockTile& t, float* out) {
@@ -113,6 +85,7 @@ template <typename T, int kD>
 __device__ __forceinline__ void load_cheap(const KernelParams& p, const BlockTile& t, int group, float* affines,
                                            float* weights) {
   const NewChannels g = new_channels<kD>(p, t, group);
+  if (g.count == 0) return;  // sliced off
   const int block_c = p.plan.block_c, d = kD > 0 ? kD : p.args.shape.dw_size;
   const T* weight = static_cast<const T*>(p.args.cheap_weight);
   for (int i = threadIdx.x; i < block_c * d * d; i += blockDim.x) {

@@ -11,7 +11,8 @@ namespace {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-int element_size(const GhostShape& s) { return s.path == Path::kFloat16 || s.path == Path::kBFloat16 ? 2 : 4; }
+int ghosts_per_init(const GhostShape& s) { return s.out_channels > s.init_channels ? s.ratio - 1 : 0; }
+int element_size(const GhostShape& s) { return ghostfused::element_size(s.path); }
 
 constexpr int kVectorBytes = 16, kSectorBytes = 32, kKStepBytes = 32, kWarpTile = 32, kMaxBlockC = 128;
 
@@ -77,7 +78,9 @@ bool complete(const GhostShape& s, const Span& rows, const Span& cols, LaunchPla
   p.staging_pitch = s.channels_last ? p.x1_pitch
                     : whole_map     ? tile_pixels * es
                                     : static_cast<int>(round_up(tile_pixels * es, kVectorBytes));
-  const int64_t staging = int64_t{p.staging_pitch} * (s.channels_last ? tile_pixels : p.block_c);
+  const bool ghosts = ghosts_per_init(s) > 0;  // without them only NCHW stages anything: x1, to transpose it
+  const int64_t staging =
+      s.channels_last ? (ghosts ? int64_t{p.staging_pitch} * tile_pixels : 0) : int64_t{p.staging_pitch} * p.block_c;
 
   int64_t end = 0;
   const auto reserve = [&end](int64_t bytes) {
@@ -86,8 +89,8 @@ bool complete(const GhostShape& s, const Span& rows, const Span& cols, LaunchPla
     return static_cast<int>(offset);
   };
   reserve(3 * sizeof(float) * p.block_c);  // scale, shift, slope of the 1×1 conv, at offset 0
-  p.cheap_offset = reserve(2 * sizeof(float) * p.block_c);
-  p.dw_offset = reserve(int64_t{s.dw_size} * s.dw_size * p.block_c * sizeof(float));
+  p.cheap_offset = reserve(ghosts ? 2 * sizeof(float) * p.block_c : 0);
+  p.dw_offset = reserve(ghosts ? int64_t{s.dw_size} * s.dw_size * p.block_c * sizeof(float) : 0);
   p.gate_offset = reserve(s.input_gate ? int64_t{p.k_chunks} * p.block_k * es : 0);
   const int64_t x1_bytes = int64_t{p.pixels} * p.x1_pitch;
   if (x1_bytes > s.smem_per_block) return false;
@@ -110,9 +113,9 @@ bool complete(const GhostShape& s, const Span& rows, const Span& cols, LaunchPla
 
   const int64_t image = int64_t{s.height} * s.width, halo = rows.total * cols.total;
   const int64_t x_bytes = int64_t{s.batch} * s.in_channels * image * es;
-  const int64_t parameters =
-      (int64_t{s.init_channels} * s.in_channels + int64_t{s.init_channels} * (s.ratio - 1) * s.dw_size * s.dw_size) *
-      es;
+  const int64_t parameters = (int64_t{s.init_channels} * s.in_channels +
+                              int64_t{s.init_channels} * ghosts_per_init(s) * s.dw_size * s.dw_size) *
+                             es;
   const int64_t x_loads = int64_t{s.batch} * p.channel_blocks * halo * s.in_channels * es;
   const int64_t weight_loads = p.grid * (p.weights_resident ? 1 : pixel_chunks) * p.block_c * s.in_channels * es;
   p.l2_read = x_loads + weight_loads;
@@ -129,7 +132,7 @@ bool complete(const GhostShape& s, const Span& rows, const Span& cols, LaunchPla
 // Clocks of the whole launch by the model. A block loads, computes and stores; blocks that start together do so in
 // step, and only those of later waves fill each other's gaps. DRAM is a floor.
 double cost(const GhostShape& s, const LaunchPlan& p) {
-  const int es = element_size(s), taps = s.dw_size * s.dw_size, new_per_init = s.ratio - 1;
+  const int es = element_size(s), taps = s.dw_size * s.dw_size, new_per_init = ghosts_per_init(s);
   const double out_pixels = double(s.height) * s.width / (p.tiles_h * p.tiles_w);  // of a block, on average
   const double pixels = p.recompute * out_pixels;
   const int block_m = p.threads / 32 / p.warps_n * kWarpTile;
@@ -226,9 +229,6 @@ LaunchPlan plan_forward(const GhostShape& s) {
   return best;
 }
 
-namespace {
-
-// The largest power of two ≤ limit that divides all of the values and, times ``element``, the address.
 int common_vector(int limit, int element, const void* data, std::initializer_list<int64_t> values) {
   int vector = limit;
   while (vector > 1) {
@@ -239,8 +239,6 @@ int common_vector(int limit, int element, const void* data, std::initializer_lis
   }
   return vector;
 }
-
-}  // namespace
 
 VectorWidths vector_widths(const GhostForwardParams& a, const LaunchPlan& p) {
   const GhostShape& s = a.shape;

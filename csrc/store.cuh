@@ -96,15 +96,4 @@ __device__ __forceinline__ void store_planes(const KernelParams& p, const BlockT
   }
 }
 
-// Calls f<kV> with the launch's vector width.
-template <typename T, typename F>
-__device__ __forceinline__ void with_out_vector(int width, F f) {
-  if constexpr (sizeof(T) == 2) {
-    if (width == 8) return f(Vector<T, 8>());
-  }
-  if (width == 4) return f(Vector<T, 4>());
-  if (width == 2) return f(Vector<T, 2>());
-  f(Vector<T, 1>());
-}
-
 }  // namespace ghostfused

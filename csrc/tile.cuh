@@ -1,89 +1,9 @@
-// What all stages of the kernel share: its parameters, a block's place in the image, vectors, conversions.
+// What all stages of the kernel share: its parameters and a block's place in the image.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include <cstdint>
-
-#include "ghost_module.h"
-#include "launch.h"
+#include "vector.cuh"
 
 namespace ghostfused {
-
-template <Path kPath>
-struct PathType {
-  using T = float;
-};
-template <>
-struct PathType<Path::kFloat16> {
-  using T = __half;
-};
-template <>
-struct PathType<Path::kBFloat16> {
-  using T = __nv_bfloat16;
-};
-
-__device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
-__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-
-template <typename T>
-__device__ __forceinline__ T from_float(float x) {
-  if constexpr (__is_same(T, __half)) {
-    return __float2half_rn(x);
-  } else if constexpr (__is_same(T, __nv_bfloat16)) {
-    return __float2bfloat16_rn(x);
-  } else {
-    return x;
-  }
-}
-
-// kCount numbers that are loaded and stored as one aligned vector of 2, 4, 8 or 16 bytes.
-template <typename T, int kCount>
-struct Vector {
-  static constexpr int kBytes = sizeof(T) * kCount;
-  template <int kB, int = 0>
-  struct Raw;
-  template <int kDummy>
-  struct Raw<2, kDummy> {
-    using Type = uint16_t;
-  };
-  template <int kDummy>
-  struct Raw<4, kDummy> {
-    using Type = uint32_t;
-  };
-  template <int kDummy>
-  struct Raw<8, kDummy> {
-    using Type = uint2;
-  };
-  template <int kDummy>
-  struct Raw<16, kDummy> {
-    using Type = uint4;
-  };
-  using RawType = typename Raw<kBytes>::Type;
-
-  union {
-    RawType raw;
-    T at[kCount];
-  };
-
-  __device__ __forceinline__ Vector() : raw{} {}
-  __device__ __forceinline__ void load(const void* p) { raw = *static_cast<const RawType*>(p); }
-  __device__ __forceinline__ void store(void* p) const { *static_cast<RawType*>(p) = raw; }
-};
-
-// Division by a number that many threads divide by: exact while dividend * divisor < 2^32.
-struct FastDivisor : Reciprocal {
-  __device__ __forceinline__ explicit FastDivisor(uint32_t d) : Reciprocal{d, 0xffffffffu / d + 1} {}
-  __device__ __forceinline__ explicit FastDivisor(const Reciprocal& r) : Reciprocal(r) {}
-  __device__ __forceinline__ int divide(int x) const { return divisor == 1 ? x : __umulhi(x, reciprocal); }
-};
-
-// Where (c, h, w) of an image lies. All are of 32 bits and not negative: three wide multiply-adds.
-__device__ __forceinline__ uint64_t offset_in_image(const DeviceTensor& t, uint32_t c, uint32_t h, uint32_t w) {
-  return uint64_t{c} * t.stride_c + uint64_t{h} * t.stride_h + uint64_t{w} * t.stride_w;
-}
 
 // One block's work: output pixels [h0, h0 + rows) × [w0, w0 + cols) of image n, init channels [c0, c0 + channels).
 // Its halo is cut off at the image's edges: x1 exists only for pixels inside, and the depthwise conv reads zeros for

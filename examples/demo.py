@@ -6,7 +6,6 @@ For each network: the largest error against float64, the median time per image, 
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,7 @@ from sklearn.datasets import load_sample_image
 from torch import Tensor, nn
 
 import ghostfused
+from ghostfused.fuse_command import time_interleaved
 from ghostfused.info import collect
 from ghostfused.models.seed import GhostNet
 from ghostfused.verify import calibrate, network_verdict
@@ -44,25 +44,6 @@ def photo() -> Tensor:
     x = torch.from_numpy(image[top : top + SIZE, left : left + SIZE]).permute(2, 0, 1)[None]
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     return ((x - mean[:, None, None]) / std[:, None, None]).contiguous()
-
-
-def time_interleaved(functions: dict[str, Callable[[], object]], rounds: int, synchronize: Callable[[], object], tick):
-    """Median and interquartile range in ms of each function; the functions take turns, so that drift hits all alike."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for function in functions.values():
-        for _ in range(3):
-            function()
-    for i in range(rounds):
-        order = list(functions.items())
-        for name, function in order if i % 2 else reversed(order):
-            synchronize()
-            start = time.perf_counter()
-            function()
-            synchronize()
-            times[name].append((time.perf_counter() - start) * 1e3)
-        tick()
-    quartiles = {name: statistics.quantiles(t, n=4) for name, t in times.items()}
-    return {name: (q[1], q[2] - q[0]) for name, q in quartiles.items()}
 
 
 def plot(rows: list[dict], device: str) -> Path:
@@ -114,12 +95,14 @@ def main() -> None:
             progress.advance(task)
             with torch.inference_mode():
                 on_device = x.to(device)
-                times = time_interleaved(
+                milliseconds = time_interleaved(
                     {"unfused": partial(model, on_device), "fused": partial(fused, on_device)},
                     rounds,
-                    torch.cuda.synchronize if gpu else lambda: None,
+                    device,
                     lambda: progress.advance(task),
                 )
+            quartiles = {kind: statistics.quantiles(each, n=4) for kind, each in milliseconds.items()}
+            times = {kind: (q[1], q[2] - q[0]) for kind, q in quartiles.items()}
             count = sum(isinstance(m, ghostfused.FusedGhostModule) for m in fused.modules())
             rows.append({"network": network, "modules": count, "verdict": verdict, **times})
 

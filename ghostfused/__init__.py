@@ -9,6 +9,7 @@ from .attention import FusedAttentionGhostModule
 from .bottleneck import FusedGhostBottleneck
 from .functional import ghost_module
 from .fuse import fuse, fuse_with_report, unfuse
+from .graphs import graphed
 from .module import FusedGhostModule
 from .spec import Act, BatchNorm
 
@@ -23,6 +24,7 @@ __all__ = [
     "fuse",
     "fuse_with_report",
     "ghost_module",
+    "graphed",
     "models",
     "unfuse",
 ]

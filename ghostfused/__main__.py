@@ -1,18 +1,19 @@
-"""``python -m ghostfused info | verify``."""
+"""``python -m ghostfused info | verify | fuse``."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from . import info, verify
+from . import fuse_command, info, verify
+
+COMMANDS = {"info": info, "verify": verify, "fuse": fuse_command}
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m ghostfused", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for module in (info, verify):
-        name = module.__name__.rpartition(".")[2]
+    for name, module in COMMANDS.items():
         sub = commands.add_parser(name, help=module.main.__doc__, description=module.__doc__)
         module.add_arguments(sub)
         sub.set_defaults(main=module.main)

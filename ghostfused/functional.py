@@ -205,7 +205,7 @@ def squeeze_excite(
 
     Args:
         x: (N, C, H, W), any strides.
-        reduce_weight, expand_weight: (R, C) and (C, R), x's dtype.
+        reduce_weight, expand_weight: (R, C) and (C, R), or those of 1×1 convolutions; x's dtype.
         reduce_bias, expand_bias: (R,) and (C,).
         act: an activation without a slope.
         gate: "sigmoid", "hardsigmoid" or "relu6".
@@ -218,6 +218,9 @@ def squeeze_excite(
         As ``ghost_module``.
     """
     kind = activation("act", act, "slope", None)[0]
+    reduce_weight, expand_weight = (
+        w.flatten(1) if w.shape[2:] == (1, 1) else w for w in (reduce_weight, expand_weight)
+    )
     if dtype := _autocast_dtype(x):
         x, reduce_weight, reduce_bias, expand_weight, expand_bias = _cast(  # type: ignore[assignment]
             dtype, x, reduce_weight, reduce_bias, expand_weight, expand_bias
@@ -228,8 +231,13 @@ def squeeze_excite(
 
 def run(args: Args, backend: str = "auto") -> Tensor:
     """The op of ``args``: choose a backend, check, call it."""
+    if backend == "auto" and backends.cpu.may_try(args):
+        try:
+            return call("cpu", args)
+        except RuntimeError:
+            pass  # another backend can run it, or the error says why none can
     try:
-        name = backends.choose(args, backend)
+        name = "reference" if _is_onnx_export() else backends.choose(args, backend)
         if name not in ("cuda", "cpu"):  # their bindings check all that validate does, at a tenth of the host time
             validate(args)
         # the reference needs no op: autograd and torch.compile see through it
@@ -237,6 +245,13 @@ def run(args: Args, backend: str = "auto") -> Tensor:
     except Exception:
         validate(args)  # if an argument is to blame, this says which
         raise
+
+
+def _is_onnx_export() -> bool:
+    """Whether ``torch.onnx.export`` is tracing: what reads its file knows the standard operations only."""
+    # on every call's way, and torch.jit.is_tracing and is_in_onnx_export take longer
+    tracing = torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
+    return tracing and torch.onnx.is_in_onnx_export()
 
 
 @torch.compiler.assume_constant_result  # Dynamo can't trace the getter; its guard on global state covers a change

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import adopt
+from .backends.common import KERNEL_DEPTHWISE
 from .functional import conv1x1, depthwise, squeeze_excite
 from .proof import substituted
 from .spec import Act, Gate
@@ -23,7 +24,8 @@ Path = tuple[str, ...]
 def get(root: nn.Module, path: Path) -> nn.Module:
     """The descendant of ``root`` at ``path``; Identity if it has been removed, as a norm is when it is folded."""
     for name in path:
-        root = root._modules.get(name) or _IDENTITY
+        # not root._modules, where torch.export has put a stand-in for root that hands out stand-ins
+        root = root.__dict__["_modules"].get(name) or _IDENTITY
     return root
 
 
@@ -57,19 +59,25 @@ class Run(NamedTuple):
 
 
 def _kind(half: adopt.Half) -> str | None:
-    """Which function computes ``half``: "conv1x1", "depthwise" or none."""
+    """Which function computes ``half`` in a kernel: "conv1x1", "depthwise" or none."""
     conv = half.conv
     channels, per_group, kh, kw = half.weight.shape
     padding = (kh // 2, kw // 2)
-    if conv.padding_mode != "zeros" or kh % 2 == 0 or kw % 2 == 0 or conv.stride[0] != conv.stride[1]:
+    if (
+        half.act == Act.GELU
+        or conv.padding_mode != "zeros"
+        or kh % 2 == 0
+        or kw % 2 == 0
+        or conv.stride[0] != conv.stride[1]
+    ):
         return None
     if conv.padding != padding and not (conv.padding == "same" and conv.stride[0] == 1):
         return None
     if kh == kw == 1 and conv.groups == 1 and conv.stride[0] == 1:
         return "conv1x1"
-    if conv.groups == channels == conv.in_channels and per_group == 1 and conv.dilation == (1, 1):
-        return "depthwise"
-    return None
+    if conv.groups != channels or channels != conv.in_channels or per_group != 1 or conv.dilation != (1, 1):
+        return None
+    return "depthwise" if (kh, kw) in KERNEL_DEPTHWISE and conv.stride[0] in (1, 2) else None
 
 
 def split(layers: Sequence[tuple[Path, nn.Module]]) -> list[Run]:
@@ -102,8 +110,8 @@ class SqueezeExcite(NamedTuple):
         reduce, expand = (get(root, path)._parameters for path in (self.reduce, self.expand))
         return squeeze_excite(
             x,
-            reduce["weight"].flatten(1),  # type: ignore[union-attr]
-            expand["weight"].flatten(1),  # type: ignore[union-attr]
+            reduce["weight"],  # type: ignore[arg-type]
+            expand["weight"],  # type: ignore[arg-type]
             reduce_bias=reduce["bias"],
             expand_bias=expand["bias"],
             act=self.act,
@@ -145,7 +153,7 @@ def read_squeeze_excite(block: nn.Module, path: Path) -> SqueezeExcite | None:
             expected = block.forward(x)
             for act in acts:
                 for gate in Gate:
-                    if act in (Act.LEAKY_RELU, Act.PRELU):
+                    if act in (Act.LEAKY_RELU, Act.PRELU, Act.GELU):
                         continue
                     found = SqueezeExcite(reduce, expand, act, gate)
                     out = x * found(block, x, "reference")[:, :, None, None]

@@ -176,7 +176,7 @@ class FusedGhostModule(nn.Module):
 
     def _read(self) -> tuple[adopt.Half, adopt.Half] | str:
         """Both halves as they are now; or why the fused function can't stand for them."""
-        modules = self._modules
+        modules = self.__dict__["_modules"]  # torch.export's stand-in for self has another self._modules
         primary = adopt.read_half(modules[self._halves[0]])  # type: ignore[arg-type]
         if isinstance(primary, str):
             return primary

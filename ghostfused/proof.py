@@ -41,6 +41,8 @@ def prove(module: nn.Module, fused: nn.Module, in_channels: int) -> str | None:
 def substituted(module: nn.Module, in_channels: int, training: bool) -> Iterator[Tensor]:
     """Puts random float64 CPU tensors in place of ``module``'s and sets its mode; yields an input to run it on.
 
+    Fused modules in it run on the reference meanwhile, since no kernel takes float64.
+
     Nothing is written to the module's own tensors; they and all training flags are back afterwards. The random numbers
     are the same every time, and PyTorch's random state is left as it was.
     """
@@ -60,7 +62,10 @@ def substituted(module: nn.Module, in_channels: int, training: bool) -> Iterator
     torch.set_num_threads(1)  # the work is tiny, and on a busy machine threads would wait for each other
     modules = list(module.modules())
     saved = [(m, dict(m._parameters), dict(m._buffers), m.training) for m in modules]
+    fused = [(m, m.__dict__["backend"]) for m in modules if _is_fused(m)]
     try:
+        for m, _ in fused:
+            m.__dict__["backend"] = "reference"
         for m in modules:
             for tensors in (m._parameters, m._buffers):
                 for name, t in tensors.items():
@@ -80,7 +85,13 @@ def substituted(module: nn.Module, in_channels: int, training: bool) -> Iterator
             torch.set_rng_state(random_state)
     finally:
         torch.set_num_threads(threads)
+        for m, backend in fused:
+            m.__dict__["backend"] = backend
         for m, parameters, buffers, mode in saved:
             m._parameters.update(parameters)
             m._buffers.update(buffers)
             m.training = mode
+
+
+def _is_fused(module: nn.Module) -> bool:
+    return type(module).__module__.partition(".")[0] == __package__ and "backend" in module.__dict__

@@ -134,10 +134,10 @@ def judge_training(
     tolerance = TOLERANCES[a.x.dtype]
     torch_errors = {name: max(_error(name, run, expected) for run in own) for name in expected}
     # with batch statistics a bias's gradient is zero, and what autograd finds is the rounding of it
-    zero = [name for name in ("primary_bias", "cheap_bias") if batch_statistics and name in expected]
+    zero: list[str] = [name for name in ("primary_bias", "cheap_bias") if batch_statistics and name in expected]
     gradients = [name for name in TENSORS if name in expected and name not in zero]
     pooled = max(torch_errors[name] for name in gradients)
-    verdicts = {}
+    verdicts: dict[str, Verdict] = {}
     for name in expected:
         if name in zero:
             verdicts[name] = Verdict(float(results[name].abs().max()), 0.0, 0.0)

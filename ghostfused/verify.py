@@ -2,8 +2,8 @@
 
 ``--configs FILE.jsonl`` checks one module a row; a row has in_channels, out_channels, height, width and optionally
 kernel_size, stride, dw_size, ratio, act_primary, act_cheap. ``--model`` checks a network, fused against unfused: "seed"
-(the blog's GhostNet), "timm:NAME", or "file.py:function" (a function that returns the model, or the model and an input).
-Prints a line a case; the exit code is 1 if any misses its limit, 2 if nothing could be checked.
+(the blog's GhostNet), "paper", "timm:NAME", or "file.py:function" (a function that returns the model, or the model and an
+input). Prints a line a case; the exit code is 1 if any misses its limit, 2 if nothing could be checked.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from . import backends, functional
+from .bottleneck import FusedGhostBottleneck
 from .fuse import fuse_with_report
+from .module import FusedGhostModule
 from .testing import TOLERANCES, Case, Verdict, judge, make_args, relative_error, to_device
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "tf32": torch.float32}
@@ -29,7 +31,7 @@ _ROW_FIELDS = ("in_channels", "out_channels", "kernel_size", "stride", "dw_size"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--configs", type=Path, metavar="FILE.jsonl", help="check one module a row")
-    what.add_argument("--model", metavar="seed|timm:NAME|file.py:function", help="check a whole network")
+    what.add_argument("--model", metavar="seed|paper|timm:NAME|file.py:function", help="check a whole network")
     parser.add_argument("--backend", default="auto", choices=["auto", *backends.BACKENDS])
     parser.add_argument("--dtype", default="float32", choices=list(DTYPES))
     parser.add_argument("--layout", default="nchw", choices=["nchw", "nhwc"])
@@ -114,21 +116,21 @@ def _modules(options: argparse.Namespace, device: str) -> Iterator[tuple[str, Ve
 
 
 def load_model(name: str) -> tuple[nn.Module, Tensor | None]:
-    """The network that ``--model`` names, and its input where the name's function gives one."""
-    if name == "seed":
-        from .models import seed
+    """The network that a command's ``model`` names, and its input where the name's function gives one."""
+    if name in ("seed", "paper"):
+        from . import models
 
-        return seed.GhostNet(), None
+        return getattr(models, name).GhostNet(), None
     if name.startswith("timm:"):
         import timm
 
         return timm.create_model(name.removeprefix("timm:")), None
     path, _, function = name.rpartition(":")
     if not path:
-        raise SystemExit(f"--model: expected seed, timm:NAME or file.py:function, got {name!r}")
+        raise SystemExit(f"model: expected seed, paper, timm:NAME or file.py:function, got {name!r}")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     if spec is None or spec.loader is None or not Path(path).is_file():
-        raise SystemExit(f"--model: {path!r} is not a Python file")
+        raise SystemExit(f"model: {path!r} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     made = getattr(module, function)()
@@ -190,12 +192,18 @@ def _network(options: argparse.Namespace, device: str) -> Iterator[tuple[str, Ve
         model = calibrate(model, x)
     model.eval()
     fused, report = fuse_with_report(model, backend=options.backend)
-    swapped = [row for row in report if row.fused]
-    if not swapped:
+    modules, bottlenecks = (
+        sum(isinstance(m, kind) for m in fused.modules()) for kind in (FusedGhostModule, FusedGhostBottleneck)
+    )
+    if not modules:
         raise SystemExit(f"--model: found no Ghost module to fuse in {options.model}: {report}")
     memory_format = torch.channels_last if options.layout == "nhwc" else torch.contiguous_format
     x = x.to(device).contiguous(memory_format=memory_format)
     if options.dtype == "tf32":
         torch.set_float32_matmul_precision("high")
     verdict = network_verdict(model, fused, x, DTYPES[options.dtype], options.dtype == "tf32")
-    yield f"{options.model} {tuple(x.shape)} {options.dtype}", verdict, f"{len(swapped)} Ghost modules fused"
+    yield (
+        f"{options.model} {tuple(x.shape)} {options.dtype}",
+        verdict,
+        f"{modules} Ghost modules and {bottlenecks} bottlenecks fused",
+    )

@@ -1,8 +1,13 @@
 // Runs the CPU kernels without Torch, for the sanitizers and for instruction counts:
-//   cpu_driver [--isa NAME] [--threads N] [--repeat N] BATCH CIN H W CP RATIO D LAYOUT DTYPE EXTRAS ...
-// with LAYOUT nchw or nhwc, DTYPE float32, float16 or bfloat16, EXTRAS 0 or 1 (input gate, output gate and residual).
+//   cpu_driver [--isa NAME] [--threads N] [--repeat N] CASE ...
+// where a case is one of
+//   ghost BATCH CIN H W CP RATIO D LAYOUT DTYPE EXTRAS            RATIO 1: no ghosts
+//   depthwise BATCH C H W KERNEL_H KERNEL_W STRIDE LAYOUT DTYPE EXTRAS
+//   squeeze BATCH C H W REDUCED GATE 0 LAYOUT DTYPE EXTRAS
+// with LAYOUT nchw or nhwc, DTYPE float32, float16 or bfloat16, EXTRAS 0 or 1 (gates and residual; another activation).
 // Every buffer is its own allocation of just the size needed. Prints a checksum per case, which mustn't depend on
 // the number of threads; tests/test_cpu.py compares values.
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -62,54 +67,103 @@ Tensor4 dense(const Buffer& b, bool channels_last, int64_t c, int64_t h, int64_t
   return channels_last ? Tensor4{b.data.get(), c * h * w, 1, w * c, c} : Tensor4{b.data.get(), c * h * w, h * w, w, 1};
 }
 
-void run_case(const cpu::Isa& isa, char** arg, int repeat) {
+struct Drawer {
+  Path path;
+  bool channels_last, extras;
+  std::vector<Buffer> buffers;
+
+  char* numbers(int64_t count) {
+    buffers.push_back(::numbers(count, path));
+    return buffers.back().data.get();
+  }
+  Tensor4 tensor(int64_t n, int64_t c, int64_t h, int64_t w) {
+    numbers(n * c * h * w);
+    return dense(buffers.back(), channels_last, c, h, w);
+  }
+  ChannelVector vector(int64_t channels) { return {numbers(channels), 1}; }
+  NormAct norm(int64_t channels, Act act) {
+    ChannelVector v[6];
+    for (ChannelVector& each : v) each = vector(channels);
+    return {v[0], v[1], v[2], v[3], v[4], v[5], 2.f, 0.1f, act, false};
+  }
+};
+
+void run_ghost(const cpu::Isa& isa, const int* n, Drawer& draw, Buffer& out) {
   GhostForwardParams p{};
   GhostShape& s = p.shape;
-  s.batch = std::atoi(arg[0]), s.in_channels = std::atoi(arg[1]), s.height = std::atoi(arg[2]), s.width = std::atoi(arg[3]);
-  s.init_channels = std::atoi(arg[4]), s.ratio = std::atoi(arg[5]), s.dw_size = std::atoi(arg[6]);
-  s.channels_last = std::string(arg[7]) == "nhwc";
-  const std::string dtype = arg[8];
-  s.path = dtype == "float32" ? Path::kFloat32 : dtype == "float16" ? Path::kFloat16 : Path::kBFloat16;
-  const bool extras = std::atoi(arg[9]);
-  const int64_t cp = s.init_channels, cheap = cp * (s.ratio - 1), pixels = int64_t{s.height} * s.width;
-  s.out_channels = static_cast<int>(cp + cheap);
-  s.input_gate = extras;
-
-  const auto make = [&](int64_t count) { return numbers(count, s.path); };
-  const Buffer x = make(s.batch * s.in_channels * pixels), weight = make(cp * s.in_channels);
-  const Buffer cheap_weight = make(cheap * s.dw_size * s.dw_size);
-  const Buffer input_gate = make(s.batch * s.in_channels), residual = make(s.batch * s.out_channels * pixels);
-  p.gate_height = (s.height + 1) / 2, p.gate_width = (s.width + 1) / 2;
-  const Buffer output_gate = make(int64_t{s.batch} * s.out_channels * p.gate_height * p.gate_width);
-  const Buffer out = make(s.batch * s.out_channels * pixels);
-  std::vector<Buffer> vectors;
-  const auto half = [&](int64_t channels, Act act) {
-    const auto vector = [&] {
-      vectors.push_back(make(channels));
-      return ChannelVector{vectors.back().data.get(), 1};
-    };
-    return NormAct{vector(), vector(), vector(), vector(), vector(), vector(), 2.f, 0.1f, act, false};
-  };
-  p.primary = half(cp, extras ? Act::kPReLU : Act::kReLU);
-  p.cheap = half(cheap, extras ? Act::kSiLU : Act::kReLU);
-  p.x = dense(x, s.channels_last, s.in_channels, s.height, s.width);
-  p.out = dense(out, s.channels_last, s.out_channels, s.height, s.width);
-  if (extras) {
-    p.residual = dense(residual, s.channels_last, s.out_channels, s.height, s.width);
-    p.output_gate = dense(output_gate, s.channels_last, s.out_channels, p.gate_height, p.gate_width);
-    p.input_gate = input_gate.data.get();
+  s.path = draw.path;
+  s.channels_last = draw.channels_last;
+  s.batch = n[0], s.in_channels = n[1], s.height = n[2], s.width = n[3];
+  s.init_channels = n[4], s.ratio = std::max(n[5], 2), s.dw_size = n[6];
+  const int64_t cp = s.init_channels, cheap = cp * (s.ratio - 1);
+  s.out_channels = s.init_channels * n[5];
+  p.x = draw.tensor(s.batch, s.in_channels, s.height, s.width);
+  p.primary_weight = draw.numbers(cp * s.in_channels);
+  p.primary_weight_stride_n = s.in_channels, p.primary_weight_stride_k = 1;
+  p.cheap_weight = draw.numbers(cheap * s.dw_size * s.dw_size);
+  p.cheap_weight_stride_c = s.dw_size * s.dw_size, p.cheap_weight_stride_h = s.dw_size, p.cheap_weight_stride_w = 1;
+  p.primary = draw.norm(cp, draw.extras ? Act::kPReLU : Act::kReLU);
+  p.cheap = draw.norm(cheap, draw.extras ? Act::kSiLU : Act::kReLU);
+  if (draw.extras) {
+    s.input_gate = true;
+    p.gate_height = (s.height + 1) / 2, p.gate_width = (s.width + 1) / 2;
+    if (n[5] > 1) p.output_gate = draw.tensor(s.batch, s.out_channels, p.gate_height, p.gate_width);
+    p.residual = draw.tensor(s.batch, s.out_channels, s.height, s.width);
+    p.input_gate = draw.numbers(int64_t{s.batch} * s.in_channels);
     p.input_gate_stride_n = s.in_channels, p.input_gate_stride_c = 1;
   }
-  p.primary_weight = weight.data.get();
-  p.primary_weight_stride_n = s.in_channels, p.primary_weight_stride_k = 1;
-  p.cheap_weight = cheap_weight.data.get();
-  p.cheap_weight_stride_c = s.dw_size * s.dw_size, p.cheap_weight_stride_h = s.dw_size, p.cheap_weight_stride_w = 1;
+  out = numbers(int64_t{s.batch} * s.out_channels * s.height * s.width, s.path);
+  p.out = dense(out, s.channels_last, s.out_channels, s.height, s.width);
+  if (s.height * s.width == 1) s.channels_last = true, p.out.stride_c = 1;
+  isa.kernels->forward(p, {thread_count, parallel_for});
+}
 
-  for (int i = 0; i < repeat; ++i) isa.forward(p, {thread_count, parallel_for});
+void run_depthwise(const cpu::Isa& isa, const int* n, Drawer& draw, Buffer& out) {
+  DepthwiseParams p{};
+  p.path = draw.path;
+  p.channels_last = draw.channels_last;
+  p.batch = n[0], p.channels = n[1], p.height = n[2], p.width = n[3];
+  p.kernel_h = n[4], p.kernel_w = n[5], p.stride = n[6];
+  p.out_height = (p.height - 1) / p.stride + 1, p.out_width = (p.width - 1) / p.stride + 1;
+  p.x = draw.tensor(p.batch, p.channels, p.height, p.width);
+  p.weight = draw.numbers(int64_t{p.channels} * p.kernel_h * p.kernel_w);
+  p.weight_stride_c = p.kernel_h * p.kernel_w, p.weight_stride_h = p.kernel_w, p.weight_stride_w = 1;
+  p.norm = draw.norm(p.channels, draw.extras ? Act::kHardswish : Act::kNone);
+  out = numbers(int64_t{p.batch} * p.channels * p.out_height * p.out_width, p.path);
+  p.out = dense(out, p.channels_last, p.channels, p.out_height, p.out_width);
+  isa.kernels->depthwise(p, {thread_count, parallel_for});
+}
+
+void run_squeeze(const cpu::Isa& isa, const int* n, Drawer& draw, Buffer& out) {
+  SqueezeExciteParams p{};
+  p.path = draw.path;
+  p.batch = n[0], p.channels = n[1], p.height = n[2], p.width = n[3], p.reduced = n[4];
+  p.gate = static_cast<Gate>(n[5]);
+  p.act = draw.extras ? Act::kSiLU : Act::kReLU;
+  p.x = draw.tensor(p.batch, p.channels, p.height, p.width);
+  p.reduce = {draw.numbers(int64_t{p.reduced} * p.channels), p.channels, 1};
+  p.expand = {draw.numbers(int64_t{p.reduced} * p.channels), p.reduced, 1};
+  if (draw.extras) p.reduce_bias = draw.vector(p.reduced), p.expand_bias = draw.vector(p.channels);
+  out = numbers(int64_t{p.batch} * p.channels, p.path);
+  p.out = out.data.get();
+  isa.kernels->squeeze_excite(p, {thread_count, parallel_for});
+}
+
+void run_case(const cpu::Isa& isa, char** arg, int repeat) {
+  const std::string op = arg[0], layout = arg[8], dtype = arg[9];
+  int n[7];
+  for (int i = 0; i < 7; ++i) n[i] = std::atoi(arg[1 + i]);
+  const Path path = dtype == "float32" ? Path::kFloat32 : dtype == "float16" ? Path::kFloat16 : Path::kBFloat16;
+  const auto run = op == "ghost" ? run_ghost : op == "depthwise" ? run_depthwise : run_squeeze;
+  Buffer out{};
+  for (int i = 0; i < repeat; ++i) {
+    Drawer draw{path, layout == "nhwc", std::atoi(arg[10]) != 0, {}};
+    run(isa, n, draw, out);
+  }
   uint64_t sum = 14695981039346656037u;
   for (int64_t i = 0; i < out.bytes; ++i) sum = (sum ^ static_cast<uint8_t>(out.data[i])) * 1099511628211u;
   std::printf("%016lx", static_cast<unsigned long>(sum));
-  for (int i = 0; i < 10; ++i) std::printf(" %s", arg[i]);
+  for (int i = 0; i < 11; ++i) std::printf(" %s", arg[i]);
   std::printf("\n");
 }
 
@@ -129,5 +183,5 @@ int main(int argc, char** argv) {
     }
   }
   if (!isa) return std::fprintf(stderr, "%s\n", error), 1;
-  for (; i + 10 <= argc; i += 10) run_case(*isa, argv + i, repeat);
+  for (; i + 11 <= argc; i += 11) run_case(*isa, argv + i, repeat);
 }

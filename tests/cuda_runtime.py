@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ghostfused import ops
 from ghostfused.backends import cuda
-from ghostfused.spec import GhostArgs
+from ghostfused.spec import Args
 from ghostfused.testing import Case, judge, make_args, to_device
 
 try:
@@ -44,13 +44,13 @@ def planned_for(sm_count: int) -> Iterator[None]:
         _C.pretend_device()
 
 
-def forward(args: GhostArgs) -> Tensor:
+def forward(args: Args) -> Tensor:
     """The kernel's output for CPU tensors ``args``, on the CPU. Memory it may get is NaN before."""
     on_gpu = to_device(args, "cuda")
     if not ON_CPU:  # there, fresh memory is NaN anyway
         poison = torch.full(args.output_shape(), float("nan"), dtype=args.x.dtype, device="cuda")
         del poison
-    out = ops.forward_op("cuda")(*on_gpu)
+    out = ops.forward_op("cuda", args.op)(*on_gpu)
     expected = args.new_output()
     assert out.shape == expected.shape
     assert out.stride() == expected.stride()
@@ -62,6 +62,6 @@ def check(case: Case) -> None:
     check_args(make_args(case), str(case))
 
 
-def check_args(args: GhostArgs, name: str = "") -> None:
+def check_args(args: Args, name: str = "") -> None:
     verdict = judge(forward(args), args)
     assert verdict.ok, f"error {verdict.error:.2e}, limit {verdict.limit:.2e}: {name}"

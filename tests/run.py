@@ -17,8 +17,8 @@ from pathlib import Path
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 PYTEST = [sys.executable, "-m", "pytest", "-rs", "-p", "no:cacheprovider"]
-INTERPRETED = ["tests/test_triton.py"]
-ON_CUDA_TENSORS = ["tests/test_cuda.py"]
+INTERPRETED = ["tests/test_triton.py", "tests/test_triton_bottleneck.py", "tests/test_triton_training.py"]
+ON_CUDA_TENSORS = ["tests/test_cuda.py", "tests/test_cuda_bottleneck.py"]
 
 
 def run(title: str, command: list[str], **environment: str) -> bool:
@@ -34,6 +34,10 @@ def main() -> int:
 
     gpu = torch.cuda.is_available()
     workers = [] if gpu else ["-n", "2"]
+    if workers:
+        os.environ.setdefault(
+            "OMP_NUM_THREADS", "1"
+        )  # two processes with threads for all cores would wait for each other
     os.environ["PYTHON"] = sys.executable  # the one whose triton has the disassembler that run-extension needs
     tool = os.environ.get("PTX_ON_CPU")
     if tool:

@@ -252,3 +252,17 @@ def test_bottleneck_needs_fused_ghost_modules():
     with pytest.raises(ValueError, match="expected a bottleneck that can be fused, got GhostBottleneck: "):
         FusedGhostBottleneck.from_module(bottleneck())
     assert isinstance(FusedGhostBottleneck.from_module(fuse(bottleneck(), level="module")), FusedGhostBottleneck)
+
+
+@pytest.mark.parametrize("kernel", [7, 9])
+def test_layers_that_no_kernel_takes_run_as_they_are(kernel):
+    """Also where a backend is asked for by name, which then refuses what it can't run."""
+    block = bottleneck(dw_kernel_size=kernel).float()
+    fused = fuse(block, backend="reference")
+    calls = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            nn.Conv2d, "forward", lambda self, x: calls.append(self) or self._conv_forward(x, self.weight, self.bias)
+        )
+        torch.testing.assert_close(fused(torch.ones(1, 6, 9, 7)), block(torch.ones(1, 6, 9, 7)))
+    assert (fused.conv_dw in calls) == (kernel == 9)

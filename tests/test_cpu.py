@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from ghostfused import functional
 from ghostfused.autograd import call
 from ghostfused.backends import cpu
+from ghostfused.ops import forward_op
 from ghostfused.spec import TENSORS, Act
 from ghostfused.testing import (
     Case,
@@ -202,9 +204,21 @@ def test_chosen_instruction_set():
     assert cpu.build_info()["chosen"] == os.environ[ISA]
 
 
+THREADED = {
+    "ghost": (make_args, Case(3, 40, 28, 28, 72, dw_size=5)),
+    "panels": (make_args, Case(1, 80, 14, 14, 184, input_gate=True, residual=True)),
+    "no ghosts": (make_args, Case(1, 80, 14, 14, 97, dw_size=1, init_channels=97)),
+    "fully connected": (make_args, Case(3, 400, 1, 1, 301, dw_size=1, init_channels=301)),
+    "depthwise": (make_depthwise, DepthwiseCase(2, 75, 40, 40, (5, 5))),
+    "squeeze_excite": (make_squeeze_excite, SqueezeExciteCase(2, 330, 80, 28, 28)),
+}
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_threads_change_no_bit(layout):
-    args = make_args(Case(3, 40, 28, 28, 72, layout=layout, dw_size=5))
+@pytest.mark.parametrize("case", THREADED)
+def test_threads_change_no_bit(case, layout):
+    make, case = THREADED[case]
+    args = make(dataclasses.replace(case, layout=layout))
     threads = torch.get_num_threads()
     try:
         outs = []
@@ -261,3 +275,39 @@ def test_the_binding_names_what_does_not_fit(changes, message):
     args = make_args(Case(2, 6, 5, 5, 8))._replace(**changes)
     with pytest.raises(RuntimeError, match=message):
         torch.ops.ghostfused.forward_cpu(*args)
+
+
+@pytest.mark.parametrize(
+    ("op", "changes", "message"),
+    [
+        ("depthwise", {"x": torch.randn(2, 6, 5)}, "x: expected 4 dimensions"),
+        ("depthwise", {"weight": torch.randn(5, 1, 3, 3)}, "weight: expected shape"),
+        ("depthwise", {"weight": torch.randn(6, 1, 2, 3)}, "weight: the kernel takes sides of"),
+        ("depthwise", {"mean": torch.zeros(5)}, "mean: expected shape"),
+        ("depthwise", {"gamma": torch.zeros(6).double()}, "gamma: expected x's dtype"),
+        ("depthwise", {"stride": 3}, "stride"),
+        ("depthwise", {"act": 7}, "act"),
+        ("squeeze_excite", {"x": torch.randn(2, 6)}, "x: expected 4 dimensions"),
+        ("squeeze_excite", {"reduce_weight": torch.randn(3, 5)}, "reduce_weight: expected shape"),
+        ("squeeze_excite", {"expand_weight": torch.randn(6, 4)}, "expand_weight: expected shape"),
+        ("squeeze_excite", {"expand_bias": torch.randn(3)}, "expand_bias: expected shape"),
+        ("squeeze_excite", {"gate": 3}, "gate"),
+        ("squeeze_excite", {"act": int(Act.PRELU)}, "act"),
+    ],
+)
+def test_the_other_ops_name_what_does_not_fit(op, changes, message):
+    make = {
+        "depthwise": lambda: make_depthwise(DepthwiseCase(2, 6, 5, 5)),
+        "squeeze_excite": lambda: make_squeeze_excite(SqueezeExciteCase(2, 6, 3, 5, 5)),
+    }[op]
+    args = make()._replace(**changes)
+    with pytest.raises(RuntimeError, match=message):
+        forward_op("cpu", op)(*args)
+
+
+def test_matrices_of_any_strides():
+    args = make_squeeze_excite(SqueezeExciteCase(2, 30, 8, 5, 5))
+    columns = args._replace(
+        reduce_weight=args.reduce_weight.T.contiguous().T, expand_weight=args.expand_weight.T.contiguous().T
+    )
+    check_args(columns, "column-major matrices")

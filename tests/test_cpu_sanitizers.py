@@ -13,19 +13,36 @@ ROOT = Path(__file__).parent.parent
 SOURCES = [ROOT / "tests" / "cpu_driver.cpp", *sorted((ROOT / "csrc" / "cpu").glob("kernel*.cpp"))]
 ISAS = ["baseline", "avx2", "avx512vl", "avx512"]
 
-# batch, in_channels, height, width, init_channels, ratio, dw_size, layout, dtype, gates and residual
-CASES = [
-    "2 5 7 7 12 2 3 nchw float32 0",
-    "2 5 7 7 12 2 3 nhwc float32 0",
-    "1 40 9 19 20 2 5 nchw float32 0",
-    "1 40 9 19 20 2 5 nhwc float32 0",
-    "3 3 1 1 1 2 3 nchw float32 1",
-    "3 3 1 1 1 2 3 nhwc float32 1",
-    "2 17 6 3 5 3 7 nchw float16 1",
-    "2 17 6 3 5 3 7 nhwc float16 1",
-    "1 33 30 33 26 2 3 nchw bfloat16 1",
-    "1 33 30 33 26 2 1 nhwc bfloat16 1",
-    "1 300 56 56 9 2 3 nchw float32 0",
+CASES = [  # as tests/cpu_driver.cpp describes them
+    "ghost 2 5 7 7 12 2 3 nchw float32 0",
+    "ghost 2 5 7 7 12 2 3 nhwc float32 0",
+    "ghost 1 40 9 19 20 2 5 nchw float32 0",
+    "ghost 1 40 9 19 20 2 5 nhwc float32 0",
+    "ghost 3 3 1 1 1 2 3 nchw float32 1",
+    "ghost 3 3 1 1 1 2 3 nhwc float32 1",
+    "ghost 2 17 6 3 5 3 7 nchw float16 1",
+    "ghost 2 17 6 3 5 3 7 nhwc float16 1",
+    "ghost 1 33 30 33 26 2 3 nchw bfloat16 1",
+    "ghost 1 33 30 33 26 2 1 nhwc bfloat16 1",
+    "ghost 1 300 56 56 9 2 3 nchw float32 0",
+    "ghost 2 20 7 7 90 2 3 nchw float32 0",  # packed panels
+    "ghost 2 20 13 14 90 2 3 nchw float32 1",
+    "ghost 2 20 13 14 90 2 3 nchw bfloat16 0",
+    "ghost 2 20 9 11 37 1 1 nchw float32 0",
+    "ghost 2 20 9 11 37 1 1 nhwc float32 1",
+    "ghost 3 20 1 1 37 1 1 nchw float32 1",
+    "ghost 5 21 1 1 6 1 1 nchw float16 0",
+    "depthwise 2 5 9 11 3 3 2 nchw float32 0",
+    "depthwise 2 21 9 11 3 3 2 nhwc float32 1",
+    "depthwise 1 5 14 14 5 5 2 nchw float32 1",
+    "depthwise 1 70 7 7 5 5 1 nhwc bfloat16 0",
+    "depthwise 2 3 2 40 1 5 1 nchw float16 1",
+    "depthwise 2 3 40 2 5 1 1 nhwc float16 1",
+    "depthwise 3 3 1 1 7 7 2 nchw float32 0",
+    "squeeze 2 21 7 9 6 0 0 nchw float32 1",
+    "squeeze 2 21 7 9 6 1 0 nhwc float32 0",
+    "squeeze 5 200 3 3 30 2 0 nchw bfloat16 1",
+    "squeeze 1 3 1 1 1 0 0 nhwc float16 0",
 ]
 
 

@@ -150,6 +150,29 @@ def test_strided_parameters():
     assert judge(forward_op("triton")(*to_device(args, DEVICE)), args).ok
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("optional", [(), ("input_gate",), ("residual",), ("output_gate",)], ids=str)
+def test_no_ghosts_is_one_launch_with_nothing_allocated(optional, layout, backend, monkeypatch):
+    """A module cut off after its first half: the 1×1 conv alone, even if the depthwise conv would be 5×5 with 3 ghosts."""
+    launches, allocated, empty, run = [], [], torch.empty, triton.run
+    monkeypatch.setattr(triton, "run", lambda *a: launches.append(a) or run(*a))
+    for conv in ({"dw_size": 1}, {"dw_size": 5, "ratio": 3}):
+        case = Case(out_channels=20, init_channels=20, height=9, layout=layout, act_cheap="prelu", **conv)
+        args = make_args(dataclasses.replace(case, **dict.fromkeys(optional, True)))
+        args = args._replace(cheap_weight=torch.full_like(args.cheap_weight.transpose(2, 3), float("nan")))
+        on_device = to_device(args, DEVICE)
+        launches.clear()
+        allocated.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "empty", lambda *a, **k: allocated.append(a) or empty(*a, **k))
+            out = forward_op(backend)(*on_device)
+        assert judge(out, args._replace(cheap_weight=torch.ones_like(args.cheap_weight))).ok
+        (launch,) = launches
+        assert not launch[2]["CHEAP"]
+        assert allocated == [(out.shape,)]
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("run", [16, 32, 48, 112])
 def test_runs_shorter_than_the_halo(run, layout, monkeypatch):
@@ -173,7 +196,7 @@ def test_run_length(pixels, halo, units):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("optional", [False, True])
 def test_64_bit_indices(layout, optional, monkeypatch):
-    monkeypatch.setattr(triton, "_reach", lambda t: 2**31)
+    monkeypatch.setattr(triton, "reach", lambda t: 2**31)
     options = dict.fromkeys(("input_gate", "residual", "output_gate"), optional)
     check(Case(layout=layout, height=9, sliced=True, **options))
     check(Case(layout=layout, height=9, dtype=torch.float16, **options), "triton_two_kernel")

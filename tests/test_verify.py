@@ -67,7 +67,7 @@ def test_cut_keeps_parity(size, limit, expected):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_seed_network(capsys, dtype):
     assert run("verify", "--model", "seed", "--dtype", dtype, "--batch", "1", "--device", "cpu") == 0
-    assert "30 Ghost modules fused" in capsys.readouterr().out
+    assert "30 Ghost modules and 15 bottlenecks fused" in capsys.readouterr().out
 
 
 def test_model_from_a_file_with_its_input(tmp_path, capsys):
@@ -78,12 +78,12 @@ def test_model_from_a_file_with_its_input(tmp_path, capsys):
         "def net_and_input():\n    return net(), torch.randn(2, 6, 9, 5)\n"
     )
     assert run("verify", "--model", f"{file}:net_and_input", "--layout", "nhwc", "--device", "cpu") == 0
-    assert "2 Ghost modules fused" in capsys.readouterr().out
+    assert "2 Ghost modules and 0 bottlenecks fused" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("model", "message"),
-    [("nonsense", "expected seed, timm:NAME or file.py:function"), ("missing.py:f", "not a Python file")],
+    [("nonsense", "expected seed, paper, timm:NAME or file.py:function"), ("missing.py:f", "not a Python file")],
 )
 def test_bad_model_names(model, message):
     with pytest.raises(SystemExit, match=message):

@@ -57,77 +57,16 @@ Tensor launch(GhostForwardParams& a, const Tensor& x) {
   return out;
 }
 
-// The arguments are ghostfused/spec.py's DepthwiseArgs, in order.
-Tensor depthwise(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor mean, OptionalTensor var,
-                 OptionalTensor gamma, OptionalTensor beta, OptionalTensor slope, double eps, int64_t act,
-                 double negative_slope, int64_t stride) {
-  for (const auto& [name, t] : {std::pair{"x", &x}, {"weight", &weight}}) {
-    if (t->dim() != 4) fail(name, ": expected 4 dimensions, got ", t->dim());
-  }
-  const Checker checker(x);
-  DepthwiseParams p{};
-  p.path = path_of(checker.dtype);
-  const auto sizes = x.sizes();
-  const int64_t channels = sizes[1], kernel_h = weight.size(2), kernel_w = weight.size(3);
-  if (channels < 1 || sizes[2] < 1 || sizes[3] < 1) fail("x: expected at least one channel, row and column");
-  if (stride != 1 && stride != 2) fail("stride: the kernel takes 1 and 2, got ", stride);
-  for (const int64_t k : {kernel_h, kernel_w}) {
-    if (k < 1 || k > 7 || k % 2 == 0) fail("weight: the kernel takes sides of 1, 3, 5 and 7, got ", k);
-  }
-  checker.check({"", "weight"}, weight, {channels, 1, kernel_h, kernel_w});
-  p.batch = size32("x", sizes[0]);
-  p.channels = size32("x", channels);
-  p.height = size32("x", sizes[2]);
-  p.width = size32("x", sizes[3]);
-  p.out_height = (p.height - 1) / static_cast<int>(stride) + 1;
-  p.out_width = (p.width - 1) / static_cast<int>(stride) + 1;
-  p.kernel_h = static_cast<int>(kernel_h);
-  p.kernel_w = static_cast<int>(kernel_w);
-  p.stride = static_cast<int>(stride);
-  p.channels_last = is_channels_last(x);
-  p.x = checker.tensor4("x", x, {sizes[0], channels, sizes[2], sizes[3]});
-  p.weight = weight.data_ptr();
-  const auto strides = weight.strides();
-  p.weight_stride_c = strides[0];
-  p.weight_stride_h = strides[2];
-  p.weight_stride_w = strides[3];
-  p.norm = checker.norm_act("", channels, bias, mean, var, gamma, beta, slope, eps, act, negative_slope);
-  Tensor out = new_map(p.batch, p.channels, p.out_height, p.out_width, checker.dtype, p.channels_last, &p.out);
+Tensor launch(DepthwiseParams& p, const Tensor& x) {
+  if (!x.is_cpu()) fail("x: expected a CPU tensor");
+  Tensor out = new_map(p.batch, p.channels, p.out_height, p.out_width, x.scalar_type(), p.channels_last, &p.out);
   if (p.batch > 0) kernels().depthwise(p, torch_threads());
   return out;
 }
 
-// The arguments are ghostfused/spec.py's SqueezeExciteArgs, in order.
-Tensor squeeze_excite(Tensor x, Tensor reduce_weight, OptionalTensor reduce_bias, Tensor expand_weight,
-                      OptionalTensor expand_bias, int64_t act, int64_t gate) {
-  if (x.dim() != 4) fail("x: expected 4 dimensions, got ", x.dim());
-  if (reduce_weight.dim() != 2) fail("reduce_weight: expected 2 dimensions, got ", reduce_weight.dim());
-  const Checker checker(x);
-  SqueezeExciteParams p{};
-  p.path = path_of(checker.dtype);
-  const auto sizes = x.sizes();
-  const int64_t channels = sizes[1], reduced = reduce_weight.size(0);
-  if (channels < 1 || sizes[2] < 1 || sizes[3] < 1) fail("x: expected at least one channel, row and column");
-  if (reduced < 1) fail("reduce_weight: expected at least one row");
-  checker.check({"", "reduce_weight"}, reduce_weight, {reduced, channels});
-  checker.check({"", "expand_weight"}, expand_weight, {channels, reduced});
-  p.batch = size32("x", sizes[0]);
-  p.channels = size32("x", channels);
-  p.height = size32("x", sizes[2]);
-  p.width = size32("x", sizes[3]);
-  p.reduced = size32("reduce_weight", reduced);
-  p.x = checker.tensor4("x", x, {sizes[0], channels, sizes[2], sizes[3]});
-  // the kernel reads the matrices row by row
-  const Tensor reduce = torch::stable::contiguous(reduce_weight), expand = torch::stable::contiguous(expand_weight);
-  p.reduce_weight = reduce.data_ptr();
-  p.expand_weight = expand.data_ptr();
-  p.reduce_bias = checker.vector({"", "reduce_bias"}, reduce_bias, reduced);
-  p.expand_bias = checker.vector({"", "expand_bias"}, expand_bias, channels);
-  p.act = Checker::act({"", "act"}, act);
-  if (p.act == Act::kLeakyReLU || p.act == Act::kPReLU) fail("act: expected an activation without a slope");
-  if (gate < 0 || gate > static_cast<int64_t>(Gate::kReLU6)) fail("gate: the kernels have no gate ", gate);
-  p.gate = static_cast<Gate>(gate);
-  Tensor out = new_output({p.batch, p.channels}, {p.channels, 1}, checker.dtype);
+Tensor launch(SqueezeExciteParams& p, const Tensor& x) {
+  if (!x.is_cpu()) fail("x: expected a CPU tensor");
+  Tensor out = new_output({p.batch, p.channels}, {p.channels, 1}, x.scalar_type());
   p.out = out.data_ptr();
   if (p.batch > 0) kernels().squeeze_excite(p, torch_threads());
   return out;
@@ -135,8 +74,8 @@ Tensor squeeze_excite(Tensor x, Tensor reduce_weight, OptionalTensor reduce_bias
 
 STABLE_TORCH_LIBRARY_IMPL(ghostfused, CPU, m) {
   m.impl("forward_cpu", TORCH_BOX(&forward<launch>));
-  m.impl("depthwise_cpu", TORCH_BOX(&depthwise));
-  m.impl("squeeze_excite_cpu", TORCH_BOX(&squeeze_excite));
+  m.impl("depthwise_cpu", TORCH_BOX(&depthwise<launch>));
+  m.impl("squeeze_excite_cpu", TORCH_BOX(&squeeze_excite<launch>));
 }
 
 py::dict build_info() {

@@ -7,22 +7,26 @@
 namespace ghostfused::cpu::GHOSTFUSED_ISA {
 
 // The taps of one vector of outputs, and of its neighbours ``next_output`` away.
-template <typename T>
+template <typename T, bool kSplat>
 struct Window {
   int rows, columns;
   int64_t x_row;
   const int64_t* x_column;  // where each tap of a row is
-  const float* weight;      // vectors
+  const float* weight;      // vectors, or numbers for all lanes
   int64_t weight_row, weight_column;
   int64_t next_output;
 
-  template <int kOutputs>
+  // kColumns 0: as many as ``columns`` says.
+  template <int kOutputs, int kColumns>
   GHOSTFUSED_INLINE void sum(const T* x, Vec* sum) const {
+    const int count = kColumns ? kColumns : columns;
     for (int o = 0; o < kOutputs; ++o) sum[o] = Vec{};
     for (int i = 0; i < rows; ++i) {
       Vec part[kOutputs] = {};  // of a row, so that the chains of large kernels stay short
-      for (int j = 0; j < columns; ++j) {
-        const Vec factor = load(weight + i * weight_row + j * weight_column);
+#pragma GCC unroll 8
+      for (int j = 0; j < count; ++j) {
+        const float* at = weight + i * weight_row + j * weight_column;
+        const Vec factor = kSplat ? splat(*at) : load(at);
         const T* tap = x + i * x_row + x_column[j];
         for (int o = 0; o < kOutputs; ++o) part[o] += factor * load_float(tap + o * next_output);
       }
@@ -67,100 +71,126 @@ class PlaneWorker {
  public:
   PlaneWorker(const DepthwiseParams& p, int64_t begin, int64_t end)
       : p(p),
-        phase((p.width + p.kernel_w - 1 + p.stride - 1) / p.stride + kLanes),
+        phase((p.width + p.kernel_w - 1 + p.stride - 1) / p.stride + 2 * kLanes),
         row(p.stride * phase),
-        taps(p.kernel_h * p.kernel_w) {
+        whole(div_up(p.width, 2 * kLanes) * 2 * kLanes),
+        x_end(static_cast<const T*>(p.x.data) + (p.batch - 1) * p.x.stride_n + (p.channels - 1) * p.x.stride_c +
+              (p.height - 1) * p.x.stride_h + (p.width - 1) * p.x.stride_w + 1),
+        strips{strip_kernel<1>(), strip_kernel<2>(), strip_kernel<3>(), strip_kernel<4>()} {
     const int64_t rows = p.height + p.kernel_h - 1, norms = min_of<int64_t>(end - begin, p.channels);
-    float* scratch = thread_scratch(rows * row + kLanes + 3 * p.channels + taps * kLanes);
-    plane = scratch;
-    __builtin_memset(plane, 0, (rows * row + kLanes) * sizeof(float));
-    norm = plane + rows * row + kLanes;
-    weight = norm + 3 * p.channels;
+    plane = thread_scratch(rows * row + 3 * p.channels + p.width + 2 * kLanes + kMaxKernel * kMaxKernel);
+    norm = plane + rows * row;
+    line = norm + 3 * p.channels;
+    weight = line + p.width + 2 * kLanes;
+    __builtin_memset(plane, 0, rows * row * sizeof(float));
+    __builtin_memset(line, 0, (p.width + 2 * kLanes) * sizeof(float));
     for (int64_t done = 0; done < norms;) {
       const int64_t c = (begin + done) % p.channels, count = min_of(p.channels - c, norms - done);
       prepare_norm<T>(p.norm, c, 1, count, norm + c, p.channels);
       done += count;
     }
     for (int j = 0; j < p.kernel_w; ++j) column[j] = j % p.stride * phase + j / p.stride;
+    // where the first of two vectors of a row goes, and the second; at stride 2 column w of x is w + pad of the padded
+    // row
+    const int pad = p.kernel_w / 2;
+    first_column = p.stride == 1 ? pad : pad % 2 * phase + pad / 2;
+    second_column = p.stride == 1 ? pad + kLanes : (pad + 1) % 2 * phase + (pad + 1) / 2;
+    for (int i = 0; i < kLanes; ++i) {
+      const int64_t last = whole - 2 * kLanes;
+      first_mask[i] = -(last + i * p.stride < p.width);
+      second_mask[i] = -(last + (p.stride == 1 ? kLanes + i : 2 * i + 1) < p.width);
+    }
   }
 
   void run(int64_t unit) {
     const int64_t n = unit / p.channels, c = unit % p.channels;
     const T* x = static_cast<const T*>(p.x.data) + n * p.x.stride_n + c * p.x.stride_c;
     T* out = static_cast<T*>(p.out.data) + n * p.out.stride_n + c * p.out.stride_c;
-    const T* from = static_cast<const T*>(p.weight) + c * p.weight_stride_c;
-    float* to = weight;
-    for (int i = 0; i < p.kernel_h; ++i) {
-      for (int j = 0; j < p.kernel_w; ++j, to += kLanes) {
-        store(to, splat(to_float(from[i * p.weight_stride_h + j * p.weight_stride_w])));
-      }
-    }
+    const Taps taps{p.weight, p.weight_stride_c, p.weight_stride_h, p.weight_stride_w, p.kernel_h, p.kernel_w};
+    prepare_taps<T>(taps, false, c, 1, 1, weight, 0, 1);
     const Finish finish{splat(norm[c]), splat(norm[p.channels + c]), splat(norm[2 * p.channels + c]), p.norm.act,
                         clamp_of(p.norm.act)};
     int64_t copied = 0;
     for (int64_t h = 0; h < p.out_height; h += kStrip) {
       const int strip = static_cast<int>(min_of<int64_t>(kStrip, p.out_height - h));
       const int64_t needed = min_of<int64_t>((h + strip - 1) * p.stride + p.kernel_h / 2 + 1, p.height);
-      for (; copied < needed; ++copied) copy_row(x + copied * p.x.stride_h, copied);
-      if (strip == kStrip) {
-        strip_of_rows<kStrip>(h, out, finish);
-      } else {
-        for (int i = 0; i < strip; ++i) strip_of_rows<1>(h + i, out, finish);
+      for (; copied < needed; ++copied) {
+        const T* from = x + copied * p.x.stride_h;
+        float* to = plane + (copied + p.kernel_h / 2) * row;
+        if (p.x.stride_w == 1 && from + whole <= x_end) {
+          copy_row(from, to);
+        } else {
+          for (int64_t w = 0; w < p.width; ++w) line[w] = to_float(from[w * p.x.stride_w]);
+          copy_row(line, to);
+        }
       }
+      (this->*strips[strip - 1])(h, out, finish);
     }
   }
 
  private:
-  void copy_row(const T* x, int64_t h) {
-    const int pad = p.kernel_w / 2;
-    float* to = plane + (h + p.kernel_h / 2) * row;
-    const int64_t stride = p.x.stride_w;
-    if (p.stride == 1) {
-      int64_t w = 0;
-      for (; stride == 1 && w + kLanes <= p.width; w += kLanes) store(to + pad + w, load_float(x + w));
-      for (; w < p.width; ++w) to[pad + w] = to_float(x[w * stride]);
-      return;
+  using Strip = void (PlaneWorker::*)(int64_t h, T* out, const Finish& finish) const;
+  template <int kRows>
+  Strip strip_kernel() const {
+    switch (p.kernel_w) {
+      case 1:
+        return &PlaneWorker::strip_of_rows<kRows, 1>;
+      case 3:
+        return &PlaneWorker::strip_of_rows<kRows, 3>;
+      case 5:
+        return &PlaneWorker::strip_of_rows<kRows, 5>;
+      default:
+        return &PlaneWorker::strip_of_rows<kRows, 7>;
     }
-    // column w of x is column w + pad of the padded row
-    float* even = to + pad % 2 * phase + pad / 2;
-    float* odd = to + (pad + 1) % 2 * phase + (pad + 1) / 2;
-    int64_t w = 0;
-    for (; stride == 1 && w + 2 * kLanes <= p.width; w += 2 * kLanes) {
-      Vec evens, odds;
-      deinterleave(load_float(x + w), load_float(x + w + kLanes), evens, odds);
-      store(even + w / 2, evens);
-      store(odd + w / 2, odds);
+  }
+
+  // Two vectors at a time; what the last ones have too much becomes zeros.
+  template <typename From>
+  void copy_row(const From* x, float* to) const {
+    float *first = to + first_column, *second = to + second_column;
+    const int64_t step = 2 * kLanes / p.stride, last = whole - 2 * kLanes;
+    const bool split = p.stride == 2;
+    for (int64_t w = 0; w < last; w += 2 * kLanes, first += step, second += step) {
+      Vec a = load_float(x + w), b = load_float(x + w + kLanes);
+      if (split) deinterleave(a, b, a, b);
+      store(first, a);
+      store(second, b);
     }
-    for (; w < p.width; ++w) (w % 2 ? odd : even)[w / 2] = to_float(x[w * stride]);
+    Vec a = load_float(x + last), b = load_float(x + last + kLanes);
+    if (split) deinterleave(a, b, a, b);
+    store(first, reinterpret_cast<Vec>(reinterpret_cast<Ints>(a) & first_mask));
+    store(second, reinterpret_cast<Vec>(reinterpret_cast<Ints>(b) & second_mask));
   }
 
   // Rows h … h + kRows - 1. A vector that reaches past a row's end is overwritten by the next row, but for the last
   // ones.
-  template <int kRows>
+  template <int kRows, int kColumns>
   void strip_of_rows(int64_t h, T* out, const Finish& finish) const {
-    const Window<float> window{p.kernel_h, p.kernel_w,          row,    column,
-                               weight,     p.kernel_w * kLanes, kLanes, p.stride * row};
+    const Window<float, true> window{p.kernel_h, kColumns, row, column, weight, kColumns, 1, p.stride * row};
     const T* end = out + int64_t{p.out_height} * p.out_width;
     for (int64_t w = 0; w < p.out_width; w += kLanes) {
       const int64_t first = max_of<int64_t>(min_of<int64_t>(w, p.out_width - kLanes), 0);
       Vec sum[kRows];
-      window.template sum<kRows>(plane + h * p.stride * row + first, sum);
-      for (int i = 0; i < kRows; ++i) {
-        T* to = out + (h + i) * p.out_width + first;
+      window.template sum<kRows, kColumns>(plane + h * p.stride * row + first, sum);
+      T* to = out + h * p.out_width + first;
+      for (int i = 0; i < kRows; ++i, to += p.out_width) {
+        const Vec y = finish(sum[i]);
         if (to + kLanes <= end) {
-          store_float(to, finish(sum[i]));
+          store_float(to, y);
         } else {
-          store_part(to, finish(sum[i]), static_cast<int>(min_of<int64_t>(kLanes, p.out_width - first)));
+          store_part(to, y, static_cast<int>(min_of<int64_t>(kLanes, p.out_width - first)));
         }
       }
     }
   }
 
   const DepthwiseParams& p;
-  const int64_t phase, row;
-  const int taps;
-  float *plane, *norm, *weight;
-  int64_t column[kMaxKernel];
+  const int64_t phase, row, whole;  // ``whole``: a row in whole pairs of vectors
+  const T* const x_end;             // nothing is read from here on
+  const Strip strips[kStrip];
+  float *plane, *norm, *line, *weight;
+  int64_t column[kMaxKernel], first_column, second_column;
+  Ints first_mask, second_mask;
 };
 
 template <typename T>
@@ -188,7 +218,7 @@ class RowWorker {
     __builtin_memset(weight, 0, (taps + 3) * kChannelBlock * sizeof(float));
     prepare_norm<T>(p.norm, first, 1, count, norm, kChannelBlock);
     const Taps from{p.weight, p.weight_stride_c, p.weight_stride_h, p.weight_stride_w, p.kernel_h, p.kernel_w};
-    prepare_taps<T>(from, false, first, 1, count, weight, kChannelBlock);
+    prepare_taps<T>(from, false, first, 1, count, weight, 1, kChannelBlock);
     for (int64_t i = begin; i < end; ++i) {
       for (int64_t c = 0; c < count; c += kLanes) {
         const int64_t at = count - c < kLanes && count >= kLanes ? count - kLanes : c;
@@ -206,14 +236,14 @@ class RowWorker {
     const int64_t i0 = max_of<int64_t>(-top, 0), i1 = min_of<int64_t>(p.height - top, p.kernel_h);
     const T* x = static_cast<const T*>(p.x.data) + n * p.x.stride_n + (top + i0) * p.x.stride_h + c;
     T* out = static_cast<T*>(p.out.data) + n * p.out.stride_n + h * p.out.stride_h + c;
-    Window<T> window{static_cast<int>(i1 - i0),
-                     p.kernel_w,
-                     p.x.stride_h,
-                     column,
-                     taps_of_c + i0 * p.kernel_w * kChannelBlock,
-                     p.kernel_w * kChannelBlock,
-                     kChannelBlock,
-                     p.stride * p.x.stride_w};
+    Window<T, false> window{static_cast<int>(i1 - i0),
+                            p.kernel_w,
+                            p.x.stride_h,
+                            column,
+                            taps_of_c + i0 * p.kernel_w * kChannelBlock,
+                            p.kernel_w * kChannelBlock,
+                            kChannelBlock,
+                            p.stride * p.x.stride_w};
     const auto put = [&](int64_t w, Vec y) {
       if (lanes == kLanes) {
         store_float(out + w * p.out.stride_w, y);
@@ -226,17 +256,17 @@ class RowWorker {
       Vec sum[kStrip];
       if (lanes == kLanes && left >= 0 && left + (kStrip - 1) * p.stride + p.kernel_w <= p.width &&
           w + kStrip <= p.out_width) {
-        window.template sum<kStrip>(x + left * p.x.stride_w, sum);
+        window.template sum<kStrip, 0>(x + left * p.x.stride_w, sum);
         for (int o = 0; o < kStrip; ++o) put(w + o, finish(sum[o]));
         w += kStrip;
         continue;
       }
       const int64_t j0 = max_of<int64_t>(-left, 0), j1 = min_of<int64_t>(p.width - left, p.kernel_w);
-      Window<T> inside = window;
+      Window<T, false> inside = window;
       inside.columns = static_cast<int>(j1 - j0);
       inside.weight += j0 * kChannelBlock;
       if (lanes == kLanes) {
-        inside.template sum<1>(x + (left + j0) * p.x.stride_w, sum);
+        inside.template sum<1, 0>(x + (left + j0) * p.x.stride_w, sum);
       } else {
         sum_part(inside, x + (left + j0) * p.x.stride_w, static_cast<int>(lanes), sum);
       }
@@ -245,7 +275,7 @@ class RowWorker {
   }
 
   // The same with fewer channels than a vector has, which mustn't be read past.
-  static void sum_part(const Window<T>& window, const T* x, int lanes, Vec* sum) {
+  static void sum_part(const Window<T, false>& window, const T* x, int lanes, Vec* sum) {
     sum[0] = Vec{};
     for (int i = 0; i < window.rows; ++i) {
       Vec part{};

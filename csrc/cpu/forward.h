@@ -2,6 +2,7 @@
 // one instruction set.
 #pragma once
 
+#include "cheap.h"
 #include "fully_connected.h"
 #include "output.h"
 #include "pack.h"
@@ -21,7 +22,8 @@ class Worker {
         scratch(thread_scratch(at.total + plan.blocks)),
         block_image(reinterpret_cast<int32_t*>(scratch + at.total)),
         multiply_kernels(),
-        output(params) {
+        output(params),
+        cheap(params, plan, at, scratch, output) {
     for (int64_t b = 0; b < plan.blocks; ++b) block_image[b] = -1;
     for (int vecs = 1; vecs <= kMaxVecs; ++vecs) {
       for (int rows = 1; rows <= kMaxRows; ++rows) {
@@ -43,7 +45,13 @@ class Worker {
       x_h0 = max_of<int64_t>(h0 - pad, 0);
       if (plan.pack_x && tile != packed) {
         const int64_t rows = min_of<int64_t>(h1 + pad, s.height) - x_h0;
-        pack_x<T, kChannelsLast>(p, output.n, x_h0, rows, scratch + at.packed_x, at.packed_x_row);
+        const T* gate = plan.gate_weight ? nullptr : gate_of<T>(p, output.n);
+        float* to = scratch + at.packed_x;
+        if (plan.panels) {
+          pack_panels<T>(p, gate, output.n, to);
+        } else {
+          pack_x<T, kChannelsLast>(p, gate, output.n, x_h0, rows, to, at.packed_x_row);
+        }
       }
       packed = tile;
       parameters = scratch + at.blocks + block * at.block_size;
@@ -85,7 +93,7 @@ class Worker {
       }
       if (!direct) store_x1(first, own, top);
       done = until;
-      if (plan.ghosts) cheap(h, last);
+      if (plan.ghosts) cheap.run(h, last, c0, channels, parameters);
     }
   }
 
@@ -101,7 +109,7 @@ class Worker {
   // Whether the multiplication writes whole vectors of nothing but x1's place in the output.
   bool can_store_directly() const {
     if (sizeof(T) != sizeof(float) || !output.plain) return false;
-    return kChannelsLast ? channels == plan.padded_block : !plan.pack_x;
+    return kChannelsLast ? channels == plan.padded_block : plan.panels || !plan.pack_x;
   }
 
   // x1 of the image rows begin … end - 1.
@@ -160,18 +168,27 @@ class Worker {
       panel.residual_row = p.residual.stride_c;
       const auto run = [&](int64_t pixel, int64_t vecs) {  // counted from row begin's first
         panel.b = x + pixel;
+        panel.ahead = panel.b + kPrefetchX;  // every row is in another page, where the hardware doesn't look ahead
+        panel.ahead_row = panel.b_row;
         go(multiply_kernels[channels][vecs], x1 + pixel, begin, pixel);
       };
       const int64_t pixels = (end - begin) * s.width, vecs = div_up(pixels, kLanes), panels = div_up(vecs, kMaxVecs);
       for (int64_t i = 0; i < panels; ++i) {
-        const int64_t first = i * vecs / panels, count = (i + 1) * vecs / panels - first;
-        const int64_t beyond = (first + count) * kLanes - pixels;
-        if (beyond <= 0 || plan.pack_x) {
-          run(first * kLanes, count);
-        } else if (first * kLanes >= beyond) {  // the last vector ends where x does, and makes some pixels anew
-          run(first * kLanes - beyond, count);
+        const PanelPixels pixels_of(i, pixels);
+        if (plan.panels) {
+          panel.b = x + pixels_of.vecs_before * kLanes * s.in_channels;
+          panel.b_row = pixels_of.vecs * kLanes;
+          // the weights of the next block, which nobody has read yet, a part of them with every panel
+          panel.ahead_row = div_up(channels, panels);
+          panel.ahead = static_cast<const float*>(p.primary_weight) + (c0 + channels) * p.primary_weight_stride_n +
+                        i * panel.ahead_row * s.in_channels;
+          go(multiply_kernels[channels][pixels_of.vecs], x1 + pixels_of.begin, begin, pixels_of.begin);
+        } else if (plan.pack_x) {
+          run(pixels_of.vecs_before * kLanes, pixels_of.vecs);
+        } else if (pixels_of.begin >= 0) {
+          run(pixels_of.begin, pixels_of.vecs);
         } else {
-          run(0, count - 1);
+          run(0, pixels_of.vecs - 1);
           run(pixels - kLanes, 1);
         }
       }
@@ -212,111 +229,6 @@ class Worker {
     }
   }
 
-  // x2 of the image rows begin … end - 1, whose x1 begins at the top of the chunk.
-  void cheap(int64_t begin, int64_t end) {
-    const int64_t d = s.dw_size, cheap_per_channel = s.ratio - 1;
-    Walk walk{};
-    walk.act = p.cheap.act;
-    walk.clamp = clamp_of(p.cheap.act);
-    for (int64_t j = 0; j < cheap_per_channel; ++j) {
-      const float* weight = parameters + at.block_cheap + j * d * d * plan.padded_block;
-      const float* norm = parameters + at.block_norms + (1 + j) * 3 * plan.padded_block;
-      // channels whose ghost is not cut off
-      const int64_t room = s.out_channels - s.init_channels - j;
-      const int64_t valid = min_of(channels, div_up(max_of<int64_t>(room, 0), cheap_per_channel) - c0);
-      if constexpr (kChannelsLast) {
-        walk.walk = plan.padded_block;
-        walk.cross = at.x1_row;
-        walk.weight_step = plan.padded_block;
-        for (int64_t v = 0; v < valid; v += kLanes) {
-          int64_t lanes = min_of<int64_t>(valid - v, kLanes);
-          int64_t first = v;
-          if (lanes < kLanes && valid >= kLanes) first = valid - kLanes, lanes = kLanes;
-          set_norm<false>(walk, norm + first);
-          walk.weight = weight + first;
-          for (int64_t h = begin; h < end; ++h) {
-            walk.x1 = scratch + at.x1 + (h - begin) * at.x1_row + first;
-            walk.steps = s.width;
-            run_walk<false>(walk, lanes, s.init_channels + (c0 + first) * cheap_per_channel + j, h, 0);
-          }
-        }
-      } else {
-        Vec splat_weight[49];
-        walk.walk = at.x1_row;
-        walk.cross = 1;
-        walk.weight = reinterpret_cast<const float*>(splat_weight);
-        walk.weight_step = kLanes;
-        walk.steps = end - begin;
-        for (int64_t c = 0; c < valid; ++c) {
-          for (int64_t tap = 0; tap < d * d; ++tap) splat_weight[tap] = splat(weight[tap * plan.padded_block + c]);
-          set_norm<true>(walk, norm + c);
-          for (int64_t w = 0; w < s.width; w += kLanes) {
-            const int64_t lanes = min_of<int64_t>(s.width - w, kLanes);
-            const int64_t first = lanes < kLanes && s.width >= kLanes ? s.width - kLanes : w;
-            walk.x1 = scratch + at.x1 + c * at.x1_channel + first - pad;
-            const int64_t out_c = s.init_channels + (c0 + c) * cheap_per_channel + j;
-            if (first >= pad && first + kLanes + pad <= s.width) {
-              run_walk<false>(walk, kLanes, out_c, begin, first);
-            } else {
-              Ints mask[7], column;
-              for (int i = 0; i < kLanes; ++i) column[i] = static_cast<int>(i + first - pad);
-              for (int64_t i = 0; i < d; ++i, column += 1) mask[i] = (column >= 0) & (column < s.width);
-              walk.mask = mask;
-              run_walk<true>(walk, min_of<int64_t>(s.width - first, kLanes), out_c, begin, first);
-            }
-          }
-        }
-      }
-    }
-  }
-
-  template <bool kSplat>
-  void set_norm(Walk& walk, const float* norm) const {
-    const int64_t next = plan.padded_block;
-    walk.scale = kSplat ? splat(norm[0]) : load(norm);
-    walk.shift = kSplat ? splat(norm[next]) : load(norm + next);
-    walk.slope = kSplat ? splat(norm[2 * next]) : load(norm + 2 * next);
-  }
-
-  // The walk's outputs begin at (c, h, w) and have ``lanes`` numbers each.
-  template <bool kMasked>
-  void run_walk(Walk& walk, int64_t lanes, int64_t c, int64_t h, int64_t w) const {
-    const Depthwise kernel = depthwise_kernel<kMasked>(s.dw_size);
-    const int step = kChannelsLast ? s.ratio - 1 : 1;
-    int64_t direct = 0;  // the steps that can go straight to the output
-    if constexpr (sizeof(T) == sizeof(float)) {
-      walk.out = reinterpret_cast<float*>(output.at(c, h, w));
-      walk.out_walk = kChannelsLast ? p.out.stride_w : p.out.stride_h;
-      walk.residual = reinterpret_cast<const float*>(output.residual_at(c, h, w));
-      walk.residual_walk = kChannelsLast ? p.residual.stride_w : p.residual.stride_h;
-      if (output.plain && step == 1) {
-        direct = walk.steps;
-        // short rows: what is written past a row's end, the next row overwrites, but for the last ones
-        if (lanes < kLanes) direct = kChannelsLast ? 0 : max_of<int64_t>(walk.steps - div_up(kLanes, s.width) + 1, 0);
-      }
-    }
-    const int64_t staged = walk.steps - direct;
-    if (direct) {
-      walk.steps = direct;
-      kernel(walk);
-    }
-    if (staged) {
-      Walk rest = walk;
-      rest.steps = staged;
-      rest.x1 += direct * walk.walk;
-      rest.out = scratch + at.stage;
-      rest.out_walk = kLanes;
-      rest.residual = nullptr;
-      kernel(rest);
-      for (int64_t i = 0; i < staged; ++i) {
-        const int64_t at_step = direct + i;
-        output.put(load(rest.out + i * kLanes), c, kChannelsLast ? h : h + at_step, kChannelsLast ? w + at_step : w,
-                   lanes, step);
-      }
-    }
-    walk.steps = direct + staged;
-  }
-
   // The 1×1 weights of the block's channels, as the multiplication reads them.
   void prepare_weight() const {
     float* weight = parameters + at.block_weight;
@@ -328,8 +240,7 @@ class Worker {
         for (int64_t k = 0; k < depth; ++k) weight[c + k * plan.padded_block] = to_float(from[k * stride]);
       }
     } else {
-      const T* gate =
-          plan.gate_weight ? static_cast<const T*>(p.input_gate) + output.n * p.input_gate_stride_n : nullptr;
+      const T* gate = plan.gate_weight ? gate_of<T>(p, output.n) : nullptr;
       for (int64_t c = 0; c < channels; ++c, from += p.primary_weight_stride_n, weight += depth) {
         for (int64_t k = 0; k < depth; k += kLanes) {
           const int count = min_of<int64_t>(depth - k, kLanes);
@@ -343,20 +254,10 @@ class Worker {
 
   // Its norms and depthwise weights.
   void prepare_block() const {
-    const int64_t padded = plan.padded_block, d = s.dw_size, cheap_per_channel = plan.ghosts ? s.ratio - 1 : 0;
     float* norm = parameters + at.block_norms;
-    zero(norm, (1 + cheap_per_channel) * 3 * padded);
-    prepare_norm<T>(p.primary, c0, 1, channels, norm, padded);
-    const Taps taps{
-        p.cheap_weight, p.cheap_weight_stride_c, p.cheap_weight_stride_h, p.cheap_weight_stride_w, s.dw_size,
-        s.dw_size};
-    for (int64_t j = 0; j < cheap_per_channel; ++j) {
-      const int64_t first = c0 * cheap_per_channel + j;
-      prepare_norm<T>(p.cheap, first, cheap_per_channel, channels, norm + (1 + j) * 3 * padded, padded);
-      float* to = parameters + at.block_cheap + j * d * d * padded;
-      zero(to, d * d * padded);
-      prepare_taps<T>(taps, kChannelsLast, first, cheap_per_channel, channels, to, padded);  // as the walk meets them
-    }
+    zero(norm, 3 * plan.padded_block);
+    prepare_norm<T>(p.primary, c0, 1, channels, norm, plan.padded_block);
+    if (plan.ghosts) cheap.prepare(c0, channels, parameters);
   }
 
   const GhostForwardParams& p;
@@ -368,6 +269,7 @@ class Worker {
   const int64_t pad = plan.pad;
   Multiply multiply_kernels[kMaxRows + 1][kMaxVecs + 1];
   Output<T> output;
+  Cheap<T, kChannelsLast> cheap;
 
   // the current unit
   int64_t h0, h1, x_h0, c0, channels;

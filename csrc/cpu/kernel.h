@@ -16,32 +16,6 @@ struct Threads {
   ParallelFor parallel_for;
 };
 
-// act(norm(depthwise_conv(x))), padded by half the kernel.
-struct DepthwiseParams {
-  Path path;
-  bool channels_last;  // of the output
-  int batch, channels, height, width, out_height, out_width, kernel_h, kernel_w, stride;
-  Tensor4 x, out;
-  const void* weight;  // (C, kernel_h, kernel_w)
-  int64_t weight_stride_c, weight_stride_h, weight_stride_w;
-  NormAct norm;
-};
-
-// The values of ghostfused/spec.py's Gate.
-enum class Gate : int { kSigmoid, kHardsigmoid, kReLU6 };
-
-// gate(expand act(reduce mean(x))), a number per image and channel.
-struct SqueezeExciteParams {
-  Path path;
-  int batch, channels, height, width, reduced;
-  Tensor4 x;
-  const void *reduce_weight, *expand_weight;  // (reduced, C) and (C, reduced), contiguous
-  ChannelVector reduce_bias, expand_bias;
-  Act act;
-  Gate gate;
-  void* out;  // (N, C), contiguous
-};
-
 // One compilation of the kernels.
 struct Kernels {
   void (*forward)(const GhostForwardParams& params, const Threads& threads);

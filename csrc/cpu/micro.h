@@ -36,6 +36,8 @@ struct Panel {
   int64_t a_row;
   const float* b;
   int64_t b_row;
+  const float* ahead;  // what will be read next: two lines from here on are fetched with every row of b
+  int64_t ahead_row;
   int64_t depth;
   float* y;
   int64_t y_row;
@@ -68,7 +70,7 @@ template <int kRows, int kVecs, bool kRowsAreChannels>
 void multiply(const Panel& p) {
   Vec sum[kRows][kVecs];
   const int64_t part = part_of(p.depth);
-  const float *a = p.a, *b = p.b;
+  const float *a = p.a, *b = p.b, *ahead = p.ahead;
   for (int64_t left = p.depth;; left -= part) {
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
@@ -79,9 +81,10 @@ void multiply(const Panel& p) {
       Vec row[kVecs];
 #pragma GCC unroll 8
       for (int j = 0; j < kVecs; ++j) row[j] = load(b + j * kLanes);
-      if (kRowsAreChannels) {  // every row is in another page, where the hardware doesn't look ahead
-        __builtin_prefetch(b + kPrefetchX);
-        __builtin_prefetch(b + kPrefetchX + kLine);
+      if (kRowsAreChannels) {
+        __builtin_prefetch(ahead);
+        __builtin_prefetch(ahead + kLine);
+        ahead += p.ahead_row;
       }
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i) {
@@ -165,9 +168,9 @@ Multiply multiply_kernel(int rows, int vecs) {
 struct Walk {
   const float* x1;  // at the first tap of the first output
   int64_t walk, cross;
-  const float* weight;  // (size along the walk, size across), vectors ``weight_step`` apart
+  const float* weight;  // (size along the walk, size across): vectors ``weight_step`` apart, or numbers for all lanes
   int64_t weight_step;
-  const Ints* mask;  // per tap across: lanes inside the image. All are at the middle tap
+  const float* mask;  // per tap across: lanes inside the image. All are at the middle tap
   float* out;
   int64_t out_walk;
   const float* residual;  // added to what goes out, or null
@@ -179,7 +182,7 @@ struct Walk {
 };
 
 // kOutputs steps at once, so that each loaded vector serves all the taps that it lies under.
-template <int kSize, int kOutputs, bool kMasked>
+template <int kSize, int kOutputs, bool kMasked, bool kSplat>
 GHOSTFUSED_INLINE void depthwise_step(const Walk& p, const float* x1, float* out, const float* residual) {
   constexpr bool kInParts = kSize > 3;  // for the same reason
   Vec sum[kOutputs] = {};
@@ -189,13 +192,14 @@ GHOSTFUSED_INLINE void depthwise_step(const Walk& p, const float* x1, float* out
 #pragma GCC unroll 16
     for (int j = 0; j < kSize; ++j) {
       Vec x = load(x1 + i * p.walk + j * p.cross);
-      if (kMasked && j != kSize / 2) x = reinterpret_cast<Vec>(reinterpret_cast<Ints>(x) & p.mask[j]);
+      if (kMasked && j != kSize / 2)
+        x = reinterpret_cast<Vec>(reinterpret_cast<Ints>(x) & load<Ints>(p.mask + j * kLanes));
 #pragma GCC unroll 16
       for (int o = 0; o < kOutputs; ++o) {
         const int tap = i - o;
         if (tap < 0 || tap >= kSize) continue;
         Vec& to = kInParts ? part[o] : sum[o];
-        to += x * load(p.weight + (tap * kSize + j) * p.weight_step);
+        to += x * (kSplat ? splat(p.weight[tap * kSize + j]) : load(p.weight + (tap * kSize + j) * p.weight_step));
       }
     }
 #pragma GCC unroll 16
@@ -210,33 +214,33 @@ GHOSTFUSED_INLINE void depthwise_step(const Walk& p, const float* x1, float* out
   }
 }
 
-template <int kSize, bool kMasked>
+template <int kSize, bool kMasked, bool kSplat>
 void depthwise(const Walk& p) {
   const float *x1 = p.x1, *residual = p.residual;
   float* out = p.out;
   int left = p.steps;
   for (; left >= 4; left -= 4, x1 += 4 * p.walk, out += 4 * p.out_walk) {
-    depthwise_step<kSize, 4, kMasked>(p, x1, out, residual);
+    depthwise_step<kSize, 4, kMasked, kSplat>(p, x1, out, residual);
     if (residual) residual += 4 * p.residual_walk;
   }
-  if (left == 3) return depthwise_step<kSize, 3, kMasked>(p, x1, out, residual);
-  if (left == 2) return depthwise_step<kSize, 2, kMasked>(p, x1, out, residual);
-  if (left == 1) return depthwise_step<kSize, 1, kMasked>(p, x1, out, residual);
+  if (left == 3) return depthwise_step<kSize, 3, kMasked, kSplat>(p, x1, out, residual);
+  if (left == 2) return depthwise_step<kSize, 2, kMasked, kSplat>(p, x1, out, residual);
+  if (left == 1) return depthwise_step<kSize, 1, kMasked, kSplat>(p, x1, out, residual);
 }
 
 using Depthwise = void (*)(const Walk&);
 
-template <bool kMasked>
+template <bool kMasked, bool kSplat>
 Depthwise depthwise_kernel(int size) {
   switch (size) {
     case 1:
-      return depthwise<1, kMasked>;
+      return depthwise<1, kMasked, kSplat>;
     case 3:
-      return depthwise<3, kMasked>;
+      return depthwise<3, kMasked, kSplat>;
     case 5:
-      return depthwise<5, kMasked>;
+      return depthwise<5, kMasked, kSplat>;
     default:
-      return depthwise<7, kMasked>;
+      return depthwise<7, kMasked, kSplat>;
   }
 }
 

@@ -9,8 +9,9 @@ namespace ghostfused::cpu::GHOSTFUSED_ISA {
 template <typename T>
 void read_channels(const ChannelVector& v, bool is_float32, int64_t c, int64_t step, int count, float* to) {
   const int64_t stride = v.stride * step;
-  if (is_float32) {
+  if (is_float32 || sizeof(T) == sizeof(float)) {
     const float* from = static_cast<const float*>(v.data) + c * v.stride;
+    if (stride == 1 && count == kLanes) return store(to, load(from));
     for (int i = 0; i < count; ++i) to[i] = from[i * stride];
   } else {
     const T* from = static_cast<const T*>(v.data) + c * v.stride;
@@ -57,8 +58,8 @@ void prepare_norm(const NormAct& half, int64_t first, int64_t step, int64_t coun
   }
 }
 
-// A depthwise convolution's weights: (channels, rows, columns) at any strides to (taps, channels), ``next`` floats from
-// tap to tap. The taps follow each other row by row, or column by column.
+// A depthwise convolution's weights at any strides to fp32, ``to_channel`` floats from channel to channel and
+// ``to_tap`` from tap to tap, which follow each other row by row or column by column.
 struct Taps {
   const void* data;
   int64_t stride_c, stride_h, stride_w;
@@ -66,13 +67,13 @@ struct Taps {
 };
 template <typename T>
 void prepare_taps(const Taps& taps, bool by_column, int64_t first, int64_t step, int64_t count, float* to,
-                  int64_t next) {
-  for (int64_t i = 0; i < count; ++i, ++to) {
+                  int64_t to_channel, int64_t to_tap) {
+  for (int64_t i = 0; i < count; ++i, to += to_channel) {
     const T* from = static_cast<const T*>(taps.data) + (first + i * step) * taps.stride_c;
     for (int h = 0; h < taps.rows; ++h) {
       for (int w = 0; w < taps.columns; ++w) {
         const int tap = by_column ? w * taps.rows + h : h * taps.columns + w;
-        to[tap * next] = to_float(from[h * taps.stride_h + w * taps.stride_w]);
+        to[tap * to_tap] = to_float(from[h * taps.stride_h + w * taps.stride_w]);
       }
     }
   }

@@ -6,15 +6,32 @@
 
 namespace ghostfused::cpu::GHOSTFUSED_ISA {
 
-constexpr int64_t kTileBytes = 384 << 10;   // of x in one tile: stays in a core's L2 while every block reads it
+constexpr int64_t kTileBytes = 768 << 10;   // of x in one tile: stays in a core's L2 while every block reads it
 constexpr int64_t kChunkBytes = 192 << 10;  // of x1 in one chunk: stays in L2, and a channel of it in L1
+
+constexpr int64_t kPanelBlocks = 4;  // blocks of channels for which packing x into panels pays
+
+// NCHW: the pixels that one multiplication takes, of a run of them. The last vector ends where the run does, so that
+// some pixels are made twice where it is not a whole number of vectors.
+struct PanelPixels {
+  int64_t begin, vecs, vecs_before;
+
+  PanelPixels(int64_t i, int64_t pixels) {
+    const int64_t all = div_up(pixels, kLanes), panels = div_up(all, kMaxVecs);
+    vecs_before = i * all / panels;
+    vecs = (i + 1) * all / panels - vecs_before;
+    begin = vecs_before * kLanes - max_of<int64_t>((vecs_before + vecs) * kLanes - pixels, 0);
+  }
+};
 
 // A unit is one block of init channels × one tile of rows of one image; it goes down the tile in chunks of rows.
 struct Plan {
   int64_t block, blocks, padded_block;  // channels of a block; padded to whole vectors
   int64_t rows, tiles, chunk;           // rows of a tile and of a chunk
   bool pack_x, pack_weight;  // copied as fp32 with unit stride, because the multiplication can't read it as it is
-  bool gate_weight;          // the input gate goes to the packed weights, else to the packed x
+  bool pack_taps;            // the depthwise weights as well
+  bool panels;               // x is packed panel by panel, for many blocks of channels to read it one after the other
+  bool gate_weight;          // the input gate goes to the weights, else to x, as they are packed
   bool ghosts;               // false: a 1×1 convolution and no more
   int64_t pad;
   int64_t units;
@@ -54,6 +71,7 @@ inline Plan make_plan(const GhostForwardParams& p, int threads) {
   plan.chunk = div_up(plan.rows, div_up(plan.rows, chunk));
   if (!plan.ghosts && is_float && !p.residual.data && !p.output_gate.data) plan.chunk = plan.rows;  // x1 is the output
   plan.pack_weight = s.channels_last || !is_float || (depth > 1 && p.primary_weight_stride_k != 1);
+  plan.pack_taps = s.channels_last || !is_float || p.cheap_weight_stride_w != 1 || p.cheap_weight_stride_h != s.dw_size;
   plan.pack_x = !is_float;
   if (s.channels_last) {
     plan.pack_x |= s.input_gate || (depth > 1 && p.x.stride_c != 1);
@@ -62,7 +80,13 @@ inline Plan make_plan(const GhostForwardParams& p, int threads) {
     plan.pack_x |= (width > 1 && p.x.stride_w != 1) || (height > 1 && p.x.stride_h != width);
     plan.pack_x |= width < kLanes && (plan.chunk != height || height * width < kLanes);
   }
-  plan.gate_weight = s.input_gate && !plan.pack_x;
+  const int64_t vecs = div_up(height * width, kLanes),
+                sharing = plan.blocks * min_of<int64_t>(s.batch, threads) / threads;
+  plan.panels = !s.channels_last && sharing >= kPanelBlocks && plan.chunk == height && vecs > kMaxVecs &&
+                (width == 1 || p.x.stride_w == 1) && (height == 1 || p.x.stride_h == width);
+  plan.pack_x |= plan.panels;
+  // whatever the number of threads, so that the result doesn't depend on it
+  plan.gate_weight = s.input_gate && is_float && !s.channels_last;
   plan.pack_weight |= plan.gate_weight;
   return plan;
 }
@@ -71,7 +95,7 @@ inline Plan make_plan(const GhostForwardParams& p, int threads) {
 struct Scratch {
   int64_t block_weight, block_cheap, block_norms, block_size;  // of one block's parameters
   int64_t x1, x1_channel, x1_row;  // NCHW: (channel, row, w); channels_last: (row, w, channel)
-  int64_t packed_x, packed_x_row, stage, blocks, total;
+  int64_t packed_x, packed_x_row, stage, masks, blocks, total;
 };
 
 inline Scratch scratch_layout(const GhostShape& s, const Plan& plan) {
@@ -87,9 +111,10 @@ inline Scratch scratch_layout(const GhostShape& s, const Plan& plan) {
   at.x1_channel = s.channels_last ? 1 : rows * s.width + kLanes;
   const int64_t x1_size = s.channels_last ? rows * at.x1_row : plan.block * at.x1_channel;
   at.stage = at.x1 + x1_size + margin;
-  at.packed_x = at.stage + max_of<int64_t>(plan.chunk, s.width) * kLanes;
+  at.masks = at.stage + max_of<int64_t>(plan.chunk, s.width) * kLanes;
+  at.packed_x = at.masks + (s.channels_last ? 0 : div_up(s.width, kLanes) * s.dw_size * kLanes);
   const int64_t pixels = min_of<int64_t>(plan.rows + 2 * pad, s.height) * s.width;
-  at.packed_x_row = s.channels_last ? s.in_channels : pixels + kLanes;
+  at.packed_x_row = s.channels_last ? s.in_channels : plan.panels ? div_up(pixels, kLanes) * kLanes : pixels + kLanes;
   at.blocks = at.packed_x + (plan.pack_x ? (s.channels_last ? pixels : s.in_channels) * at.packed_x_row : 0) + margin;
   at.total = at.blocks + plan.blocks * at.block_size + margin;
   return at;

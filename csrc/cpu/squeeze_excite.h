@@ -99,7 +99,7 @@ void reduce(int64_t begin, int64_t end, void* context) {
   const auto finish = [&](int64_t n, int64_t r, const float* y, int count) {
     store_part(task.hidden + n * p.reduced + r, activate(load_part(y, count), Vec{}, p.act), count);
   };
-  layer<T>(begin, end, p, p.reduce_weight, p.reduce_bias, task.mean, p.channels, p.reduced, finish);
+  layer<T>(begin, end, p, p.reduce.data, p.reduce_bias, task.mean, p.channels, p.reduced, finish);
 }
 
 template <typename T>
@@ -116,7 +116,7 @@ void excite(int64_t begin, int64_t end, void* context) {
     }
     store_part(static_cast<T*>(p.out) + n * p.channels + c, v, count);
   };
-  layer<T>(begin, end, p, p.expand_weight, p.expand_bias, task.hidden, p.reduced, p.channels, finish);
+  layer<T>(begin, end, p, p.expand.data, p.expand_bias, task.hidden, p.reduced, p.channels, finish);
 }
 
 template <typename T>
@@ -124,7 +124,8 @@ void squeeze_excite(const SqueezeExciteParams& p, const Threads& threads) {
   const int64_t images = p.batch, planes = images * p.channels;
   float* scratch = thread_scratch(planes + images * p.reduced);
   SqueezeExciteTask task{p, scratch, scratch + planes};
-  const double products = static_cast<double>(planes) * p.reduced;
+  // each weight comes from memory for a few products: such work takes longer, and is worth more threads
+  const double products = 4. * static_cast<double>(planes) * p.reduced;
   run(threads, images * div_up(p.channels, kLanes), static_cast<double>(planes) * p.height * p.width, squeeze<T>,
       &task);
   run(threads, div_up(p.reduced, kDotRows), products, reduce<T>, &task);

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..ops import forward_op
 from ..spec import Args
-from .common import kernel_refusal, placement_refusal
+from .common import KERNEL_DTYPES, kernel_refusal, placement_refusal
 from .extension import Extension
 
 _extension = Extension("_cpu")
@@ -25,6 +26,20 @@ def supports(args: Args) -> str | None:
     if args.x.device.type != "cpu":
         return f"tensors on {args.x.device} (the kernel takes CPU tensors)"
     return kernel_refusal(args) or placement_refusal(args)
+
+
+def may_try(args: Args) -> bool:
+    """Whether just calling the op tells as much as ``supports``, at a fraction of its host time: the binding refuses
+    whatever the kernel can't run. Not so where the call is recorded rather than run."""
+    x = args.x
+    return (
+        _extension.failure is None
+        and type(x) is Tensor
+        and x.is_cpu
+        and x.dtype in KERNEL_DTYPES
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+    )
 
 
 def forward(args: Args) -> Tensor:

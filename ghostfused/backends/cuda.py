@@ -1,4 +1,4 @@
-"""The CUDA C++ kernel as a backend. The extension ``ghostfused._C`` registers it; nothing here fails without one."""
+"""The CUDA C++ kernels as a backend. The extension ``ghostfused._C`` registers them; nothing here fails without one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..ops import forward_op
-from ..spec import Args, GhostArgs
+from ..spec import Args, GhostArgs, SqueezeExciteArgs
 from .common import kernel_refusal, placement_refusal
 from .extension import Extension
 
@@ -42,8 +42,6 @@ def _device_refusal(index: int) -> str | None:
 
 def supports(args: Args) -> str | None:
     """Why the kernel can't run ``args``; None if it can."""
-    if not isinstance(args, GhostArgs):
-        return f"the op {args.op}"
     device = args.x.device
     if device.type != "cuda":
         return f"tensors on {device} (the kernel takes CUDA tensors)"
@@ -52,20 +50,23 @@ def supports(args: Args) -> str | None:
     )
 
 
-def _stride_refusal(args: GhostArgs) -> str | None:
+def _stride_refusal(args: Args) -> str | None:
     """Offsets have 64 bits, strides within an image 32. Symbolic ones are left to the binding, as sizes are."""
     if torch.compiler.is_compiling():
         return None
-    _, channels, height, width = args.output_shape()
-    longest = max(height * width, width * channels, *args.x.stride()[1:])
-    for t in (args.residual, args.output_gate):
-        if t is not None:
-            longest = max(longest, *t.stride()[1:])
+    longest = max(args.x.stride()[1:])
+    if not isinstance(args, SqueezeExciteArgs):
+        _, channels, height, width = args.output_shape()
+        longest = max(longest, height * width, width * channels)
+    if isinstance(args, GhostArgs):
+        for t in (args.residual, args.output_gate):
+            if t is not None:
+                longest = max(longest, *t.stride()[1:])
     return None if longest < 2**31 else f"a stride of {longest} elements within an image (the kernel takes 2³¹ - 1)"
 
 
 def forward(args: Args) -> Tensor:
-    """Runs the kernel of the op of ``args``, a Ghost module: x of shape (N, Cin, H, W), any strides, to (N, out_channels, H, W).
+    """Runs the kernels of the op of ``args``, whose class describes inputs and output.
 
     Raises:
         RuntimeError: an argument doesn't fit, named in the message; or the launch failed.

@@ -64,6 +64,14 @@ def tables() -> dict[str, dict[str, list]]:
     return json.loads(PATH.read_text())
 
 
+def cheap_blocks(itemsize: int, nhwc: bool, dw_size: int, channels: int) -> Cheap:
+    """The table's blocks of a depthwise conv, made narrower while many of their channels would be idle."""
+    c = Cheap(*tables()["cheap"][cheap_key(itemsize, nhwc, dw_size, channels)])
+    while c.BLOCK_C * itemsize > SECTOR and 4 * (-(-channels // c.BLOCK_C) * c.BLOCK_C) > 5 * channels:
+        c = Cheap(2 * c.BLOCK_P, c.BLOCK_C // 2)  # a tile of the same size
+    return c
+
+
 def run_length(pixels: int, halo: int, units: int, step: int) -> int:
     """Pixels per program, a multiple of ``step``, for ``units`` = images × channel blocks of ``pixels`` pixels.
 
@@ -82,9 +90,7 @@ def blocks(
     cp, pixels, itemsize = args.init_channels, h * w, args.x.element_size()
     if choice is None:
         p = Primary(*tables()["primary"][primary_key(itemsize, nhwc, cin, cp)])
-        c = Cheap(*tables()["cheap"][cheap_key(itemsize, nhwc, args.dw_size, cp)])
-        while c.BLOCK_C * itemsize > SECTOR and 4 * (-(-cp // c.BLOCK_C) * c.BLOCK_C) > 5 * cp:
-            c = Cheap(2 * c.BLOCK_P, c.BLOCK_C // 2)  # a tile of the same size with fewer idle channels
+        c = cheap_blocks(itemsize, nhwc, args.dw_size, cp)
     else:
         p, c = choice
     if pixels <= SMALL_IMAGE:

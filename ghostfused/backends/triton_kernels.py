@@ -12,7 +12,7 @@ depend on its place in a tile (the sum over input channels has one order), so bo
 program reads only what it stored itself before its own barrier. Within a program the barrier orders the accesses:
 ``bar.sync`` makes a block's writes visible to the block (PTX ISA, "Parallel synchronization: barrier"), and on AMD
 Triton emits a workgroup fence on either side of ``s_barrier``. With a gate or a residual the output's first half is no
-longer x1, which then goes to a scratch buffer.
+longer x1, which then goes to a scratch buffer; or nowhere, if there are no ghosts to make of it.
 
 Pixels are flat indices, p = h * W + w. Maps are either NCHW or NHWC (channels_last); ``*_ALIGN`` are the powers of
 two that divide a tensor's sizes and strides, without which Triton could not prove that wide accesses are aligned.
@@ -179,7 +179,8 @@ def _primary_run(
                 acc = _dot(acc, x, x_pixel, p_mask, weight_row, c_mask, k, Cin, input_gate, PRECISION)
         y = _activate(acc * scale[None, :] + shift[None, :], c, c_mask, act, ACT)
         mask = p_mask[:, None] & c_mask[None, :]
-        tl.store(x1_ptr + _offset(p, c, HW, x1_channels, NHWC), y.to(x1_ptr.dtype.element_ty), mask=mask)
+        if x1_ptr is not None:
+            tl.store(x1_ptr + _offset(p, c, HW, x1_channels, NHWC), y.to(x1_ptr.dtype.element_ty), mask=mask)
         if residual[0] is not None or gate[0] is not None:
             own = (p >= begin) & (p < end)
             _store(y, p, c, own[:, None] & c_mask[None, :], size, out, residual, gate, NHWC)
@@ -274,7 +275,9 @@ def ghost_kernel(
     if residual_ptr is not None or output_gate_ptr is not None:
         x1_channels = Cp
     size = (HW, W, out_channels)
-    x1 = (x1_ptr + image * HW * x1_channels, x1_channels)
+    x1 = (None, x1_channels)
+    if x1_ptr is not None:
+        x1 = (x1_ptr + image * HW * x1_channels, x1_channels)
     out = out_ptr + image * HW * out_channels
     residual = (None, None, None, None)
     if residual_ptr is not None:

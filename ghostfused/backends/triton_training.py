@@ -11,8 +11,8 @@ from torch import Tensor
 from ..spec import GhostArgs
 from . import triton
 from .training import Kernels, register
-from .triton import INTERPRETED, _reach, is_channels_last
 from .triton_configs import PROGRAMS, blocks
+from .triton_launch import INTERPRETED, is_channels_last, reach
 
 try:
     from . import triton_training_kernels as kernels
@@ -31,7 +31,7 @@ def supports(a: GhostArgs) -> str | None:
     if reason is None and not torch.compiler.is_compiling():
         _, _, height, width = a.output_shape()
         channels = max(a.out_channels, a.init_channels, a.cheap_weight.shape[0])
-        if max(_reach(a.x), _reach(a.residual), _reach(a.output_gate), channels * height * width) >= 2**31:
+        if max(reach(a.x), reach(a.residual), reach(a.output_gate), channels * height * width) >= 2**31:
             reason = "an image of more than 2³¹ elements"
     return reason
 

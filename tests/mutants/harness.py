@@ -19,7 +19,7 @@ from .mutants import Mutant
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
 ORDERS = ("asc", "desc", "rand:7")
-HOST_SOURCES = ("binding.cpp", "launch.cpp", "plan.cpp")
+HOST_SOURCES = ("binding.cpp", "bottleneck.cpp", "launch.cpp", "plan.cpp")
 PATHS = {"float16": "Float16", "bfloat16": "BFloat16", "tf32": "TF32", "float32": "Float32"}
 
 
@@ -34,8 +34,9 @@ def missing() -> str | None:
 
 
 def kernel_tables(kernels: Iterable[str]) -> str:
-    """A .cu file with ``kernels`` in place of all of them."""
-    lines = ['#include "ghost_forward.cuh"', "namespace ghostfused {"]
+    """A .cu file with ``kernels`` in place of all of them; excite comes with squeeze, which it follows."""
+    kernels = {*kernels, *(f"{kernel.split('_')[0]}_excite" for kernel in kernels if "_squeeze_" in kernel)}
+    lines = ['#include "bottleneck.cuh"', '#include "ghost_forward.cuh"', "namespace ghostfused {"]
     for path, name in PATHS.items():
         entries = []
         for dw in ("dw3", "dw5", "any"):
@@ -46,7 +47,27 @@ def kernel_tables(kernels: Iterable[str]) -> str:
                     f'{{kernel<Path::k{name}, {size}, {last}>(), "{kernel}"}}' if kernel in kernels else "{}"
                 )
         lines.append(f"const Kernel k{name}Kernels[kKernelsPerPath] = {{{', '.join(entries)}}};")
+        if path != "tf32":
+            every = bottleneck_kernels(path, name)
+            entries = [entry if kernel in kernels else "{}" for kernel, entry in every.items()]
+            lines.append(f"const Kernel k{name}Bottleneck[kBottleneckKernels] = {{{', '.join(entries)}}};")
     return "\n".join([*lines, "}", ""])
+
+
+def bottleneck_kernels(path: str, name: str) -> dict[str, str]:
+    """The entries of bottleneck.cuh's table by name."""
+    layouts = {"nchw": "false", "nhwc": "true"}
+    entries = {
+        f"{path}_depthwise_w{w}_s{s}_{layout}": f"depthwise_kernel<Path::k{name}, {w}, {s}, {last}>()"
+        for s in (1, 2)
+        for w in (1, 3, 5, 7)
+        for layout, last in layouts.items()
+    }
+    entries |= {
+        f"{path}_squeeze_{layout}": f"squeeze_kernel<Path::k{name}, {last}>()" for layout, last in layouts.items()
+    }
+    entries[f"{path}_excite"] = f"excite_kernel<Path::k{name}>()"
+    return {kernel: f'{{{function}, "{kernel}"}}' for kernel, function in entries.items()}
 
 
 def run(command: list[str], **kwargs) -> None:
@@ -90,7 +111,7 @@ def build(folder: Path, shared: Path, kernels: Iterable[str], mutant: Mutant | N
         (csrc / mutant.file).write_text(text.replace(mutant.old, mutant.new))
     objects = []
     for name in HOST_SOURCES:
-        if mutant is not None and mutant.file in (name, "ghost_module.h", "launch.h"):
+        if mutant is not None and (mutant.file == name or mutant.file.endswith(".h")):
             objects.append(folder / f"{name}.o")
             compile_file(csrc / name, objects[-1], csrc)
         else:

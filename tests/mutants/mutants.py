@@ -19,6 +19,9 @@ class Mutant(NamedTuple):
 
 NCHW, NHWC, ANY, FP32 = "float16_dw3_nchw", "float16_dw3_nhwc", "float16_any_nchw", "float32_dw3_nchw"
 
+DEPTHWISE, PLANES = "float16_depthwise_w3_s2_nhwc", "float16_depthwise_w5_s2_nchw"
+SQUEEZE_EXCITE = ("float16_squeeze_nhwc",)
+
 MUTANTS = [
     # barriers and waits
     Mutant(
@@ -188,13 +191,63 @@ MUTANTS = [
         (ANY,),
     ),
     # parameters
-    Mutant("no eps", "load.cuh", "sqrtf(var + p.eps)", "sqrtf(var)", (FP32,)),
+    Mutant("no eps", "norm.cuh", "sqrtf(var + p.eps)", "sqrtf(var)", (FP32,)),
     Mutant(
         "norm parameters are taken for x's type",
-        "binding.cpp",
+        "arguments.h",
         "mean && mean->scalar_type() == ScalarType::Float;",
         "false;",
         (NCHW,),
+    ),
+    # between the Ghost modules
+    Mutant(
+        "no barrier before the depthwise weights are scaled",
+        "depthwise_conv.cuh",
+        "  __syncthreads();  // the scales are there\n",
+        "",
+        (DEPTHWISE,),
+    ),
+    Mutant(
+        "the window reaches a column too far",
+        "depthwise_conv.cuh",
+        "left + j < a.width",
+        "left + j <= a.width",
+        (DEPTHWISE,),
+    ),
+    Mutant(
+        "positions of the last block beyond the image",
+        "depthwise_conv.cuh",
+        "t.positions = min(plan.block_p, p.args.out_height * plan.row_groups - t.first);",
+        "t.positions = plan.block_p;",
+        (PLANES,),
+    ),
+    Mutant(
+        "no barrier before the sums of pixels are added",
+        "squeeze_excite.cuh",
+        "  __syncthreads();  // all threads' sums are there\n",
+        "",
+        SQUEEZE_EXCITE,
+    ),
+    Mutant(
+        "the sums of later chunks are left out",
+        "squeeze_excite.cuh",
+        "part < p.plan.parts; ++part",
+        "part < p.plan.channel_blocks; ++part",
+        SQUEEZE_EXCITE,
+    ),
+    Mutant(
+        "no barrier before the next tile of the hidden layer",
+        "squeeze_excite.cuh",
+        "    __syncthreads();  // and may be overwritten\n",
+        "",
+        SQUEEZE_EXCITE,
+    ),
+    Mutant(
+        "a group of images gets the first one's gate",
+        "squeeze_excite.cuh",
+        "p.parts + int64_t{n0 + g} * p.plan.parts",
+        "p.parts + int64_t{n0} * p.plan.parts",
+        SQUEEZE_EXCITE,
     ),
     Mutant(
         "vectors from addresses that aren't aligned",

@@ -1,6 +1,6 @@
 """Runs small cases of some kernels under ptx-on-cpu: ``subset.py KERNEL…``; exit status 1 and the case's name if one fails.
 
-Each shape is one that tests/test_cuda.py has too, or a like one.
+Each shape is one that tests/test_cuda.py or test_cuda_bottleneck.py has too, or a like one.
 """
 
 from __future__ import annotations
@@ -11,8 +11,16 @@ from typing import Any
 import torch
 from cuda_runtime import forward, planned_for
 
-from ghostfused.spec import GhostArgs
-from ghostfused.testing import Case, judge, make_args
+from ghostfused.spec import Args, GhostArgs
+from ghostfused.testing import (
+    Case,
+    DepthwiseCase,
+    SqueezeExciteCase,
+    judge,
+    make_args,
+    make_depthwise,
+    make_squeeze_excite,
+)
 
 SM_COUNTS = (1, 132)
 """Few SMs mean large tiles, many mean many small blocks."""
@@ -41,8 +49,34 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+DEPTHWISE = {
+    "odd": {"channels": 20, "height": 7, "width": 9, "norm": "bn+bias"},
+    "blocks": {"channels": 144, "height": 12, "width": 13, "batch": 2},
+    "planes": {"channels": 3, "height": 60, "width": 76, "act": "prelu", "per_channel_slope": True},
+}
+SQUEEZE_EXCITE = {
+    "images": {"batch": 6, "channels": 136, "reduced": 40, "height": 5, "width": 7},
+    "chunks": {"channels": 20, "reduced": 300, "height": 24, "width": 24, "gate": "sigmoid"},
+}
+
+
+def cases(kernel: str) -> dict[str, Args]:
+    """By name, arguments for which ``kernel`` is what runs; after squeeze, excite runs too."""
+    path, kind, *rest = kernel.split("_")
+    common = {"dtype": getattr(torch, path), "layout": rest[-1]}
+    if kind == "squeeze":
+        return {
+            name: make_squeeze_excite(SqueezeExciteCase(**shape, **common)) for name, shape in SQUEEZE_EXCITE.items()
+        }
+    if kind == "depthwise":
+        size, stride = int(rest[0].removeprefix("w")), int(rest[1].removeprefix("s"))
+        common |= {"kernel": (5 if size == 1 else size, size), "stride": stride}
+        return {name: make_depthwise(DepthwiseCase(**shape, **common)) for name, shape in DEPTHWISE.items()}
+    return {name: arguments(name, kernel) for name in SHAPES}
+
+
 def arguments(name: str, kernel: str) -> GhostArgs:
-    """Of the shape ``name``, such that ``kernel`` is what runs."""
+    """A Ghost module of the shape ``name``, such that ``kernel`` is what runs."""
     path, dw, layout = kernel.split("_")
     shape = {"batch": 1, "dtype": getattr(torch, path), "layout": layout, **SHAPES[name]}
     if dw == "any":
@@ -62,8 +96,7 @@ def arguments(name: str, kernel: str) -> GhostArgs:
 
 def main(kernels: list[str]) -> int:
     for kernel in kernels:
-        for name in SHAPES:
-            args = arguments(name, kernel)
+        for name, args in cases(kernel).items():
             for sm_count in SM_COUNTS:
                 print(f"{kernel}, {name}, {sm_count} SMs", end=": ", flush=True)
                 with planned_for(sm_count):

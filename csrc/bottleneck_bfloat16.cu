@@ -1,0 +1,3 @@
+#include "bottleneck.cuh"
+
+GHOSTFUSED_BOTTLENECK_KERNELS(BFloat16, "bfloat16")

@@ -1,0 +1,3 @@
+#include "bottleneck.cuh"
+
+GHOSTFUSED_BOTTLENECK_KERNELS(Float32, "float32")
