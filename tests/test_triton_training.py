@@ -115,7 +115,7 @@ def test_sizes(size, layout):
     check(Case(batch=4, height=size[0], width=size[1], layout=layout, out_channels=8, in_channels=5))
 
 
-@pytest.mark.parametrize("channels", [1, 5, 33, 100])
+@pytest.mark.parametrize("channels", [1, 5, 33, 70])
 def test_odd_channels(channels):
     check(
         Case(
@@ -128,8 +128,8 @@ def test_odd_channels(channels):
             act_cheap="none",
         )
     )
-    check(Case(in_channels=9, out_channels=channels * 2, height=4, width=5))
-    check(Case(in_channels=channels, out_channels=channels * 2 - 1, height=4, width=5, layout="nhwc"))
+    check(Case(in_channels=9, out_channels=min(channels * 2, 40), height=4, width=5))
+    check(Case(in_channels=channels, out_channels=max(channels - 2, 3), height=4, width=5, layout="nhwc"))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
