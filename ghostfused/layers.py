@@ -3,6 +3,7 @@ and read afresh at every call, as the halves of a Ghost module are."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import adopt
-from .backends.common import KERNEL_DEPTHWISE
+from .backends.common import KERNEL_GATE_ACTS, depthwise_form_refusal
 from .functional import conv1x1, depthwise, squeeze_excite
 from .proof import substituted
 from .spec import Act, Gate
@@ -63,21 +64,15 @@ def _kind(half: adopt.Half) -> str | None:
     conv = half.conv
     channels, per_group, kh, kw = half.weight.shape
     padding = (kh // 2, kw // 2)
-    if (
-        half.act == Act.GELU
-        or conv.padding_mode != "zeros"
-        or kh % 2 == 0
-        or kw % 2 == 0
-        or conv.stride[0] != conv.stride[1]
-    ):
+    if conv.padding_mode != "zeros" or kh % 2 == 0 or kw % 2 == 0 or conv.stride[0] != conv.stride[1]:
         return None
     if conv.padding != padding and not (conv.padding == "same" and conv.stride[0] == 1):
         return None
     if kh == kw == 1 and conv.groups == 1 and conv.stride[0] == 1:
-        return "conv1x1"
+        return None if half.act == Act.GELU else "conv1x1"
     if conv.groups != channels or channels != conv.in_channels or per_group != 1 or conv.dilation != (1, 1):
         return None
-    return "depthwise" if (kh, kw) in KERNEL_DEPTHWISE and conv.stride[0] in (1, 2) else None
+    return None if depthwise_form_refusal((kh, kw), conv.stride[0], half.act) else "depthwise"
 
 
 def split(layers: Sequence[tuple[Path, nn.Module]]) -> list[Run]:
@@ -147,18 +142,15 @@ def read_squeeze_excite(block: nn.Module, path: Path) -> SqueezeExcite | None:
         return None
     (reduce, first), (expand, _) = matrices
     channels = first._parameters["weight"].shape[1]  # type: ignore[union-attr]
-    acts = [adopt.ACTIVATIONS[type(m)] for m in block.modules() if type(m) in adopt.ACTIVATIONS] or [Act.RELU]
+    acts = {adopt.ACTIVATIONS[type(m)] for m in block.modules() if type(m) in adopt.ACTIVATIONS} or {Act.RELU}
     try:
         with substituted(block, channels, training=False) as x:
             expected = block.forward(x)
-            for act in acts:
-                for gate in Gate:
-                    if act in (Act.LEAKY_RELU, Act.PRELU, Act.GELU):
-                        continue
-                    found = SqueezeExcite(reduce, expand, act, gate)
-                    out = x * found(block, x, "reference")[:, :, None, None]
-                    if out.shape == expected.shape and torch.allclose(out, expected, rtol=1e-10, atol=1e-12):
-                        return found._replace(reduce=path + reduce, expand=path + expand)
+            for act, gate in itertools.product(acts.intersection(KERNEL_GATE_ACTS), Gate):
+                found = SqueezeExcite(reduce, expand, act, gate)
+                out = x * found(block, x, "reference")[:, :, None, None]
+                if out.shape == expected.shape and torch.allclose(out, expected, rtol=1e-10, atol=1e-12):
+                    return found._replace(reduce=path + reduce, expand=path + expand)
     except Exception:  # whatever it does, it isn't this
         return None
     return None

@@ -207,9 +207,15 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
+_TENSOR_NAMES: dict[type[Args], list[str]] = {
+    args: [name for name, kind in args.__annotations__.items() if kind in (Tensor, Tensor | None)]
+    for args in (GhostArgs, DepthwiseArgs, SqueezeExciteArgs)
+}
+
+
 def tensor_names(args: type[Args]) -> list[str]:
     """Names of the tensor arguments, which come first."""
-    return [name for name, kind in args.__annotations__.items() if kind in (Tensor, Tensor | None)]
+    return _TENSOR_NAMES[args]
 
 
 TENSORS = tensor_names(GhostArgs)

@@ -8,8 +8,17 @@ from pathlib import Path
 import torch
 
 from bench import cases, peers, results
-from bench.cases import Setting
-from bench.timing import Timed, Timing
+from bench.cases import Setting, Unfused
+from bench.timing import Method, Timed, Timing
+from ghostfused import FusedGhostModule
+
+QUICK = Method(cache="warm", samples=3, repeats=2, warmup=0)
+SHAPE = (8, 6, 6)
+
+
+def small_ghost_module() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return cases.layer("one", Unfused(FusedGhostModule(8, 12)), SHAPE).calibrated()
 
 
 class Planted(peers.Eager):

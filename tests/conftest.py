@@ -26,3 +26,19 @@ def _fixed_seed_and_settings():
     precision = torch.get_float32_matmul_precision()
     yield
     torch.set_float32_matmul_precision(precision)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def ghost() -> torch.nn.Module:
+    """A small Ghost module for the benchmarks to run."""
+    from bench_stand_ins import small_ghost_module
+
+    return small_ghost_module()

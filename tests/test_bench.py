@@ -6,30 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from bench_stand_ins import Clock, Planted
+from bench_stand_ins import QUICK, SHAPE, Clock, Planted
 
 from bench import cases, contest, peers, timing
-from bench.cases import Setting, Unfused
+from bench.cases import Setting
 from bench.timing import Method, Timed, Timing, verdict
-from ghostfused import FusedGhostModule
 
 ROOT = Path(__file__).parent.parent
-QUICK = Method(cache="warm", samples=3, repeats=2, warmup=0)
-SHAPE = (8, 6, 6)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def ghost() -> torch.nn.Module:
-    torch.manual_seed(0)
-    return cases.layer("one", Unfused(FusedGhostModule(8, 12)), SHAPE).calibrated()
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _last_sample(out):

@@ -11,32 +11,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from bench_stand_ins import Clock, Planted, environment, module_rows, network_rows, write
+from bench_stand_ins import QUICK, SHAPE, Clock, Planted, environment, module_rows, network_rows, write
 
 from bench import cases, compare, contest, launches, memory, module, peers, readme, report, results, suite, timing
 from bench.__main__ import main
 from bench.cases import Setting, Unfused
-from bench.timing import Method, Timing
+from bench.timing import Timing
 from ghostfused import FusedGhostModule
 from ghostfused.testing import relative_error
 
 ROOT = Path(__file__).parent.parent
-QUICK = Method(cache="warm", samples=3, repeats=2, warmup=0)
-SHAPE = (8, 6, 6)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def ghost() -> torch.nn.Module:
-    torch.manual_seed(0)
-    return cases.layer("one", Unfused(FusedGhostModule(8, 12)), SHAPE).calibrated()
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

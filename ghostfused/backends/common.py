@@ -10,6 +10,8 @@ KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 KERNEL_DW_SIZES = (1, 3, 5, 7)
 KERNEL_DEPTHWISE = ((3, 3), (5, 5), (7, 7), (1, 5), (5, 1))
 """Kernels of the ``depthwise`` op: those of stride-2 steps and of shortcuts, and those of DFC attention."""
+KERNEL_GATE_ACTS = tuple(act for act in Act if act not in (Act.LEAKY_RELU, Act.PRELU, Act.GELU))
+"""Activations between the two matrices of the ``squeeze_excite`` op: those without a slope, but GELU."""
 _NORMS = tuple(f"{half}_{name}" for half in ("primary", "cheap") for name in ("mean", "var", "gamma", "beta"))
 
 
@@ -50,21 +52,25 @@ def form_refusal(args: GhostArgs) -> str | None:
     return None
 
 
-def _depthwise_refusal(args: DepthwiseArgs) -> str | None:
-    kernel = tuple(args.weight.shape[2:])
+def depthwise_form_refusal(kernel: tuple[int, ...], stride: int, act: int) -> str | None:
+    """As ``form_refusal``, for a depthwise convolution."""
     if kernel not in KERNEL_DEPTHWISE:
         return f"a {kernel[0]}×{kernel[1]} depthwise conv (the kernels take {KERNEL_DEPTHWISE})"
-    if args.stride not in (1, 2):
-        return f"stride {args.stride} (the kernels take 1 and 2)"
-    if args.act == Act.GELU:
-        return "GELU (the kernels have the other activations)"
+    if stride not in (1, 2):
+        return f"stride {stride} (the kernels take 1 and 2)"
+    return "GELU (the kernels have the other activations)" if act == Act.GELU else None
+
+
+def _depthwise_refusal(args: DepthwiseArgs) -> str | None:
+    if reason := depthwise_form_refusal(tuple(args.weight.shape[2:]), args.stride, args.act):
+        return reason
     if norm_dtype(args) not in (args.x.dtype, torch.float32):
         return f"norm tensors of mixed dtypes (the kernels take all {args.x.dtype} or all float32)"
     return None
 
 
 def _squeeze_excite_refusal(args: SqueezeExciteArgs) -> str | None:
-    if args.act in (Act.LEAKY_RELU, Act.PRELU, Act.GELU):
+    if args.act not in KERNEL_GATE_ACTS:
         return f"{Act(args.act).name} (the kernels have the activations without a slope, but GELU)"
     return None
 
