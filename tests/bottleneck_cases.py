@@ -5,19 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from hypothesis import strategies as st
+from draws import ACTS, DTYPES, GATES, LAYOUTS
 
 from ghostfused import reference
 from ghostfused.backends.common import KERNEL_DEPTHWISE
-from ghostfused.spec import Act, Args, DepthwiseArgs, Gate, tensor_names
+from ghostfused.spec import Act, Args, DepthwiseArgs, tensor_names
 from ghostfused.testing import DepthwiseCase, SqueezeExciteCase, make_depthwise, make_squeeze_excite
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-LAYOUTS = ("nchw", "nhwc")
-ACTS = [act.name.lower() for act in Act if act != Act.GELU]
-GATE_ACTS = [act for act in ACTS if act not in ("leaky_relu", "prelu")]
-GATES = [gate.name.lower() for gate in Gate]
-NORMS = ("bn", "bias", "bn+bias", "bn_no_affine", "none")
 
 Case = DepthwiseCase | SqueezeExciteCase
 
@@ -165,38 +158,3 @@ def bad_arguments(args: Args) -> dict[str, object]:
         "act": int(Act.LEAKY_RELU),
         "gate": 3,
     }
-
-
-depthwise_cases = st.builds(
-    DepthwiseCase,
-    batch=st.integers(1, 3),
-    channels=st.integers(1, 24),
-    height=st.integers(1, 13),
-    width=st.integers(1, 19),
-    kernel=st.sampled_from(KERNEL_DEPTHWISE),
-    stride=st.sampled_from([1, 2]),
-    act=st.sampled_from(ACTS),
-    per_channel_slope=st.booleans(),
-    norm=st.sampled_from(NORMS),
-    dtype=st.sampled_from(DTYPES),
-    norm_dtype=st.sampled_from([None, torch.float32]),
-    layout=st.sampled_from(LAYOUTS),
-    sliced=st.booleans(),
-    seed=st.integers(0, 99),
-)
-
-squeeze_excite_cases = st.builds(
-    SqueezeExciteCase,
-    batch=st.integers(1, 6),
-    channels=st.integers(1, 150),
-    reduced=st.integers(1, 70),
-    height=st.integers(1, 24),
-    width=st.integers(1, 24),
-    act=st.sampled_from(GATE_ACTS),
-    gate=st.sampled_from(GATES),
-    bias=st.booleans(),
-    dtype=st.sampled_from(DTYPES),
-    layout=st.sampled_from(LAYOUTS),
-    sliced=st.booleans(),
-    seed=st.integers(0, 99),
-)

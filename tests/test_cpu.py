@@ -8,8 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import draws
 import pytest
 import torch
+from draws import DTYPES, LAYOUTS
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -31,10 +33,6 @@ from ghostfused.verify import read_cases
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-LAYOUTS = ["nchw", "nhwc"]
-ACTS = [act.name.lower() for act in Act if act != Act.GELU]
-NORMS = ["bn", "bias", "bn+bias", "bn_no_affine", "none"]
 ISA = "GHOSTFUSED_CPU_ISA"
 
 
@@ -100,22 +98,8 @@ def test_depthwise(kernel, stride, dtype, layout):
 
 
 @given(
-    case=st.builds(
-        DepthwiseCase,
-        batch=st.integers(1, 3),
-        channels=st.integers(2, 70),
-        height=st.integers(1, 30),
-        width=st.integers(1, 70),
-        kernel=st.sampled_from([(3, 3), (5, 5), (7, 7), (1, 5), (5, 1)]),
-        stride=st.integers(1, 2),
-        act=st.sampled_from(ACTS),
-        per_channel_slope=st.booleans(),
-        norm=st.sampled_from(NORMS),
-        dtype=st.sampled_from(DTYPES),
-        norm_dtype=st.sampled_from([None, torch.float32]),
-        layout=st.sampled_from(LAYOUTS),
-        sliced=st.booleans(),
-        seed=st.integers(0, 999),
+    case=draws.depthwise(
+        channels=st.integers(2, 70), height=st.integers(1, 30), width=st.integers(1, 70), seed=st.integers(0, 999)
     )
 )
 def test_random_depthwise(case):
@@ -133,51 +117,21 @@ def test_squeeze_excite(gate, dtype, layout):
 
 
 @given(
-    case=st.builds(
-        SqueezeExciteCase,
-        batch=st.integers(1, 6),
-        channels=st.integers(2, 200),
-        reduced=st.integers(1, 50),
-        height=st.integers(1, 20),
-        width=st.integers(1, 20),
-        act=st.sampled_from(["none", "relu", "relu6", "silu", "hardswish"]),
-        gate=st.sampled_from(["sigmoid", "hardsigmoid", "relu6"]),
-        bias=st.booleans(),
-        dtype=st.sampled_from(DTYPES),
-        layout=st.sampled_from(LAYOUTS),
-        sliced=st.booleans(),
+    case=draws.squeeze_excite(
+        channels=st.integers(2, 200), reduced=st.integers(1, 50), height=st.integers(1, 20), width=st.integers(1, 20),
         seed=st.integers(0, 999),
     )
-)
+)  # fmt: skip
 def test_random_squeeze_excite(case):
     check(case)
 
 
 @given(
-    case=st.builds(
-        Case,
-        batch=st.integers(1, 3),
-        in_channels=st.integers(1, 70),
-        height=st.integers(1, 30),
-        width=st.integers(1, 40),
-        out_channels=st.integers(12, 90),
-        ratio=st.integers(2, 4),
-        dw_size=st.sampled_from([1, 3, 5, 7]),
-        act_primary=st.sampled_from(ACTS),
-        act_cheap=st.sampled_from(ACTS),
-        per_channel_slope=st.booleans(),
-        primary_norm=st.sampled_from(NORMS),
-        cheap_norm=st.sampled_from(NORMS),
-        dtype=st.sampled_from(DTYPES),
-        norm_dtype=st.sampled_from([None, torch.float32]),
-        layout=st.sampled_from(LAYOUTS),
-        sliced=st.booleans(),
-        input_gate=st.booleans(),
-        residual=st.booleans(),
-        output_gate=st.booleans(),
-        seed=st.integers(0, 999),
+    case=draws.ghost_modules(
+        in_channels=st.integers(1, 70), height=st.integers(1, 30), width=st.integers(1, 40),
+        out_channels=st.integers(12, 90), dw_size=st.sampled_from([1, 3, 5, 7]), seed=st.integers(0, 999),
     )
-)
+)  # fmt: skip
 def test_random_cases(case):
     check(case)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from cuda_runtime import ON_CPU, check, check_args, forward, needs_cuda, planned_for
+from draws import ACTS, LAYOUTS
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -29,8 +30,6 @@ PATHS = {
     "tf32": {"dtype": torch.float32, "allow_tf32": True},
     "float32": {"dtype": torch.float32},
 }
-LAYOUTS = ("nchw", "nhwc")
-ACTS = [a.name.lower() for a in Act if a != Act.GELU]
 each_path = pytest.mark.parametrize("path", PATHS)
 each_layout = pytest.mark.parametrize("layout", LAYOUTS)
 

@@ -9,10 +9,11 @@ import subprocess
 import sys
 
 import bottleneck_cases as cases
+import draws
 import pytest
 import torch
-from bottleneck_cases import DTYPES, LAYOUTS
 from cuda_runtime import _C, ON_CPU, check_args, forward, needs_cuda, planned_for
+from draws import DTYPES, LAYOUTS
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -34,7 +35,7 @@ def check(*several: cases.Case | Args) -> None:
 def test_every_kernel(dtype, layout):
     check(*cases.every_kernel(dtype, layout))
     check(*(dataclasses.replace(case, channels=16) for case in cases.every_kernel(dtype, layout)))  # wider vectors
-    for gate in cases.GATES:
+    for gate in draws.GATES:
         check(SqueezeExciteCase(3, 24, 8, 9, 13, gate=gate, bias=gate == "sigmoid", dtype=dtype, layout=layout))
 
 
@@ -59,14 +60,14 @@ def test_other_orders(order):
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
 
 
-@pytest.mark.parametrize("act", cases.ACTS)
+@pytest.mark.parametrize("act", draws.ACTS)
 def test_activations(act):
     check(*cases.activations(act))
-    if act in cases.GATE_ACTS:
+    if act in draws.GATE_ACTS:
         check(SqueezeExciteCase(height=5, width=6, act=act))
 
 
-@pytest.mark.parametrize("norm", cases.NORMS)
+@pytest.mark.parametrize("norm", draws.NORMS)
 def test_norms(norm):
     for dtype in DTYPES:
         check(*cases.norms(norm, dtype))
@@ -163,13 +164,13 @@ def test_no_ghosts_plan():
         assert conv["smem_bytes"] < module["smem_bytes"]
 
 
-@given(cases.depthwise_cases, st.sampled_from([1, 132]))
+@given(draws.depthwise(), st.sampled_from([1, 132]))
 def test_any_depthwise(case, sm_count):
     with planned_for(sm_count):
         check(case)
 
 
-@given(cases.squeeze_excite_cases, st.sampled_from([1, 132]))
+@given(draws.squeeze_excite(), st.sampled_from([1, 132]))
 def test_any_squeeze_excite(case, sm_count):
     with planned_for(sm_count):
         check(case)

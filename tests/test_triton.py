@@ -4,12 +4,13 @@ import dataclasses
 import json
 from pathlib import Path
 
+import draws
 import pytest
 import torch
+from draws import ACTS, LAYOUTS, NORMS
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from ghostfused import Act, ghost_module, reference
+from ghostfused import ghost_module, reference
 from ghostfused.backends import triton
 from ghostfused.backends.triton_configs import run_length
 from ghostfused.ops import forward_op
@@ -20,10 +21,7 @@ if not triton.INTERPRETED and not torch.cuda.is_available():
 
 DEVICE = "cuda" if torch.cuda.is_available() and not triton.INTERPRETED else "cpu"
 BACKENDS = ["triton", "triton_two_kernel"]
-ACTS = [act.name.lower() for act in Act if act != Act.GELU]
-NORMS = ["bn", "bias", "bn+bias", "bn_no_affine", "none"]
 HALVES = [torch.float16, torch.bfloat16]
-LAYOUTS = ["nchw", "nhwc"]
 ROWS = [json.loads(line) for line in (Path(__file__).parent / "data" / "ghost_configs.jsonl").read_text().splitlines()]
 
 
@@ -276,31 +274,7 @@ def test_real_modules(case):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@given(
-    case=st.builds(
-        Case,
-        batch=st.integers(1, 3),
-        in_channels=st.integers(1, 40),
-        height=st.integers(1, 12),
-        width=st.integers(1, 20),
-        out_channels=st.integers(4, 40),
-        ratio=st.integers(2, 4),
-        dw_size=st.sampled_from([1, 3, 3, 5, 7]),
-        act_primary=st.sampled_from(ACTS),
-        act_cheap=st.sampled_from(ACTS),
-        per_channel_slope=st.booleans(),
-        primary_norm=st.sampled_from(NORMS),
-        cheap_norm=st.sampled_from(NORMS),
-        dtype=st.sampled_from([torch.float32, *HALVES]),
-        norm_dtype=st.sampled_from([None, torch.float32]),
-        layout=st.sampled_from(LAYOUTS),
-        sliced=st.booleans(),
-        input_gate=st.booleans(),
-        residual=st.booleans(),
-        output_gate=st.booleans(),
-        seed=st.integers(0, 99),
-    )
-)
+@given(case=draws.ghost_modules())
 @settings(max_examples=25)
 def test_any_module(backend, case):
     check(dataclasses.replace(case, out_channels=max(case.out_channels, case.ratio)), backend)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import bottleneck_cases as cases
+import draws
 import pytest
 import torch
-from bottleneck_cases import DTYPES, LAYOUTS
+from draws import DTYPES, LAYOUTS
 from hypothesis import given, settings
 from test_triton import DEVICE
 
@@ -46,7 +47,7 @@ def check(*several: cases.Case | Args, backend: str = "triton") -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_kernel(dtype, layout):
     check(*cases.every_kernel(dtype, layout))
-    for gate in cases.GATES:
+    for gate in draws.GATES:
         check(SqueezeExciteCase(3, 24, 8, 9, 13, gate=gate, bias=gate == "sigmoid", dtype=dtype, layout=layout))
 
 
@@ -54,14 +55,14 @@ def test_both_backends():
     check(DepthwiseCase(), SqueezeExciteCase(), backend="triton_two_kernel")
 
 
-@pytest.mark.parametrize("act", cases.ACTS)
+@pytest.mark.parametrize("act", draws.ACTS)
 def test_activations(act):
     check(*cases.activations(act))
-    if act in cases.GATE_ACTS:
+    if act in draws.GATE_ACTS:
         check(SqueezeExciteCase(height=5, width=6, act=act))
 
 
-@pytest.mark.parametrize("norm", cases.NORMS)
+@pytest.mark.parametrize("norm", draws.NORMS)
 def test_norms(norm):
     for dtype in DTYPES:
         check(*cases.norms(norm, dtype))
@@ -150,13 +151,13 @@ def test_refusals():
         functional.run(depthwise._replace(weight=torch.ones(12, 1, 9, 9)), "triton")
 
 
-@given(cases.depthwise_cases)
+@given(draws.depthwise())
 @settings(max_examples=20)
 def test_any_depthwise(case):
     check(case)
 
 
-@given(cases.squeeze_excite_cases)
+@given(draws.squeeze_excite())
 @settings(max_examples=25)
 def test_any_squeeze_excite(case):
     check(case)

@@ -2,12 +2,14 @@
 
 import dataclasses
 
+import draws
 import pytest
 import torch
+from draws import ACTS, DTYPES, LAYOUTS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ghostfused import Act, FusedGhostModule, ops
+from ghostfused import FusedGhostModule, ops
 from ghostfused.backends import training, triton, triton_training
 from ghostfused.spec import TENSORS, GhostArgs
 from ghostfused.testing import Case, make_args, relative_error, to_device
@@ -17,11 +19,8 @@ if not triton.INTERPRETED and not torch.cuda.is_available():
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1 before Python starts", allow_module_level=True)
 
 DEVICE = "cuda" if torch.cuda.is_available() and not triton.INTERPRETED else "cpu"
-ACTS = [act.name.lower() for act in Act if act != Act.GELU]
 SMOOTH = ["none", "silu"]
 NORMS = ["bn", "bn+bias", "bn_no_affine"]
-LAYOUTS = ["nchw", "nhwc"]
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ALL_INPUTS = {"input_gate": True, "residual": True, "output_gate": True}
 
 
@@ -262,28 +261,14 @@ def test_what_the_kernels_refuse_trains_on_the_reference():
 
 
 @given(
-    case=st.builds(
-        Case,
-        batch=st.integers(1, 3),
+    case=draws.ghost_modules(
         in_channels=st.integers(1, 20),
         height=st.integers(2, 8),
         width=st.integers(2, 9),
         out_channels=st.integers(4, 20),
-        ratio=st.integers(2, 4),
         dw_size=st.sampled_from([3, 3, 5]),
-        act_primary=st.sampled_from(ACTS),
-        act_cheap=st.sampled_from(ACTS),
-        per_channel_slope=st.booleans(),
         primary_norm=st.sampled_from(NORMS),
         cheap_norm=st.sampled_from(NORMS),
-        dtype=st.sampled_from(DTYPES),
-        norm_dtype=st.sampled_from([None, torch.float32]),
-        layout=st.sampled_from(LAYOUTS),
-        sliced=st.booleans(),
-        input_gate=st.booleans(),
-        residual=st.booleans(),
-        output_gate=st.booleans(),
-        seed=st.integers(0, 99),
     ),
     batch_statistics=st.booleans(),
 )

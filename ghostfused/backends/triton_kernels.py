@@ -69,6 +69,12 @@ def _activate(y, channel, mask, act, ACT: tl.constexpr):
 
 
 @triton.jit
+def _rsqrt(x):
+    y = tl.rsqrt(x)
+    return y + y * (0.5 - 0.5 * x * y * y)  # Newton: the hardware's rsqrt is off by an ulp or two
+
+
+@triton.jit
 def _scale_shift(norm, channel, mask):
     """(scale, shift) with norm(y + bias) = y * scale + shift, from the raw parameters: nothing cached, nothing stale."""
     bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps = norm
@@ -76,8 +82,7 @@ def _scale_shift(norm, channel, mask):
     shift = tl.zeros(channel.shape, tl.float32)
     if mean_ptr is not None:
         var = tl.load(var_ptr + channel, mask=mask, other=1.0).to(tl.float32) + eps
-        scale = tl.rsqrt(var)
-        scale += scale * (0.5 - 0.5 * var * scale * scale)  # Newton: the hardware's rsqrt is off by an ulp or two
+        scale = _rsqrt(var)
         if gamma_ptr is not None:
             scale *= tl.load(gamma_ptr + channel, mask=mask, other=0.0).to(tl.float32)
         shift -= tl.load(mean_ptr + channel, mask=mask, other=0.0).to(tl.float32) * scale

@@ -25,6 +25,7 @@ from .triton_kernels import (
     _gate,
     _offset,
     _pixel_offset,
+    _rsqrt,
     _store,
 )
 
@@ -58,8 +59,7 @@ def _center_rstd(norm, channel, mask):
     rstd = tl.full(channel.shape, 1.0, tl.float32)
     if mean_ptr is not None:
         var = tl.load(var_ptr + channel, mask=mask, other=1.0) + eps
-        rstd = tl.rsqrt(var)
-        rstd += rstd * (0.5 - 0.5 * var * rstd * rstd)  # Newton: the hardware's rsqrt is off by an ulp or two
+        rstd = _rsqrt(var)
         center += tl.load(mean_ptr + channel, mask=mask, other=0.0)
     if bias_ptr is not None:
         center -= tl.load(bias_ptr + channel, mask=mask, other=0.0).to(tl.float32)
