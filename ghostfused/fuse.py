@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -16,8 +17,9 @@ from . import adopt, backends
 from .backends.common import form_refusal
 from .bottleneck import FusedGhostBottleneck
 from .module import FusedGhostModule
-from .proof import substituted
+from .proof import SAME, substituted
 from .spec import GhostArgs
+from .testing import relative_error
 from .twin import original
 
 LEVELS = ("auto", "module", "bottleneck")
@@ -107,7 +109,7 @@ def fuse_with_report(
         raise ValueError(f"backend: expected 'auto' or one of {sorted(backends.BACKENDS)}, got {backend!r}")
     if not inplace:
         model = copy.deepcopy(model)
-    surgery = _Surgery(model, None if inplace else _deployed, filter_fn or (lambda fqn, module: True), backend)
+    surgery = _Surgery(model, not inplace, filter_fn or (lambda fqn, module: True), backend)
     order = {fqn: i for i, (fqn, _) in enumerate(_occurrences(model))}
     surgery.ghost_modules()
     if level != "module":
@@ -166,65 +168,64 @@ _TRAINING_FORM = "in its training form: fuse a copy (inplace=False) in eval mode
 class _Surgery:
     """The swaps of one call of ``fuse``."""
 
-    def __init__(self, model: nn.Module, deploy: Callable | None, allowed: Filter, backend: str):
-        self.model, self.deploy, self.allowed, self.backend = model, deploy, allowed, backend
+    def __init__(self, model: nn.Module, may_deploy: bool, allowed: Filter, backend: str):
+        self.model, self.may_deploy, self.allowed, self.backend = model, may_deploy, allowed, backend
         self.report = Report()
         self.swapped: dict[nn.Module, nn.Module] = {}  # what occurs twice is swapped for one fused module
 
     def ghost_modules(self) -> None:
-        # innermost first: a container is no Ghost module that failed, if there is one in it
-        for fqn, module in reversed(list(_occurrences(self.model))):
-            if isinstance(module, FusedGhostModule | FusedGhostBottleneck):
-                continue
-            if module in self.swapped:
-                self._swap(fqn, module, self.swapped[module])
-                continue
-            adopted = adopt.read(module)
+        for fqn, module in self._candidates():
+            deployed, adopted = module, adopt.read(module)
             if isinstance(adopted, str):
+                # a container is no Ghost module that failed, if there is one in it
                 if not _claims_to_be_ghost(module) or self._handled_inside(fqn):
                     continue
-                deployed = self._deployed(module)
-                if isinstance(adopt.read(deployed), str):
-                    in_training_form = deployed is module and _deploy_method(module) is not None
-                    self._leave(fqn, module, _TRAINING_FORM if in_training_form else adopted)
+                deployed, reason = self._deployed(module), adopted
+                if deployed is not module:
+                    adopted = adopt.read(deployed)
+                elif _deploy_method(module) is not None:
+                    reason = _TRAINING_FORM
+                if isinstance(adopted, str):
+                    self._leave(fqn, module, reason)
                     continue
-            else:
-                deployed = module
-            if not self.allowed(fqn, module):
-                self._leave(fqn, module, _FILTERED)
-                continue
-            fused = FusedGhostModule.try_module(deployed, self.backend)
-            if not isinstance(fused, str) and (reason := form_refusal(_example(fused))):
-                fused = f"no kernel for {reason}"
-            self._settle(fqn, module, fused)
+            self._settle(fqn, module, functools.partial(self._ghost_module, deployed, adopted))
 
     def bottlenecks(self) -> None:
-        for fqn, module in reversed(list(_occurrences(self.model))):
-            if isinstance(module, FusedGhostModule | FusedGhostBottleneck | nn.Sequential | nn.ModuleList):
+        for fqn, module in self._candidates():
+            kinds = [type(m) for m in module.modules()]
+            ghosts = sum(issubclass(kind, FusedGhostModule) for kind in kinds)
+            if isinstance(module, nn.Sequential | nn.ModuleList) or ghosts != 2 or FusedGhostBottleneck in kinds:
                 continue
+            self._settle(fqn, module, functools.partial(self._bottleneck, module))
+
+    def _candidates(self) -> Iterator[tuple[str, nn.Module]]:
+        """Innermost first, what is not fused yet; where a module that has been swapped occurs again, it is swapped too."""
+        for fqn, module in reversed(list(_occurrences(self.model))):
             if module in self.swapped:
                 self._swap(fqn, module, self.swapped[module])
-                continue
-            inside = list(module.modules())
-            if sum(isinstance(m, FusedGhostModule) for m in inside) != 2:
-                continue
-            if any(isinstance(m, FusedGhostBottleneck) for m in inside):
-                continue
-            if not self.allowed(fqn, module):
-                self._leave(fqn, module, _FILTERED)
-                continue
-            self._settle(fqn, module, FusedGhostBottleneck.try_module(self._deployed(module), self.backend))
+            elif not isinstance(module, FusedGhostModule | FusedGhostBottleneck):
+                yield fqn, module
+
+    def _ghost_module(self, module: nn.Module, adopted: adopt.Adopted) -> nn.Module | str:
+        fused = FusedGhostModule.from_adopted(module, adopted, self.backend)
+        if not isinstance(fused, str) and (reason := form_refusal(_example(fused))):
+            return f"no kernel for {reason}"
+        return fused
+
+    def _bottleneck(self, module: nn.Module) -> nn.Module | str:
+        return FusedGhostBottleneck.try_module(self._deployed(module), self.backend)
 
     def _deployed(self, module: nn.Module) -> nn.Module:
         """``module``, re-parameterized if it has a method for it, may be changed, and computes the same afterwards."""
-        return module if self.deploy is None else self.deploy(module) or module
+        return (_deployed(module) if self.may_deploy else None) or module
 
     def _handled_inside(self, fqn: str) -> bool:
         prefix = f"{fqn}." if fqn else ""
         return any(swap.fqn.startswith(prefix) for swap in self.report)
 
-    def _settle(self, fqn: str, module: nn.Module, fused: nn.Module | str) -> None:
-        """Swaps ``module``, or reports the reason that came instead."""
+    def _settle(self, fqn: str, module: nn.Module, fuse_it: Callable[[], nn.Module | str]) -> None:
+        """Swaps ``module`` if it may be, or reports the reason that comes instead."""
+        fused = fuse_it() if self.allowed(fqn, module) else _FILTERED
         if isinstance(fused, str):
             self._leave(fqn, module, fused)
         else:
@@ -260,9 +261,8 @@ def _deployed(module: nn.Module) -> nn.Module | None:
             expected = module.forward(x)
             twin = copy.deepcopy(module)
             _deploy_method(twin)()  # type: ignore[misc]
-            difference = float((twin.forward(x) - expected).abs().max() / expected.abs().max())
-        if not difference < 1e-10:
-            return None
+            if relative_error(twin.forward(x), expected) >= SAME:
+                return None
         twin = copy.deepcopy(module)
         with torch.no_grad():
             _deploy_method(twin)()  # type: ignore[misc]

@@ -151,17 +151,15 @@ class FusedGhostModule(nn.Module):
         if not isinstance(module, nn.Module):
             raise TypeError(f"module: expected an nn.Module, got {type(module).__name__}")
         _check_backend(backend)
-        fused = cls.try_module(module, backend)
+        adopted = adopt.read(module)
+        fused = adopted if isinstance(adopted, str) else cls.from_adopted(module, adopted, backend)
         if isinstance(fused, str):
             raise ValueError(f"module: expected a Ghost module that can be fused, got {type(module).__name__}: {fused}")
         return fused
 
     @classmethod
-    def try_module(cls, module: nn.Module, backend: str) -> FusedGhostModule | str:
-        """As ``from_module``, but returns the reason where that raises a ValueError."""
-        adopted = adopt.read(module)
-        if isinstance(adopted, str):
-            return adopted
+    def from_adopted(cls, module: nn.Module, adopted: adopt.Adopted, backend: str) -> FusedGhostModule | str:
+        """As ``from_module``, for what ``adopt.read`` has read; returns how the two differ where that raises."""
         kind, halves = cls, (adopted.primary, adopted.cheap)
         attributes = {"_halves": halves, "out_channels": adopted.out_channels, "backend": "reference"}
         if adopted.attention is not None:

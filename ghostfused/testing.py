@@ -228,7 +228,6 @@ def relative_error(out: Tensor, expected: Tensor) -> float:
     """The largest difference over the largest expected magnitude; infinite where either is not finite."""
     if out.shape != expected.shape:
         raise AssertionError(f"shape {tuple(out.shape)}, expected {tuple(expected.shape)}")
-    difference = out.detach().to(expected.device).double() - expected.detach()
     difference = (out.detach().to(expected.device).double() - expected.detach()).abs().max()
     error = float(difference / expected.detach().abs().max().clamp_min(1e-300))
     return error if math.isfinite(error) else math.inf
