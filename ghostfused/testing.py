@@ -204,6 +204,13 @@ def make_squeeze_excite(case: SqueezeExciteCase) -> SqueezeExciteArgs:
     return SqueezeExciteArgs(a.x, reduce_weight, biases[0], expand_weight, biases[1], act, gate)
 
 
+def make(case: Case | DepthwiseCase | SqueezeExciteCase) -> Args:
+    """Fresh random tensors for a case of any op."""
+    if isinstance(case, Case):
+        return make_args(case)
+    return make_depthwise(case) if isinstance(case, DepthwiseCase) else make_squeeze_excite(case)
+
+
 def convert(args: Args, dtype: torch.dtype) -> Args:
     """``args`` with every tensor in ``dtype``."""
     return _map(lambda t: t.to(dtype), args)

@@ -10,13 +10,9 @@ from draws import ACTS, DTYPES, GATES, LAYOUTS
 from ghostfused import reference
 from ghostfused.backends.common import KERNEL_DEPTHWISE
 from ghostfused.spec import Act, Args, DepthwiseArgs, tensor_names
-from ghostfused.testing import DepthwiseCase, SqueezeExciteCase, make_depthwise, make_squeeze_excite
+from ghostfused.testing import DepthwiseCase, SqueezeExciteCase, make
 
 Case = DepthwiseCase | SqueezeExciteCase
-
-
-def make(case: Case) -> Args:
-    return make_depthwise(case) if isinstance(case, DepthwiseCase) else make_squeeze_excite(case)
 
 
 def every_kernel(dtype: torch.dtype, layout: str) -> Iterator[DepthwiseCase]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -65,3 +67,12 @@ def check(case: Case) -> None:
 def check_args(args: Args, name: str = "") -> None:
     verdict = judge(forward(args), args)
     assert verdict.ok, f"error {verdict.error:.2e}, limit {verdict.limit:.2e}: {name}"
+
+
+def run_in_order(file: str, order: str) -> None:
+    """``file``'s test_thread_order with the CPU runner's threads in another order."""
+    if "SHIM_ORDER" in os.environ:
+        pytest.skip("runs inside one of those orders")
+    command = [sys.executable, "-m", "pytest", file, "-k", "test_thread_order", "-p", "no:cacheprovider"]
+    run = subprocess.run(command, env=os.environ | {"SHIM_ORDER": order}, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]

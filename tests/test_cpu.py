@@ -25,6 +25,7 @@ from ghostfused.testing import (
     DepthwiseCase,
     SqueezeExciteCase,
     judge,
+    make,
     make_args,
     make_depthwise,
     make_squeeze_excite,
@@ -36,11 +37,8 @@ pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.un
 ISA = "GHOSTFUSED_CPU_ISA"
 
 
-MAKE = {Case: make_args, DepthwiseCase: make_depthwise, SqueezeExciteCase: make_squeeze_excite}
-
-
 def check(case: Case | DepthwiseCase | SqueezeExciteCase) -> torch.Tensor:
-    return check_args(MAKE[type(case)](case), case)
+    return check_args(make(case), case)
 
 
 def check_args(args, case) -> torch.Tensor:

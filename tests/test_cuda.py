@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from cuda_runtime import ON_CPU, check, check_args, forward, needs_cuda, planned_for
+from cuda_runtime import ON_CPU, check, check_args, forward, needs_cuda, planned_for, run_in_order
 from draws import ACTS, LAYOUTS
 from hypothesis import given
 from hypothesis import strategies as st
@@ -57,11 +54,7 @@ def test_thread_order(path, layout, sm_count):
 @pytest.mark.skipif(not ON_CPU, reason="a GPU's order of threads can't be chosen")
 @pytest.mark.parametrize("order", ["desc", "rand:7"])
 def test_other_orders(order):
-    if "SHIM_ORDER" in os.environ:
-        pytest.skip("runs inside one of those orders")
-    command = [sys.executable, "-m", "pytest", __file__, "-k", "test_thread_order", "-p", "no:cacheprovider"]
-    run = subprocess.run(command, env=os.environ | {"SHIM_ORDER": order}, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+    run_in_order(__file__, order)
 
 
 @each_layout

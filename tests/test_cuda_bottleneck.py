@@ -4,15 +4,12 @@ none under ptx-on-cpu."""
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
-import sys
 
 import bottleneck_cases as cases
 import draws
 import pytest
 import torch
-from cuda_runtime import _C, ON_CPU, check_args, forward, needs_cuda, planned_for
+from cuda_runtime import _C, ON_CPU, check_args, forward, needs_cuda, planned_for, run_in_order
 from draws import DTYPES, LAYOUTS
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,14 +17,14 @@ from hypothesis import strategies as st
 from ghostfused import functional, ops
 from ghostfused.backends import choose, cuda
 from ghostfused.spec import Act, Args
-from ghostfused.testing import Case, DepthwiseCase, SqueezeExciteCase, judge, make_args, to_device
+from ghostfused.testing import Case, DepthwiseCase, SqueezeExciteCase, judge, make, make_args, to_device
 
 pytestmark = needs_cuda
 
 
 def check(*several: cases.Case | Args) -> None:
     for case in several:
-        check_args(cases.make(case) if isinstance(case, cases.Case) else case, str(case))
+        check_args(make(case) if isinstance(case, cases.Case) else case, str(case))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -53,11 +50,7 @@ def test_thread_order(layout, sm_count):
 @pytest.mark.skipif(not ON_CPU, reason="a GPU's order of threads can't be chosen")
 @pytest.mark.parametrize("order", ["desc", "rand:7"])
 def test_other_orders(order):
-    if "SHIM_ORDER" in os.environ:
-        pytest.skip("runs inside one of those orders")
-    command = [sys.executable, "-m", "pytest", __file__, "-k", "test_thread_order", "-p", "no:cacheprovider"]
-    run = subprocess.run(command, env=os.environ | {"SHIM_ORDER": order}, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+    run_in_order(__file__, order)
 
 
 @pytest.mark.parametrize("act", draws.ACTS)
@@ -109,19 +102,19 @@ def test_nan_and_infinity(value):
 
 def test_deterministic():
     for case in (DepthwiseCase(dtype=torch.float16, layout="nhwc"), SqueezeExciteCase(5, 130, 30, 40, 30)):
-        args = cases.make(case)
+        args = make(case)
         assert torch.equal(forward(args), forward(args))
 
 
 def test_empty_batch():
     for case in (DepthwiseCase(), SqueezeExciteCase()):
-        args = cases.make(case)
+        args = make(case)
         assert forward(args._replace(x=args.x[:0])).shape[0] == 0
 
 
 def test_errors_name_the_argument():
     for case in (DepthwiseCase(norm="bn+bias", act="prelu", per_channel_slope=True), SqueezeExciteCase()):
-        good = to_device(cases.make(case), "cuda")
+        good = to_device(make(case), "cuda")
         for name, value in cases.bad_arguments(good).items():
             with pytest.raises(RuntimeError, match=name):
                 ops.forward_op("cuda", good.op)(*good._replace(**{name: value}))
@@ -129,12 +122,12 @@ def test_errors_name_the_argument():
 
 def test_backend_is_the_default_and_explains_refusals():
     for case in (DepthwiseCase(), SqueezeExciteCase()):
-        args = to_device(cases.make(case), "cuda")
+        args = to_device(make(case), "cuda")
         assert choose(args) == "cuda"
         assert "GELU" in cuda.supports(args._replace(act=int(Act.GELU)))
-        assert "cpu" in cuda.supports(cases.make(case))
+        assert "cpu" in cuda.supports(make(case))
         with torch.no_grad():
-            assert judge(functional.run(args).cpu(), cases.make(case)).ok
+            assert judge(functional.run(args).cpu(), make(case)).ok
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

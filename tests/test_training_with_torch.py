@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from ghostfused import FusedGhostModule, fuse
+from ghostfused.models import seed
 from ghostfused.testing import relative_error
 
 
@@ -279,22 +280,15 @@ def test_sync_batchnorm_in_one_process_is_batchnorm():
 # ---- whole networks
 
 
-def test_a_step_of_the_seeds_network():
-    from ghostfused.models import seed
-
-    torch.manual_seed(0)
-    model = seed.GhostNet(num_classes=5).double().train()
-    fused = fuse(model)
-    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
-    for m in (model, fused):
-        m(x).square().sum().backward()
-    assert_same_gradients(fused, model, rtol=1e-6, atol=1e-8)
-    assert_same_buffers(fused, model, rtol=1e-8, atol=1e-10)
-
-
-def test_a_step_of_timms_network():
-    timm = pytest.importorskip("timm")
-    model = timm.create_model("ghostnet_100", num_classes=5, drop_rate=0.0).double().train()
+@pytest.mark.parametrize("network", ["seed", "timm"])
+def test_a_step_of_a_whole_network(network):
+    if network == "timm":
+        timm = pytest.importorskip("timm")
+        model = timm.create_model("ghostnet_100", num_classes=5, drop_rate=0.0)
+    else:
+        torch.manual_seed(0)
+        model = seed.GhostNet(num_classes=5)
+    model.double().train()
     fused = fuse(model)
     x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     for m in (model, fused):

@@ -14,7 +14,7 @@ from ghostfused import functional
 from ghostfused.backends import triton, triton_bottleneck
 from ghostfused.ops import forward_op
 from ghostfused.spec import Act, Args
-from ghostfused.testing import DepthwiseCase, SqueezeExciteCase, judge, to_device
+from ghostfused.testing import DepthwiseCase, SqueezeExciteCase, judge, make, to_device
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +38,7 @@ def forward(args: Args, backend: str = "triton") -> torch.Tensor:
 
 def check(*several: cases.Case | Args, backend: str = "triton") -> None:
     for case in several:
-        args = cases.make(case) if isinstance(case, cases.Case) else case
+        args = make(case) if isinstance(case, cases.Case) else case
         verdict = judge(forward(args, backend), args)
         assert verdict.ok, f"{case}: {verdict}"
 
@@ -101,11 +101,11 @@ def test_images_share_a_program_and_large_maps_have_several(programs, layout, mo
     """One program per multiprocessor is wanted: of a small device, each takes several images; of a large one, few pixels."""
     monkeypatch.setattr(triton_bottleneck, "PROGRAMS", programs)
     case = SqueezeExciteCase(5, 70, 20, 60, 50, layout=layout)
-    plan = triton_bottleneck.squeeze_plan(cases.make(case))
+    plan = triton_bottleneck.squeeze_plan(make(case))
     assert plan["IMAGES"] == (4 if programs == 1 else 1)
     assert plan["chunk"] < 60 * 50
     check(case)
-    large = triton_bottleneck.squeeze_plan(cases.make(SqueezeExciteCase(1, 72, 20, 112, 112, layout=layout)))
+    large = triton_bottleneck.squeeze_plan(make(SqueezeExciteCase(1, 72, 20, 112, 112, layout=layout)))
     assert 112 * 112 / large["chunk"] > 6
 
 
@@ -125,7 +125,7 @@ def test_deterministic_and_few_launches(monkeypatch):
     launches, run = [], triton_bottleneck.run
     monkeypatch.setattr(triton_bottleneck, "run", lambda *a: launches.append(a) or run(*a))
     for case, count in ((DepthwiseCase(dtype=torch.float16), 1), (SqueezeExciteCase(3, 70, 30, 40, 40), 2)):
-        args = cases.make(case)
+        args = make(case)
         first = forward(args)
         assert len(launches) == count
         assert torch.equal(first, forward(args))
@@ -134,13 +134,13 @@ def test_deterministic_and_few_launches(monkeypatch):
 
 def test_empty_batch():
     for case in (DepthwiseCase(), SqueezeExciteCase()):
-        args = cases.make(case)
+        args = make(case)
         assert forward(args._replace(x=args.x[:0])).shape[0] == 0
 
 
 def test_refusals():
-    depthwise = to_device(cases.make(DepthwiseCase()), DEVICE)
-    gate = to_device(cases.make(SqueezeExciteCase()), DEVICE)
+    depthwise = to_device(make(DepthwiseCase()), DEVICE)
+    gate = to_device(make(SqueezeExciteCase()), DEVICE)
     assert triton.supports(depthwise) is None
     assert triton.supports(gate) is None
     assert "3×5" in triton.supports(depthwise._replace(weight=torch.ones(12, 1, 3, 5)))

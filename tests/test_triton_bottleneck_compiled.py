@@ -13,7 +13,7 @@ from ghostfused.backends import triton_bottleneck
 from ghostfused.backends.triton_bottleneck_kernels import depthwise_kernel, excite_kernel, squeeze_kernel
 from ghostfused.backends.triton_compile import compile_launch, describe
 from ghostfused.spec import DepthwiseArgs
-from ghostfused.testing import DepthwiseCase, SqueezeExciteCase, judge
+from ghostfused.testing import DepthwiseCase, SqueezeExciteCase, judge, make
 
 TARGETS = ["sm_80", "sm_90", "sm_100"]
 KNOWN = {("sm_80", torch.float16, "nhwc", 7): 8}
@@ -46,7 +46,7 @@ def test_spills_nothing(dtype, layout, target, tmp_path):
         SqueezeExciteCase(1, 960, 240, 7, 7, dtype=dtype, layout=layout),
         SqueezeExciteCase(64, 480, 120, 4, 4, dtype=dtype, layout=layout),  # several images to a program
     ):
-        args = cases.make(case)
+        args = make(case)
         for kernel, kwargs, _ in launches(args, args.new_output()):
             compiled = compile_launch(kwargs, target, kernel)
             allowed = KNOWN.get((target, dtype, layout, kwargs.get("KH")), 0)
@@ -58,7 +58,7 @@ def test_channels_last_accesses_are_wide():
         DepthwiseCase(1, 72, 56, 56, dtype=torch.float16, layout="nhwc"),
         SqueezeExciteCase(1, 72, 16, 56, 56, dtype=torch.float16, layout="nhwc"),
     ):
-        args = cases.make(case)
+        args = make(case)
         kernel, kwargs, _ = launches(args, args.new_output())[0]
         assert "ld.global.v4.b32" in compile_launch(kwargs, "sm_80", kernel).asm["ptx"]
         assert not re.search(r"st\.global\.b16", compile_launch(kwargs, "sm_80", kernel).asm["ptx"])
@@ -75,7 +75,7 @@ def test_channels_last_accesses_are_wide():
     ids=str,
 )
 def test_compiled_ptx(case, compiled_on_cpu):  # noqa: F811
-    args = cases.make(case)
+    args = make(case)
     out = args.new_output().fill_(float("nan"))
     for kernel, kwargs, programs in launches(args, out):
         signature, constexprs, attributes, options = describe(kwargs, kernel)
@@ -90,5 +90,5 @@ def test_one_kernel_and_two():
         (DepthwiseCase(), [depthwise_kernel]),
         (SqueezeExciteCase(), [squeeze_kernel, excite_kernel]),
     ):
-        args = cases.make(case)
+        args = make(case)
         assert [kernel for kernel, *_ in launches(args, args.new_output())] == expected
