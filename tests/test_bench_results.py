@@ -143,10 +143,27 @@ def test_speedup_figure_has_a_bar_for_every_module(paper_layers):
 
     figure = figures.speedup(module_rows({"eager": 1.0, "ghostfused_reference": 0.5}, layers=paper_layers), "title")
     axis = figure.axes[0]
-    assert len(axis.patches) == len(paper_layers)
+    assert len(axis.containers) == len(paper_layers)
     assert [t.get_text() for t in axis.get_yticklabels()] == [
         figures.module_label(layer.as_row()) for layer in paper_layers
     ]
+
+
+def test_no_two_peers_look_alike():
+    from bench import figures
+
+    looks = {name: figures.style(name) for name in peers.all_peers() if "_module" not in name}
+    assert len({(look.color, look.marker) for look in looks.values()}) == len(looks)
+    ours = {n: look for n, look in looks.items() if figures.is_ours(n)}
+    assert len({(look.color, look.hatch) for look in ours.values()}) == len(ours)  # as bars
+    others = {look.color for n, look in looks.items() if n not in ours and n != figures.BASELINE}
+    assert not others & {look.color for look in ours.values()}
+    assert set(looks) - set(ours) - {figures.BASELINE} == set(figures.OTHERS)
+
+
+def test_no_speedup_figure_without_the_baseline(paper_layers):
+    rows = module_rows({"onnxruntime": 0.7, "ghostfused_reference": 0.5}, layers=paper_layers[:2])
+    assert not [f[1] for f in report.figures_of(environment(), rows) if f[1].startswith("speedup")]
 
 
 def test_predictions_look_different_and_say_so(paper_layers):
