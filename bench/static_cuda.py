@@ -184,7 +184,8 @@ def run(output: Path) -> int:
         print(f"\n{layout}: {static_network.total(own)}")
         table([static_network.cells(r) for r in own], ())
     facts = collect(torch.device("cpu")) | {
-        "kind": "static_cuda", "command": "python -m bench.static_cuda", "nvcc": nvcc_version(), "header": HEADER,
+        "kind": "static_cuda", "command": "python -m bench.static_cuda", "nvcc": nvcc_version(), "sources": SOURCES,
+        "header": HEADER,
     }  # fmt: skip
     output.parent.mkdir(parents=True, exist_ok=True)
     parts = {

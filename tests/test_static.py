@@ -219,6 +219,10 @@ STALE = (
 )
 
 
+def test_results_have_every_file_of_kernels():
+    assert RESULTS["about"]["sources"] == static_cuda_kernels.SOURCES, STALE
+
+
 def test_results_have_the_present_plans():
     for r, m in zip(RESULTS["modules"], MODULES * 6, strict=True):
         assert static_cuda.plan(m, r["batch"], r["layout"] == "nhwc") == r["plan"], (STALE, r["module"])
