@@ -2,10 +2,9 @@
 
 PyTorch's own error is that of autograd through ``reference.ghost_module`` in the same dtype. Gradients are sums that may
 cancel, and then a single one says little about how large an error is usual. So PyTorch's error is the largest among the
-step's gradients, or among its output and statistics, in several runs: on the batch as it is and reversed, in NCHW and
-in channels_last, which add up the same numbers in other orders, and in float64 on arguments off by their last digit,
-which shows how far the result is determined. In half precision draw activations without kinks, for one pixel on the
-other side of a kink is a large error in a small map.
+step's gradients, or statistics, in several runs: on the batch as it is and reversed, in NCHW and in channels_last, which add up the same
+numbers in other orders, and in float64 on arguments off by one rounding, which shows how far the result is determined. In half precision draw activations without kinks, for one pixel on the other side of a kink
+is a large error in a small map.
 """
 
 from __future__ import annotations
@@ -102,15 +101,15 @@ def _reversed(a: GhostArgs, grad_output: Tensor, memory_format: torch.memory_for
 
 
 def _nudged(a: GhostArgs, seed: int) -> GhostArgs:
-    """``a`` in float64, each number off by one unit of ``a``'s dtype, up or down."""
+    """``a`` in float64, each number off by half a unit of ``a``'s dtype, up or down."""
     generator = torch.Generator().manual_seed(seed)
-    unit = torch.finfo(a.x.dtype).eps
+    half_unit = torch.finfo(a.x.dtype).eps / 2
 
     def nudge(t: Tensor | None) -> Tensor | None:
         if t is None:
             return None
         sign = torch.randint(0, 2, t.shape, generator=generator, dtype=torch.float64) * 2 - 1
-        return t.double() * (1 + unit * sign)
+        return t.double() * (1 + half_unit * sign)
 
     return GhostArgs(*(nudge(t) for t in a.tensors), *a[len(TENSORS) :])  # type: ignore[arg-type]
 
@@ -131,14 +130,15 @@ def judge_training(
             if name in other:
                 other[name] = other[name].flip(0)
         own.append(other)
-    own += [by_autograd(_nudged(a, seed), grad_output.double(), batch_statistics) for seed in range(8)]
+    own += [by_autograd(_nudged(a, seed), grad_output.double(), batch_statistics) for seed in range(16)]
     tolerance = TOLERANCES[a.x.dtype]
     torch_errors = {name: max(_error(name, run, expected) for run in own) for name in expected}
     # with batch statistics a bias's gradient is zero, and what autograd finds is the rounding of it
     zero: list[str] = [name for name in ("primary_bias", "cheap_bias") if batch_statistics and name in expected]
-    forward = [name for name in expected if name == "out" or name.startswith("batch_")]
+    statistics = [name for name in expected if name.startswith("batch_")]
     gradients = [name for name in TENSORS if name in expected and name not in zero]
-    for pool in (forward, gradients):
+    # PyTorch's worst of its kind: one of few numbers may be exact by luck
+    for pool in (statistics, gradients):
         torch_errors |= dict.fromkeys(pool, max((torch_errors[name] for name in pool), default=0.0))
     verdicts: dict[str, Verdict] = {}
     for name in expected:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import ghostfused
 from ghostfused import ops, reference
 from ghostfused.backends import cuda
-from ghostfused.spec import Act
+from ghostfused.spec import TENSORS, Act
 from ghostfused.testing import Case, make_args, to_device
 
 pytestmark = needs_cuda
@@ -165,7 +165,7 @@ def test_any_strides(path):
 def test_any_strides_of_parameters():
     args = make_args(Case(1, 12, 5, 6, 24, primary_norm="bn+bias", input_gate=True, dtype=torch.float16))
     strided = {}
-    for name in ops.TENSORS[1:]:
+    for name in TENSORS[1:]:
         t = getattr(args, name)
         if t is not None:
             wide = torch.full((*t.shape[:-1], 3 * t.shape[-1]), float("nan"), dtype=t.dtype)
