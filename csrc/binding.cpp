@@ -11,6 +11,7 @@
 
 #include "arguments.h"
 #include "bottleneck.h"
+#include "program.h"
 
 namespace py = pybind11;
 
@@ -143,6 +144,7 @@ STABLE_TORCH_LIBRARY_IMPL(ghostfused, CUDA, m) {
   m.impl("forward_cuda", TORCH_BOX(&forward<launch>));
   m.impl("depthwise_cuda", TORCH_BOX(&depthwise<launch>));
   m.impl("squeeze_excite_cuda", TORCH_BOX(&squeeze_excite<launch>));
+  m.impl("program_cuda", TORCH_BOX((&program<&forward<launch>, &depthwise<launch>, &squeeze_excite<launch>>)));
 }
 
 py::dict build_info() {

@@ -4,6 +4,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #include "../arguments.h"
+#include "../program.h"
 #include "kernel.h"
 
 namespace py = pybind11;
@@ -76,6 +77,7 @@ STABLE_TORCH_LIBRARY_IMPL(ghostfused, CPU, m) {
   m.impl("forward_cpu", TORCH_BOX(&forward<launch>));
   m.impl("depthwise_cpu", TORCH_BOX(&depthwise<launch>));
   m.impl("squeeze_excite_cpu", TORCH_BOX(&squeeze_excite<launch>));
+  m.impl("program_cpu", TORCH_BOX((&program<&forward<launch>, &depthwise<launch>, &squeeze_excite<launch>>)));
 }
 
 py::dict build_info() {
