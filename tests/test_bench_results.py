@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -335,3 +337,26 @@ def test_gpu_session_script():
     usage = subprocess.run(["bash", script], capture_output=True, text=True, check=False)
     assert usage.returncode == 2
     assert "compute-sanitizer" in usage.stdout
+
+
+def test_gpu_session_runs_commands_and_tests_that_exist(tmp_path, capsys):
+    script, python = str(ROOT / "bench" / "gpu_session.sh"), "the-python"
+    environment = os.environ | {"DRY_RUN": "1", "PYTHON": python}
+    done = subprocess.run(
+        ["bash", script, str(tmp_path)], capture_output=True, text=True, check=False, env=environment, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    commands = [line.partition(f"{python} -m ")[2].split() for line in done.stdout.splitlines() if python in line]
+    tests = {arguments[-1] for arguments in commands if arguments and arguments[0] == "pytest"}
+    assert all((ROOT / file).is_file() for file in tests)
+    on_gpu = [f for kind in ("cuda", "triton") for f in (ROOT / "tests").glob(f"test_{kind}*.py")]
+    assert {str(f.relative_to(ROOT)) for f in on_gpu} <= tests
+    benchmarks = [arguments[1:] for arguments in commands if arguments and arguments[0] == "bench"]
+    assert {"module", "network", "overhead", "launches", "memory", "report"} <= {each[0] for each in benchmarks}
+    for arguments in benchmarks:
+        with pytest.raises(SystemExit) as stopped:
+            main([*arguments, "--help"])
+        assert stopped.value.code == 0, (arguments, capsys.readouterr().err)
+        for flag, value in itertools.pairwise(arguments):
+            if flag == "--peers":
+                peers.select(value)
