@@ -249,6 +249,30 @@ def test_threads_share_a_module():
     assert all(map(torch.equal, outputs, expected))
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_batch_in_pieces_is_the_batch(threads, layout):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for path in ("0", "0.0.ghost1"):
+            module = bottlenecks().get_submodule(path)
+            for batch in (0, 1, 2, 5, 9, 16):
+                x = torch.randn(2 * batch, 6, 7, 8)[::2].to(memory_format=layout)
+                expected = module(x).detach()
+                with torch.no_grad():
+                    module(x)
+                    out = module(x)
+                assert replays(module, x)
+                assert torch.equal(out, expected)
+                assert out.stride() == expected.stride()
+            x, tensors, code, numbers = calls_of(module, torch.randn(13, 6, 7, 8))
+            with pytest.raises(RuntimeError, match="code: there is no op 7"):
+                ops.forward_op("cpu", "program")(x, tensors, [7, *code[1:]], numbers)
+    finally:
+        torch.set_num_threads(before)
+
+
 # ---- FusedSequential
 
 
