@@ -1,7 +1,7 @@
 """How near the CPU kernel comes to the multiply-adds that the cores can do: GFLOP/s of every Ghost module, and % of the peak.
 
-The peak is that of the kernel's own instruction set, measured on as many threads by a loop of multiply-adds in registers,
-in turns with each module. The op alone is timed, in a warm cache; ``overhead`` measures what Python adds.
+The peak is that of the kernel's own instruction set and of the multiply-adds that it uses for the dtype, measured on as many
+threads by a loop of them in registers, in turns with each module. The op alone is timed, in a warm cache; ``overhead`` measures what Python adds.
 """
 
 from __future__ import annotations
@@ -53,17 +53,18 @@ def main(options: argparse.Namespace) -> int:
     layers = cases.layers_of(cases.network(options.network), options.size)
     names = (options.only or "").split(",")
     layers = [each for each in layers if any(part in name for part in names for name in each.names)]
-    operations = _cpu.multiply_add(PEAK_STEPS)
     shown = []
     with Writer(options.output, device) as writer, torch.inference_mode():
         for setting in cases.settings(options):
+            peak_loop = functools.partial(_cpu.multiply_adds, PEAK_STEPS, setting.dtype == "bfloat16")
+            operations = peak_loop()
             for layer in layers:
                 x = setting.input(layer.shape)
                 module = setting.place(FusedGhostModule.from_module(layer.calibrated(), backend="cpu"))
                 with mock.patch.object(functional, "run", wraps=functional.run) as run:
                     module(x)
                 functions = {
-                    "peak": Timed(lambda _: _cpu.multiply_add(PEAK_STEPS)),
+                    "peak": Timed(lambda _: peak_loop()),
                     "module": Timed(
                         lambda args: forward_op("cpu")(*args), functools.partial(_with_input, run.call_args.args[0])
                     ),

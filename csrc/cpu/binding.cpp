@@ -178,14 +178,19 @@ py::dict build_info() {
 }
 
 // On each of PyTorch's threads. Returns the operations that all of them did.
-double multiply_add(int64_t count) {
+double multiply_adds(int64_t count, bool bfloat16) {
+  struct Loop {
+    int64_t count;
+    Path path;
+  } loop{count, bfloat16 ? Path::kBFloat16 : Path::kFloat32};
   const Threads threads = torch_threads();
   const py::gil_scoped_release release;
   const auto body = [](int64_t begin, int64_t end, void* context) {
-    for (int64_t i = begin; i < end; ++i) kernels().multiply_add(*static_cast<int64_t*>(context));
+    const Loop& loop = *static_cast<Loop*>(context);
+    for (int64_t i = begin; i < end; ++i) kernels().multiply_adds(loop.count, loop.path);
   };
-  threads.parallel_for(threads.count, body, &count);
-  return threads.count * (kernels().multiply_add(1) * static_cast<double>(count));
+  threads.parallel_for(threads.count, body, &loop);
+  return threads.count * (kernels().multiply_adds(1, loop.path) * static_cast<double>(count));
 }
 
 }  // namespace
@@ -195,6 +200,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.doc() = "ghostfused's CPU kernels: loading this registers ghostfused::{forward,depthwise,squeeze_excite}_cpu.";
   m.def("build_info", &ghostfused::cpu::build_info,
         "Instruction sets compiled, those that this CPU has, the chosen one, and why there is none.");
-  m.def("multiply_add", &ghostfused::cpu::multiply_add, py::arg("count"),
-        "Multiply-adds in registers, on each of PyTorch's threads, for the benchmarks; returns the operations done.");
+  m.def(
+      "multiply_adds", &ghostfused::cpu::multiply_adds, py::arg("count"), py::arg("bfloat16") = false,
+      "Multiply-adds in registers, those of a 1×1 convolution of float32 or of bfloat16, on each of PyTorch's threads, "
+      "for the benchmarks; returns the operations done.");
 }

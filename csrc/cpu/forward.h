@@ -13,6 +13,9 @@ namespace ghostfused::cpu::GHOSTFUSED_ISA {
 
 template <typename T, bool kChannelsLast>
 class Worker {
+  using Number = typename Operand<T>::Number;
+  static constexpr int kPerLane = Operand<T>::kChannels;
+
  public:
   Worker(const GhostForwardParams& params, const Plan& plan)
       : p(params),
@@ -27,7 +30,7 @@ class Worker {
     for (int64_t b = 0; b < plan.blocks; ++b) block_image[b] = -1;
     for (int vecs = 1; vecs <= kMaxVecs; ++vecs) {
       for (int rows = 1; rows <= kMaxRows; ++rows) {
-        multiply_kernels[rows][vecs] = multiply_kernel<!kChannelsLast>(rows, vecs);
+        multiply_kernels[rows][vecs] = multiply_kernel<!kChannelsLast, kPerLane>(rows, vecs);
       }
     }
   }
@@ -47,10 +50,12 @@ class Worker {
         const int64_t rows = min_of<int64_t>(h1 + pad, s.height) - x_h0;
         const T* gate = plan.gate_weight ? nullptr : gate_of<T>(p, output.n);
         float* to = scratch + at.packed_x;
-        if (plan.panels) {
-          pack_panels<T>(p, gate, output.n, to);
+        if constexpr (kChannelsLast) {
+          pack_pixels(p, gate, output.n, x_h0, rows, reinterpret_cast<Number*>(to), at.packed_x_row * kPerLane);
+        } else if (plan.panels) {
+          pack_panels(p, gate, output.n, to);
         } else {
-          pack_x<T, kChannelsLast>(p, gate, output.n, x_h0, rows, to, at.packed_x_row);
+          pack_planes(p, gate, output.n, x_h0, rows, to, at.packed_x_row);
         }
       }
       packed = tile;
@@ -118,7 +123,7 @@ class Worker {
     float* x1 = scratch + at.x1 + (begin - top) * at.x1_row;
     const float* norm = parameters + at.block_norms;
     Panel panel{};
-    panel.depth = s.in_channels;
+    panel.depth = plan.depth;
     panel.scale = norm;
     panel.shift = norm + plan.padded_block;
     panel.slope = norm + 2 * plan.padded_block;
@@ -135,8 +140,8 @@ class Worker {
       }
       kernel(panel);
     };
-    const float* x = static_cast<const float*>(p.x.data) + output.n * p.x.stride_n + begin * p.x.stride_h;
-    int64_t x_h = p.x.stride_h, x_w = p.x.stride_w, x_c = p.x.stride_c;
+    int64_t x_h = p.x.stride_h / kPerLane, x_w = p.x.stride_w / kPerLane, x_c = p.x.stride_c;
+    const float* x = static_cast<const float*>(p.x.data) + output.n * (p.x.stride_n / kPerLane) + begin * x_h;
     if (plan.pack_x) {
       x_w = kChannelsLast ? at.packed_x_row : 1;
       x_h = s.width * x_w;
@@ -161,7 +166,7 @@ class Worker {
     } else {
       panel.a = static_cast<const float*>(p.primary_weight) + c0 * p.primary_weight_stride_n;
       panel.a_row = p.primary_weight_stride_n;
-      if (plan.pack_weight) panel.a = parameters + at.block_weight, panel.a_row = s.in_channels;
+      if (plan.pack_weight) panel.a = parameters + at.block_weight, panel.a_row = plan.depth;
       panel.b_row = x_c;
       panel.y_row = only_out ? p.out.stride_c : at.x1_channel;
       panel.copy_row = p.out.stride_c;
@@ -176,7 +181,7 @@ class Worker {
       for (int64_t i = 0; i < panels; ++i) {
         const PanelPixels pixels_of(i, pixels);
         if (plan.panels) {
-          panel.b = x + pixels_of.vecs_before * kLanes * s.in_channels;
+          panel.b = x + pixels_of.vecs_before * kLanes * plan.depth;
           panel.b_row = pixels_of.vecs * kLanes;
           // the weights of the next block, which nobody has read yet, a part of them with every panel
           panel.ahead_row = div_up(channels, panels);
@@ -231,23 +236,32 @@ class Worker {
 
   // The 1×1 weights of the block's channels, as the multiplication reads them.
   void prepare_weight() const {
-    float* weight = parameters + at.block_weight;
+    Number* weight = reinterpret_cast<Number*>(parameters + at.block_weight);
     const T* from = static_cast<const T*>(p.primary_weight) + c0 * p.primary_weight_stride_n;
     const int64_t stride = p.primary_weight_stride_k, depth = s.in_channels;
     if constexpr (kChannelsLast) {
-      zero(weight, plan.padded_block * depth);
+      zero(parameters + at.block_weight, plan.padded_block * plan.depth);
       for (int64_t c = 0; c < channels; ++c, from += p.primary_weight_stride_n) {
-        for (int64_t k = 0; k < depth; ++k) weight[c + k * plan.padded_block] = to_float(from[k * stride]);
+        for (int64_t k = 0; k < depth; ++k) {
+          Number& to = weight[(k / kPerLane * plan.padded_block + c) * kPerLane + k % kPerLane];
+          if constexpr (kPerLane == 1) {
+            to = to_float(from[k * stride]);
+          } else {
+            to = from[k * stride];
+          }
+        }
       }
     } else {
       const T* gate = plan.gate_weight ? gate_of<T>(p, output.n) : nullptr;
-      for (int64_t c = 0; c < channels; ++c, from += p.primary_weight_stride_n, weight += depth) {
+      const int64_t row = plan.depth * kPerLane;
+      for (int64_t c = 0; c < channels; ++c, from += p.primary_weight_stride_n, weight += row) {
         for (int64_t k = 0; k < depth; k += kLanes) {
           const int count = min_of<int64_t>(depth - k, kLanes);
           Vec v = load_strided(from + k * stride, stride, count);
           if (gate) v *= load_strided(gate + k * p.input_gate_stride_c, p.input_gate_stride_c, count);
           store_part(weight + k, v, count);
         }
+        for (int64_t k = depth; k < row; ++k) weight[k] = {};
       }
     }
   }

@@ -24,7 +24,7 @@ void fully_connected(int64_t begin, int64_t end, void* context) {
   const int64_t first = begin * kLanes, last = min_of(end * kLanes, channels), padded = (end - begin) * kLanes;
   float* x = thread_scratch(images * (depth + kLanes) + 3 * padded);
   float *y = x + images * depth, *norm = y + images * kLanes;
-  for (int64_t n = 0; n < images; ++n) pack_x<T, true>(p, gate_of<T>(p, n), n, 0, 1, x + n * depth, depth);
+  for (int64_t n = 0; n < images; ++n) pack_pixels(p, gate_of<T>(p, n), n, 0, 1, x + n * depth, depth);
   prepare_norm<T>(p.primary, first, 1, last - first, norm, padded);
   const Clamp bounds = clamp_of(p.primary.act);
   Output<T> output(p);

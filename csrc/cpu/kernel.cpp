@@ -25,6 +25,7 @@ bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");
 }
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 
 // AMD's family 19h: those of it with AVX-512 are Zen 4.
 bool is_amd_19h() {
@@ -39,7 +40,11 @@ bool is_amd_19h() {
 const Isa kIsas[] = {
     {"baseline", 4, always, &kBaseline},
 #ifdef __x86_64__
-    {"avx2", 8, has_avx2, &kAvx2},       {"avx512vl", 8, has_avx512, &kAvx512vl}, {"avx512", 16, has_avx512, &kAvx512},
+    {"avx2", 8, has_avx2, &kAvx2},
+    {"avx512vl", 8, has_avx512, &kAvx512vl},
+    {"avx512vl_bf16", 8, has_avx512_bf16, &kAvx512vlBf16},
+    {"avx512", 16, has_avx512, &kAvx512},
+    {"avx512_bf16", 16, has_avx512_bf16, &kAvx512Bf16},
 #endif
     {nullptr, 0, nullptr, nullptr},
 };
@@ -62,13 +67,14 @@ const Isa* chosen_isa(const char** error) {
       c.isa = nullptr;
       return c;
     }
-    for (const Isa* isa = kIsas; isa->name; ++isa) {
-      if (isa->supported()) c.isa = isa;
-    }
+    int lanes = 16;
 #ifdef __x86_64__
     // Zen 4 executes a 512-bit instruction as two halves: the shorter vector wastes fewer lanes at a row's end
-    if (c.isa->lanes == 16 && is_amd_19h()) --c.isa;
+    if (is_amd_19h()) lanes = 8;
 #endif
+    for (const Isa* isa = kIsas; isa->name; ++isa) {
+      if (isa->lanes <= lanes && isa->supported()) c.isa = isa;
+    }
     return c;
   }();
   *error = choice.error.c_str();

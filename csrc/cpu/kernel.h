@@ -21,9 +21,11 @@ struct Kernels {
   void (*forward)(const GhostForwardParams& params, const Threads& threads);
   void (*depthwise)(const DepthwiseParams& params, const Threads& threads);
   void (*squeeze_excite)(const SqueezeExciteParams& params, const Threads& threads);
-  double (*multiply_add)(int64_t count);  // nothing but that, in registers; returns the operations done
+  // nothing but that, in registers, as the path's 1×1 convolution does; returns the operations done
+  double (*multiply_adds)(int64_t count, Path path);
 };
-extern const Kernels kBaseline, kAvx2, kAvx512vl, kAvx512;  // each in the kernel_*.cpp file of its name
+extern const Kernels kBaseline, kAvx2, kAvx512vl, kAvx512vlBf16, kAvx512,
+    kAvx512Bf16;  // each in the kernel_*.cpp file of its name
 
 struct Isa {
   const char* name;

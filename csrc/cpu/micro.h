@@ -1,7 +1,7 @@
 // The two inner kernels. Both serve NCHW and channels_last: what a vector lies along is the caller's choice.
 #pragma once
 
-#include "vec.h"
+#include "operand.h"
 
 namespace ghostfused::cpu::GHOSTFUSED_ISA {
 
@@ -17,10 +17,6 @@ constexpr int kMaxVecs = 3;
 // where they don't they cost 1 to 2 %.
 constexpr int kLine = 16, kPrefetchX = 120, kPrefetchOut = 72;
 
-// How many products are summed in one go. Longer sums are made of such parts, which halves their rounding error and
-// more; it takes parts this short to stay within twice PyTorch's error on small random modules (1 in 1000 misses it).
-GHOSTFUSED_INLINE int64_t part_of(int64_t depth) { return depth <= 64 ? 16 : depth <= 256 ? 32 : 64; }
-
 // p + step, opaquely: the compiler would compute the addresses of all rows ahead, and run out of registers.
 template <typename P>
 GHOSTFUSED_INLINE P next_row(P p, int64_t step) {
@@ -29,7 +25,8 @@ GHOSTFUSED_INLINE P next_row(P p, int64_t step) {
   return p;
 }
 
-// y = act(scale * (a b) + shift): a (rows, depth) read by broadcasts, b (depth, vecs * kLanes), row-major all.
+// y = act(scale * (a b) + shift): a (rows, depth) read by broadcasts, b (depth, vecs * kLanes), row-major all. a and b
+// are made of the lanes of operand.h, which ``float`` stands for.
 // NCHW: rows are channels, vectors lie along pixels. channels_last: rows are pixels, vectors lie along channels.
 struct Panel {
   const float* a;
@@ -66,10 +63,10 @@ __attribute__((noinline)) void activate_panel(const Panel& p, int rows, int vecs
   }
 }
 
-template <int kRows, int kVecs, bool kRowsAreChannels>
+template <int kRows, int kVecs, bool kRowsAreChannels, int kChannels>
 void multiply(const Panel& p) {
   Vec sum[kRows][kVecs];
-  const int64_t part = part_of(p.depth);
+  const int64_t part = part_of<kChannels>(p.depth);
   const float *a = p.a, *b = p.b, *ahead = p.ahead;
   for (int64_t left = p.depth;; left -= part) {
 #pragma GCC unroll 8
@@ -88,9 +85,9 @@ void multiply(const Panel& p) {
       }
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i) {
-        const Vec factor = splat(a[i * p.a_row]);
+        const Vec factor = splat_operand<kChannels>(a + i * p.a_row);
 #pragma GCC unroll 8
-        for (int j = 0; j < kVecs; ++j) sum[i][j] += factor * row[j];
+        for (int j = 0; j < kVecs; ++j) sum[i][j] = multiply_add<kChannels>(factor, row[j], sum[i][j]);
       }
     }
     if (left <= part) break;
@@ -153,14 +150,16 @@ void multiply(const Panel& p) {
 
 using Multiply = void (*)(const Panel&);
 
-template <bool kRowsAreChannels, int... kIndex>
+template <bool kRowsAreChannels, int kChannels, int... kIndex>
 Multiply multiply_kernel(int rows, int vecs, std::integer_sequence<int, kIndex...>) {
-  static constexpr Multiply kernels[] = {multiply<kIndex / kMaxVecs + 1, kIndex % kMaxVecs + 1, kRowsAreChannels>...};
+  static constexpr Multiply kernels[] = {
+      multiply<kIndex / kMaxVecs + 1, kIndex % kMaxVecs + 1, kRowsAreChannels, kChannels>...};
   return kernels[(rows - 1) * kMaxVecs + vecs - 1];
 }
-template <bool kRowsAreChannels>
+template <bool kRowsAreChannels, int kChannels>
 Multiply multiply_kernel(int rows, int vecs) {
-  return multiply_kernel<kRowsAreChannels>(rows, vecs, std::make_integer_sequence<int, kMaxRows * kMaxVecs>{});
+  return multiply_kernel<kRowsAreChannels, kChannels>(rows, vecs,
+                                                      std::make_integer_sequence<int, kMaxRows * kMaxVecs>{});
 }
 
 // A depthwise convolution of one vector's channels or pixels, walking along one side of the image: down the rows in

@@ -28,7 +28,8 @@ struct PanelPixels {
 struct Plan {
   int64_t block, blocks, padded_block;  // channels of a block; padded to whole vectors
   int64_t rows, tiles, chunk;           // rows of a tile and of a chunk
-  bool pack_x, pack_weight;  // copied as fp32 with unit stride, because the multiplication can't read it as it is
+  int64_t depth;                        // the operand's lanes that one output sums
+  bool pack_x, pack_weight;  // copied as operands with unit stride: the multiplication can't read it as it is
   bool pack_taps;            // the depthwise weights as well
   bool panels;               // x is packed panel by panel, for many blocks of channels to read it one after the other
   bool gate_weight;          // the input gate goes to the weights, else to x, as they are packed
@@ -37,11 +38,19 @@ struct Plan {
   int64_t units;
 };
 
+// channels_last: whether the channels of every pixel are aligned pairs, and no pair lies across two pixels.
+inline bool made_of_pairs(const Tensor4& x, int64_t channels) {
+  const int64_t strides = channels | x.stride_n | x.stride_h | x.stride_w;
+  return strides % 2 == 0 && reinterpret_cast<uintptr_t>(x.data) % 4 == 0;
+}
+
 inline Plan make_plan(const GhostForwardParams& p, int threads) {
   const GhostShape& s = p.shape;
-  const int64_t depth = s.in_channels, height = s.height, width = s.width;
+  const int64_t height = s.height, width = s.width, per_lane = channels_per_lane(s.path);
+  const int64_t depth = div_up(s.in_channels, per_lane);
   const bool is_float = s.path == Path::kFloat32 || s.path == Path::kTF32;
   Plan plan{};
+  plan.depth = depth;
   plan.ghosts = s.out_channels > s.init_channels;
   const int64_t pad = plan.pad = plan.ghosts ? s.dw_size / 2 : 0;
 
@@ -74,7 +83,8 @@ inline Plan make_plan(const GhostForwardParams& p, int threads) {
   plan.pack_taps = s.channels_last || !is_float || p.cheap_weight_stride_w != 1 || p.cheap_weight_stride_h != s.dw_size;
   plan.pack_x = !is_float;
   if (s.channels_last) {
-    plan.pack_x |= s.input_gate || (depth > 1 && p.x.stride_c != 1);
+    if (per_lane > 1) plan.pack_x = !made_of_pairs(p.x, s.in_channels);
+    plan.pack_x |= s.input_gate || (s.in_channels > 1 && p.x.stride_c != 1);
   } else {
     // vectors lie along the pixels of a channel, across rows; they mustn't reach past x's end
     plan.pack_x |= (width > 1 && p.x.stride_w != 1) || (height > 1 && p.x.stride_h != width);
@@ -102,7 +112,7 @@ inline Scratch scratch_layout(const GhostShape& s, const Plan& plan) {
   const int64_t pad = plan.pad, rows = plan.chunk + 2 * pad, cheap = plan.ghosts ? s.ratio - 1 : 0, margin = 64;
   Scratch at{};
   at.block_weight = 0;
-  at.block_cheap = plan.pack_weight ? plan.padded_block * s.in_channels : 0;
+  at.block_cheap = plan.pack_weight ? plan.padded_block * plan.depth : 0;
   at.block_norms = at.block_cheap + cheap * s.dw_size * s.dw_size * plan.padded_block;
   at.block_size = at.block_norms + (1 + cheap) * 3 * plan.padded_block;
 
@@ -114,8 +124,8 @@ inline Scratch scratch_layout(const GhostShape& s, const Plan& plan) {
   at.masks = at.stage + max_of<int64_t>(plan.chunk, s.width) * kLanes;
   at.packed_x = at.masks + (s.channels_last ? 0 : div_up(s.width, kLanes) * s.dw_size * kLanes);
   const int64_t pixels = min_of<int64_t>(plan.rows + 2 * pad, s.height) * s.width;
-  at.packed_x_row = s.channels_last ? s.in_channels : plan.panels ? div_up(pixels, kLanes) * kLanes : pixels + kLanes;
-  at.blocks = at.packed_x + (plan.pack_x ? (s.channels_last ? pixels : s.in_channels) * at.packed_x_row : 0) + margin;
+  at.packed_x_row = s.channels_last ? plan.depth : plan.panels ? div_up(pixels, kLanes) * kLanes : pixels + kLanes;
+  at.blocks = at.packed_x + (plan.pack_x ? (s.channels_last ? pixels : plan.depth) * at.packed_x_row : 0) + margin;
   at.total = at.blocks + plan.blocks * at.block_size + margin;
   return at;
 }

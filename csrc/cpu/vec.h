@@ -48,12 +48,18 @@ GHOSTFUSED_INLINE Vec widen(Halves h, BFloat16) {
   return reinterpret_cast<Vec>(__builtin_convertvector(h, Ints) << 16);
 }
 
+#if defined(GHOSTFUSED_X86_BF16) && GHOSTFUSED_LANES == 8
+GHOSTFUSED_INLINE Halves narrow(Vec v, BFloat16) { return (Halves)_mm256_cvtneps_pbh((__m256)v); }
+#elif defined(GHOSTFUSED_X86_BF16)
+GHOSTFUSED_INLINE Halves narrow(Vec v, BFloat16) { return (Halves)_mm512_cvtneps_pbh((__m512)v); }
+#else
 GHOSTFUSED_INLINE Halves narrow(Vec v, BFloat16) {
   const Ints bits = reinterpret_cast<Ints>(v);
   const Ints nearest_even = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const Ints nan = (bits >> 16) | 0x40;
   return __builtin_convertvector(v == v ? nearest_even : nan, Halves);
 }
+#endif
 
 #if defined(GHOSTFUSED_X86_HALVES) && GHOSTFUSED_LANES == 8
 GHOSTFUSED_INLINE Vec widen(Halves h, Float16) { return (Vec)_mm256_cvtph_ps((__m128i)h); }
