@@ -121,20 +121,22 @@ class Cheap {
   void run_walk(Walk& walk, int64_t lanes, int64_t c, int64_t h, int64_t w, bool whole) const {
     const Depthwise kernel = depthwise_kernel<kMasked, !kChannelsLast>(s.dw_size);
     const int step = kChannelsLast ? s.ratio - 1 : 1;
-    int64_t direct = 0;  // the steps that can go straight to the output
-    if constexpr (sizeof(T) == sizeof(float)) {
-      walk.out = reinterpret_cast<float*>(output.at(c, h, w));
-      walk.out_walk = kChannelsLast ? p.out.stride_w : p.out.stride_h;
-      walk.residual = reinterpret_cast<const float*>(output.residual_at(c, h, w));
-      walk.residual_walk = kChannelsLast ? p.residual.stride_w : p.residual.stride_h;
-      if (output.plain && step == 1) {
-        direct = walk.steps;
-        // short rows: what is written past a row's end, the next row overwrites, but for the last ones
-        if (!whole) direct = kChannelsLast ? 0 : max_of<int64_t>(walk.steps - div_up(kLanes, s.width) + 1, 0);
-      }
+    T* out = output.at(c, h, w);
+    const T* residual = output.residual_at(c, h, w);
+    const int64_t out_walk = kChannelsLast ? p.out.stride_w : p.out.stride_h;
+    const int64_t residual_walk = kChannelsLast ? p.residual.stride_w : p.residual.stride_h;
+    int64_t vectors = 0;  // the steps whose results are stored as whole vectors
+    if (output.plain && step == 1) {
+      vectors = walk.steps;
+      // short rows: what is written past a row's end, the next row overwrites, but for the last ones
+      if (!whole) vectors = kChannelsLast ? 0 : max_of<int64_t>(walk.steps - div_up(kLanes, s.width) + 1, 0);
     }
-    const int64_t staged = walk.steps - direct;
+    const int64_t direct = sizeof(T) == sizeof(float) ? vectors : 0, staged = walk.steps - direct;
     if (direct) {
+      walk.out = reinterpret_cast<float*>(out);
+      walk.out_walk = out_walk;
+      walk.residual = reinterpret_cast<const float*>(residual);
+      walk.residual_walk = residual_walk;
       walk.steps = direct;
       kernel(walk);
     }
@@ -146,10 +148,10 @@ class Cheap {
       rest.out_walk = kLanes;
       rest.residual = nullptr;
       kernel(rest);
-      for (int64_t i = 0; i < staged; ++i) {
-        const int64_t at_step = direct + i;
-        output.put(load(rest.out + i * kLanes), c, kChannelsLast ? h : h + at_step, kChannelsLast ? w + at_step : w,
-                   lanes, step);
+      if (!direct) output.put_whole(rest.out, vectors, out, out_walk, residual, residual_walk);
+      for (int64_t at_step = vectors; at_step < direct + staged; ++at_step) {
+        output.put(load(rest.out + (at_step - direct) * kLanes), c, kChannelsLast ? h : h + at_step,
+                   kChannelsLast ? w + at_step : w, lanes, step);
       }
     }
     walk.steps = direct + staged;

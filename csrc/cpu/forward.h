@@ -225,6 +225,10 @@ class Worker {
       output.put(load(from + i), kChannelsLast ? c + i : c, h, kChannelsLast ? w : w + i, lanes);
     };
     int64_t i = 0;
+    if (output.plain) {
+      i = count / kLanes * kLanes;
+      output.put_whole(from, count / kLanes, output.at(c, h, w), kLanes, output.residual_at(c, h, w), kLanes);
+    }
     for (; i + kLanes <= count; i += kLanes) put(i, kLanes);
     if (i == count) return;
     if (count >= kLanes) {

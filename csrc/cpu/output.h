@@ -25,6 +25,18 @@ struct Output {
     store_part(at(c, h, w), y, lanes, step);
   }
 
+  // Whole vectors of y that follow each other, to ``to`` and further places ``to_step`` apart. Only where plain.
+  static void put_whole(const float* y, int64_t vecs, T* to, int64_t to_step, const T* residual,
+                        int64_t residual_step) {
+    if (!residual) {
+      for (int64_t i = 0; i < vecs; ++i) store_float(to + i * to_step, load(y + i * kLanes));
+    } else {
+      for (int64_t i = 0; i < vecs; ++i) {
+        store_float(to + i * to_step, load(y + i * kLanes) + load_float(residual + i * residual_step));
+      }
+    }
+  }
+
  private:
   bool residual_matches() const {
     const Tensor4 &a = p.residual, &b = p.out;

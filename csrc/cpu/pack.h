@@ -53,8 +53,8 @@ class LaneChannels {
   static constexpr int kCount = Operand<T>::kChannels;
 
   LaneChannels(const GhostForwardParams& p, const T* gate, int64_t lane)
-      : stride(p.x.stride_c), count(min_of<int64_t>(p.shape.in_channels - lane * kCount, kCount)), gate(gate) {
-    for (int i = 0; gate && i < count; ++i) {
+      : stride(p.x.stride_c), whole((lane + 1) * kCount <= p.shape.in_channels), gate(gate) {
+    for (int i = 0; gate && has(i); ++i) {
       factor[i] = splat(to_float(gate[(lane * kCount + i) * p.input_gate_stride_c]));
     }
   }
@@ -62,8 +62,7 @@ class LaneChannels {
   // Pixels ``step`` numbers apart, the first channel's at ``from``.
   Vec read(const T* from, int64_t step, int pixels) const {
     Vec v[kCount] = {};
-    for (int i = 0; i < kCount; ++i) {
-      if (i == count) break;
+    for (int i = 0; has(i); ++i) {
       v[i] = load_strided(from + i * stride, step, pixels);
       if (gate) v[i] = gated<T>(v[i], factor[i]);
     }
@@ -71,8 +70,10 @@ class LaneChannels {
   }
 
  private:
+  bool has(int i) const { return i == 0 || (i < kCount && whole); }
+
   int64_t stride;
-  int count;
+  bool whole;
   const T* gate;
   Vec factor[kCount] = {};
 };
