@@ -164,8 +164,9 @@ class Worker {
         }
       }
     } else {
-      panel.a = static_cast<const float*>(p.primary_weight) + c0 * p.primary_weight_stride_n;
-      panel.a_row = p.primary_weight_stride_n;
+      const float* weight = static_cast<const float*>(p.primary_weight);
+      panel.a_row = p.primary_weight_stride_n / kPerLane;
+      panel.a = weight + c0 * panel.a_row;
       if (plan.pack_weight) panel.a = parameters + at.block_weight, panel.a_row = plan.depth;
       panel.b_row = x_c;
       panel.y_row = only_out ? p.out.stride_c : at.x1_channel;
@@ -185,8 +186,8 @@ class Worker {
           panel.b_row = pixels_of.vecs * kLanes;
           // the weights of the next block, which nobody has read yet, a part of them with every panel
           panel.ahead_row = div_up(channels, panels);
-          panel.ahead = static_cast<const float*>(p.primary_weight) + (c0 + channels) * p.primary_weight_stride_n +
-                        i * panel.ahead_row * s.in_channels;
+          panel.ahead =
+              weight + (c0 + channels) * (p.primary_weight_stride_n / kPerLane) + i * panel.ahead_row * plan.depth;
           go(multiply_kernels[channels][pixels_of.vecs], x1 + pixels_of.begin, begin, pixels_of.begin);
         } else if (plan.pack_x) {
           run(pixels_of.vecs_before * kLanes, pixels_of.vecs);

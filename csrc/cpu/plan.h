@@ -38,10 +38,9 @@ struct Plan {
   int64_t units;
 };
 
-// channels_last: whether the channels of every pixel are aligned pairs, and no pair lies across two pixels.
-inline bool made_of_pairs(const Tensor4& x, int64_t channels) {
-  const int64_t strides = channels | x.stride_n | x.stride_h | x.stride_w;
-  return strides % 2 == 0 && reinterpret_cast<uintptr_t>(x.data) % 4 == 0;
+// Whether the channels of every row are aligned pairs: ``sizes`` are all strides, and the length of a row, or-ed.
+inline bool made_of_pairs(const void* data, int64_t sizes) {
+  return sizes % 2 == 0 && reinterpret_cast<uintptr_t>(data) % 4 == 0;
 }
 
 inline Plan make_plan(const GhostForwardParams& p, int threads) {
@@ -79,11 +78,14 @@ inline Plan make_plan(const GhostForwardParams& p, int threads) {
   const int64_t chunk = max_of<int64_t>(kChunkBytes / row_bytes - 2 * pad, 2);
   plan.chunk = div_up(plan.rows, div_up(plan.rows, chunk));
   if (!plan.ghosts && is_float && !p.residual.data && !p.output_gate.data) plan.chunk = plan.rows;  // x1 is the output
-  plan.pack_weight = s.channels_last || !is_float || (depth > 1 && p.primary_weight_stride_k != 1);
+  const bool operand =
+      per_lane == 1 ? is_float : made_of_pairs(p.primary_weight, s.in_channels | p.primary_weight_stride_n);
+  plan.pack_weight = s.channels_last || !operand || (s.in_channels > 1 && p.primary_weight_stride_k != 1);
   plan.pack_taps = s.channels_last || !is_float || p.cheap_weight_stride_w != 1 || p.cheap_weight_stride_h != s.dw_size;
   plan.pack_x = !is_float;
   if (s.channels_last) {
-    if (per_lane > 1) plan.pack_x = !made_of_pairs(p.x, s.in_channels);
+    const int64_t sizes = s.in_channels | p.x.stride_n | p.x.stride_h | p.x.stride_w;
+    if (per_lane > 1) plan.pack_x = !made_of_pairs(p.x.data, sizes);
     plan.pack_x |= s.input_gate || (s.in_channels > 1 && p.x.stride_c != 1);
   } else {
     // vectors lie along the pixels of a channel, across rows; they mustn't reach past x's end
