@@ -49,21 +49,6 @@ struct Finish {
 constexpr int kMaxKernel = 7;
 constexpr int kStrip = 4;  // outputs that share a load of a weight
 
-// The even and the odd lanes of two vectors.
-GHOSTFUSED_INLINE void deinterleave(Vec a, Vec b, Vec& even, Vec& odd) {
-  Ints at;
-  for (int i = 0; i < kLanes; ++i) at[i] = 2 * i;
-#ifdef __clang__
-  for (int i = 0; i < kLanes; ++i) {
-    even[i] = 2 * i < kLanes ? a[2 * i] : b[2 * i - kLanes];
-    odd[i] = 2 * i < kLanes ? a[2 * i + 1] : b[2 * i + 1 - kLanes];
-  }
-#else
-  even = __builtin_shuffle(a, b, at);
-  odd = __builtin_shuffle(a, b, at + 1);
-#endif
-}
-
 // NCHW: a unit is one plane. Its rows are copied to scratch memory with their borders of zeros just before they are
 // needed, at stride 2 the even columns first and then the odd ones, so that every tap is a vector of neighbours.
 template <typename T>

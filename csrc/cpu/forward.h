@@ -241,32 +241,34 @@ class Worker {
 
   // The 1×1 weights of the block's channels, as the multiplication reads them.
   void prepare_weight() const {
-    Number* weight = reinterpret_cast<Number*>(parameters + at.block_weight);
+    float* weight = parameters + at.block_weight;
     const T* from = static_cast<const T*>(p.primary_weight) + c0 * p.primary_weight_stride_n;
-    const int64_t stride = p.primary_weight_stride_k, depth = s.in_channels;
+    const int64_t next = p.primary_weight_stride_n, stride = p.primary_weight_stride_k;
+    const auto read = [&](int64_t c, int64_t k) {
+      const int64_t first = k * kPerLane;
+      return load_operand(from + c * next + first * stride, stride, s.in_channels - first);
+    };
     if constexpr (kChannelsLast) {
-      zero(parameters + at.block_weight, plan.padded_block * plan.depth);
-      for (int64_t c = 0; c < channels; ++c, from += p.primary_weight_stride_n) {
-        for (int64_t k = 0; k < depth; ++k) {
-          Number& to = weight[(k / kPerLane * plan.padded_block + c) * kPerLane + k % kPerLane];
-          if constexpr (kPerLane == 1) {
-            to = to_float(from[k * stride]);
-          } else {
-            to = from[k * stride];
-          }
+      for (int64_t c = 0; c < channels; c += kLanes) {
+        for (int64_t k = 0; k < plan.depth; k += kLanes) {
+          Vec v[kLanes];
+#pragma GCC unroll 16
+          for (int i = 0; i < kLanes; ++i) v[i] = c + i < channels ? read(c + i, k) : Vec{};
+          transpose(v);
+          float* to = weight + k * plan.padded_block + c;
+          const int64_t count = min_of<int64_t>(plan.depth - k, kLanes);
+          for (int64_t i = 0; i < count; ++i) store(to + i * plan.padded_block, v[i]);
         }
       }
     } else {
       const T* gate = plan.gate_weight ? gate_of<T>(p, output.n) : nullptr;
-      const int64_t row = plan.depth * kPerLane;
-      for (int64_t c = 0; c < channels; ++c, from += p.primary_weight_stride_n, weight += row) {
-        for (int64_t k = 0; k < depth; k += kLanes) {
-          const int count = min_of<int64_t>(depth - k, kLanes);
-          Vec v = load_strided(from + k * stride, stride, count);
+      for (int64_t c = 0; c < channels; ++c, weight += plan.depth) {
+        for (int64_t k = 0; k < plan.depth; k += kLanes) {
+          const int count = min_of<int64_t>(plan.depth - k, kLanes);
+          Vec v = read(c, k);
           if (gate) v *= load_strided(gate + k * p.input_gate_stride_c, p.input_gate_stride_c, count);
           store_part(weight + k, v, count);
         }
-        for (int64_t k = depth; k < row; ++k) weight[k] = {};
       }
     }
   }

@@ -13,6 +13,20 @@ GHOSTFUSED_INLINE Vec load_strided(const T* p, int64_t stride, int count) {
   return v;
 }
 
+// The operand's lanes of ``channels`` numbers of a row, or of the first that a vector holds; zeros after them.
+template <typename T>
+GHOSTFUSED_INLINE Vec load_operand(const T* p, int64_t stride, int64_t channels) {
+  constexpr int kAll = kLanes * Operand<T>::kChannels;
+  if constexpr (Operand<T>::kChannels == 1) {
+    return load_strided(p, stride, min_of<int64_t>(channels, kAll));
+  } else {
+    if (stride == 1 && channels >= kAll) return load(p);
+    T numbers[kAll] = {};
+    for (int64_t i = 0; i < min_of<int64_t>(channels, kAll); ++i) numbers[i] = p[i * stride];
+    return load(numbers);
+  }
+}
+
 // x * gate, rounded as in PyTorch.
 template <typename T>
 GHOSTFUSED_INLINE Vec gated(Vec v, Vec factor) {

@@ -124,6 +124,33 @@ GHOSTFUSED_INLINE void store_part(T* p, Vec v, int count, int64_t stride = 1) {
   for (int i = 0; i < count; ++i) p[i * stride] = lanes[i];
 }
 
+// The even and the odd lanes of two vectors.
+GHOSTFUSED_INLINE void deinterleave(Vec a, Vec b, Vec& even, Vec& odd) {
+  Ints at;
+  for (int i = 0; i < kLanes; ++i) at[i] = 2 * i;
+#ifdef __clang__
+  for (int i = 0; i < kLanes; ++i) {
+    even[i] = 2 * i < kLanes ? a[2 * i] : b[2 * i - kLanes];
+    odd[i] = 2 * i < kLanes ? a[2 * i + 1] : b[2 * i + 1 - kLanes];
+  }
+#else
+  even = __builtin_shuffle(a, b, at);
+  odd = __builtin_shuffle(a, b, at + 1);
+#endif
+}
+
+// Lane j of vector i to lane i of vector j: each step turns the number that i and j make up by one bit.
+GHOSTFUSED_INLINE void transpose(Vec (&v)[kLanes]) {
+#pragma GCC unroll 4
+  for (int step = 1; step < kLanes; step *= 2) {
+    Vec next[kLanes];
+#pragma GCC unroll 8
+    for (int i = 0; i < kLanes / 2; ++i) deinterleave(v[2 * i], v[2 * i + 1], next[i], next[i + kLanes / 2]);
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) v[i] = next[i];
+  }
+}
+
 // e^x to two units in the last place: x = n ln 2 + r, a polynomial in r, and n in the exponent.
 GHOSTFUSED_INLINE Vec exp(Vec x) {
   x = x < -103.f ? splat(-103.f) : x;
