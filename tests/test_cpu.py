@@ -15,7 +15,7 @@ from draws import DTYPES, LAYOUTS
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ghostfused import functional
+from ghostfused import functional, reference
 from ghostfused.autograd import call
 from ghostfused.backends import cpu
 from ghostfused.ops import forward_op
@@ -24,6 +24,7 @@ from ghostfused.testing import (
     Case,
     DepthwiseCase,
     SqueezeExciteCase,
+    convert,
     judge,
     make,
     make_args,
@@ -134,6 +135,30 @@ def test_random_cases(case):
     check(case)
 
 
+def shifted(t: torch.Tensor) -> torch.Tensor:
+    """The same numbers, one element further from an aligned address."""
+    buffer = torch.empty(t.numel() + 1, dtype=t.dtype)[1:]
+    return buffer.as_strided(t.shape, t.stride()).copy_(t)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("in_channels", [1, 2, 3, 16, 33, 34, 70])
+def test_pairs_of_channels(in_channels, layout):
+    """Some CPUs multiply bfloat16 in pairs, which an odd number of channels or an odd address cuts apart."""
+    for size, out_channels in (((5, 7), 18), ((14, 13), 130)):
+        case = Case(2, in_channels, *size, out_channels, dtype=torch.bfloat16, layout=layout)
+        args = make_args(case)
+        check_args(args, case)
+        check_args(args._replace(x=shifted(args.x), primary_weight=shifted(args.primary_weight)), "shifted")
+        weight = torch.empty(*args.primary_weight.shape[:2], 3, 1, dtype=torch.bfloat16)
+        weight[:, :, 1:2] = args.primary_weight
+        check_args(args._replace(primary_weight=weight[:, :, 1:2]), "strided weight")
+        args.x[0, -1, 2, 3] = float("nan")
+        args.x[1, 0, 0, 0] = float("inf")
+        expected = reference.run(convert(args, torch.float64))  # PyTorch's bfloat16 spreads the infinity of one channel
+        assert torch.equal(functional.run(args, "cpu").isfinite(), expected.isfinite())
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_real_shapes(layout):
     for case in read_cases(Path(__file__).parent / "data" / "ghost_configs.jsonl", 15, batch=1, layout=layout):
@@ -141,12 +166,14 @@ def test_real_shapes(layout):
             check(case)
 
 
-@pytest.mark.parametrize("isa", [] if cpu.unavailable() else cpu.build_info()["supported"])
+@pytest.mark.parametrize("isa", [] if cpu.unavailable() else cpu.build_info()["compiled"])
 def test_each_instruction_set(isa):
     if ISA in os.environ:
         pytest.skip("runs at one instruction set")
+    if isa not in cpu.build_info()["supported"]:
+        pytest.skip("this CPU lacks it")
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-x", __file__]
-    command += ["-k", "every_kernel or sizes or chosen or without_ghosts or test_depthwise or test_squeeze"]
+    command += ["-k", "every_kernel or sizes or chosen or without_ghosts or pairs or test_depthwise or test_squeeze"]
     run = subprocess.run(command, env=os.environ | {ISA: isa}, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout[-4000:]
 
@@ -158,6 +185,7 @@ def test_chosen_instruction_set():
 
 THREADED = {
     "ghost": (make_args, Case(3, 40, 28, 28, 72, dw_size=5)),
+    "pairs": (make_args, Case(2, 41, 14, 14, 184, dtype=torch.bfloat16)),
     "panels": (make_args, Case(1, 80, 14, 14, 184, input_gate=True, residual=True)),
     "no ghosts": (make_args, Case(1, 80, 14, 14, 97, dw_size=1, init_channels=97)),
     "fully connected": (make_args, Case(3, 400, 1, 1, 301, dw_size=1, init_channels=301)),

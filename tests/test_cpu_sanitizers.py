@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SOURCES = [ROOT / "tests" / "cpu_driver.cpp", *sorted((ROOT / "csrc" / "cpu").glob("kernel*.cpp"))]
-ISAS = ["baseline", "avx2", "avx512vl", "avx512"]
+ISAS = ["baseline", "avx2", "avx512vl", "avx512vl_bf16", "avx512", "avx512_bf16"]
 
 CASES = [  # as tests/cpu_driver.cpp describes them
     "ghost 2 5 7 7 12 2 3 nchw float32 0",
@@ -28,6 +28,10 @@ CASES = [  # as tests/cpu_driver.cpp describes them
     "ghost 2 20 7 7 90 2 3 nchw float32 0",  # packed panels
     "ghost 2 20 13 14 90 2 3 nchw float32 1",
     "ghost 2 20 13 14 90 2 3 nchw bfloat16 0",
+    "ghost 2 21 13 14 90 2 3 nchw bfloat16 1",
+    "ghost 2 20 9 11 37 2 3 nhwc bfloat16 0",  # read as it lies where bf16 is multiplied in pairs
+    "ghost 2 21 9 11 37 2 5 nhwc bfloat16 0",
+    "ghost 2 20 5 3 37 2 5 nchw bfloat16 0",
     "ghost 2 20 9 11 37 1 1 nchw float32 0",
     "ghost 2 20 9 11 37 1 1 nhwc float32 1",
     "ghost 3 20 1 1 37 1 1 nchw float32 1",
