@@ -9,7 +9,7 @@ Device code only; triton_training_device.py says what a program does. Rows of pa
 import triton
 import triton.language as tl
 
-from .triton_kernels import HARDSWISH, LEAKY_RELU, PRELU, RELU, RELU6, SILU, _activate, _gate, _offset
+from .triton_kernels import HARDSWISH, LEAKY_RELU, PRELU, RELU, RELU6, SILU, _activate, _gate, _offset, _round
 from .triton_training_device import _center_rstd, _depthwise, _row, _scale_shift, _tile
 
 
@@ -80,7 +80,7 @@ def cheap_backward_kernel(
         y1 = y1_ptr + image * HW * Cp
         y2 = _depthwise(
             y1, weight_ptr, p, c, j, j_mask, HW, W, Cp, (center1, scale1, shift1), act1, NHWC, PRIMARY_ACT, DW_SIZE
-        ).to(y1_ptr.dtype.element_ty)  # fmt: skip
+        )  # fmt: skip
         centered = y2.to(tl.float32) - center2[None, :]
         z = centered * scale2[None, :] + shift2[None, :]
         gate = (None, None, None, None, None, None, None, None)
@@ -100,19 +100,19 @@ def cheap_backward_kernel(
             tl.store(y2_ptr + at, y2, mask=mask)
         else:
             dz *= scale2[None, :]
-        tl.store(dz2_ptr + at, dz.to(dz2_ptr.dtype.element_ty), mask=mask)
+        tl.store(dz2_ptr + at, _round(dz, dz2_ptr.dtype.element_ty), mask=mask)
         if product_ptr is not None:
             product = product_ptr + image * HW * out_channels
             x2 = _activate(z, j, j_mask, act2, CHEAP_ACT)
             at = _offset(p, Cp + j, HW, out_channels, NHWC)
-            tl.store(product + at, (g * x2).to(product_ptr.dtype.element_ty), mask=kept_mask)
+            tl.store(product + at, _round(g * x2, product_ptr.dtype.element_ty), mask=kept_mask)
             # x1 once for each primary channel: by its first cheap channel
             c_mask = (p < HW)[:, None] & (j_mask & (j % (RATIO - 1) == 0))[None, :]
             y = tl.load(y1 + _offset(p, c, HW, Cp, NHWC), mask=c_mask, other=0.0).to(tl.float32)
             x1 = _activate((y - center1[None, :]) * scale1[None, :] + shift1[None, :], c, j_mask, act1, PRIMARY_ACT)
             at = _offset(p, c, HW, out_channels, NHWC)
             g = tl.load(grad_ptr + image * HW * out_channels + at, mask=c_mask, other=0.0).to(tl.float32)
-            tl.store(product + at, (g * x1).to(product_ptr.dtype.element_ty), mask=c_mask)
+            tl.store(product + at, _round(g * x1, product_ptr.dtype.element_ty), mask=c_mask)
     if partial_ptr is not None:
         at = partial_ptr + row * 3 * new + j
         tl.store(at, dbeta, mask=j_mask)
@@ -203,7 +203,7 @@ def primary_backward_kernel(
                 dslope += tl.sum(tl.where(mask, dx * tl.minimum(z, 0.0), 0.0), 0)
             if not BATCH:
                 dz *= scale1[None, :]
-            tl.store(dz1_ptr + y1_at, dz.to(dz1_ptr.dtype.element_ty), mask=mask)
+            tl.store(dz1_ptr + y1_at, _round(dz, dz1_ptr.dtype.element_ty), mask=mask)
     if partial_ptr is not None:
         at = partial_ptr + row * 3 * Cp + c
         tl.store(at, dbeta, mask=c_mask)
@@ -238,4 +238,4 @@ def normalize_backward_kernel(
         xhat = (tl.load(y1_ptr + at, mask=mask, other=0.0).to(tl.float32) - center[None, :]) * rstd[None, :]
         dz = tl.load(dz1_ptr + at, mask=mask, other=0.0).to(tl.float32)
         dy = scale[None, :] * (dz - mean_dz[None, :] - xhat * mean_dz_xhat[None, :])
-        tl.store(dz1_ptr + at, dy.to(dz1_ptr.dtype.element_ty), mask=mask)
+        tl.store(dz1_ptr + at, _round(dy, dz1_ptr.dtype.element_ty), mask=mask)

@@ -12,7 +12,7 @@ As in triton_kernels.py pixels are flat indices, and arguments that belong toget
 import triton
 import triton.language as tl
 
-from .triton_kernels import _activate, _offset, _rsqrt
+from .triton_kernels import _activate, _offset, _round, _rsqrt
 
 
 @triton.jit
@@ -65,7 +65,7 @@ def _tile(t, tiles, HW, BLOCK: tl.constexpr):
 @triton.jit
 def _depthwise(y1, weight_ptr, p, c, j, c_mask, HW, W, channels, norm, act,
                NHWC: tl.constexpr, ACT: tl.constexpr, DW_SIZE: tl.constexpr):  # fmt: skip
-    """y2 of the cheap channels j, made from c, at the pixels p of an image y1; x1 is computed at each tap."""
+    """y2 of the cheap channels j, made from c, at the pixels p of an image y1, and of its type; x1 is made at each tap."""
     PAD: tl.constexpr = DW_SIZE // 2
     center, scale, shift = norm
     step = channels if NHWC else 1
@@ -83,4 +83,4 @@ def _depthwise(y1, weight_ptr, p, c, j, c_mask, HW, W, channels, norm, act,
         weight = tl.load(weight_ptr + j * (DW_SIZE * DW_SIZE) + tap, mask=c_mask, other=0.0).to(tl.float32)
         # zero outside the image, for the padding comes after norm and activation
         acc += tl.where(mask, x1, 0.0) * weight[None, :]
-    return acc
+    return _round(acc, y1.dtype.element_ty)

@@ -10,7 +10,7 @@ last of its channel block.
 import triton
 import triton.language as tl
 
-from .triton_kernels import _activate, _dot, _offset, _pixel_offset, _store
+from .triton_kernels import _activate, _dot, _offset, _pixel_offset, _round, _store
 from .triton_training_device import _center_rstd, _depthwise, _row, _scale_shift, _tile
 
 
@@ -107,7 +107,7 @@ def primary_statistics_kernel(
                 k = k0 + tl.arange(0, BLOCK_K)
                 acc = _dot(acc, x, x_pixel, p_mask, weight_row, c_mask, k, Cin, gate, PRECISION)
         mask = p_mask[:, None] & c_mask[None, :]
-        y = acc.to(out_ptr.dtype.element_ty)
+        y = _round(acc, out_ptr.dtype.element_ty)
         tl.store(out_ptr + image * HW * out_channels + _offset(p, c, HW, out_channels, NHWC), y, mask=mask)
         tile_n = tl.sum(p_mask.to(tl.float32), 0)
         n, shift, s, q = _gather_statistics(y.to(tl.float32), mask, n, tile_n, shift, s, q)
@@ -143,7 +143,7 @@ def cheap_statistics_kernel(
         y = _depthwise(
             out, weight_ptr, p, c, j, j_mask, HW, W, out_channels, (center, scale, shift1), act,
             NHWC, PRIMARY_ACT, DW_SIZE,
-        ).to(out_ptr.dtype.element_ty)  # fmt: skip
+        )  # fmt: skip
         kept = (p < HW)[:, None] & (j_mask & (Cp + j < out_channels))[None, :]
         tl.store(out + _offset(p, Cp + j, HW, out_channels, NHWC), y, mask=kept)
         tile_n = tl.sum((p < HW).to(tl.float32), 0)
