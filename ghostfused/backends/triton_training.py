@@ -20,7 +20,7 @@ try:
 except ImportError:  # triton.py says why
     forward_kernels = backward_kernels = None  # type: ignore[assignment]
 
-_BACKWARD_TILE = 512
+_BACKWARD_TILE = 256
 _STATISTICS_TILE = 2048
 """Elements of a tile, of the backward kernels' and of the first one's; more would spill registers."""
 _HALF = ("bias", "mean", "var", "gamma", "beta", "slope")

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .triton_kernels import HARDSWISH, LEAKY_RELU, PRELU, RELU, RELU6, SILU, _activate, _gate, _offset, _round
-from .triton_training_device import _center_rstd, _depthwise, _row, _scale_shift, _tile
+from .triton_training_device import _center_rstd, _depthwise, _row, _scale_shift, _sum_products, _tile
 
 
 @triton.jit
@@ -90,11 +90,11 @@ def cheap_backward_kernel(
         kept_mask = (p < HW)[:, None] & kept[None, :]
         dx, g = _grad(grad_ptr + image * HW * out_channels, p, Cp + j, kept_mask, size, gate, NHWC)
         dz = _activate_backward(dx, z, j, j_mask, act2, CHEAP_ACT)
-        if partial_ptr is not None:
-            dbeta += tl.sum(dz, 0)
-            dgamma += tl.sum(dz * centered, 0)
-            dslope += tl.sum(dx * tl.minimum(z, 0.0), 0)
         mask = (p < HW)[:, None] & j_mask[None, :]
+        if partial_ptr is not None:
+            dbeta += tl.sum(tl.where(mask, dz, 0.0), 0)
+            dgamma += _sum_products(dz, centered, mask)
+            dslope += _sum_products(dx, tl.minimum(z, 0.0), mask)
         at = image * HW * new + _offset(p, j, HW, new, NHWC)
         if BATCH:
             tl.store(y2_ptr + at, y2, mask=mask)
@@ -187,7 +187,7 @@ def primary_backward_kernel(
                     dx += dy2 * weight[None, :]
                 if weight_partial_ptr is not None:
                     of_tap = tl.arange(0, WEIGHTS)[:, None] == r * (DW_SIZE * DW_SIZE) + tap
-                    dw += tl.where(of_tap, tl.sum(dy2 * x1, 0)[None, :], 0.0)
+                    dw += tl.where(of_tap, _sum_products(dy2, x1, inside_mask)[None, :], 0.0)
         if dz1_ptr is not None:
             gate = (None, None, None, None, None, None, None, None)
             if output_gate_ptr is not None:
@@ -197,10 +197,9 @@ def primary_backward_kernel(
             dx += direct
             dz = _activate_backward(dx, z, c, c_mask, act1, PRIMARY_ACT)
             if partial_ptr is not None:
-                dz = tl.where(mask, dz, 0.0)
-                dbeta += tl.sum(dz, 0)
-                dgamma += tl.sum(dz * centered, 0)
-                dslope += tl.sum(tl.where(mask, dx * tl.minimum(z, 0.0), 0.0), 0)
+                dbeta += tl.sum(tl.where(mask, dz, 0.0), 0)
+                dgamma += _sum_products(dz, centered, mask)
+                dslope += _sum_products(dx, tl.minimum(z, 0.0), mask)
             if not BATCH:
                 dz *= scale1[None, :]
             tl.store(dz1_ptr + y1_at, _round(dz, dz1_ptr.dtype.element_ty), mask=mask)
