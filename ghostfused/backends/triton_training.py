@@ -20,9 +20,9 @@ try:
 except ImportError:  # triton.py says why
     forward_kernels = backward_kernels = None  # type: ignore[assignment]
 
-_BACKWARD_TILE = 256
+_CONV_TILE = 256
 _STATISTICS_TILE = 2048
-"""Elements of a tile, of the backward kernels' and of the first one's; more would spill registers."""
+"""Elements of a tile, of the kernels with a depthwise convolution and of the first one; more would spill registers."""
 _HALF = ("bias", "mean", "var", "gamma", "beta", "slope")
 
 
@@ -130,7 +130,7 @@ def cheap_statistics(a: GhostArgs, out: Tensor) -> tuple[Tensor, Tensor]:
     new = a.cheap_weight.shape[0]
     if out.numel() == 0:
         return _empty_statistics(new, out)
-    chosen = _elementwise_blocks(a, out)
+    chosen = _elementwise_blocks(a, out, _CONV_TILE)
     channel_blocks = -(-new // chosen["BLOCK_C"])
     launch = _Launch(a, out, channel_blocks, chosen["BLOCK_P"])
     arguments, mean, var = _statistics(new, launch, channel_blocks)
@@ -163,7 +163,7 @@ def cheap_backward(
     y2 = _like(y1, new) if batch_statistics else None
     if y1.numel() == 0:
         return dz2, y2, _zeros(y1, 3, new) if sums else None
-    chosen = _elementwise_blocks(a, y1, _BACKWARD_TILE)
+    chosen = _elementwise_blocks(a, y1, _CONV_TILE)
     launch = _Launch(a, y1, -(-new // chosen["BLOCK_C"]), chosen["BLOCK_P"])
     partial = launch.partial(3, new) if sums else None
     launch(
@@ -185,7 +185,7 @@ def primary_backward(
     if y1.numel() == 0:
         dw = torch.zeros_like(a.cheap_weight) if weight else None
         return dz1, _zeros(y1, 3, cp) if sums else None, dw
-    chosen = _elementwise_blocks(a, y1, _BACKWARD_TILE)
+    chosen = _elementwise_blocks(a, y1, _CONV_TILE)
     launch = _Launch(a, y1, -(-cp // chosen["BLOCK_C"]), chosen["BLOCK_P"])
     partial = launch.partial(3, cp) if sums else None
     weight_partial = launch.partial(per_channel, cp) if weight else None
