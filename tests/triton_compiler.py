@@ -53,7 +53,8 @@ def launch_on_cpu(compiled_on_cpu: Callable, kernel: Any, programs: int, kwargs:
     tensors = {name: kwargs[name] for name in names if isinstance(kwargs[name], Tensor)}
     results = {}
     for order in ORDERS:
-        results[order] = {name: _shared(t) for name, t in tensors.items()}
+        storages: dict[int, torch.UntypedStorage] = {}  # by address: two names of one buffer are one buffer there too
+        results[order] = {name: _shared(t, storages) for name, t in tensors.items()}
         values = [results[order].get(name, kwargs[name]) for name in names]
         process = multiprocessing.get_context("fork").Process(target=_launch, args=(order, compiled, programs, values))
         process.start()
@@ -67,10 +68,11 @@ def launch_on_cpu(compiled_on_cpu: Callable, kernel: Any, programs: int, kwargs:
         t.copy_(first)
 
 
-def _shared(t: Tensor) -> Tensor:
+def _shared(t: Tensor, storages: dict[int, torch.UntypedStorage]) -> Tensor:
     """A copy of t's whole storage in shared memory, viewed as t is."""
-    storage = torch.empty(0, dtype=t.dtype).set_(t.untyped_storage())
-    return storage.clone().share_memory_().as_strided(t.shape, t.stride(), t.storage_offset())
+    storage = t.untyped_storage()
+    copy = storages.setdefault(storage.data_ptr(), storage.clone().share_memory_())
+    return torch.empty(0, dtype=t.dtype).set_(copy, t.storage_offset(), t.shape, t.stride())
 
 
 def _bits(t: Tensor) -> Tensor:

@@ -80,6 +80,16 @@ def _round(y, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def _sum_products(a, b, mask, axis: tl.constexpr):
+    """The sum of a * b where ``mask`` holds.
+
+    The select comes after the product, and so keeps the compiler from fusing it with the reduction's first addition: each of
+    two threads would round the other's product and not its own, and what is stored would depend on which of them stores.
+    """
+    return tl.sum(tl.where(mask, a * b, 0.0), axis)
+
+
+@triton.jit
 def _rsqrt(x):
     y = tl.rsqrt(x)
     return y + y * (0.5 - 0.5 * x * y * y)  # Newton: the hardware's rsqrt is off by an ulp or two

@@ -9,8 +9,20 @@ Device code only; triton_training_device.py says what a program does. Rows of pa
 import triton
 import triton.language as tl
 
-from .triton_kernels import HARDSWISH, LEAKY_RELU, PRELU, RELU, RELU6, SILU, _activate, _gate, _offset, _round
-from .triton_training_device import _center_rstd, _depthwise, _row, _scale_shift, _sum_products, _tile
+from .triton_kernels import (
+    HARDSWISH,
+    LEAKY_RELU,
+    PRELU,
+    RELU,
+    RELU6,
+    SILU,
+    _activate,
+    _gate,
+    _offset,
+    _round,
+    _sum_products,
+)
+from .triton_training_device import _center_rstd, _depthwise, _row, _scale_shift, _tile
 
 
 @triton.jit
@@ -93,8 +105,8 @@ def cheap_backward_kernel(
         mask = (p < HW)[:, None] & j_mask[None, :]
         if partial_ptr is not None:
             dbeta += tl.sum(tl.where(mask, dz, 0.0), 0)
-            dgamma += _sum_products(dz, centered, mask)
-            dslope += _sum_products(dx, tl.minimum(z, 0.0), mask)
+            dgamma += _sum_products(dz, centered, mask, 0)
+            dslope += _sum_products(dx, tl.minimum(z, 0.0), mask, 0)
         at = image * HW * new + _offset(p, j, HW, new, NHWC)
         if BATCH:
             tl.store(y2_ptr + at, y2, mask=mask)
@@ -187,7 +199,7 @@ def primary_backward_kernel(
                     dx += dy2 * weight[None, :]
                 if weight_partial_ptr is not None:
                     of_tap = tl.arange(0, WEIGHTS)[:, None] == r * (DW_SIZE * DW_SIZE) + tap
-                    dw += tl.where(of_tap, _sum_products(dy2, x1, inside_mask)[None, :], 0.0)
+                    dw += tl.where(of_tap, _sum_products(dy2, x1, inside_mask, 0)[None, :], 0.0)
         if dz1_ptr is not None:
             gate = (None, None, None, None, None, None, None, None)
             if output_gate_ptr is not None:
@@ -198,8 +210,8 @@ def primary_backward_kernel(
             dz = _activate_backward(dx, z, c, c_mask, act1, PRIMARY_ACT)
             if partial_ptr is not None:
                 dbeta += tl.sum(tl.where(mask, dz, 0.0), 0)
-                dgamma += _sum_products(dz, centered, mask)
-                dslope += _sum_products(dx, tl.minimum(z, 0.0), mask)
+                dgamma += _sum_products(dz, centered, mask, 0)
+                dslope += _sum_products(dx, tl.minimum(z, 0.0), mask, 0)
             if not BATCH:
                 dz *= scale1[None, :]
             tl.store(dz1_ptr + y1_at, _round(dz, dz1_ptr.dtype.element_ty), mask=mask)

@@ -63,16 +63,6 @@ def _tile(t, tiles, HW, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _sum_products(a, b, mask):
-    """The sum of a * b over a tile's pixels.
-
-    The select comes after the product, and so keeps the compiler from fusing it with the reduction's first addition: each of
-    two threads would round the other's product and not its own, and what is stored would depend on which of them stores.
-    """
-    return tl.sum(tl.where(mask, a * b, 0.0), 0)
-
-
-@triton.jit
 def _depthwise(y1, weight_ptr, p, c, j, c_mask, HW, W, channels, norm, act,
                NHWC: tl.constexpr, ACT: tl.constexpr, DW_SIZE: tl.constexpr):  # fmt: skip
     """y2 of the cheap channels j, made from c, at the pixels p of an image y1, and of its type; x1 is made at each tap."""

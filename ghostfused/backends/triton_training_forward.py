@@ -10,8 +10,8 @@ last of its channel block.
 import triton
 import triton.language as tl
 
-from .triton_kernels import _activate, _dot, _offset, _pixel_offset, _round, _store
-from .triton_training_device import _center_rstd, _depthwise, _row, _scale_shift, _sum_products, _tile
+from .triton_kernels import _activate, _dot, _offset, _pixel_offset, _round, _store, _sum_products
+from .triton_training_device import _center_rstd, _depthwise, _row, _scale_shift, _tile
 
 
 @triton.jit
@@ -20,7 +20,7 @@ def _gather_statistics(y, mask, n, tile_n, shift, s, q):
     if n == 0.0:
         shift = tl.sum(tl.where(mask, y, 0.0), 0) / tile_n
     d = tl.where(mask, y - shift[None, :], 0.0)
-    return n + tile_n, shift, s + tl.sum(d, 0), q + _sum_products(d, d, mask)
+    return n + tile_n, shift, s + tl.sum(d, 0), q + _sum_products(d, d, mask, 0)
 
 
 @triton.jit
@@ -45,7 +45,7 @@ def _combine_statistics(rows, c, mask, C, partial_ptr, mean_ptr, var_ptr):
     for r0 in range(0, rows, ROWS):
         n, means, _m2 = _rows(r0, rows, c, mask, C, partial_ptr, ROWS)
         total += tl.sum(n, 0)
-        s += _sum_products(n, means - shift[None, :], n > 0.0)
+        s += _sum_products(n, means - shift[None, :], n > 0.0, 0)
     total = tl.maximum(total, 1.0)  # lanes beyond the last channel
     mean = shift + s / total
     m2 = tl.zeros(c.shape, tl.float32)
