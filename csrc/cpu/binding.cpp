@@ -73,7 +73,7 @@ Tensor launch(SqueezeExciteParams& p, const Tensor& x) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ghostfused, CPU, m) {
-  m.impl("forward_cpu", TORCH_BOX(&forward<launch>));
+  m.impl("forward_cpu", TORCH_BOX(&GhostOp<Tensor>::run<launch>));
   m.impl("depthwise_cpu", TORCH_BOX(&depthwise<launch>));
   m.impl("squeeze_excite_cpu", TORCH_BOX(&squeeze_excite<launch>));
 }
