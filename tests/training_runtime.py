@@ -46,7 +46,9 @@ def _from_cpu(kernel: Callable, device: str) -> Callable:
         for own, moved in zip(arguments, there, strict=True):  # what is written in place
             if isinstance(own, Tensor):
                 own.copy_(moved.cpu())
-        return tuple(r.cpu() if isinstance(r, Tensor) else r for r in results) if isinstance(results, tuple) else results
+        return (
+            tuple(r.cpu() if isinstance(r, Tensor) else r for r in results) if isinstance(results, tuple) else results
+        )
 
     return call
 
