@@ -327,9 +327,10 @@ __global__ void __launch_bounds__(kTrainingThreads, kD == 7 || (kD == 5 && kChan
             load_columns<T, kWindow, kV, kChannelsLast>(y, p, p.maps.y2, all, cell.n, h, cell.w - kPad, j);
             norm.apply(dy, y);
 #pragma unroll
-            for (int i = 0; i < kWindow * kV; ++i) {
-              const int column = cell.w - kPad + i / kV;
-              dy[i] = column >= 0 && column < s.width ? dy[i] : 0.f;
+            for (int i = 0; i < kWindow; ++i) {
+              if (cell.w - kPad + i >= 0 && cell.w - kPad + i < s.width) continue;
+#pragma unroll
+              for (int e = 0; e < kV; ++e) dy[i * kV + e] = 0.f;
             }
           }
           const auto for_each_pair = [&](auto f) {  // window's column i and cell's column col that tap kw joins

@@ -11,15 +11,17 @@ template <Path kPath, bool kChannelsLast>
 __global__ void __launch_bounds__(kMaxThreads, kMinBlocks)
     primary_statistics(const __grid_constant__ KernelParams p, const __grid_constant__ StatisticsParams s) {
   using T = typename PathType<kPath>::T;
-  constexpr int kV = 4 / sizeof(T);
   extern __shared__ __align__(128) unsigned char smem[];
   float* scratch = reinterpret_cast<float*>(smem + p.plan.smem_bytes);
   unsigned char *x1 = smem + p.plan.x1_offset, *staging = smem + p.plan.pipeline_offset;
   const int block = blockIdx.x % p.plan.channel_blocks, row = blockIdx.x / p.plan.channel_blocks;
   // x1 lies as [pixel][channel] in both layouts
-  const BlockShare share = BlockShare::of<true>(p.plan.block_c / kV);
-  const Channels<kV> c = Channels<kV>::of(block * p.plan.block_c + share.lane * kV, p.args.shape.init_channels);
-  Moments<kV> moments;
+  const BlockShare share = BlockShare::of<true>(p.plan.block_c);
+  const Channels<1> c = Channels<1>::of(block * p.plan.block_c + share.lane, p.args.shape.init_channels);
+  // between tiles in shared memory: the pipeline leaves no registers
+  static_assert(sizeof(Moments<1>[kMaxThreads]) <= kScratchBytes);
+  Moments<1>& moments = reinterpret_cast<Moments<1>*>(scratch)[threadIdx.x];
+  moments = Moments<1>{};
   const int64_t end = min((row + 1) * s.plan.row_tiles, s.plan.tiles);
 #pragma unroll 1
   for (int64_t tile = row * s.plan.row_tiles; tile < end; ++tile) {
@@ -31,11 +33,13 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks)
     __syncthreads();  // x1 is complete, and the pipeline's memory is free
     if (!kChannelsLast) transpose_x1<T>(p, t, x1, staging);
     if (!share.idle()) {
+      Moments<1> sums = moments;
       for (int pixel = share.position; pixel < t.pixels; pixel += share.positions) {
-        float y[kV];
-        load_x1<T>(y, x1 + pixel * p.plan.x1_pitch + share.lane * kV * sizeof(T));
-        moments.add(1.f, y, {});
+        float y[1];
+        load_x1<T>(y, x1 + pixel * p.plan.x1_pitch + share.lane * sizeof(T));
+        sums.add(1.f, y, {});
       }
+      moments = sums;
     }
     if (!kChannelsLast) __syncthreads();  // the tile is staged
     with_vector<T>(p.width.out, [&]<int kOut>(Vector<T, kOut>) {
