@@ -35,8 +35,15 @@ def missing() -> str | None:
 
 
 def kernel_tables(kernels: Iterable[str]) -> str:
-    """A .cu file with ``kernels`` in place of all of them; excite comes with squeeze, which it follows."""
+    """A .cu file with ``kernels`` in place of all of them; excite comes with squeeze, which it follows, and
+    ``float32_training_dw3_nchw`` stands for the six of a training step.
+    """
     kernels = {*kernels, *(f"{kernel.split('_')[0]}_excite" for kernel in kernels if "_squeeze_" in kernel)}
+    for path, _, dw, layout in [kernel.split("_") for kernel in kernels if "_training_" in kernel]:
+        kernels |= {f"{path}_{step}_{layout}" for step in ("primary_statistics", "normalize", "normalize_backward")}
+        kernels |= {
+            f"{path}_{step}_{dw}_{layout}" for step in ("cheap_statistics", "cheap_backward", "primary_backward")
+        }
     headers = ("bottleneck", "ghost_forward", "training_kernels", "training_primary")
     lines = [*(f'#include "{header}.cuh"' for header in headers), "namespace ghostfused {"]
     for path, name in PATHS.items():
@@ -49,7 +56,9 @@ def kernel_tables(kernels: Iterable[str]) -> str:
                     f'{{kernel<Path::k{name}, {size}, {last}>(), "{kernel}"}}' if kernel in kernels else "{}"
                 )
         lines.append(f"const Kernel k{name}Kernels[kKernelsPerPath] = {{{', '.join(entries)}}};")
-        tables = {"Statistics[2]": {f"{path}_primary_statistics_{x}": f"primary_statistics<P, {y}>" for x, y in LAYOUTS}}
+        tables = {
+            "Statistics[2]": {f"{path}_primary_statistics_{x}": f"primary_statistics<P, {y}>" for x, y in LAYOUTS}
+        }
         if path != "tf32":
             tables |= {"Bottleneck[kBottleneckKernels]": bottleneck_kernels(path)}
             tables |= {"Training[kTrainingKernels]": training_kernels(path)}
