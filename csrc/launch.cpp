@@ -33,6 +33,8 @@ const Kernel& kernel_at(int index) {
   return kernels_of(static_cast<Path>(index / kKernelsPerPath))[index % kKernelsPerPath];
 }
 
+static_assert(kKernelCount == kGhostKernelCount + 3 * (kBottleneckKernels + kTrainingKernels) + kStatisticsKernelCount);
+
 // In the order of kernel_attributes.
 const Kernel& kernel_of_all(int index) {
   if (index < kGhostKernelCount) return kernel_at(index);
