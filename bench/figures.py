@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 
@@ -10,15 +12,25 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from .timing import Timing, verdict
 
-OURS = ("#2563eb", "#0d9488", "#9333ea", "#65a30d")
-OTHERS = ("#b45309", "#dc2626", "#db2777", "#6b7280", "#ca8a04", "#7c2d12", "#0891b2", "#4b5563")
-MARKERS = "osD^vPX*"
+BACKENDS = {
+    "cuda": "#2563eb", "triton_two_kernel": "#9333ea", "triton": "#0d9488", "cpu": "#65a30d", "reference": "#94a3b8",
+}  # fmt: skip
+OTHERS = {
+    "bn_folded": "#b45309", "compile_default": "#dc2626", "compile_max_autotune": "#db2777", "compile_freezing": "#6b7280",
+    "eager+graph": "#ca8a04", "compile_max_autotune+graph": "#7c2d12", "onnxruntime": "#0891b2",
+    "onnxruntime_cuda": "#4338ca", "onnxruntime_tensorrt": "#475569", "openvino": "#be123c",
+    "openvino_default": "#f97316", "torch_tensorrt": "#c026d3",
+}  # fmt: skip
+MARKERS = "oshD^v<>PX*dp"
+VARIANTS = (("+graph", "////", "--"), ("+compile", "....", ":"), ("_module", "\\\\\\\\", "-."))
+"""What a name of ours holds beside its backend, and how bars and lines show it."""
 BASELINE = "eager"
 CARDS = {"H100 SXM": (3350, 989e3), "A100 SXM 80 GB": (2039, 312e3)}
 """GB/s and dense float16 GFLOP/s of the data sheets."""
@@ -29,13 +41,27 @@ def is_ours(name: str) -> bool:
     return name.startswith("ghostfused")
 
 
-def colors(peers: list[str]) -> dict[str, str]:
-    """One colour per peer, the same in every figure of a report: ours from one palette, the others from another."""
-    ours = [p for p in peers if is_ours(p)]
-    others = [p for p in peers if not is_ours(p) and p != BASELINE]
-    chosen = {p: OURS[i % len(OURS)] for i, p in enumerate(ours)}
-    chosen |= {p: OTHERS[i % len(OTHERS)] for i, p in enumerate(others)}
-    return chosen | {BASELINE: "#111827"}
+class Style(NamedTuple):
+    color: str
+    marker: str
+    hatch: str | None = None
+    line: str = "-"
+
+
+def style(peer: str) -> Style:
+    """How a peer looks, which is the same in every figure: ours by backend, in colours that no other peer has."""
+    if is_ours(peer):
+        backend = next((name for name in BACKENDS if peer.startswith(f"ghostfused_{name}")), "reference")
+        hatch, line = next(((h, ln) for part, h, ln in VARIANTS if part in peer), (None, "-"))
+        variant = next((i + 1 for i, each in enumerate(VARIANTS) if each[0] in peer), 0)
+        return Style(
+            BACKENDS[backend], MARKERS[(list(BACKENDS).index(backend) + 5 * variant) % len(MARKERS)], hatch, line
+        )
+    if peer == BASELINE:
+        return Style("#111827", "o")
+    names = list(OTHERS)
+    index = names.index(peer) if peer in names else zlib.crc32(peer.encode()) % len(names)
+    return Style(OTHERS[names[index]], MARKERS[index])
 
 
 def label(row: dict) -> str:
@@ -73,41 +99,59 @@ def speedup(rows: list[dict], title: str):
     """Bars: our speed-up over eager for each module, pale where it is a tie. Marks: the other peers."""
     modules = {(r["name"], r["height"]): r for r in rows}
     timings = {(r["name"], r["height"], r["peer"]): Timing.from_row(r["ms"]) for r in rows}
-    peers = list(dict.fromkeys(r["peer"] for r in rows))
-    palette = colors(peers)
-    ours = [p for p in peers if is_ours(p)]
-    figure, axis = plt.subplots(figsize=(9, 1.7 + 0.4 * len(modules)), layout="constrained")
+    peers = [p for p in dict.fromkeys(r["peer"] for r in rows) if p != BASELINE]
+    ours, others = [p for p in peers if is_ours(p)], [p for p in peers if not is_ours(p)]
+    lanes = (len(others) + 5) // 6  # for the marks, below the bars: many side by side would hide each other
+    inches = max(0.4, 0.085 * len(ours) + 0.13 * lanes)  # of a module
+    figure, axis = plt.subplots(figsize=(9, 1.7 + inches * len(modules)), layout="constrained")
     at = np.arange(len(modules))[::-1]
-    others = [p for p in peers if not is_ours(p) and p != BASELINE]
-    markers = {p: MARKERS[i % len(MARKERS)] for i, p in enumerate(others)}
-    height = 0.56 / max(len(ours), 1)  # bars above, a lane for marks below
+    below = 0.13 * lanes / inches
+    height = min((0.9 - below) / max(len(ours), 1), 0.45)
+    high = (height * len(ours) + below) / 2
     for y, key in zip(at, modules, strict=True):
+        if y % 2:
+            axis.axhspan(y - 0.5, y + 0.5, color="#f3f4f6", linewidth=0, zorder=0)
         for peer in (*ours, *others):
-            base, own = timings.get((*key, BASELINE)), timings.get((*key, peer))
+            base, own, look = timings.get((*key, BASELINE)), timings.get((*key, peer)), style(peer)
             if base is None or own is None:
                 continue
             ratio, alpha = base.p50 / own.p50, 0.35 if verdict(base, own) == "tie" else 1
-            if peer in markers:
-                axis.plot(ratio, y - 0.32, markers[peer], color=palette[peer], markersize=4.5, alpha=alpha)
+            if is_ours(peer):
+                middle = y + high - height * (ours.index(peer) + 0.5)
+                hatch: dict = {"hatch": look.hatch, "edgecolor": "white", "linewidth": 0} if look.hatch else {}
+                axis.barh(middle, ratio - 1, height * 0.9, left=1, color=look.color, alpha=alpha, **hatch)
             else:
-                top = y + 0.42 - height * (ours.index(peer) + 0.5)
-                axis.barh(top, ratio - 1, height * 0.9, left=1, color=palette[peer], alpha=alpha)
+                lane = y - high + below * (others.index(peer) % lanes + 0.5) / lanes
+                axis.plot(ratio, lane, look.marker, color=look.color, markersize=4.5, alpha=alpha)
     axis.axvline(1, color="#111827", linewidth=1)
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.2g}×"))
     axis.xaxis.set_minor_formatter(NullFormatter())
     axis.set_yticks(at, [module_label(r) for r in modules.values()], fontsize=8)
-    axis.set_ylim(-0.8, len(modules) - 0.2)
+    axis.set_ylim(-0.5, len(modules) - 0.5)
+    axis.tick_params(axis="x", labeltop=len(modules) > 8)
     axis.grid(axis="x", color="#e5e7eb", linewidth=0.6)
     axis.set_xlabel("speed-up over PyTorch eager; pale: a tie, the difference lies inside the spread")
     axis.set_title(title, fontsize=9)
     _clean(axis)
-    handles: list = [Patch(color=palette[p], label=p) for p in ours]
+    looks = {p: style(p) for p in peers}
+    handles: list = [
+        Patch(facecolor=looks[p].color, hatch=looks[p].hatch, edgecolor="white", linewidth=0, label=p) for p in ours
+    ]
     handles += [
-        Line2D([], [], color=palette[p], marker=m, markersize=4.5, linestyle="", label=p) for p, m in markers.items()
+        Line2D([], [], color=looks[p].color, marker=looks[p].marker, markersize=4.5, linestyle="", label=p)
+        for p in others
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     return figure
+
+
+def _log_labels(side: Axis, form: str) -> None:
+    """Labels decades, and what lies between where there are few."""
+    low, high = side.get_view_interval()
+    digits = "23456789" if high < 4 * low else "25" if high < 300 * low else ""
+    side.set_major_formatter(FuncFormatter(lambda v, _: form.format(v)))
+    side.set_minor_formatter(FuncFormatter(lambda v, _: form.format(v) if f"{v:.0e}"[0] in digits else ""))
 
 
 def _roofs(axis: Axes, gb_s: float, gflops: float, x: np.ndarray, color: str, name: str, style: str) -> None:
@@ -129,13 +173,11 @@ def roofline(measured: list[dict], roofs: dict | None, predicted: list[dict], ti
             assert roofs is not None
             name = f"measured roofs: copy {roofs['copy_gb_s']:.0f} GB/s, matmul {roofs['matmul_gflops']:,.0f} GFLOP/s"
             _roofs(axis, roofs["copy_gb_s"], roofs["matmul_gflops"], x, "#111827", name, "-")
-            peers = list(dict.fromkeys(r["peer"] for r in rows))
-            palette = colors(peers)
-            for i, peer in enumerate(peers):
-                own = [r for r in rows if r["peer"] == peer]
+            for peer in dict.fromkeys(r["peer"] for r in rows):
+                own, look = [r for r in rows if r["peer"] == peer], style(peer)
                 axis.plot(
                     [r["flops"] / r["floor_bytes"] for r in own], [r["flops"] / r["ms"]["p50"] / 1e6 for r in own],
-                    MARKERS[i % len(MARKERS)], color=palette[peer], markersize=5, alpha=0.8, label=peer,
+                    look.marker, color=look.color, markersize=5, alpha=0.8, label=peer,
                 )  # fmt: skip
             axis.set_title(f"Measured: {title}", fontsize=9)
         else:
@@ -152,8 +194,7 @@ def roofline(measured: list[dict], roofs: dict | None, predicted: list[dict], ti
         axis.set_xscale("log")
         axis.set_yscale("log")
         for side in (axis.xaxis, axis.yaxis):
-            side.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.12g}"))
-            side.set_minor_formatter(NullFormatter())
+            _log_labels(side, "{:,.12g}")
         axis.set_xlabel("FLOP per byte of the fused module")
         axis.set_ylabel("GFLOP/s")
         axis.grid(color="#e5e7eb", linewidth=0.6)
@@ -165,9 +206,8 @@ def roofline(measured: list[dict], roofs: dict | None, predicted: list[dict], ti
 def latency(rows: list[dict], title: str):
     """Time per image against batch, one line a peer; bands are p20 to p80."""
     figure, axis = plt.subplots(figsize=(8, 4.6), layout="constrained")
-    peers = list(dict.fromkeys(r["peer"] for r in rows))
-    palette = colors(peers)
-    for i, peer in enumerate(peers):
+    for peer in dict.fromkeys(r["peer"] for r in rows):
+        look = style(peer)
         own = sorted((r for r in rows if r["peer"] == peer), key=lambda r: r["batch"])
         batches = [r["batch"] for r in own]
         p20, p50, p80 = ([r["ms"][q] / r["batch"] for r in own] for q in ("p20", "p50", "p80"))
@@ -175,19 +215,18 @@ def latency(rows: list[dict], title: str):
         axis.plot(
             batches,
             p50,
-            "-" + MARKERS[i % len(MARKERS)],
-            color=palette[peer],
+            look.line + look.marker,
+            color=look.color,
             linewidth=width,
             markersize=5,
             label=label(own[0]),
         )
-        axis.fill_between(batches, p20, p80, color=palette[peer], alpha=0.12, linewidth=0)
+        axis.fill_between(batches, p20, p80, color=look.color, alpha=0.12, linewidth=0)
     batches = sorted({r["batch"] for r in rows})
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     axis.set_xticks(batches, [str(b) for b in batches])
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
-    axis.yaxis.set_minor_formatter(FuncFormatter(lambda v, _: f"{v:g}" if f"{v:.0e}"[0] in "25" else ""))
+    _log_labels(axis.yaxis, "{:g}")
     axis.tick_params(axis="y", which="both", labelsize=8)
     axis.set_xlabel("batch")
     axis.set_ylabel("ms per image (median)")
@@ -210,7 +249,7 @@ def bars(groups: dict[str, dict[str, float]], unit: str, title: str, form: str):
         axis.text(largest * 0.006, y, group, fontsize=9, fontweight="bold", va="center")
         for name, value in values.items():
             y -= 1
-            axis.barh(y, value, 0.75, color=OURS[0] if is_ours(name) else "#9aa5b1")
+            axis.barh(y, value, 0.75, color=BACKENDS["cuda"] if is_ours(name) else "#9aa5b1")
             axis.text(value + largest * 0.01, y, f"{value:{form}}  ({value / first:.0%})", va="center", fontsize=8)
             ticks.append(y)
             names.append(name)

@@ -1,15 +1,20 @@
 #!/usr/bin/env bash
-# bench/gpu_session.sh OUT [STEP ...]: build, test and time everything on a machine with an NVIDIA GPU, in under ten minutes.
+# bench/gpu_session.sh OUT [STEP ...]: build, test and time everything on a machine with an NVIDIA GPU.
 #
 # Needs this source tree and a python with torch and triton; no network. nvcc, pytest, hypothesis, compute-sanitizer,
-# timm, rich and matplotlib are used where they are there; what is missing is said. Writes to OUT:
+# timm, rich and matplotlib are used where they are there; what is missing is said. Writes to OUT (bench/results/NAME_OF_THE_GPU
+# to keep the results in the project):
+#   versions.txt card, driver, CUDA, python, torch and triton; each *.jsonl has them too
 #   log.txt      everything that was printed
 #   table.txt    the tables alone
 #   *.jsonl      the rows, for `python -m bench compare` and `report`
+#   report/      that report
 #   steps.txt    each step's outcome and time
-# STEPS, all by default and in this order: build verify module batch1 tests autotune network overhead sanitizer.
-# A step gets the time that is left at most, so that what comes early is complete; run the others again by name.
-#   DEADLINE=570 (seconds)   PYTHON=python3
+# STEPS, all by default and in this order: build verify tests module batch1 training network autotune overhead launches
+# memory sanitizer report. A step gets the time that is left at most, so that what comes early is complete; run the others
+# again by name.
+#   DEADLINE=3000 (seconds)   PYTHON=python3   MAX_JOBS (of the build; default all cores)
+#   DRY_RUN=1 prints the commands and runs none
 # --dry-run in OUT's place before it (bench/gpu_session.sh --dry-run OUT) goes through all steps on the CPU, cut short.
 # shellcheck disable=SC2329  # the steps are called by name
 set -uo pipefail
@@ -21,16 +26,19 @@ if [[ ${1:-} == --dry-run ]]; then
   shift
 fi
 if [[ -z ${1:-} || $1 == -* ]]; then
-  sed -n '2,14s/^# \?//p' "$0"
+  sed -n '2,19s/^# \?//p' "$0"
   exit 2
 fi
 mkdir -p "$1" || exit 2
 OUT=$(cd "$1" && pwd)
 shift
 STEPS=("$@")
-[[ ${#STEPS[@]} -gt 0 ]] || STEPS=(build verify module batch1 tests autotune network overhead sanitizer)
+if [[ ${#STEPS[@]} -eq 0 ]]; then
+  STEPS=(build verify tests module batch1 training network autotune overhead launches memory sanitizer report)
+fi
 PYTHON=${PYTHON:-python3}
-DEADLINE=${DEADLINE:-570}
+DEADLINE=${DEADLINE:-3000}
+DRY_RUN=${DRY_RUN:-}
 CONFIGS=tests/data/ghost_configs.jsonl
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
 : >"$OUT/steps.txt"
@@ -40,12 +48,16 @@ say() { echo "$*" | tee -a "$OUT/log.txt"; }
 
 note() { say "-- $*" && echo "$*" >>"$OUT/steps.txt"; }
 
-has() { "$PYTHON" -c "import $1" 2>/dev/null; }
+has() { [[ $DRY_RUN ]] || "$PYTHON" -c "import $1" 2>/dev/null; }
 
 # run NAME SECONDS COMMAND...: at most SECONDS, and no longer than what is left of DEADLINE
 run() {
   local name=$1 limit=$2 start=$SECONDS left=$((DEADLINE - SECONDS)) code
   shift 2
+  if [[ $DRY_RUN ]]; then
+    say "$name: $*"
+    return 0
+  fi
   if ((left < 10)); then
     note "$name: skipped, no time left"
     return 0
@@ -89,9 +101,11 @@ step_build() {
     return
   fi
   export TORCH_CUDA_ARCH_LIST GHOSTFUSED_CUDA=1 MAX_JOBS
-  TORCH_CUDA_ARCH_LIST=$("$PYTHON" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')
-  MAX_JOBS=$(nproc)
-  run build 240 "$PYTHON" setup.py build_ext --inplace
+  if [[ ! $DRY_RUN ]]; then
+    TORCH_CUDA_ARCH_LIST=$("$PYTHON" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')
+  fi
+  MAX_JOBS=${MAX_JOBS:-$(nproc)}
+  run build 600 "$PYTHON" setup.py build_ext --inplace
 }
 
 # Every shape of GhostNet and the YOLOs against float64, cut in size so that float64 on the CPU is quick.
@@ -119,14 +133,26 @@ step_batch1() {
   bench batch1 60 module "${cut[@]}" --dtype "$DTYPES" --batch 1 --layout nchw,nhwc --time-limit 55
 }
 
+# Everything that runs kernels on the GPU, plans them, compiles them for others, or captures them in CUDA graphs.
 step_tests() {
-  local cut=()
+  local cut=() file
   [[ $DEVICE == cuda ]] || cut=(--collect-only)
-  if has pytest && has hypothesis; then
-    run tests 120 "$PYTHON" -m pytest -q --maxfail=20 -p no:cacheprovider "${cut[@]}" tests/test_cuda.py tests/test_triton.py
-  else
+  if ! has pytest || ! has hypothesis; then
     note "tests: skipped, pytest or hypothesis can't be imported here; the step verify checks the same kernels"
+    return
   fi
+  for file in cuda cuda_bottleneck cuda_plan cuda_training triton triton_bottleneck triton_training replay fuse_export \
+    training_with_torch static triton_compiled triton_bottleneck_compiled; do
+    [[ ! -f tests/test_$file.py ]] || run "test_$file" 180 "$PYTHON" -m pytest -q -rs --maxfail=20 \
+      -p no:cacheprovider "${cut[@]}" "tests/test_$file.py"
+  done
+}
+
+# Training forward and backward of all modules.
+step_training() {
+  local cut=("${CUT[@]}")
+  ((${#cut[@]})) || cut=(--peers "eager,compile_default,$OURS" --dtype float16 --batch 64)
+  bench training 120 module "${cut[@]}" --layout nhwc --mode training_forward,backward --time-limit 110
 }
 
 # torch.compile at its best, against ours, in the layout that suits both; as many modules as the time allows.
@@ -144,9 +170,25 @@ step_network() {
 
 step_overhead() { bench overhead 30 overhead --calls 200; }
 
+step_launches() { bench launches 60 launches --network paper; }
+
+step_memory() {
+  local batch=64
+  [[ $DEVICE == cuda ]] || batch=1
+  bench memory 60 memory --batch "$batch"
+}
+
+step_report() {
+  if has matplotlib; then
+    run report 120 "$PYTHON" -m bench report "$OUT" --output "$OUT/report"
+  else
+    note "report: skipped, matplotlib can't be imported here"
+  fi
+}
+
 step_sanitizer() {
   local tool
-  if [[ $DEVICE == cpu ]] || ! command -v compute-sanitizer >/dev/null; then
+  if [[ $DEVICE == cpu ]] || { [[ ! $DRY_RUN ]] && ! command -v compute-sanitizer >/dev/null; }; then
     note "sanitizer: skipped, no GPU or no compute-sanitizer on PATH"
     return
   fi
@@ -163,15 +205,26 @@ say "$(date -u +%FT%TZ) $DEVICE, steps: ${STEPS[*]}"
 for package in torch triton pytest hypothesis rich matplotlib timm; do
   has $package || say "missing: $package"
 done
+[[ $DRY_RUN ]] || "$PYTHON" -c 'import setuptools; assert int(setuptools.__version__.partition(".")[0]) >= 77' 2>/dev/null ||
+  say "missing: setuptools 77 or later, which the build needs"
 for program in nvcc ninja nvidia-smi compute-sanitizer; do
   command -v $program >/dev/null || say "missing: $program on PATH"
 done
-if [[ $DEVICE == cuda ]]; then
+if [[ $DEVICE == cuda && ! $DRY_RUN ]]; then
   nvidia-smi 2>&1 | tee -a "$OUT/log.txt"
   if ! "$PYTHON" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())'; then
     say "torch sees no CUDA GPU here; --dry-run goes through the steps on the CPU"
     exit 1
   fi
+fi
+if [[ ! $DRY_RUN ]]; then
+  {
+    nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>/dev/null
+    "$PYTHON" -c 'import platform, torch; print(f"python {platform.python_version()}, torch {torch.__version__}, CUDA {torch.version.cuda}")'
+    "$PYTHON" -c 'import triton; print("triton", triton.__version__)' 2>/dev/null
+    nvcc --version 2>/dev/null | tail -n 1
+    git log -1 --format='commit %H' 2>/dev/null
+  } | tee "$OUT/versions.txt" | tee -a "$OUT/log.txt"
 fi
 for step in "${STEPS[@]}"; do
   if ! declare -F "step_$step" >/dev/null; then

@@ -19,7 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ghostfused.backends import BACKENDS
 from ghostfused.backends.common import kernel_refusal
+from ghostfused.backends.triton import has_ghosts
 from ghostfused.fuse import fuse_with_report
+from ghostfused.ops import OPS
+from ghostfused.spec import GhostArgs
 
 from . import cases, contest
 from .console import table
@@ -28,31 +31,55 @@ from .results import Writer
 
 KERNEL_BACKENDS = [name for name in BACKENDS if name != "reference"]
 _NO_KERNEL = {"aten.detach", "aten.alias", "aten.empty", "aten.empty_like", "aten.empty_strided", "aten.lift_fresh"}
-_KERNELS = {"ghostfused.forward_triton_two_kernel": 2} | {
-    f"ghostfused.squeeze_excite_{backend}": 2 for backend in ("cuda", "triton", "triton_two_kernel")
-}
-"""Kernels of an op that is known to be more than one."""
+_GPU_BACKENDS = ("cuda", "triton", "triton_two_kernel")
 
 
-class _Count(TorchDispatchMode):
-    """Counts the ops that compute something: no views, no allocations."""
+def fused_op(name: str) -> tuple[str, str] | None:
+    """(op, backend) of an op of ours that computes a forward; None of any other."""
+    for op in OPS:
+        backend = name.removeprefix(f"ghostfused.{op}_")
+        if backend in BACKENDS:
+            return op, backend
+    return None
+
+
+def kernels(name: str, args: tuple) -> int:
+    """How many kernels an op is known to launch for ``args``; 1, the least, where that isn't known."""
+    op, backend = fused_op(name) or (None, None)
+    if op == "squeeze_excite" and backend in _GPU_BACKENDS:
+        return 2
+    if op == "forward" and backend == "triton_two_kernel":
+        return 1 + has_ghosts(GhostArgs(*args))
+    return 1
+
+
+class _Record(TorchDispatchMode):
+    """Records the ops that compute something: no views, no allocations."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.ops: Counter[str] = Counter()
+        self.calls: list[tuple[str, tuple]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = str(func.overloadpacket)
         if not func.is_view and name not in _NO_KERNEL:
-            self.ops[name] += _KERNELS.get(name, 1)
+            self.calls.append((name, args))
         return func(*args, **(kwargs or {}))
 
 
-def count_ops(model: nn.Module, x: Tensor) -> Counter[str]:
-    """Ops of one forward, by name."""
-    with torch.inference_mode(), _Count() as count:
+def calls_of(model: nn.Module, x: Tensor) -> list[tuple[str, tuple]]:
+    """(name, arguments) of the ops of one forward, in order."""
+    with torch.inference_mode(), _Record() as record:
         model(x)
-    return count.ops
+    return record.calls
+
+
+def count_ops(calls: list[tuple[str, tuple]]) -> Counter[str]:
+    """The kernels that ``calls`` are known to launch, by op."""
+    ops: Counter[str] = Counter()
+    for name, args in calls:
+        ops[name] += kernels(name, args)
+    return ops
 
 
 @contextlib.contextmanager
@@ -108,10 +135,10 @@ def main(options: argparse.Namespace) -> int:
             for variant, (each, backend) in executions(cases.network(name)).items():
                 with as_if_available(backend):
                     meta = cases.Setting("meta").place(each)
-                    by_op = count_ops(meta, torch.empty(1, 3, options.size, options.size, device="meta"))
+                    calls = calls_of(meta, torch.empty(1, 3, options.size, options.size, device="meta"))
+                by_op = count_ops(calls)
                 row = {"kind": "launches", "name": name, "execution": variant, "ops": sum(by_op.values())}
-                ours = {op: n for op, n in by_op.items() if op.startswith("ghostfused.")}
-                row |= {"fused_ops": sum(n // _KERNELS.get(op, 1) for op, n in ours.items())}
+                row |= {"fused_ops": sum(fused_op(op) is not None for op, _ in calls)}
                 row |= {"by_op": dict(by_op.most_common()), "kernels": None}
                 if device.type == "cuda" and (backend is None or BACKENDS[backend].unavailable() is None):
                     on_gpu = cases.Setting("cuda").place(each)

@@ -70,9 +70,11 @@ def figures_of(environment: dict, rows: list[dict]) -> Iterator[Figure]:
     for (_, dtype, batch, layout, mode), timed in figures.by_group(modules).items():
         setting = f"{dtype}, batch {batch}, {layout}, {mode.replace('_', ' ')}"
         name = f"{device}_{dtype}_b{batch}_{layout}" + ("" if mode == "inference" else f"_{mode}")
-        below = f"{setting}, {timed[0]['cache']} cache\n{where}"
+        below = f"{setting}, cache: {timed[0]['cache']}\n{where}"
         heading = f"Ghost modules, {below}"
-        yield f"Speed-up per module: {setting}", f"speedup_{name}", timed, partial(figures.speedup, timed, heading)
+        peers = {r["peer"] for r in timed}
+        if figures.BASELINE in peers and len(peers) > 1:
+            yield f"Speed-up per module: {setting}", f"speedup_{name}", timed, partial(figures.speedup, timed, heading)
         if mode == "inference":
             roofs = next((r for r in rows if r["kind"] == "roofs" and r["dtype"] == dtype), None)
             shown = [r for r in timed if figures.is_ours(r["peer"]) or r["peer"] == figures.BASELINE]

@@ -1,19 +1,20 @@
 """What the compilers made of the kernels, with no GPU: ``python -m bench.static``. Exit code 1 if a kernel spills.
 
-Prints a table for every module of GhostNet 1.0× and writes one row per kernel to bench/results/static_BACKEND.jsonl;
-for CUDA see bench/static_cuda.py.
+Prints a table for every module of GhostNet 1.0× and one for every op of the network fused whole, and writes their rows to
+bench/results/static_BACKEND.jsonl; for CUDA see bench/static_cuda.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from . import static_cuda, static_triton
+from . import static_cuda, static_network, static_triton
 
 RESULTS = Path(__file__).parent / "results"
 # A part is a module with HEADER (what is counted), COLUMNS (of the table) and rows(targets, dtypes, layouts).
@@ -55,6 +56,14 @@ def main() -> int:
             for row in table(part.HEADER, part.COLUMNS, part.rows(options.target, options.dtype, options.layout)):
                 file.write(json.dumps({"kind": "static", "backend": name, **row}) + "\n")
                 spills += row["spill_bytes"] > 0
+            print(f"\n{static_network.HEADER}")
+            for setting in itertools.product(options.target, options.dtype, options.layout):
+                rows = list(static_network.rows(name, *setting))
+                print(f"\n{', '.join(setting)}: {static_network.total(rows)}")
+                static_cuda.table([static_network.cells(row) for row in rows], ())
+                for row in rows:
+                    file.write(json.dumps({"kind": "static_network", **row}) + "\n")
+                    spills += sum(n > 0 for n in row["spill_bytes"])
     print(f"{spills} kernels spill registers")
     return 1 if spills else status
 

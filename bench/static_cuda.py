@@ -1,7 +1,8 @@
 """Static evidence on the CUDA kernels, with no GPU: ``python -m bench.static_cuda``. Exit code 1 if a kernel spills.
 
-Prints two tables and writes both, with all columns, to bench/results/static_cuda.json: the compiled kernels on each
-architecture, and what the launch plan and the machine code of the fp16 kernels predict for GhostNet 1.0× on an H100.
+Prints tables and writes them, with all columns, to bench/results/static_cuda.json: every compiled kernel on each
+architecture; what the launch plan and the machine code of the fp16 kernels predict for GhostNet 1.0×'s Ghost modules on an
+H100; and every launch of the network fused whole.
 """
 
 from __future__ import annotations
@@ -9,31 +10,24 @@ from __future__ import annotations
 import argparse
 import collections
 import functools
-import importlib
 import json
 import math
 import os
-import re
-import shutil
-import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from . import static_network
 from .environment import collect
-from .sass import tool
-from .sass_flow import Instruction, parse, static_counts
+from .sass_flow import parse
+from .static_cuda_kernels import BATCHES, DEVICES, SOURCES, compile_sass, kernel_name, kernel_rows, nvcc_version, plan
 from .static_cuda_model import Cost, Pieces, block_cost, spans, times
 from .static_triton import modules
 
 ROOT = Path(__file__).parents[1]
 OUTPUT = Path(__file__).parent / "results" / "static_cuda.json"
-PATHS = ("float16", "bfloat16", "tf32", "float32")
-BATCHES = (1, 64, 256)
-DEVICES = {"sm_80": (108, 166912, 167936), "sm_90": (132, 232448, 233472)}  # A100, H100: SMs, shared memory (block, SM)
 GOAL = 1.10
 
 # An H100 SXM by its datasheet: 3.35 TB/s; 989.4 TFLOP/s dense fp16 is 132 SMs × 4096 FLOP × 1.83 GHz. Per SM and clock:
@@ -44,7 +38,7 @@ PER_CLOCK = {"issue": 4, "fp32": 128 / 32, "alu": 64 / 32, "tensor": TENSOR_FMA 
 
 HEADER = """\
 Kernels. Registers and local bytes: of the compiled code. Shared memory and occupancy: of the plan that needs most among
-GhostNet 1.0×'s modules at batch 1, 64 and 256. Instruction counts are static: how often each stands in the code.
+GhostNet 1.0×'s modules at batch 1, 64 and 256 (a depthwise conv: on the output of each). Instruction counts are static: how often each stands in the code.
 
 Modules. PREDICTIONS for an H100 SXM (132 SMs) from datasheet rates: nothing here was timed. Tile, blocks and bytes are
 the launch plan's; the floor is x read once and the output written once; waves = blocks / (SMs × blocks per SM).
@@ -61,90 +55,6 @@ loop to loop. Error: bodies are counted too high (at tile edges), straight-line 
 division, up to some hundred instructions a warp; no bank conflicts but those of the depthwise conv's and the transpose's
 reads, which are computed from their addresses). No profiler has checked the sums. The JSON has each row's
 plan and the shares of issue by stage; "straight" is what lies outside the innermost loops."""
-
-
-def compile_sass(arch: str, path: str) -> tuple[str, str]:
-    """SASS and resource usage of one path's kernels.
-
-    Raises:
-        RuntimeError: no nvcc or no cuobjdump, or the compiler failed.
-    """
-    nvcc = nvcc_path()
-    if nvcc is None or not os.path.exists(tool("cuobjdump")):
-        raise RuntimeError("bench.static_cuda needs nvcc and the cuobjdump of Triton's package")
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = f"{folder}/{path}.cubin"
-        source = str(ROOT / "csrc" / f"kernels_{path}.cu")
-        command = [nvcc, "-std=c++20", "-O3", "-cubin", f"-arch={arch}", "-o", cubin, source]
-        run = functools.partial(subprocess.run, capture_output=True, text=True, check=False)
-        done = run(command)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)}: {done.stderr}")
-        return run([tool("cuobjdump"), "-sass", cubin]).stdout, run([tool("cuobjdump"), "-res-usage", cubin]).stdout
-
-
-def nvcc_path() -> str | None:
-    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    return shutil.which("nvcc") or next((p for p in (f"{home}/bin/nvcc",) if os.path.exists(p)), None)
-
-
-def kernel_name(mangled: str) -> str | None:
-    """As kernel_attributes() calls it."""
-    m = re.search(r"ghost_forwardILNS_4PathE(\d)ELi(\d)ELb([01])E", mangled)
-    if m is None:
-        return None
-    return f"{PATHS[int(m[1])]}_{'dw' + m[2] if m[2] != '0' else 'any'}_{'nhwc' if m[3] == '1' else 'nchw'}"
-
-
-def plan(m: dict[str, Any], batch: int, nhwc: bool, path: str = "float16", arch: str = "sm_90", dw: int = 0) -> dict:
-    _C = importlib.import_module("ghostfused._C")
-    sms, block, sm = DEVICES[arch]
-    return _C.plan(
-        batch=batch, in_channels=m["in_channels"], height=m["height"], width=m["width"],
-        init_channels=math.ceil(m["out_channels"] / m["ratio"]), out_channels=m["out_channels"], ratio=m["ratio"],
-        dw_size=dw or m["dw_size"], path=path, channels_last=nhwc, sm_count=sms, smem_per_block=block, smem_per_sm=sm,
-    )  # fmt: skip
-
-
-def occupancy(registers: int, shared: int, threads: int, arch: str) -> int:
-    """Blocks per SM: registers are given to warps in units of 256, 1 KB of each block's shared memory is the system's."""
-    warps = threads // 32
-    by_registers = 65536 // (math.ceil(registers * 32 / 256) * 256 * warps)
-    return min(by_registers, DEVICES[arch][2] // (shared + 1024), 2048 // threads, 32)
-
-
-def kernel_row(name: str, arch: str, code: list[Instruction], usage: str) -> dict[str, Any]:
-    """One compiled kernel. ``usage``: the line that -res-usage prints for it."""
-    m = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
-    if m is None:
-        raise ValueError(f"no resource usage of {name}: {usage!r}")
-    path, dw, layout = name.split("_")
-    plans = [
-        plan(mod, batch, layout == "nhwc", path, arch, {"dw3": 3, "dw5": 5, "any": 7}[dw])
-        for mod in modules()
-        for batch in BATCHES
-    ]
-    most = max(plans, key=lambda p: p["smem_bytes"])
-    blocks = [occupancy(int(m[1]), p["smem_bytes"], p["threads"], arch) for p in plans]
-    at_most = occupancy(int(m[1]), most["smem_bytes"], most["threads"], arch)
-    counts = static_counts(code)
-    local = sum(n for kind, n in counts.items() if kind.startswith(("LDL", "STL")))
-    return {
-        "kernel": name, "arch": arch, "registers": int(m[1]), "spill_bytes": int(m[2]) + int(m[3]), "local": local,
-        "smem": most["smem_bytes"], "threads": most["threads"], "blocks_per_sm": at_most,
-        "warps_per_sm": at_most * most["threads"] // 32, "blocks_per_sm_all_plans": [min(blocks), max(blocks)],
-        "HMMA": counts.get("HMMA", 0), "LDSM": counts.get("LDSM", 0), "LDGSTS.128": counts.get("LDGSTS.128", 0),
-        "LDG.128": counts.get("LDG.128", 0), "STG.128": counts.get("STG.128", 0), "FFMA": counts.get("FFMA", 0),
-        "instructions": sum(counts.values()), "counts": dict(sorted(counts.items())),
-    }  # fmt: skip
-
-
-def kernel_rows(sass: dict[tuple[str, str], tuple[str, str]]) -> Iterator[dict[str, Any]]:
-    for (arch, _), (text, usage) in sass.items():
-        usages = dict(re.findall(r"Function (\S+):\s*\n\s*(REG:.*)", usage))
-        for mangled, code in parse(text).items():
-            if name := kernel_name(mangled):
-                yield kernel_row(name, arch, code, usages.get(mangled, ""))
 
 
 def module_row(m: dict[str, Any], batch: int, nhwc: bool, pieces_for: Callable[..., Pieces]) -> dict[str, Any]:
@@ -181,7 +91,7 @@ def module_row(m: dict[str, Any], batch: int, nhwc: bool, pieces_for: Callable[.
 
 
 def table(rows: list[dict[str, Any]], hidden: tuple[str, ...]) -> None:
-    names = [name for name in rows[0] if name not in hidden]
+    names = list(dict.fromkeys(name for row in rows for name in row if name not in hidden))
     widths = [max(len(name), *(len(str(r[name])) for r in rows)) for name in names]
     for cells in (names, *([str(r[name]) for name in names] for r in rows)):
         print("  ".join(cell.rjust(n) for cell, n in zip(cells, widths, strict=True)))
@@ -213,8 +123,9 @@ def round_rows(text: str) -> list[dict[str, Any]]:
     return out
 
 
-def markdown(rows: list[dict[str, Any]], rounds: list[dict[str, Any]], batch: int = 64) -> str:
-    """The tables of docs/static.md."""
+def markdown(results: dict[str, list[dict[str, Any]]], batch: int = 64) -> list[str]:
+    """The tables of docs/static.md: modules, rounds, network."""
+    rows, rounds, network = results["modules"], results["rounds"], results["network"]
     lines = [
         "| module | × | bytes / floor | limiter | its time / DRAM's | of issue: straight | load | multiply | epilogue | depthwise "
         "| store | NCHW: limiter | its time / DRAM's |",
@@ -226,35 +137,60 @@ def markdown(rows: list[dict[str, Any]], rounds: list[dict[str, Any]], batch: in
         shares = [f"{s[k]:.0%}" for k in ("straight", "load", "multiply", "epilogue", "depthwise", "store")]
         cells = [f"{r['module']} {r['act']}", r["count"], r["dram/floor"], r["limiter"], r["chip/dram"], *shares]
         lines.append(f"| {' | '.join(map(str, [*cells, other['limiter'], other['chip/dram']]))} |")
-    lines += ["", f"| {' | '.join(rounds[0])} |", "|" + "---|" * len(rounds[0])]
-    lines += [f"| {' | '.join(map(str, r.values()))} |" for r in rounds]
-    return "\n".join(lines)
+    sums = (round(sum(r["issue_us"] * r["count"] for r in part)) for part in (nhwc, nchw))
+    lines += ["", "Issue of all 32 modules, predicted: {} µs in channels_last, {} µs in NCHW.".format(*sums)]
+    per_round = [f"| {' | '.join(rounds[0])} |", "|" + "---|" * len(rounds[0])]
+    per_round += [f"| {' | '.join(map(str, r.values()))} |" for r in rounds]
+    names = ("op", "count", "kernel", "blocks", "registers", "shared", "MB", "bytes/floor")
+    own = [r for r in network if r["layout"] == "nhwc"]
+    ops = [f"| {' | '.join(names).replace('count', '×')} |", "|" + "---|" * len(names)]
+    ops += [f"| {' | '.join(static_network.cells(r)[name] for name in names)} |" for r in own]
+    return ["\n".join(part) for part in (lines, per_round, [*ops, "", f"In all: {static_network.total(own)}."])]
+
+
+def compile_all() -> dict[tuple[str, str], tuple[str, str]]:
+    """SASS and resource usage of every file of kernels, by (architecture, file)."""
+    keys = [(arch, source) for arch in DEVICES for source in SOURCES]
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
+        return dict(zip(keys, pool.map(lambda key: compile_sass(*key), keys), strict=True))
+
+
+def network_rows(kernels: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every op of the fused network in fp16 on an H100; ``kernels``: those of sm_90 are looked up by name."""
+    compiled = {r["kernel"]: r for r in kernels if r["arch"] == "sm_90"}
+    return [
+        row
+        for layout in ("nhwc", "nchw")
+        for row in static_network.rows("cuda", "sm_90", "float16", layout, 64, compiled)
+    ]
 
 
 def run(output: Path) -> int:
-    """Prints both tables, writes ``output``; 1 if a kernel spills."""
+    """Prints the tables, writes ``output``; 1 if a kernel spills."""
     import torch
 
-    keys = [(arch, path) for arch in DEVICES for path in PATHS]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        sass = dict(zip(keys, pool.map(lambda key: compile_sass(*key), keys), strict=True))
-    kernels, rows = list(kernel_rows(sass)), module_rows(sass["sm_90", "float16"][0])
-    rounds = round_rows(sass["sm_90", "float16"][0])
+    sass = compile_all()
+    kernels, text = list(kernel_rows(sass)), sass["sm_90", "kernels_float16"][0]
+    rows, rounds, network = module_rows(text), round_rows(text), network_rows(kernels)
     print(HEADER + "\n")
-    table(kernels, ("counts", "blocks_per_sm_all_plans"))
+    table(kernels, ("counts", "static_smem", "blocks_per_sm_all_plans"))
     print("\nWarp instructions of the fp16 3×3 kernels on sm_90, per round:")
     table(rounds, ())
     print()
     table(rows, ("issue_shares", "plan"))
-    nvcc = subprocess.run([str(nvcc_path()), "--version"], capture_output=True, text=True, check=False).stdout
+    print(f"\nfloat16, H100, batch 64. {static_network.HEADER}")
+    for layout in ("nhwc", "nchw"):
+        own = [r for r in network if r["layout"] == layout]
+        print(f"\n{layout}: {static_network.total(own)}")
+        table([static_network.cells(r) for r in own], ())
     facts = collect(torch.device("cpu")) | {
-        "kind": "static_cuda", "command": "python -m bench.static_cuda", "nvcc": nvcc.strip().splitlines()[-1],
+        "kind": "static_cuda", "command": "python -m bench.static_cuda", "nvcc": nvcc_version(), "sources": SOURCES,
         "header": HEADER,
     }  # fmt: skip
     output.parent.mkdir(parents=True, exist_ok=True)
     parts = {
         name: ",\n".join(map(json.dumps, part))
-        for name, part in (("kernels", kernels), ("rounds", rounds), ("modules", rows))
+        for name, part in (("kernels", kernels), ("rounds", rounds), ("modules", rows), ("network", network))
     }
     body = "".join(f',\n"{name}": [\n{part}\n]' for name, part in parts.items())
     output.write_text(f'{{"about": {json.dumps(facts)}{body}}}\n')
@@ -275,7 +211,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.markdown:
         results = json.loads(options.output.read_text())
-        print(markdown(results["modules"], results["rounds"]))
+        print("\n\n".join(markdown(results)))
         return 0
     return run(options.output)
 

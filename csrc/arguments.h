@@ -75,6 +75,12 @@ class Checker {
     fail(name, ": expected shape (", text.str(), ")");
   }
 
+  // Or the weight of a 1×1 convolution.
+  void matrix(const char* name, const Tensor& t, int64_t rows, int64_t columns) const {
+    if (t.dim() == 4) return check({"", name}, t, {rows, columns, 1, 1});
+    check({"", name}, t, {rows, columns});
+  }
+
   Tensor4 tensor4(const char* name, const OptionalTensor& t, std::initializer_list<int64_t> sizes) const {
     if (!t) return {};
     check({"", name}, *t, sizes);
@@ -251,7 +257,9 @@ template <Tensor (*launch)(SqueezeExciteParams& params, const Tensor& x)>
 Tensor squeeze_excite(Tensor x, Tensor reduce_weight, OptionalTensor reduce_bias, Tensor expand_weight,
                       OptionalTensor expand_bias, int64_t act, int64_t gate) {
   if (x.dim() != 4) fail("x: expected 4 dimensions, got ", x.dim());
-  if (reduce_weight.dim() != 2) fail("reduce_weight: expected 2 dimensions, got ", reduce_weight.dim());
+  if (reduce_weight.dim() != 2 && reduce_weight.dim() != 4) {
+    fail("reduce_weight: expected 2 or 4 dimensions, got ", reduce_weight.dim());
+  }
   const Checker checker(x);
   SqueezeExciteParams p{};
   p.path = path_of(checker.dtype);
@@ -259,8 +267,8 @@ Tensor squeeze_excite(Tensor x, Tensor reduce_weight, OptionalTensor reduce_bias
   const int64_t channels = sizes[1], reduced = reduce_weight.size(0);
   if (channels < 1 || sizes[2] < 1 || sizes[3] < 1) fail("x: expected at least one channel, row and column");
   if (reduced < 1) fail("reduce_weight: expected at least one row");
-  checker.check({"", "reduce_weight"}, reduce_weight, {reduced, channels});
-  checker.check({"", "expand_weight"}, expand_weight, {channels, reduced});
+  checker.matrix("reduce_weight", reduce_weight, reduced, channels);
+  checker.matrix("expand_weight", expand_weight, channels, reduced);
   p.batch = size32("x", sizes[0]);
   p.channels = size32("x", channels);
   p.height = size32("x", sizes[2]);

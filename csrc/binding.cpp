@@ -12,6 +12,7 @@
 #include <unordered_map>
 
 #include "bottleneck.h"
+#include "program.h"
 
 namespace py = pybind11;
 
@@ -146,6 +147,7 @@ STABLE_TORCH_LIBRARY_IMPL(ghostfused, CUDA, m) {
   m.impl("forward_cuda", TORCH_BOX(&GhostOp<Tensor>::run<launch>));
   m.impl("depthwise_cuda", TORCH_BOX(&depthwise<launch>));
   m.impl("squeeze_excite_cuda", TORCH_BOX(&squeeze_excite<launch>));
+  m.impl("program_cuda", TORCH_BOX((&program<&forward<launch>, &depthwise<launch>, &squeeze_excite<launch>>)));
 }
 
 py::dict build_info() {
@@ -216,6 +218,73 @@ py::dict plan(int batch, int in_channels, int height, int width, int init_channe
   return r;
 }
 
+// The same for a depthwise conv and for squeeze-and-excite's two kernels.
+py::dict plan_of_depthwise(int batch, int channels, int height, int width, int kernel_h, int kernel_w, int stride,
+                           const std::string& path, bool channels_last, int sm_count) {
+  for (const int v : {batch, channels, height, width, kernel_h, kernel_w, stride, sm_count}) {
+    if (v < 1) throw py::value_error("plan_depthwise: expected positive sizes");
+  }
+  DepthwiseParams a{};
+  a.path = path_named(path);
+  a.channels_last = channels_last;
+  a.batch = batch;
+  a.channels = channels;
+  a.height = height;
+  a.width = width;
+  a.out_height = (height - 1) / stride + 1;
+  a.out_width = (width - 1) / stride + 1;
+  a.kernel_h = kernel_h;
+  a.kernel_w = kernel_w;
+  a.stride = stride;
+  a.x = dense(channels_last, channels, height, width);
+  a.out = dense(channels_last, channels, a.out_height, a.out_width);
+  const DepthwisePlan p = plan_depthwise(a, sm_count);
+  py::dict r;
+  r["block_c"] = p.block_c;
+  r["block_p"] = p.block_p;
+  r["channel_blocks"] = p.channel_blocks;
+  r["position_blocks"] = p.position_blocks;
+  r["columns"] = p.columns;
+  r["row_groups"] = p.row_groups;
+  r["x_vector"] = p.x_vector;
+  r["out_vector"] = p.out_vector;
+  r["threads"] = kBottleneckThreads;
+  r["smem_bytes"] = p.smem_bytes;
+  r["grid"] = p.grid;
+  return r;
+}
+
+py::dict plan_of_squeeze_excite(int batch, int channels, int height, int width, int reduced, const std::string& path,
+                                bool channels_last, int sm_count) {
+  for (const int v : {batch, channels, height, width, reduced, sm_count}) {
+    if (v < 1) throw py::value_error("plan_squeeze_excite: expected positive sizes");
+  }
+  SqueezeExciteParams a{};
+  a.path = path_named(path);
+  a.batch = batch;
+  a.channels = channels;
+  a.height = height;
+  a.width = width;
+  a.reduced = reduced;
+  a.x = dense(channels_last, channels, height, width);
+  a.reduce = {a.x.data, channels, 1};
+  a.expand = {a.x.data, reduced, 1};
+  const SqueezeExcitePlan p = plan_squeeze_excite(a, sm_count);
+  py::dict r;
+  r["images"] = p.images;
+  r["chunk"] = p.chunk;
+  r["parts"] = p.parts;
+  r["excite_c"] = p.excite_c;
+  r["channels_adjacent"] = p.channels_adjacent;
+  r["x_vector"] = p.x_vector;
+  r["reduce_vector"] = p.reduce_vector;
+  r["expand_vector"] = p.expand_vector;
+  r["threads"] = kBottleneckThreads;
+  r["squeeze_grid"] = p.squeeze_grid;
+  r["excite_grid"] = p.excite_grid;
+  return r;
+}
+
 void pretend_device(int sm_count, int smem_per_block, int smem_per_sm) {
   pretended_device = {sm_count, smem_per_block, smem_per_sm};
 }
@@ -251,6 +320,14 @@ PYBIND11_MODULE(_C, m) {
         py::arg("input_gate") = false, py::arg("sm_count") = 132, py::arg("smem_per_block") = 232448,
         py::arg("smem_per_sm") = 233472,
         "The launch plan for dense tensors on a device (the default is an H100); empty if nothing fits.");
+  m.def("plan_depthwise", &ghostfused::plan_of_depthwise, py::kw_only(), py::arg("batch"), py::arg("channels"),
+        py::arg("height"), py::arg("width"), py::arg("kernel_h"), py::arg("kernel_w"), py::arg("stride") = 1,
+        py::arg("path") = "float16", py::arg("channels_last") = true, py::arg("sm_count") = 132,
+        "The launch plan of a depthwise conv of dense tensors.");
+  m.def("plan_squeeze_excite", &ghostfused::plan_of_squeeze_excite, py::kw_only(), py::arg("batch"),
+        py::arg("channels"), py::arg("height"), py::arg("width"), py::arg("reduced"), py::arg("path") = "float16",
+        py::arg("channels_last") = true, py::arg("sm_count") = 132,
+        "The launch plan of a squeeze-and-excite gate, two kernels, for dense tensors.");
   m.def("pretend_device", &ghostfused::pretend_device, py::arg("sm_count") = 0, py::arg("smem_per_block") = 232448,
         py::arg("smem_per_sm") = 233472,
         "For tests: plan launches as for this device, of which the real one must have the shared memory; 0: stop it.");

@@ -8,7 +8,7 @@ somebody's module; ``proof`` then runs that module beside its fused twin.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from types import MethodType
 from typing import NamedTuple
 
@@ -100,7 +100,7 @@ def read_layers(layers: Iterable[nn.Module | None]) -> Half | str:
     slope: float | Tensor | None = None
     batch_norm: nn.Module | None = None
     normed = False
-    for child in layers:
+    for child in _with_activations(layers):
         if child is None:
             continue
         kind = type(child)
@@ -108,7 +108,7 @@ def read_layers(layers: Iterable[nn.Module | None]) -> Half | str:
             return f"{kind.__name__} has hooks or another forward"
         if kind is nn.Conv2d and conv is None:
             conv = child  # type: ignore[assignment]
-        elif kind in NORMS and conv is not None and act is None and not normed:
+        elif (kind in NORMS or _has_activation(child)) and conv is not None and act is None and not normed:
             normed = True
             affine, buffers = child._parameters, child._buffers
             if "weight" not in affine or "bias" not in affine:
@@ -134,6 +134,18 @@ def read_layers(layers: Iterable[nn.Module | None]) -> Half | str:
         return "Conv2d, whose weight or bias is no parameter of it"
     weight: Tensor = parameters["weight"]  # type: ignore[assignment]
     return Half(conv, weight, parameters["bias"], norm, Act.NONE if act is None else act, slope, batch_norm)
+
+
+def _has_activation(layer: nn.Module | None) -> bool:
+    """Whether ``layer`` may be a norm with the activation as its child, such as timm's BatchNormAct2d."""
+    return isinstance(layer, nn.BatchNorm2d) and type(layer) not in NORMS and bool(layer._modules)
+
+
+def _with_activations(layers: Iterable[nn.Module | None]) -> Iterator[nn.Module | None]:
+    for layer in layers:
+        yield layer
+        if _has_activation(layer):
+            yield from layer._modules.values()  # type: ignore[union-attr]
 
 
 def mismatch(primary: Half, cheap: Half) -> str | None:

@@ -8,12 +8,12 @@ and 1×1 convs in a kernel each; its sum in the second Ghost module's epilogue.
 from __future__ import annotations
 
 import operator
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, fx, nn
 
-from . import adopt, layers
+from . import adopt, layers, replay
 from .layers import Path, Run, SqueezeExcite, get
 from .module import FusedGhostModule
 from .proof import prove
@@ -29,19 +29,70 @@ class Ghost(NamedTuple):
 Step = Ghost | Run | SqueezeExcite
 
 
-class FusedGhostBottleneck(nn.Module):
+class _FusedTwin(nn.Module):
+    """Somebody's module that runs as ``_steps``, unless what lies inside it is looked at or changed."""
+
+    _layout: dict[Path, dict[str, type]]
+    """Names and kinds of the children of each module down to the layers and the Ghost modules, by its path."""
+    backend: str
+    _replay: replay.Replay
+
+    @classmethod
+    def _prove(cls, module: nn.Module, in_channels: int, backend: str, **attributes: Any) -> Self | str:
+        """The twin of ``module``; or how they differ."""
+        attributes |= {"_layout": _layout(module, ()), "backend": "reference", "_replay": replay.Replay()}
+        fused = make_twin(cls, module, **attributes)
+        reason = prove(module, fused, in_channels)
+        fused.backend = backend
+        return fused if reason is None else reason
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The module of x."""
+        return self._replay(self, x, self._run)
+
+    def _run(self, x: Tensor) -> Tensor:
+        """As ``forward``, read afresh."""
+        if self._is_observed():
+            with replay.unrecorded():
+                return self.__dict__["_original"].kind.forward(self, x)
+        return self._steps(x)
+
+    def _steps(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def runs(self) -> tuple[Run, ...]:
+        """The layers that it runs beside Ghost modules and squeeze-and-excite."""
+        raise NotImplementedError
+
+    def _is_observed(self) -> bool:
+        """Whether somebody looks at, or has changed, what the fused forward leaps over: by hooks, another forward, or
+        layers added, removed or of another kind. Only norms may have gone, folded into their convolutions."""
+        for path, kinds in self._layout.items():
+            children: dict[str, nn.Module | None] = get(self, path).__dict__["_modules"]
+            for name, child in children.items():
+                if child is None or type(child) is nn.Identity:
+                    continue
+                if kinds.get(name) is not type(child) or adopt.has_hooks(child) or adopt.forward_replaced(child):
+                    return True
+            for name, kind in kinds.items():
+                if name not in children and kind not in adopt.NORMS:
+                    return True
+        return False
+
+    def extra_repr(self) -> str:
+        return f"backend={self.backend!r}"
+
+
+class FusedGhostBottleneck(_FusedTwin):
     """GhostBottleneck (Han et al., CVPR 2020, section 3.2), fused. (N, Cin, H, W) → (N, Cout, H', W').
 
     Made by ``from_module`` from somebody's bottleneck, whose children, names and tensors it keeps. They are read
-    afresh at every call: what uses batch statistics, or has been changed to something that no kernel computes, runs
-    layer by layer; with hooks inside, the original's forward runs.
+    afresh when anything about them has changed: what uses batch statistics, or has been changed to something that no
+    kernel computes, runs layer by layer; with hooks inside, the original's forward runs.
     """
 
     _main: tuple[Step, ...]
     _shortcut: tuple[Run, ...]
-    _layout: dict[Path, dict[str, type]]
-    """Names and kinds of the children of each module down to the layers and the Ghost modules, by its path."""
-    backend: str
 
     @classmethod
     def from_module(cls, module: nn.Module, backend: str = "auto") -> FusedGhostBottleneck:
@@ -65,16 +116,12 @@ class FusedGhostBottleneck(nn.Module):
         if isinstance(found, str):
             return found
         main, shortcut = found
-        layout = _layout(module, ())
-        fused = make_twin(cls, module, _main=main, _shortcut=shortcut, _layout=layout, backend="reference")
-        reason = prove(module, fused, _in_channels(module, main))
-        fused.backend = backend
-        return fused if reason is None else reason
+        return cls._prove(module, _in_channels(module, main), backend, _main=main, _shortcut=shortcut)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The bottleneck of x."""
-        if self._is_observed():
-            return self.__dict__["_original"].kind.forward(self, x)
+    def runs(self) -> tuple[Run, ...]:
+        return (*self._shortcut, *(step for step in self._main if isinstance(step, Run)))
+
+    def _steps(self, x: Tensor) -> Tensor:
         residual = x
         for run in self._shortcut:
             residual = run(self, residual, self.backend)
@@ -93,23 +140,34 @@ class FusedGhostBottleneck(nn.Module):
             gate = None
         return x
 
-    def _is_observed(self) -> bool:
-        """Whether somebody looks at, or has changed, what the fused forward leaps over: by hooks, another forward, or
-        layers added, removed or of another kind. Only norms may have gone, folded into their convolutions."""
-        for path, kinds in self._layout.items():
-            children: dict[str, nn.Module | None] = get(self, path).__dict__["_modules"]
-            for name, child in children.items():
-                if child is None or type(child) is nn.Identity:
-                    continue
-                if kinds.get(name) is not type(child) or adopt.has_hooks(child) or adopt.forward_replaced(child):
-                    return True
-            for name, kind in kinds.items():
-                if name not in children and kind not in adopt.NORMS:
-                    return True
-        return False
 
-    def extra_repr(self) -> str:
-        return f"backend={self.backend!r}"
+class FusedConvNormAct(_FusedTwin):
+    """1×1 conv → norm → activation, as between the bottlenecks and the head. (N, Cin, H, W) → (N, Cout, H, W).
+
+    Made by ``fuse`` of somebody's module, which it stands for as a FusedGhostBottleneck does.
+    """
+
+    _layers: Run
+
+    @classmethod
+    def try_module(cls, module: nn.Module, backend: str) -> FusedConvNormAct | str:
+        """The fused twin of ``module``; or why there is none."""
+        found = _trace(module)
+        if isinstance(found, str):
+            return found
+        result, start, tracer = found
+        branch = _branch(result, start, tracer, module)
+        if isinstance(branch, str):
+            return branch
+        if len(branch) != 1 or not isinstance(branch[0], Run) or branch[0].kind(module) != "conv1x1":
+            return "not one 1×1 conv with what follows it"
+        return cls._prove(module, _in_channels(module, tuple(branch)), backend, _layers=branch[0])
+
+    def runs(self) -> tuple[Run, ...]:
+        return (self._layers,)
+
+    def _steps(self, x: Tensor) -> Tensor:
+        return self._layers(self, x, self.backend)
 
 
 def _layout(module: nn.Module, path: Path) -> dict[Path, dict[str, type]]:
@@ -144,7 +202,7 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         ours = isinstance(m, FusedGhostModule) or module_qualified_name in self.squeeze_excites
-        return ours or super().is_leaf_module(m, module_qualified_name)
+        return ours or isinstance(m, nn.BatchNorm2d) or super().is_leaf_module(m, module_qualified_name)
 
 
 _ADD = (operator.add, operator.iadd, torch.add)
@@ -152,15 +210,10 @@ _ADD = (operator.add, operator.iadd, torch.add)
 
 def read(module: nn.Module) -> tuple[tuple[Step, ...], tuple[Run, ...]] | str:
     """The steps of ``module``'s main branch, which ends in a Ghost module, and of its shortcut; or why it has none."""
-    if reason := adopt.unusual(module):
-        return reason
-    tracer = _Tracer(module)
-    try:
-        graph = tracer.trace(module)
-    except Exception as error:
-        return f"torch.fx can't trace it: {type(error).__name__}: {error}"
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    total = next(node for node in graph.nodes if node.op == "output").args[0]
+    found = _trace(module)
+    if isinstance(found, str):
+        return found
+    total, start, tracer = found
     if (
         not isinstance(total, fx.Node)
         or total.target not in (*_ADD, "add", "add_")
@@ -168,7 +221,7 @@ def read(module: nn.Module) -> tuple[tuple[Step, ...], tuple[Run, ...]] | str:
         or total.kwargs
     ):
         return "its output is not the sum of a branch and a shortcut"
-    branches = [_branch(node, placeholders[0], tracer, module) for node in total.args]
+    branches = [_branch(node, start, tracer, module) for node in total.args]
     if errors := [branch for branch in branches if isinstance(branch, str)]:
         return errors[0]
     with_ghosts = [branch for branch in branches if branch and isinstance(branch[-1], Ghost)]
@@ -176,6 +229,19 @@ def read(module: nn.Module) -> tuple[tuple[Step, ...], tuple[Run, ...]] | str:
     if not with_ghosts or not without:
         return "not one branch that ends in a Ghost module and one without any"
     return tuple(with_ghosts[0]), tuple(without[0])  # type: ignore[arg-type]
+
+
+def _trace(module: nn.Module) -> tuple[object, fx.Node, _Tracer] | str:
+    """What ``module`` returns and what it takes, as torch.fx sees it; or why that fails."""
+    if reason := adopt.unusual(module):
+        return reason
+    tracer = _Tracer(module)
+    try:
+        graph = tracer.trace(module)
+    except Exception as error:
+        return f"torch.fx can't trace it: {type(error).__name__}: {error}"
+    start = next(node for node in graph.nodes if node.op == "placeholder")
+    return next(node for node in graph.nodes if node.op == "output").args[0], start, tracer
 
 
 def _branch(node: object, start: fx.Node, tracer: _Tracer, root: nn.Module) -> list[Step] | str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import backends, reference
+from . import backends, reference, replay
 from .autograd import call
 from .spec import Act, Args, BatchNorm, DepthwiseArgs, Gate, GhostArgs, SqueezeExciteArgs
 from .validate import activation, gate_kind, validate
@@ -218,9 +218,6 @@ def squeeze_excite(
         As ``ghost_module``.
     """
     kind = activation("act", act, "slope", None)[0]
-    reduce_weight, expand_weight = (
-        w.flatten(1) if w.shape[2:] == (1, 1) else w for w in (reduce_weight, expand_weight)
-    )
     if dtype := _autocast_dtype(x):
         x, reduce_weight, reduce_bias, expand_weight, expand_bias = _cast(  # type: ignore[assignment]
             dtype, x, reduce_weight, reduce_bias, expand_weight, expand_bias
@@ -233,15 +230,22 @@ def run(args: Args, backend: str = "auto") -> Tensor:
     """The op of ``args``: choose a backend, check, call it."""
     if backend == "auto" and backends.cpu.may_try(args):
         try:
-            return call("cpu", args)
+            out = call("cpu", args)
         except RuntimeError:
             pass  # another backend can run it, or the error says why none can
+        else:
+            replay.note("cpu", args, out)
+            return out
     try:
         name = "reference" if _is_onnx_export() else backends.choose(args, backend)
         if name not in ("cuda", "cpu"):  # their bindings check all that validate does, at a tenth of the host time
             validate(args)
-        # the reference needs no op: autograd and torch.compile see through it
-        return reference.run(args) if name == "reference" else call(name, args)
+        if name == "reference":  # it needs no op: autograd and torch.compile see through it
+            return reference.run(args)
+        out = call(name, args)
+        if not torch.compiler.is_compiling():
+            replay.note(name, args, out)
+        return out
     except Exception:
         validate(args)  # if an argument is to blame, this says which
         raise

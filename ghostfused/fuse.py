@@ -15,9 +15,10 @@ from torch import nn
 
 from . import adopt, backends
 from .backends.common import form_refusal
-from .bottleneck import FusedGhostBottleneck
+from .bottleneck import FusedConvNormAct, FusedGhostBottleneck
 from .module import FusedGhostModule
 from .proof import SAME, substituted
+from .sequence import FusedSequential, is_recordable
 from .spec import GhostArgs
 from .testing import relative_error
 from .twin import original
@@ -114,6 +115,7 @@ def fuse_with_report(
     surgery.ghost_modules()
     if level != "module":
         surgery.bottlenecks()
+        surgery.sequences()
     surgery.report.sort(key=lambda swap: order[swap.fqn])
     if strict:
         left = [f"{s.fqn or '(root)'}: {s.reason}" for s in surgery.report if not s.fused and s.reason != _FILTERED]
@@ -150,6 +152,15 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 def _occurrences(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every module under every name, outermost first."""
     return model.named_modules(remove_duplicate=False)
+
+
+def _members(sequential: nn.Sequential) -> Iterator[tuple[str, nn.Module]]:
+    """What a Sequential runs, those inside it laid open, under the names that it has in it."""
+    for name, module in sequential.named_children():
+        if type(module) is nn.Sequential:
+            yield from ((f"{name}.{inner}", m) for inner, m in _members(module))
+        else:
+            yield name, module
 
 
 def _replace(model: nn.Module, fqn: str, module: nn.Module) -> nn.Module:
@@ -197,6 +208,34 @@ class _Surgery:
             if isinstance(module, nn.Sequential | nn.ModuleList) or ghosts != 2 or FusedGhostBottleneck in kinds:
                 continue
             self._settle(fqn, module, functools.partial(self._bottleneck, module))
+
+    def sequences(self) -> None:
+        """Sequentials of fused modules alone, outermost first; 1×1 convs between these are fused for it."""
+        fused: list[str] = []
+        for fqn, module in list(_occurrences(self.model)):
+            if any(fqn.startswith(f"{name}.") for name in fused):
+                continue
+            # the model itself stays the object that it is
+            if fqn and type(module) is nn.Sequential and self.allowed(fqn, module):
+                members = [(f"{fqn}.{name}", m) for name, m in _members(module)]
+                if sum(is_recordable(m) for _, m in members) >= 2 and all(map(self._as_recordable, members)):
+                    for name, m in members:
+                        self.model = _replace(self.model, name, self.swapped.get(m, m))
+                    module = self.swapped.setdefault(module, FusedSequential.of(module))
+                    self.model = _replace(self.model, fqn, module)
+            if isinstance(module, FusedSequential | FusedGhostBottleneck | FusedGhostModule):
+                fused.append(fqn)
+
+    def _as_recordable(self, member: tuple[str, nn.Module]) -> nn.Module | None:
+        """``member``, a module and its name, or its fused twin, if all that it runs is our ops."""
+        fqn, module = member
+        if is_recordable(module):
+            return module
+        if module not in self.swapped and self.allowed(fqn, module):
+            fused = FusedConvNormAct.try_module(module, self.backend)
+            if not isinstance(fused, str):
+                self.swapped[module] = fused
+        return self.swapped.get(module)
 
     def _candidates(self) -> Iterator[tuple[str, nn.Module]]:
         """Innermost first, what is not fused yet; where a module that has been swapped occurs again, it is swapped too."""

@@ -58,6 +58,11 @@ class Run(NamedTuple):
         out = depthwise(x, conv, **settings, stride=half.conv.stride[0])  # type: ignore[arg-type]
         return out if residual is None else out + residual
 
+    def kind(self, root: nn.Module) -> str | None:
+        """Which function computes this in a kernel, whatever the norm's mode: "conv1x1", "depthwise" or none."""
+        half = adopt.read_layers([get(root, path) for path in self.paths])
+        return None if isinstance(half, str) else _kind(half)
+
 
 def _kind(half: adopt.Half) -> str | None:
     """Which function computes ``half`` in a kernel: "conv1x1", "depthwise" or none."""

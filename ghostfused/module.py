@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from . import adopt, backends, training
 from .functional import ghost_module
 from .proof import prove
+from .replay import Replay
 from .spec import Act
 from .twin import make_twin
 
@@ -33,8 +34,8 @@ class FusedGhostModule(nn.Module):
     convolution, BatchNorm and activation, s - 1 ghost maps from each of them by a depthwise convolution, BatchNorm and
     activation; what exceeds ``out_channels`` is dropped.
 
-    Weights, BatchNorms and activations live in ordinary child modules and are read afresh at every call, so whatever is
-    done to them takes effect. Where a child is one that the fused function can't stand for (hooks, parametrizations,
+    Weights, BatchNorms and activations live in ordinary child modules and are read afresh when anything about them has
+    changed, so whatever is done to them takes effect. Where a child is one that the fused function can't stand for (hooks, parametrizations,
     other padding, …), or only one BatchNorm uses batch statistics, forward runs the children themselves: same result,
     more kernels.
 
@@ -132,6 +133,7 @@ class FusedGhostModule(nn.Module):
         self._halves = KEYS[keys]
         self.out_channels = out_channels
         self.backend = backend
+        self._replay = Replay()
         self.add_module(self._halves[0], half("act_primary", primary_conv, act_primary))
         self.add_module(self._halves[1], half("act_cheap", cheap_conv, Act.RELU6 if act_cheap is None else act_cheap))
 
@@ -161,7 +163,12 @@ class FusedGhostModule(nn.Module):
     def from_adopted(cls, module: nn.Module, adopted: adopt.Adopted, backend: str) -> FusedGhostModule | str:
         """As ``from_module``, for what ``adopt.read`` has read; returns how the two differ where that raises."""
         kind, halves = cls, (adopted.primary, adopted.cheap)
-        attributes = {"_halves": halves, "out_channels": adopted.out_channels, "backend": "reference"}
+        attributes = {
+            "_halves": halves,
+            "out_channels": adopted.out_channels,
+            "backend": "reference",
+            "_replay": Replay(),
+        }
         if adopted.attention is not None:
             from .attention import FusedAttentionGhostModule  # it derives from this class
 
@@ -204,6 +211,18 @@ class FusedGhostModule(nn.Module):
         Returns:
             (N, out_channels, H', W'), a fresh tensor.
         """
+        if input_gate is None and residual is None and output_gate is None:
+            return self._replay(self, x, self._run)
+        return self._run(x, input_gate, residual, output_gate)
+
+    def _run(
+        self,
+        x: Tensor,
+        input_gate: Tensor | None = None,
+        residual: Tensor | None = None,
+        output_gate: Tensor | None = None,
+    ) -> Tensor:
+        """As ``forward``, read afresh."""
         halves = self._read()
         if isinstance(halves, str):
             return self._run_children(x, input_gate, residual, output_gate)

@@ -3,7 +3,8 @@
 Per op and kernel backend one forward, ``ghostfused::<op>_<backend>``; the schema is that of the op's tuple of
 arguments. Those of "cuda" and "cpu" are registered by the extensions when they load. One backward per op serves
 all backends; but for Ghost modules each backend that can train has its own, ``backward_<backend>``, and
-``train_forward_<backend>``, with BatchNorm by the batch's statistics.
+``train_forward_<backend>``, with BatchNorm by the batch's statistics. ``program_<backend>`` runs several forwards, for
+inference.
 """
 
 from __future__ import annotations
@@ -14,13 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
-from .spec import Args, DepthwiseArgs, GhostArgs, SqueezeExciteArgs
+from . import program, reference
+from .spec import OPS, Args, GhostArgs
 
 _TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", int: "int", bool: "bool"}
-
-OPS: dict[str, type[Args]] = {"forward": GhostArgs, "depthwise": DepthwiseArgs, "squeeze_excite": SqueezeExciteArgs}
-"""The ops and their arguments."""
 
 BACKENDS = ("cuda", "cpu", "triton", "triton_two_kernel", "reference")
 
@@ -99,6 +97,20 @@ def _define(op: str, kind: type[Args]) -> None:
 
 for _op, _kind in OPS.items():
     _define(_op, _kind)
+
+
+def _define_program(backend: str) -> None:
+    name = f"program_{backend}"
+    arguments = "Tensor x, Tensor[] tensors, int[] code, float[] numbers"
+    _library.define(f"{name}({arguments}) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+    fake = lambda *args: program.run(lambda a: a.new_output(), *args)  # noqa: E731
+    torch.library.register_fake(f"ghostfused::{name}", fake, lib=_library)
+
+
+for _backend in ("cuda", "cpu", "reference"):
+    _define_program(_backend)
+for _key in ("CPU", "CUDA"):
+    _library.impl("program_reference", torch.no_grad()(lambda *args: program.run(reference.run, *args)), _key)
 
 
 STATISTICS = ("primary_mean", "primary_var", "cheap_mean", "cheap_var")

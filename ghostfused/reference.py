@@ -86,8 +86,8 @@ def depthwise(a: DepthwiseArgs) -> Tensor:
 
 def squeeze_excite(a: SqueezeExciteArgs) -> Tensor:
     """The gate of ``a``, shape (N, C)."""
-    hidden = activate(F.linear(a.x.mean((2, 3)), a.reduce_weight, a.reduce_bias), a.act)
-    gate = F.linear(hidden, a.expand_weight, a.expand_bias)
+    hidden = activate(F.linear(a.x.mean((2, 3)), a.reduce_weight.flatten(1), a.reduce_bias), a.act)
+    gate = F.linear(hidden, a.expand_weight.flatten(1), a.expand_bias)
     if a.gate == Gate.SIGMOID:
         return gate.sigmoid()
     return F.hardsigmoid(gate) if a.gate == Gate.HARDSIGMOID else F.relu6(gate)

@@ -168,9 +168,9 @@ class SqueezeExciteArgs(NamedTuple):
     """
 
     x: Tensor  # (N, C, H, W), any strides
-    reduce_weight: Tensor  # (R, C)
+    reduce_weight: Tensor  # (R, C), or of a 1×1 conv: (R, C, 1, 1)
     reduce_bias: Tensor | None  # (R,)
-    expand_weight: Tensor  # (C, R)
+    expand_weight: Tensor  # (C, R), or (C, R, 1, 1)
     expand_bias: Tensor | None  # (C,)
     act: int  # Act, but none with a slope
     gate: int  # Gate
@@ -194,6 +194,9 @@ class SqueezeExciteArgs(NamedTuple):
 
 Args = GhostArgs | DepthwiseArgs | SqueezeExciteArgs
 
+OPS: dict[str, type[Args]] = {"forward": GhostArgs, "depthwise": DepthwiseArgs, "squeeze_excite": SqueezeExciteArgs}
+"""The ops and their arguments."""
+
 
 def _new_output(args: GhostArgs | DepthwiseArgs) -> Tensor:
     x = args.x
@@ -209,7 +212,7 @@ def memory_format(x: Tensor) -> torch.memory_format:
 
 _TENSOR_NAMES: dict[type[Args], list[str]] = {
     args: [name for name, kind in args.__annotations__.items() if kind in (Tensor, Tensor | None)]
-    for args in (GhostArgs, DepthwiseArgs, SqueezeExciteArgs)
+    for args in OPS.values()
 }
 
 

@@ -146,8 +146,12 @@ def _depthwise(args: DepthwiseArgs) -> None:
 
 def _squeeze_excite(args: SqueezeExciteArgs) -> None:
     channels, reduced = args.x.shape[1], args.reduce_weight.shape[0]
-    _shape("reduce_weight", args.reduce_weight, (reduced, channels), "(R, C)")
-    _shape("expand_weight", args.expand_weight, (channels, reduced), "(C, R)")
+    for name, sizes, meaning in (
+        ("reduce_weight", (reduced, channels), "(R, C)"),
+        ("expand_weight", (channels, reduced), "(C, R)"),
+    ):
+        t = getattr(args, name)
+        _shape(name, t[:, :, 0, 0] if t.shape[2:] == (1, 1) else t, sizes, meaning)
     if reduced < 1:
         raise _expect("reduce_weight", "at least one row", tuple(args.reduce_weight.shape))
     for name, size, meaning in (("reduce_bias", reduced, "(R,)"), ("expand_bias", channels, "(C,)")):
@@ -161,5 +165,5 @@ def _squeeze_excite(args: SqueezeExciteArgs) -> None:
 _CHECKS: dict = {
     GhostArgs: (_ghost_module, {"x": 4, "primary_weight": 4, "cheap_weight": 4}),
     DepthwiseArgs: (_depthwise, {"x": 4, "weight": 4}),
-    SqueezeExciteArgs: (_squeeze_excite, {"x": 4, "reduce_weight": 2, "expand_weight": 2}),
+    SqueezeExciteArgs: (_squeeze_excite, {"x": 4}),
 }

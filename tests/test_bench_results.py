@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -143,10 +145,27 @@ def test_speedup_figure_has_a_bar_for_every_module(paper_layers):
 
     figure = figures.speedup(module_rows({"eager": 1.0, "ghostfused_reference": 0.5}, layers=paper_layers), "title")
     axis = figure.axes[0]
-    assert len(axis.patches) == len(paper_layers)
+    assert len(axis.containers) == len(paper_layers)
     assert [t.get_text() for t in axis.get_yticklabels()] == [
         figures.module_label(layer.as_row()) for layer in paper_layers
     ]
+
+
+def test_no_two_peers_look_alike():
+    from bench import figures
+
+    looks = {name: figures.style(name) for name in peers.all_peers() if "_module" not in name}
+    assert len({(look.color, look.marker) for look in looks.values()}) == len(looks)
+    ours = {n: look for n, look in looks.items() if figures.is_ours(n)}
+    assert len({(look.color, look.hatch) for look in ours.values()}) == len(ours)  # as bars
+    others = {look.color for n, look in looks.items() if n not in ours and n != figures.BASELINE}
+    assert not others & {look.color for look in ours.values()}
+    assert set(looks) - set(ours) - {figures.BASELINE} == set(figures.OTHERS)
+
+
+def test_no_speedup_figure_without_the_baseline(paper_layers):
+    rows = module_rows({"onnxruntime": 0.7, "ghostfused_reference": 0.5}, layers=paper_layers[:2])
+    assert not [f[1] for f in report.figures_of(environment(), rows) if f[1].startswith("speedup")]
 
 
 def test_predictions_look_different_and_say_so(paper_layers):
@@ -202,9 +221,9 @@ def test_rates():
 def test_launches_counts_one_op_for_a_fused_module(backend):
     fused = FusedGhostModule(8, 12, backend=backend).eval()
     x = torch.empty(1, 8, 4, 4, device="meta")
-    assert sum(launches.count_ops(Unfused(fused).to("meta"), x).values()) == 7
+    assert len(launches.calls_of(Unfused(fused).to("meta"), x)) == 7
     with launches.as_if_available(backend):
-        ops = launches.count_ops(fused.to("meta"), x)
+        ops = launches.count_ops(launches.calls_of(fused.to("meta"), x))
     assert ops == {f"ghostfused.forward_{backend}": 2 if backend == "triton_two_kernel" else 1}
 
 
@@ -318,3 +337,26 @@ def test_gpu_session_script():
     usage = subprocess.run(["bash", script], capture_output=True, text=True, check=False)
     assert usage.returncode == 2
     assert "compute-sanitizer" in usage.stdout
+
+
+def test_gpu_session_runs_commands_and_tests_that_exist(tmp_path, capsys):
+    script, python = str(ROOT / "bench" / "gpu_session.sh"), "the-python"
+    environment = os.environ | {"DRY_RUN": "1", "PYTHON": python}
+    done = subprocess.run(
+        ["bash", script, str(tmp_path)], capture_output=True, text=True, check=False, env=environment, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    commands = [line.partition(f"{python} -m ")[2].split() for line in done.stdout.splitlines() if python in line]
+    tests = {arguments[-1] for arguments in commands if arguments and arguments[0] == "pytest"}
+    assert all((ROOT / file).is_file() for file in tests)
+    on_gpu = [f for kind in ("cuda", "triton") for f in (ROOT / "tests").glob(f"test_{kind}*.py")]
+    assert {str(f.relative_to(ROOT)) for f in on_gpu} <= tests
+    benchmarks = [arguments[1:] for arguments in commands if arguments and arguments[0] == "bench"]
+    assert {"module", "network", "overhead", "launches", "memory", "report"} <= {each[0] for each in benchmarks}
+    for arguments in benchmarks:
+        with pytest.raises(SystemExit) as stopped:
+            main([*arguments, "--help"])
+        assert stopped.value.code == 0, (arguments, capsys.readouterr().err)
+        for flag, value in itertools.pairwise(arguments):
+            if flag == "--peers":
+                peers.select(value)

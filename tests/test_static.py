@@ -1,7 +1,9 @@
-"""bench.static_cuda: what it counts, and what the plans move, checked against a computation of its own."""
+"""bench.static: what it counts, what the plans move, checked against a computation of its own, and that the committed
+results are those of the present code."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -11,25 +13,35 @@ from typing import Any
 import pytest
 from cuda_runtime import needs_extension
 
-from bench import sass_flow, static_cuda, static_cuda_model
+from bench import launches, sass_flow, static_cuda, static_cuda_kernels, static_cuda_model, static_network
 from bench.sass import tool
+from ghostfused.backends import BACKENDS
+from ghostfused.spec import DepthwiseArgs, GhostArgs, SqueezeExciteArgs
 
 pytestmark = needs_extension
 needs_disassembler = pytest.mark.skipif(
-    static_cuda.nvcc_path() is None or not os.path.exists(tool("cuobjdump")),
+    static_cuda_kernels.nvcc_path() is None or not os.path.exists(tool("cuobjdump")),
     reason="needs nvcc (on PATH or in CUDA_HOME) and the cuobjdump of Triton's package",
 )
 MODULES = static_cuda.modules()
+RESULTS = json.loads(static_cuda.OUTPUT.read_text())
+SYMBOL = "_ZN10ghostfused13ghost_forwardILNS_4PathE0ELi3ELb1EEEvNS_12KernelParamsE"
 
 
 @pytest.fixture(scope="module")
-def sass() -> tuple[str, str]:
-    return static_cuda.compile_sass("sm_90", "float16")
+def sass() -> dict[tuple[str, str], tuple[str, str]]:
+    files = "kernels_float16", "bottleneck_float16"
+    return {("sm_90", file): static_cuda.compile_sass("sm_90", file) for file in files}
+
+
+@pytest.fixture(scope="module")
+def kernels(sass) -> list[dict[str, Any]]:
+    return list(static_cuda.kernel_rows(sass))
 
 
 @pytest.fixture(scope="module")
 def rows(sass) -> list[dict[str, Any]]:
-    return static_cuda.module_rows(sass[0])
+    return static_cuda.module_rows(sass["sm_90", "kernels_float16"][0])
 
 
 def tiles(size: int, tile: int, pad: int, align: int) -> list[set[int]]:
@@ -106,30 +118,34 @@ def test_products_are_at_least_those_of_the_conv(rows):
 
 
 @needs_disassembler
-def test_compiled_kernels_use_no_local_memory(sass):
-    rows = list(static_cuda.kernel_rows({("sm_90", "float16"): sass}))
-    assert sorted(r["kernel"] for r in rows) == sorted(
-        f"float16_{dw}_{layout}" for dw in ("dw3", "dw5", "any") for layout in ("nchw", "nhwc")
-    )
-    for r in rows:
+def test_compiled_kernels_use_no_local_memory(kernels):
+    names = {f"float16_{dw}_{layout}" for dw in ("dw3", "dw5", "any") for layout in ("nchw", "nhwc")}
+    names |= {f"float16_squeeze_{layout}" for layout in ("nchw", "nhwc")} | {"float16_excite"}
+    for w, stride, layout in itertools.product((1, 3, 5, 7), (1, 2), ("nchw", "nhwc")):
+        names.add(f"float16_depthwise_w{w}_s{stride}_{layout}")
+    assert sorted(r["kernel"] for r in kernels) == sorted(names)
+    for r in kernels:
         assert (r["spill_bytes"], r["local"]) == (0, 0)
-        assert r["HMMA"] == 8
-        assert r["LDGSTS.128"] > 0
-        assert r["STG.128"] > 0
         assert r["warps_per_sm"] >= 8
+        if r["kernel"].split("_")[1] in ("dw3", "dw5", "any"):
+            assert r["HMMA"] == 8
+            assert r["LDGSTS.128"] > 0
+            assert r["STG.128"] > 0
 
 
 def planted(*lines: str) -> str:
     body = "\n".join(
         f"        /*{16 * i:04x}*/                   {line} ;    /* 0x0 */" for i, line in enumerate(lines)
     )
-    return f"\t\tFunction : _Zghost_forwardILNS_4PathE0ELi3ELb1EEE\n{body}\n"
+    return f"\t\tFunction : {SYMBOL}\n{body}\n"
 
 
 def test_a_planted_spill_is_caught():
     text = planted("STL.64 [R1], R2", "@P0 LDL R3, [R1+0x8]", "LDS R4, [R5]", "EXIT")
-    usage = " Function _Zghost_forwardILNS_4PathE0ELi3ELb1EEE:\n  REG:80 STACK:16 SHARED:0 LOCAL:0 CONSTANT[0]:9\n"
-    (row,) = static_cuda.kernel_rows({("sm_90", "float16"): (text, usage)})
+    usage = f" Function {SYMBOL}:\n  REG:80 STACK:16 SHARED:1024 LOCAL:0 CONSTANT[0]:9\n"
+    (row,) = static_cuda.kernel_rows({("sm_90", "kernels_float16"): (text, usage)})
+    assert row["kernel"] == "float16_dw3_nhwc"
+    assert row["static_smem"] == 0  # the 1 KB is the system's
     assert row["local"] == 2
     assert row["spill_bytes"] == 16
     assert row["counts"] == {"STL.64": 1, "LDL.32": 1, "LDS.32": 1, "EXIT": 1}
@@ -137,7 +153,18 @@ def test_a_planted_spill_is_caught():
 
 def test_unreadable_usage_is_an_error():
     with pytest.raises(ValueError, match="no resource usage"):
-        list(static_cuda.kernel_rows({("sm_90", "float16"): (planted("EXIT"), "")}))
+        list(static_cuda.kernel_rows({("sm_90", "kernels_float16"): (planted("EXIT"), "")}))
+
+
+def test_a_kernel_that_nobody_listed_has_a_row():
+    text = planted("EXIT")
+    for symbol, name in (
+        ("_ZN10ghostfused8gradientILNS_4PathE1ELi5ELb0EEEvNS_6ParamsE", "bfloat16_gradient_5_0"),
+        ("_Z5otherPf", "_Z5otherPf"),
+    ):
+        usage = f" Function {symbol}:\n  REG:40 STACK:0 SHARED:512 LOCAL:0 CONSTANT[0]:9\n"
+        (row,) = static_cuda.kernel_rows({("sm_80", "any"): (text.replace(SYMBOL, symbol), usage)})
+        assert (row["kernel"], row["registers"], row["smem"], row["threads"]) == (name, 40, 512, "-")
 
 
 def test_other_loops_than_the_sources_are_an_error():
@@ -181,9 +208,72 @@ def test_bank_conflicts():
 
 
 def test_docs_have_the_tables_of_the_results():
-    results = json.loads(static_cuda.OUTPUT.read_text())
-    assert (
-        static_cuda.markdown(results["modules"], results["rounds"]) in (static_cuda.ROOT / "docs/static.md").read_text()
-    )
-    assert not any(r["spill_bytes"] or r["local"] for r in results["kernels"])
-    assert len(results["kernels"]) == 2 * 24
+    text = (static_cuda.ROOT / "docs/static.md").read_text()
+    assert [table for table in static_cuda.markdown(RESULTS) if table not in text] == []
+    assert not any(r["spill_bytes"] or r["local"] for r in RESULTS["kernels"])
+    assert {r["arch"] for r in RESULTS["kernels"]} == set(static_cuda.DEVICES)
+
+
+STALE = (
+    "bench/results/static_cuda.json is not of this code: run python -m bench.static_cuda, and --markdown for the docs"
+)
+
+
+def test_results_have_every_file_of_kernels():
+    assert RESULTS["about"]["sources"] == static_cuda_kernels.SOURCES, STALE
+
+
+def test_results_have_the_present_plans():
+    for r, m in zip(RESULTS["modules"], MODULES * 6, strict=True):
+        assert static_cuda.plan(m, r["batch"], r["layout"] == "nhwc") == r["plan"], (STALE, r["module"])
+
+
+def test_results_have_the_present_launches_of_the_network():
+    assert static_cuda.network_rows(RESULTS["kernels"]) == RESULTS["network"], STALE
+
+
+@needs_disassembler
+def test_results_have_the_present_kernels(sass, kernels, rows):
+    """Of the two files that are compiled here; the others are the same templates."""
+    if RESULTS["about"]["nvcc"] != static_cuda_kernels.nvcc_version():
+        pytest.skip(f"the results were made with {RESULTS['about']['nvcc']}")
+    committed = {r["kernel"]: r for r in RESULTS["kernels"] if r["arch"] == "sm_90"}
+    assert [r for r in kernels if committed.get(r["kernel"]) != r] == [], STALE
+    assert [r for r, old in zip(rows, RESULTS["modules"], strict=True) if r != old] == [], STALE
+    assert static_cuda.round_rows(sass["sm_90", "kernels_float16"][0]) == RESULTS["rounds"], STALE
+
+
+@pytest.mark.parametrize("layout", ["nhwc", "nchw"])
+def test_every_op_of_the_network_has_its_launches_and_bytes(layout):
+    own = [r for r in RESULTS["network"] if r["layout"] == layout]
+    ops = static_network.ops("cuda", 64, "float16", layout)
+    assert sum(r["count"] for r in own) == len(ops)
+    assert sum(isinstance(a, GhostArgs) and a.out_channels > a.init_channels for a in ops) == 32
+    assert {type(a) for a in ops} == {GhostArgs, DepthwiseArgs, SqueezeExciteArgs}
+    for args in ops:
+        (r,) = (r for r in own if r["op"] == static_network.title(args))
+        x, out = args.x.numel() * 2, args.new_output().numel() * 2
+        others = [t for name in ("residual", "input_gate") if (t := getattr(args, name, None)) is not None]
+        assert r["floor_bytes"] == x + out + sum(t.numel() * 2 for t in others)
+        assert r["plan_bytes"] >= r["floor_bytes"]
+        if not isinstance(args, SqueezeExciteArgs):
+            assert r["plan_bytes"] <= static_cuda.GOAL * r["floor_bytes"], r["op"]
+        assert all(layout in kernel or "excite" in kernel for kernel in r["kernel"])
+        assert len(r["kernel"]) == r["launches"]
+
+
+def test_launches_are_those_that_the_command_counts():
+    """bench.launches' count per op is the number of launches in the plans, for every backend on a GPU."""
+    triton = pytest.importorskip("triton")
+    if triton.knobs.runtime.interpret:
+        pytest.skip("the interpreter's launches are not recorded")
+    for backend in ("cuda", "triton", "triton_two_kernel"):
+        for args in static_network.ops(backend, 1, "float16", "nhwc"):
+            name = f"ghostfused.{args.op}_{backend}"
+            if backend == "cuda":
+                made = len(static_network.plan_of(args, backend, "sm_90").launches)
+            else:
+                with static_network.recorded() as launched:
+                    BACKENDS[backend].forward(args)
+                made = len(launched)
+            assert made == launches.kernels(name, args), static_network.title(args)

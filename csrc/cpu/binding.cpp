@@ -3,7 +3,11 @@
 #include <pybind11/pybind11.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
+#include <cstring>
+#include <string>
+
 #include "../arguments.h"
+#include "../program.h"
 #include "kernel.h"
 
 namespace py = pybind11;
@@ -35,7 +39,11 @@ void parallel_for(int64_t count, Body body, void* context) {
   STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, 1, body, context));
 }
 
-Threads torch_threads() { return {static_cast<int>(torch::stable::get_num_threads()), &parallel_for}; }
+thread_local bool whole_images = false;  // other threads are at work on other images
+
+Threads torch_threads() {
+  return {whole_images ? 1 : static_cast<int>(torch::stable::get_num_threads()), &parallel_for};
+}
 
 const Kernels& kernels() {
   const char* error = nullptr;
@@ -72,10 +80,85 @@ Tensor launch(SqueezeExciteParams& p, const Tensor& x) {
   return out;
 }
 
+constexpr auto run_program = &program<&forward<launch>, &depthwise<launch>, &squeeze_excite<launch>>;
+
+// A program on a batch: a few images at a time on each thread, so that what is made of them stays in its core's cache,
+// weights are read once for all of them, and no thread waits for another between two ops.
+constexpr int64_t kImages = 4;
+
+class Batch {
+ public:
+  Batch(Tensor& x, int64_t pieces, const std::vector<Tensor>& tensors, const std::vector<int64_t>& code,
+        const std::vector<double>& numbers)
+      : tensors_(tensors), code_(code), numbers_(numbers), results_(pieces), errors_(pieces) {
+    for (int64_t i = 0, batch = x.size(0); i < pieces; ++i) {
+      const int64_t begin = i * batch / pieces, end = (i + 1) * batch / pieces;
+      pieces_.push_back(torch::stable::narrow(x, 0, begin, end - begin));
+    }
+  }
+
+  Tensor run() {
+    const auto body = [](int64_t begin, int64_t end, void* self) { static_cast<Batch*>(self)->run_pieces(begin, end); };
+    parallel_for(static_cast<int64_t>(pieces_.size()), body, this);
+    for (const std::string& error : errors_) {
+      if (!error.empty()) fail(error);
+    }
+    return joined();
+  }
+
+ private:
+  void run_pieces(int64_t begin, int64_t end) {
+    whole_images = true;
+    for (int64_t i = begin; i < end; ++i) {
+      try {
+        results_[i] = run_program(pieces_[i], tensors_, code_, numbers_);
+      } catch (const std::exception& error) {  // it mustn't leave the thread
+        errors_[i] = error.what();
+      }
+    }
+    whole_images = false;
+  }
+
+  Tensor joined() const {
+    const Tensor& first = results_.front();
+    const auto sizes = first.sizes();
+    int64_t batch = 0;
+    for (const Tensor& t : results_) batch += t.size(0);
+    Tensor4 ignored;
+    Tensor out = sizes.size() == 4 ? new_map(batch, sizes[1], sizes[2], sizes[3], first.scalar_type(),
+                                             is_channels_last(first), &ignored)
+                                   : new_output({batch, sizes[1]}, {sizes[1], 1}, first.scalar_type());
+    char* to = static_cast<char*>(out.data_ptr());
+    for (const Tensor& t : results_) {
+      const int64_t bytes = t.numel() * t.element_size();
+      std::memcpy(to, t.data_ptr(), bytes);
+      to += bytes;
+    }
+    return out;
+  }
+
+  const std::vector<Tensor>& tensors_;
+  const std::vector<int64_t>& code_;
+  const std::vector<double>& numbers_;
+  std::vector<Tensor> pieces_, results_;
+  std::vector<std::string> errors_;
+};
+
+Tensor run_batch(Tensor x, std::vector<Tensor> tensors, std::vector<int64_t> code, std::vector<double> numbers) {
+  if (x.dim() == 4) {
+    const int64_t batch = x.size(0), threads = torch_threads().count;
+    // as many for each thread
+    const int64_t pieces = (batch + kImages * threads - 1) / (kImages * threads) * threads;
+    if (pieces > 1 && pieces <= batch) return Batch(x, pieces, tensors, code, numbers).run();
+  }
+  return run_program(std::move(x), std::move(tensors), std::move(code), std::move(numbers));
+}
+
 STABLE_TORCH_LIBRARY_IMPL(ghostfused, CPU, m) {
   m.impl("forward_cpu", TORCH_BOX(&GhostOp<Tensor>::run<launch>));
   m.impl("depthwise_cpu", TORCH_BOX(&depthwise<launch>));
   m.impl("squeeze_excite_cpu", TORCH_BOX(&squeeze_excite<launch>));
+  m.impl("program_cpu", TORCH_BOX(&run_batch));
 }
 
 py::dict build_info() {
