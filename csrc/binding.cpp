@@ -147,7 +147,8 @@ STABLE_TORCH_LIBRARY_IMPL(ghostfused, CUDA, m) {
   m.impl("forward_cuda", TORCH_BOX(&GhostOp<Tensor>::run<launch>));
   m.impl("depthwise_cuda", TORCH_BOX(&depthwise<launch>));
   m.impl("squeeze_excite_cuda", TORCH_BOX(&squeeze_excite<launch>));
-  m.impl("program_cuda", TORCH_BOX((&program<&forward<launch>, &depthwise<launch>, &squeeze_excite<launch>>)));
+  m.impl("program_cuda",
+         TORCH_BOX((&program<&GhostOp<Tensor>::run<launch>, &depthwise<launch>, &squeeze_excite<launch>>)));
 }
 
 py::dict build_info() {

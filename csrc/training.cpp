@@ -69,8 +69,9 @@ TrainingPlan plan_training(TrainingStep step, const TrainingParams& params, int 
   const int64_t channels = cheap ? int64_t{s.init_channels} * (s.ratio - 1) : s.init_channels;
   const int vector = cell_channels(elementwise ? 0 : s.dw_size, s.channels_last, element_size(s.path));
   TrainingPlan p{};
-  p.image_groups = static_cast<int>(ceil_div(s.width, kCellColumns));
-  p.cells = int64_t{s.batch} * s.height * p.image_groups;
+  p.row_groups = static_cast<int>(ceil_div(s.width, kCellColumns));
+  p.image_cells = static_cast<int>(int64_t{s.height} * p.row_groups);  // launch_training refuses what overflows
+  p.cells = int64_t{s.batch} * s.height * p.row_groups;
   if (s.channels_last) {
     p.block_c = static_cast<int>(ceil_div(ceil_div(channels, ceil_div(channels, kMaxBlockChannels)), vector) * vector);
   } else {  // planes side by side, if one has too few cells for a block
@@ -96,7 +97,7 @@ TrainingPlan plan_training(TrainingStep step, const TrainingParams& params, int 
 
 const char* launch_training(TrainingStep step, TrainingParams& p, void* stream) {
   const GhostShape& s = p.args.shape;
-  if (int64_t{s.height} * p.plan.image_groups > INT32_MAX / 2) return kManyPixels;
+  if (int64_t{s.height} * p.plan.row_groups > INT32_MAX / 2) return kManyPixels;
   if (!narrow(p.args.residual, &p.residual) || !narrow(p.args.output_gate, &p.output_gate)) {
     return "a stride within an image is beyond 2^31 elements";
   }

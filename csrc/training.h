@@ -20,8 +20,8 @@ constexpr int cell_channels(int dw_size, bool channels_last, int element_size) {
 // A block has block_c channels and a row: consecutive cells, of one image or several.
 struct TrainingPlan {
   int block_c, channel_blocks;
-  int passes;        // of primary_backward: pass r makes the weights' gradient of each primary channel's r-th cheap one
-  int image_groups;  // cells in a row of pixels
+  int passes;  // of primary_backward: pass r makes the weights' gradient of each primary channel's r-th cheap one
+  int row_groups, image_cells;  // cells in a row of pixels, in an image
   int rows;
   int64_t cells, row_cells;  // of all images, of a row of the grid
   bool vector;               // cells are loaded and stored as vectors

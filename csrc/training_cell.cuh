@@ -31,7 +31,7 @@ struct BlockShare {
 template <typename F>
 __device__ __forceinline__ void for_each_cell(const TrainingParams& p, const BlockShare& t, int row, F f) {
   if (t.idle()) return;
-  const uint32_t groups = p.plan.image_groups, per_image = p.args.shape.height * groups;
+  const uint32_t groups = p.plan.row_groups, per_image = p.plan.image_cells;
   const int64_t first = row * p.plan.row_cells + t.position, end = min((row + 1) * p.plan.row_cells, p.plan.cells);
   int n = static_cast<int>(first / per_image);
   uint32_t i = static_cast<uint32_t>(first % per_image);

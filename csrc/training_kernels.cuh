@@ -272,6 +272,7 @@ __global__ void __launch_bounds__(kTrainingThreads, kD == 7 || (kD == 5 && kChan
   __shared__ float scratch[kScratchFloats], weights[kTaps * kMaxBlockChannels];
   __shared__ Table<Half<kV>, kV> halves;
   __shared__ Table<NormBackward<kV>, kV> norms;
+  __shared__ float norm_sums[3 * kV][kTrainingThreads];  // the registers are for the weights' sums
   const GhostShape& s = p.args.shape;
   const Work<kV, kChannelsLast> t(p.plan);
   const int per_primary = p.maps.dz2 == nullptr ? 0 : s.ratio - 1, all = s.init_channels * per_primary;
@@ -297,7 +298,9 @@ __global__ void __launch_bounds__(kTrainingThreads, kD == 7 || (kD == 5 && kChan
   __syncthreads();
   const float* own_weights = weights + t.share.lane * kV;
 
-  float sums[(3 + kTaps) * kV] = {};
+  float weight_sums[kTaps * kV] = {};
+#pragma unroll
+  for (int i = 0; i < 3 * kV; ++i) norm_sums[i][threadIdx.x] = 0.f;
   if (c.kept[0]) {
     for_each_cell(p, t.share, t.row, [&](const Cell& cell) {
       float y1[kCount], x1[kCount], dx[kCount] = {};
@@ -356,7 +359,7 @@ __global__ void __launch_bounds__(kTrainingThreads, kD == 7 || (kD == 5 && kChan
           }
           if (weight && own) {
             for_each_pair([&](int from, int to, int kw, int e) {
-              float& sum = sums[(3 + kh * kD + kw) * kV + e];
+              float& sum = weight_sums[(kh * kD + kw) * kV + e];
               sum = fmaf(dy[from], x1[to], sum);
             });
           }
@@ -371,7 +374,12 @@ __global__ void __launch_bounds__(kTrainingThreads, kD == 7 || (kD == 5 && kChan
 #pragma unroll
       for (int i = 0; i < kCount; ++i) dz[i] = dx[i] = i / kV < cell.columns ? dx[i] + grad[i] : 0.f;
       primary.template activate_backward<T>(dz, z, p.args.primary.act);
-      if (p.sums != nullptr) add_norm_sums<kV>(sums, primary, dz, y1, dx, z);
+      if (p.sums != nullptr) {
+        float of_cell[3 * kV] = {};
+        add_norm_sums<kV>(of_cell, primary, dz, y1, dx, z);
+#pragma unroll
+        for (int i = 0; i < 3 * kV; ++i) norm_sums[i][threadIdx.x] += of_cell[i];
+      }
       if (!p.batch_statistics) {
 #pragma unroll
         for (int i = 0; i < kCount; ++i) dz[i] *= primary.scale[i % kV];
@@ -380,6 +388,9 @@ __global__ void __launch_bounds__(kTrainingThreads, kD == 7 || (kD == 5 && kChan
     });
   }
   if (p.sums == nullptr && !weight) return;
+  float sums[(3 + kTaps) * kV];
+#pragma unroll
+  for (int i = 0; i < (3 + kTaps) * kV; ++i) sums[i] = i < 3 * kV ? norm_sums[i][threadIdx.x] : weight_sums[i - 3 * kV];
   unsigned* counter = p.counters + t.pass * p.plan.channel_blocks + t.block;
   finish_sums<3 + kTaps, kV>(sums, p, c, s.init_channels, t.share, t.pass, t.row, counter, scratch,
                              [&](int value, int e, float sum) {

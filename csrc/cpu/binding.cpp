@@ -80,7 +80,7 @@ Tensor launch(SqueezeExciteParams& p, const Tensor& x) {
   return out;
 }
 
-constexpr auto run_program = &program<&forward<launch>, &depthwise<launch>, &squeeze_excite<launch>>;
+constexpr auto run_program = &program<&GhostOp<Tensor>::run<launch>, &depthwise<launch>, &squeeze_excite<launch>>;
 
 // A program on a batch: a few images at a time on each thread, so that what is made of them stays in its core's cache,
 // weights are read once for all of them, and no thread waits for another between two ops.
