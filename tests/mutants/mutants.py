@@ -253,14 +253,14 @@ MUTANTS = [
     # training
     Mutant(
         "the transposed conv isn't mirrored",
-        "training_kernels.cuh",
+        "training_backward.cuh",
         "const int h = cell.h + kPad - kh;",
         "const int h = cell.h - kPad + kh;",
         TRAINING,
     ),
     Mutant(
         "the padding of dy2 is what the norm's backward makes of zeros",
-        "training_kernels.cuh",
+        "training_backward.cuh",
         "if (cell.w - kPad + i >= 0 && cell.w - kPad + i < s.width) continue;",
         "continue;",
         TRAINING,
