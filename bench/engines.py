@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
@@ -130,7 +131,11 @@ class OpenVino(Engine):
         if self.precision == "float32":
             settings["INFERENCE_PRECISION_HINT"] = "f32"
         core = ov.Core()
-        compiled = core.compile_model(core.read_model(to_onnx(module, x)), "CPU", settings)
+        # In a thread of its own: OpenVINO puts another signal stack in place of the calling thread's, and where two models
+        # are freed in the order of their making, one that is gone: the next signal (a child's end) kills the process.
+        with ThreadPoolExecutor(1) as thread:
+            model = core.read_model(to_onnx(module, x))
+            compiled = thread.submit(core.compile_model, model, "CPU", settings).result()
         chosen = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
         self.computes_in = {"bf16": torch.bfloat16, "f16": torch.float16}.get(chosen)
         request = compiled.create_infer_request()

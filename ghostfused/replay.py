@@ -49,16 +49,21 @@ def unrecorded() -> contextlib.AbstractContextManager[None]:
 
 
 class _Recording:
-    """One module's program, and what it holds for."""
+    """One module's program, and what it holds for.
+
+    It belongs to the module and must not own it in turn: the memory of a model that is deleted should be free at once,
+    not when Python next looks for cycles. So the module itself and its own dictionary aren't kept.
+    """
 
     def __init__(self, module: nn.Module, x: Tensor, calls: list[tuple[str, Args, Tensor]], out: Tensor):
         modules = list(module.modules())
         self.place = x.dtype, x.device
-        self.modules, self.kinds = modules, list(map(type, modules))
+        self.kind, self.attributes = type(module), _attributes(module)
+        self.modules, self.kinds = modules[1:], list(map(type, modules[1:]))
         # the dictionaries in which modules keep all that they are; most are empty, and looked at faster
-        states: list[dict] = []
+        states: list[dict] = [m.__dict__ for m in modules[1:]]
         for m in modules:
-            states += m.__dict__, m._parameters, m._buffers, m._modules, m._forward_hooks, m._forward_pre_hooks  # type: ignore[arg-type]
+            states += m._parameters, m._buffers, m._modules, m._forward_hooks, m._forward_pre_hooks  # type: ignore[arg-type]
         self.empty, self.states = [d for d in states if not d], [d for d in states if d]
         self.seen = [d.copy() for d in self.states]
         self.op: Callable[..., Tensor]
@@ -70,14 +75,25 @@ class _Recording:
             self.program = program.encode([(args, result) for _, args, result in calls], x, tensors)
             self.op = ops.forward_op(names.pop(), "program")
 
-    def holds(self, x: Tensor) -> bool:
+    def holds(self, module: nn.Module, x: Tensor) -> bool:
         """Whether everything is as it was."""
-        if self.place != (x.dtype, x.device):
+        if self.place != (x.dtype, x.device) or type(module) is not self.kind:
             return False
         try:  # identical entries are equal, so the comparison goes on to ``==`` only for what has changed
-            return not any(self.empty) and self.states == self.seen and list(map(type, self.modules)) == self.kinds
+            return (
+                not any(self.empty)
+                and self.states == self.seen
+                and list(map(type, self.modules)) == self.kinds
+                and _attributes(module) == self.attributes
+            )
         except Exception:  # two tensors, say, whose ``==`` is no bool
             return False
+
+
+def _attributes(module: nn.Module) -> dict:
+    attributes = module.__dict__.copy()
+    del attributes["_replay"]
+    return attributes
 
 
 def _may_replay(x: Tensor) -> bool:
@@ -107,7 +123,7 @@ class Replay:
         if not _may_replay(x):
             return forward(x)
         known = self._recording
-        if known is not None and known.holds(x):
+        if known is not None and known.holds(module, x):
             if known.program is None:
                 return forward(x)
             try:

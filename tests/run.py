@@ -16,7 +16,7 @@ from pathlib import Path
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
-PYTEST = [sys.executable, "-m", "pytest", "-rs", "-p", "no:cacheprovider"]
+PYTEST = [sys.executable, "-m", "pytest", "-rfEs", "-p", "no:cacheprovider"]
 INTERPRETED = [
     "tests/test_triton.py",
     "tests/test_triton_bottleneck.py",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -179,3 +181,20 @@ def test_tie_rule(base, other, expected):
     assert verdict(of(base), of(other)) == expected
     mirrored = {"faster": "slower", "slower": "faster", "tie": "tie"}
     assert verdict(of(other), of(base)) == mirrored[expected]
+
+
+_FREED_IN_ORDER = """
+import faulthandler, signal, subprocess, sys, torch
+from bench.engines import OpenVino
+faulthandler.enable()  # signals arrive on a stack of their own
+signal.signal(signal.SIGCHLD, lambda *_: None)
+models = [OpenVino("float32").prepare(torch.nn.Conv2d(2, 3, 1).eval(), torch.randn(1, 2, 4, 4)) for _ in range(2)]
+del models[0]
+del models[0]
+subprocess.run([sys.executable, "-c", ""], check=True, timeout=60)
+"""
+
+
+def test_openvino_leaves_the_signal_stack_alone():
+    pytest.importorskip("openvino"), pytest.importorskip("onnx")
+    subprocess.run([sys.executable, "-c", _FREED_IN_ORDER], check=True, timeout=300, cwd=ROOT)

@@ -1,7 +1,9 @@
 """What a fused module ran is replayed as one op: the same bits, and only while nothing about the module has changed."""
 
 import copy
+import gc
 import pickle
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import networks
@@ -233,6 +235,22 @@ def test_copies_and_pickles_remember_nothing():
             next(other.parameters()).mul_(3)
             assert not torch.equal(other(x), expected)
     assert torch.equal(module(x).detach(), expected)
+
+
+def test_a_deleted_model_is_gone_at_once():
+    module, x = bottlenecks(), torch.randn(1, 6, 9, 8)
+    with torch.no_grad():
+        for _ in range(2):
+            module(x)
+    assert replays(module[0], x)
+    weights = [weakref.ref(p) for p in module.parameters()]
+    gc.collect()
+    gc.disable()  # no search for cycles: there are none
+    try:
+        del module
+        assert not [ref for ref in weights if ref() is not None]
+    finally:
+        gc.enable()
 
 
 def test_threads_share_a_module():

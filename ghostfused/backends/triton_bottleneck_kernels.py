@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from ..spec import Gate
-from .triton_kernels import NAN, _activate, _multiple, _offset, _pixel_offset, _scale_shift, _wide
+from .triton_kernels import NAN, _activate, _multiple, _offset, _pixel_offset, _round, _scale_shift, _wide
 
 SIGMOID = tl.constexpr(int(Gate.SIGMOID))
 HARDSIGMOID = tl.constexpr(int(Gate.HARDSIGMOID))
@@ -96,7 +96,7 @@ def depthwise_kernel(
     act = (slope_ptr, slope_stride, negative_slope)
     y = _activate(acc * scale[None, :] + shift[None, :], c, c_mask, act, ACT)
     out = out_ptr + image * OHW * C + _offset(p, c, OHW, C, NHWC)
-    tl.store(out, y.to(out_ptr.dtype.element_ty), mask=p_mask[:, None] & c_mask[None, :])
+    tl.store(out, _round(y, out_ptr.dtype.element_ty), mask=p_mask[:, None] & c_mask[None, :])
 
 
 SQUEEZE_SCALARS = "N H W C R chunk x_sn x_sc x_sh x_sw".split()  # noqa: SIM905
@@ -184,4 +184,4 @@ def excite_kernel(
     else:
         y = tl.minimum(tl.maximum(acc, 0.0, NAN), 6.0, NAN)
     out = out_ptr + (n.to(tl.int64) * C)[:, None] + c[None, :]
-    tl.store(out, y.to(out_ptr.dtype.element_ty), mask=n_mask[:, None] & c_mask[None, :])
+    tl.store(out, _round(y, out_ptr.dtype.element_ty), mask=n_mask[:, None] & c_mask[None, :])
