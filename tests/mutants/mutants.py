@@ -266,11 +266,12 @@ MUTANTS = [
         TRAINING,
     ),
     Mutant(
-        "the last block to arrive doesn't wait for the threads of its own",
+        "no barrier between the steps of a block's sum",
         "reduce.cuh",
-        "  __syncthreads();  // all of this block's threads have written\n",
-        "",
+        "      __syncthreads();\n      if (t.position < apart",
+        "      if (t.position < apart",
         TRAINING,
+        "desc",
     ),
     Mutant(
         "rows of partial statistics count alike, whatever their length",
