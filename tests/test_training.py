@@ -1,5 +1,5 @@
 """Training with the batch's statistics and with stored ones: the ops and the Function on the reference's kernels, and what
-modules make of them. The Triton kernels are in test_triton_training.py."""
+modules make of them. The kernels of CUDA and Triton are in test_training_kernels.py."""
 
 import copy
 import dataclasses
