@@ -141,8 +141,8 @@ step_tests() {
     note "tests: skipped, pytest or hypothesis can't be imported here; the step verify checks the same kernels"
     return
   fi
-  for file in cuda cuda_bottleneck cuda_plan cuda_training triton triton_bottleneck triton_training replay fuse_export \
-    training_with_torch static triton_compiled triton_bottleneck_compiled; do
+  for file in cuda cuda_bottleneck cuda_plan cuda_training training_kernels triton triton_bottleneck triton_training \
+    replay fuse_export training_with_torch static triton_compiled triton_bottleneck_compiled triton_training_compiled; do
     [[ ! -f tests/test_$file.py ]] || run "test_$file" 180 "$PYTHON" -m pytest -q -rs --maxfail=20 \
       -p no:cacheprovider "${cut[@]}" "tests/test_$file.py"
   done

@@ -133,80 +133,85 @@ class Checker {
   const int32_t device;
 };
 
-// The forward op: its arguments are ghostfused/spec.py's GhostArgs, in order. ``launch`` makes the output.
-template <Tensor (*launch)(GhostForwardParams& params, const Tensor& x)>
-Tensor forward(Tensor x, Tensor primary_weight, OptionalTensor primary_bias, OptionalTensor primary_mean,
-               OptionalTensor primary_var, OptionalTensor primary_gamma, OptionalTensor primary_beta,
-               OptionalTensor primary_slope, Tensor cheap_weight, OptionalTensor cheap_bias, OptionalTensor cheap_mean,
-               OptionalTensor cheap_var, OptionalTensor cheap_gamma, OptionalTensor cheap_beta,
-               OptionalTensor cheap_slope, OptionalTensor input_gate, OptionalTensor residual,
-               OptionalTensor output_gate, double primary_eps, int64_t primary_act, double primary_negative_slope,
-               double cheap_eps, int64_t cheap_act, double cheap_negative_slope, int64_t out_channels, int64_t stride,
-               int64_t dilation, int64_t groups, bool allow_tf32) {
-  for (const auto& [name, t] :
-       {std::pair{"x", &x}, {"primary_weight", &primary_weight}, {"cheap_weight", &cheap_weight}}) {
-    if (t->dim() != 4) fail(name, ": expected 4 dimensions, got ", t->dim());
-  }
-  const Checker checker(x);
-  GhostForwardParams a{};
-  GhostShape& s = a.shape;
-  s.path = path_of(checker.dtype, allow_tf32);
-  const auto x_sizes = x.sizes();
-  const int64_t batch = x_sizes[0], cin = x_sizes[1], height = x_sizes[2], width = x_sizes[3];
-  const int64_t cp = primary_weight.size(0), new_channels = cheap_weight.size(0), d = cheap_weight.size(2);
-  if (stride != 1 || groups != 1) fail("stride, groups: the kernel takes 1 and 1, got ", stride, " and ", groups);
-  if (cin < 1 || height < 1 || width < 1) fail("x: expected at least one channel, row and column");
-  if (cp < 1) fail("primary_weight: expected at least one output channel");
-  checker.check({"", "primary_weight"}, primary_weight, {cp, cin, 1, 1});
-  if (new_channels < cp || new_channels % cp != 0) {
-    fail("cheap_weight: expected a multiple of init_channels = ", cp, " channels, got ", new_channels);
-  }
-  if (d != 1 && d != 3 && d != 5 && d != 7) fail("cheap_weight: the kernel takes 1×1, 3×3, 5×5 and 7×7, got ", d);
-  checker.check({"", "cheap_weight"}, cheap_weight, {new_channels, 1, d, d});
-  if (out_channels < cp || out_channels > cp + new_channels) {
-    fail("out_channels: expected ", cp, " … ", cp + new_channels, ", got ", out_channels);
-  }
-
-  s.batch = size32("x", batch);
-  s.in_channels = size32("x", cin);
-  s.height = size32("x", height);
-  s.width = size32("x", width);
-  s.init_channels = size32("primary_weight", cp);
-  s.out_channels = size32("out_channels", out_channels);
-  s.ratio = size32("cheap_weight", new_channels / cp + 1);
-  s.dw_size = static_cast<int>(d);
-  s.input_gate = input_gate.has_value();
-
-  a.x = checker.tensor4("x", x, {batch, cin, height, width});
-  a.residual = checker.tensor4("residual", residual, {batch, out_channels, height, width});
-  if (output_gate) {
-    if (output_gate->dim() != 4 || output_gate->size(2) < 1 || output_gate->size(3) < 1) {
-      fail("output_gate: expected shape (N, out_channels, Hg, Wg)");
+// An op of Ghost modules: its arguments are ghostfused/spec.py's GhostArgs, in order, and then some of its own.
+// ``launch`` gets them once they are checked, and makes the output.
+template <typename Result, typename... Extra>
+struct GhostOp {
+  template <Result (*launch)(GhostForwardParams& params, const Tensor& x, Extra... extra)>
+  static Result run(Tensor x, Tensor primary_weight, OptionalTensor primary_bias, OptionalTensor primary_mean,
+                    OptionalTensor primary_var, OptionalTensor primary_gamma, OptionalTensor primary_beta,
+                    OptionalTensor primary_slope, Tensor cheap_weight, OptionalTensor cheap_bias,
+                    OptionalTensor cheap_mean, OptionalTensor cheap_var, OptionalTensor cheap_gamma,
+                    OptionalTensor cheap_beta, OptionalTensor cheap_slope, OptionalTensor input_gate,
+                    OptionalTensor residual, OptionalTensor output_gate, double primary_eps, int64_t primary_act,
+                    double primary_negative_slope, double cheap_eps, int64_t cheap_act, double cheap_negative_slope,
+                    int64_t out_channels, int64_t stride, int64_t dilation, int64_t groups, bool allow_tf32,
+                    Extra... extra) {
+    for (const auto& [name, t] :
+         {std::pair{"x", &x}, {"primary_weight", &primary_weight}, {"cheap_weight", &cheap_weight}}) {
+      if (t->dim() != 4) fail(name, ": expected 4 dimensions, got ", t->dim());
     }
-    a.gate_height = size32("output_gate", output_gate->size(2));
-    a.gate_width = size32("output_gate", output_gate->size(3));
-    a.output_gate = checker.tensor4("output_gate", output_gate, {batch, out_channels, a.gate_height, a.gate_width});
+    const Checker checker(x);
+    GhostForwardParams a{};
+    GhostShape& s = a.shape;
+    s.path = path_of(checker.dtype, allow_tf32);
+    const auto x_sizes = x.sizes();
+    const int64_t batch = x_sizes[0], cin = x_sizes[1], height = x_sizes[2], width = x_sizes[3];
+    const int64_t cp = primary_weight.size(0), new_channels = cheap_weight.size(0), d = cheap_weight.size(2);
+    if (stride != 1 || groups != 1) fail("stride, groups: the kernel takes 1 and 1, got ", stride, " and ", groups);
+    if (cin < 1 || height < 1 || width < 1) fail("x: expected at least one channel, row and column");
+    if (cp < 1) fail("primary_weight: expected at least one output channel");
+    checker.check({"", "primary_weight"}, primary_weight, {cp, cin, 1, 1});
+    if (new_channels < cp || new_channels % cp != 0) {
+      fail("cheap_weight: expected a multiple of init_channels = ", cp, " channels, got ", new_channels);
+    }
+    if (d != 1 && d != 3 && d != 5 && d != 7) fail("cheap_weight: the kernel takes 1×1, 3×3, 5×5 and 7×7, got ", d);
+    checker.check({"", "cheap_weight"}, cheap_weight, {new_channels, 1, d, d});
+    if (out_channels < cp || out_channels > cp + new_channels) {
+      fail("out_channels: expected ", cp, " … ", cp + new_channels, ", got ", out_channels);
+    }
+
+    s.batch = size32("x", batch);
+    s.in_channels = size32("x", cin);
+    s.height = size32("x", height);
+    s.width = size32("x", width);
+    s.init_channels = size32("primary_weight", cp);
+    s.out_channels = size32("out_channels", out_channels);
+    s.ratio = size32("cheap_weight", new_channels / cp + 1);
+    s.dw_size = static_cast<int>(d);
+    s.input_gate = input_gate.has_value();
+
+    a.x = checker.tensor4("x", x, {batch, cin, height, width});
+    a.residual = checker.tensor4("residual", residual, {batch, out_channels, height, width});
+    if (output_gate) {
+      if (output_gate->dim() != 4 || output_gate->size(2) < 1 || output_gate->size(3) < 1) {
+        fail("output_gate: expected shape (N, out_channels, Hg, Wg)");
+      }
+      a.gate_height = size32("output_gate", output_gate->size(2));
+      a.gate_width = size32("output_gate", output_gate->size(3));
+      a.output_gate = checker.tensor4("output_gate", output_gate, {batch, out_channels, a.gate_height, a.gate_width});
+    }
+    if (input_gate) {
+      checker.check({"", "input_gate"}, *input_gate, {batch, cin});
+      a.input_gate = input_gate->data_ptr();
+      a.input_gate_stride_n = input_gate->stride(0);
+      a.input_gate_stride_c = input_gate->stride(1);
+    }
+    a.primary_weight = primary_weight.data_ptr();
+    a.primary_weight_stride_n = primary_weight.stride(0);
+    a.primary_weight_stride_k = cin == 1 ? 1 : primary_weight.stride(1);
+    a.cheap_weight = cheap_weight.data_ptr();
+    const auto cheap_strides = cheap_weight.strides();
+    a.cheap_weight_stride_c = cheap_strides[0];
+    a.cheap_weight_stride_h = cheap_strides[2];
+    a.cheap_weight_stride_w = cheap_strides[3];
+    a.primary = checker.norm_act("primary_", cp, primary_bias, primary_mean, primary_var, primary_gamma, primary_beta,
+                                 primary_slope, primary_eps, primary_act, primary_negative_slope);
+    a.cheap = checker.norm_act("cheap_", new_channels, cheap_bias, cheap_mean, cheap_var, cheap_gamma, cheap_beta,
+                               cheap_slope, cheap_eps, cheap_act, cheap_negative_slope);
+    return launch(a, x, extra...);
   }
-  if (input_gate) {
-    checker.check({"", "input_gate"}, *input_gate, {batch, cin});
-    a.input_gate = input_gate->data_ptr();
-    a.input_gate_stride_n = input_gate->stride(0);
-    a.input_gate_stride_c = input_gate->stride(1);
-  }
-  a.primary_weight = primary_weight.data_ptr();
-  a.primary_weight_stride_n = primary_weight.stride(0);
-  a.primary_weight_stride_k = cin == 1 ? 1 : primary_weight.stride(1);
-  a.cheap_weight = cheap_weight.data_ptr();
-  const auto cheap_strides = cheap_weight.strides();
-  a.cheap_weight_stride_c = cheap_strides[0];
-  a.cheap_weight_stride_h = cheap_strides[2];
-  a.cheap_weight_stride_w = cheap_strides[3];
-  a.primary = checker.norm_act("primary_", cp, primary_bias, primary_mean, primary_var, primary_gamma, primary_beta,
-                               primary_slope, primary_eps, primary_act, primary_negative_slope);
-  a.cheap = checker.norm_act("cheap_", new_channels, cheap_bias, cheap_mean, cheap_var, cheap_gamma, cheap_beta,
-                             cheap_slope, cheap_eps, cheap_act, cheap_negative_slope);
-  return launch(a, x);
-}
+};
 
 // The depthwise op: its arguments are DepthwiseArgs, in order.
 template <Tensor (*launch)(DepthwiseParams& params, const Tensor& x)>

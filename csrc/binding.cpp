@@ -1,5 +1,7 @@
 // The Torch side: the output, the stream, the op's registration (stable ABI, so that one build serves
 // torch 2.11 and later), and the pybind11 module for plain-data queries.
+#include "binding.h"
+
 #include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -9,7 +11,6 @@
 #include <string>
 #include <unordered_map>
 
-#include "arguments.h"
 #include "bottleneck.h"
 #include "program.h"
 
@@ -18,12 +19,22 @@ namespace py = pybind11;
 namespace ghostfused {
 namespace {
 
-struct Device {
-  int sm_count, smem_per_block, smem_per_sm;
-};
-
 // What plans are made for instead of the real device, for tests; sm_count 0: nothing.
 Device pretended_device{};
+
+struct ShapeHash {
+  size_t operator()(const GhostShape& s) const {
+    size_t h = 0;
+    for (const int v :
+         {static_cast<int>(s.path), int{s.channels_last}, int{s.input_gate}, s.batch, s.in_channels, s.height, s.width,
+          s.init_channels, s.out_channels, s.ratio, s.dw_size, s.sm_count, s.smem_per_block}) {
+      h = h * 1000003 + static_cast<size_t>(v);
+    }
+    return h;
+  }
+};
+
+}  // namespace
 
 // Of the current device; asked once per device.
 const Device& current_device(int32_t index) {
@@ -42,25 +53,6 @@ const Device& current_device(int32_t index) {
   return known.emplace(index, d).first->second;
 }
 
-// A module whose ghosts are all cut off is a 1×1 conv: no halo, whatever the size of the depthwise conv.
-void drop_unused_ghosts(GhostShape& s) {
-  if (s.out_channels > s.init_channels) return;
-  s.ratio = 2;
-  s.dw_size = 1;
-}
-
-struct ShapeHash {
-  size_t operator()(const GhostShape& s) const {
-    size_t h = 0;
-    for (const int v :
-         {static_cast<int>(s.path), int{s.channels_last}, int{s.input_gate}, s.batch, s.in_channels, s.height, s.width,
-          s.init_channels, s.out_channels, s.ratio, s.dw_size, s.sm_count, s.smem_per_block}) {
-      h = h * 1000003 + static_cast<size_t>(v);
-    }
-    return h;
-  }
-};
-
 // plan_forward takes about a millisecond, so its answers are kept; per thread, so that nothing needs a lock.
 const LaunchPlan& cached_plan(const GhostShape& shape) {
   thread_local std::unordered_map<GhostShape, LaunchPlan, ShapeHash> plans;
@@ -70,7 +62,7 @@ const LaunchPlan& cached_plan(const GhostShape& shape) {
   return plans.emplace(shape, plan_forward(shape)).first->second;
 }
 
-Tensor new_output(std::initializer_list<int64_t> sizes, ScalarType dtype, int32_t device, bool channels_last = false) {
+Tensor new_output(std::initializer_list<int64_t> sizes, ScalarType dtype, int32_t device, bool channels_last) {
   return torch::stable::empty(
       {sizes.begin(), sizes.size()}, dtype, std::nullopt,
       torch::stable::Device(torch::stable::DeviceType::CUDA, device), std::nullopt,
@@ -90,6 +82,22 @@ int32_t cuda_device(const Tensor& x) {
   return x.get_device_index();
 }
 
+void describe(GhostShape& s, const Device& device, bool channels_last) {
+  s.channels_last = channels_last || s.height * s.width == 1;  // one pixel is both, and K is what is contiguous
+  s.sm_count = device.sm_count;
+  s.smem_per_block = device.smem_per_block;
+  s.smem_per_sm = device.smem_per_sm;
+}
+
+namespace {
+
+// A module whose ghosts are all cut off is a 1×1 conv: no halo, whatever the size of the depthwise conv.
+void drop_unused_ghosts(GhostShape& s) {
+  if (s.out_channels > s.init_channels) return;
+  s.ratio = 2;
+  s.dw_size = 1;
+}
+
 Tensor launch(GhostForwardParams& a, const Tensor& x) {
   const int32_t index = cuda_device(x);
   GhostShape& s = a.shape;
@@ -99,12 +107,7 @@ Tensor launch(GhostForwardParams& a, const Tensor& x) {
   Tensor out = new_output({s.batch, s.out_channels, s.height, s.width}, x.scalar_type(), index, channels_last);
   if (s.batch == 0) return out;
   a.out = map_of(out);
-  s.channels_last = channels_last || s.height * s.width == 1;  // one pixel is both, and K is what is contiguous
-
-  const Device& device = current_device(index);
-  s.sm_count = device.sm_count;
-  s.smem_per_block = device.smem_per_block;
-  s.smem_per_sm = device.smem_per_sm;
+  describe(s, current_device(index), channels_last);
   if (const char* error = launch_forward(a, cached_plan(s), current_stream(index))) {
     fail("ghostfused forward_cuda: ", error);
   }
@@ -141,10 +144,11 @@ Tensor launch(SqueezeExciteParams& a, const Tensor& x) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ghostfused, CUDA, m) {
-  m.impl("forward_cuda", TORCH_BOX(&forward<launch>));
+  m.impl("forward_cuda", TORCH_BOX(&GhostOp<Tensor>::run<launch>));
   m.impl("depthwise_cuda", TORCH_BOX(&depthwise<launch>));
   m.impl("squeeze_excite_cuda", TORCH_BOX(&squeeze_excite<launch>));
-  m.impl("program_cuda", TORCH_BOX((&program<&forward<launch>, &depthwise<launch>, &squeeze_excite<launch>>)));
+  m.impl("program_cuda",
+         TORCH_BOX((&program<&GhostOp<Tensor>::run<launch>, &depthwise<launch>, &squeeze_excite<launch>>)));
 }
 
 py::dict build_info() {

@@ -6,6 +6,7 @@
 #include <cstdio>
 
 #include "bottleneck.h"
+#include "training.h"
 
 namespace ghostfused {
 namespace {
@@ -32,24 +33,15 @@ const Kernel& kernel_at(int index) {
   return kernels_of(static_cast<Path>(index / kKernelsPerPath))[index % kKernelsPerPath];
 }
 
-// Lets the kernel use all of the device's shared memory; once per kernel and device, since it isn't free.
-cudaError_t allow_shared_memory(int index) {
-  constexpr int kMaxDevices = 64;
-  static std::atomic<bool> done[kGhostKernelCount][kMaxDevices];
-  int device = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error != cudaSuccess) return error;
-  if (device < kMaxDevices && done[index][device].load(std::memory_order_relaxed)) return cudaSuccess;
-  int bytes = 0;
-  error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (error != cudaSuccess) return error;
-  const void* function = kernel_at(index).function;
-  error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error != cudaSuccess) return error;
-  error =
-      cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
-  if (error == cudaSuccess && device < kMaxDevices) done[index][device].store(true, std::memory_order_relaxed);
-  return error;
+static_assert(kKernelCount == kGhostKernelCount + 3 * (kBottleneckKernels + kTrainingKernels) + kStatisticsKernelCount);
+
+// In the order of kernel_attributes.
+const Kernel& kernel_of_all(int index) {
+  if (index < kGhostKernelCount) return kernel_at(index);
+  index -= kGhostKernelCount;
+  if (index < 3 * kBottleneckKernels) return bottleneck_kernel(index);
+  index -= 3 * kBottleneckKernels;
+  return index < kStatisticsKernelCount ? statistics_kernel(index) : training_kernel(index - kStatisticsKernelCount);
 }
 
 }  // namespace
@@ -63,11 +55,31 @@ bool narrow(const Tensor4& t, DeviceTensor* out) {
   return true;
 }
 
-const char* launch_forward(const GhostForwardParams& params, const LaunchPlan& plan, void* stream) {
-  if (plan.block_c == 0) return "no tile fits the device's shared memory";
-  const int index = kernel_index(params.shape);
-  cudaError_t error = allow_shared_memory(index);
+const char* allow_shared_memory(int index, const void* function) {
+  constexpr int kMaxDevices = 64;
+  static std::atomic<bool> done[kGhostKernelCount + kStatisticsKernelCount][kMaxDevices];
+  int device = 0, bytes = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess && device < kMaxDevices && done[index][device].load(std::memory_order_relaxed)) {
+    return nullptr;  // asking again isn't free
+  }
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  }
+  if (error == cudaSuccess) {
+    error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  }
+  if (error == cudaSuccess) {
+    error =
+        cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  }
   if (error != cudaSuccess) return cudaGetErrorString(error);
+  if (device < kMaxDevices) done[index][device].store(true, std::memory_order_relaxed);
+  return nullptr;
+}
+
+const char* kernel_params(const GhostForwardParams& params, const LaunchPlan& plan, KernelParams* out) {
+  if (plan.block_c == 0) return "no tile fits the device's shared memory";
   KernelParams p{params, plan, vector_widths(params, plan)};
   if (!narrow(params.x, &p.x) || !narrow(params.out, &p.out) || !narrow(params.residual, &p.residual) ||
       !narrow(params.output_gate, &p.output_gate)) {
@@ -76,14 +88,24 @@ const char* launch_forward(const GhostForwardParams& params, const LaunchPlan& p
   const int element = element_size(params.shape.path);
   p.x_row = reciprocal_of(plan.block_k * element / p.width.x);
   p.weight_row = reciprocal_of(plan.block_k * element / p.width.primary_weight);
+  *out = p;
+  return nullptr;
+}
+
+const char* launch_forward(const GhostForwardParams& params, const LaunchPlan& plan, void* stream) {
+  KernelParams p;
+  if (const char* error = kernel_params(params, plan, &p)) return error;
+  const int index = kernel_index(params.shape);
+  const void* function = kernel_at(index).function;
+  if (const char* error = allow_shared_memory(index, function)) return error;
   void* arguments[] = {&p};
-  error = cudaLaunchKernel(kernel_at(index).function, dim3(static_cast<unsigned>(plan.grid)), dim3(plan.threads),
-                           arguments, plan.smem_bytes, static_cast<cudaStream_t>(stream));
+  const cudaError_t error = cudaLaunchKernel(function, dim3(static_cast<unsigned>(plan.grid)), dim3(plan.threads),
+                                             arguments, plan.smem_bytes, static_cast<cudaStream_t>(stream));
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 const char* kernel_attributes(int index, KernelAttributes* out) {
-  const Kernel& kernel = index < kGhostKernelCount ? kernel_at(index) : bottleneck_kernel(index - kGhostKernelCount);
+  const Kernel& kernel = kernel_of_all(index);
   cudaFuncAttributes a;
   const cudaError_t error = cudaFuncGetAttributes(&a, kernel.function);
   if (error != cudaSuccess) return cudaGetErrorString(error);

@@ -45,6 +45,9 @@ struct KernelParams {
   Reciprocal x_row, weight_row;  // vectors in a row of a stage: of x in channels_last, and of the 1×1 weights
 };
 
+// Fills in what follows from the two. Returns null, or what went wrong.
+const char* kernel_params(const GhostForwardParams& params, const LaunchPlan& plan, KernelParams* out);
+
 // A kernel's template argument kD: 3 or 5 if it is unrolled for that size and ratio 2; 0 for any size and ratio.
 constexpr int unrolled_dw(const GhostShape& s) {
   return s.ratio == 2 && (s.dw_size == 3 || s.dw_size == 5) ? s.dw_size : 0;
@@ -58,6 +61,11 @@ struct Kernel {
   const void* function;  // __global__ void (KernelParams), or those of bottleneck.h
   const char* name;
 };
+
+// Lets a kernel use all of the device's shared memory; once per device and kernel, of which ``index`` counts the Ghost
+// modules' and then training.h's statistics kernels. Returns null, or what went wrong.
+constexpr int kStatisticsKernelCount = 8;  // 4 paths × 2 layouts
+const char* allow_shared_memory(int index, const void* function);
 
 constexpr int kKernelsPerPath = 6;  // index: (3×3: 0, 5×5: 1, other sizes and ratios: 2) * 2 + channels_last
 extern const Kernel kFloat16Kernels[kKernelsPerPath];

@@ -15,14 +15,11 @@ struct BlockTile {
   int halo_h0, halo_w0, halo_cols, pixels;  // of x1; pixels = halo rows * halo_cols
 };
 
-// Each stage asks for it anew: its dozen registers would lie idle in the inner loops, which have none to spare. The
-// volatile read keeps the compiler from holding on to them all the same.
-__device__ __forceinline__ BlockTile block_tile(const KernelParams& p) {
+// The b-th block's of the plan's grid.
+__device__ __forceinline__ BlockTile block_tile(const KernelParams& p, unsigned b) {
   const GhostShape& s = p.args.shape;
   const LaunchPlan& plan = p.plan;
   BlockTile t;
-  unsigned b;
-  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(b));
   t.c0 = b % plan.channel_blocks * plan.block_c;
   b /= plan.channel_blocks;
   t.w0 = b % plan.tiles_w * plan.tile_w;
@@ -38,6 +35,14 @@ __device__ __forceinline__ BlockTile block_tile(const KernelParams& p) {
   t.halo_cols = min((t.w0 + t.cols + pad + align - 1) / align * align, s.width) - t.halo_w0;
   t.pixels = (min(t.h0 + t.rows + pad, s.height) - t.halo_h0) * t.halo_cols;
   return t;
+}
+
+// Each stage asks for it anew: its dozen registers would lie idle in the inner loops, which have none to spare. The
+// volatile read keeps the compiler from holding on to them all the same.
+__device__ __forceinline__ BlockTile block_tile(const KernelParams& p) {
+  unsigned b;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(b));
+  return block_tile(p, b);
 }
 
 // The new channels that a block makes at a time, [first, first + count) of all; ``group`` counts to ratio - 1.

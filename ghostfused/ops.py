@@ -144,6 +144,27 @@ for _backend in TRAINING_OPS:
     torch.library.register_fake(f"ghostfused::backward_{_backend}", _fake_backward, lib=_library)
 
 
+TRAINING_KERNELS = {
+    "primary_statistics": "Tensor(a!) out, Tensor(b!) mean, Tensor(c!) var",
+    "cheap_statistics": "Tensor(a!) out, Tensor(b!) mean, Tensor(c!) var",
+    "normalize": "Tensor(a!) out",
+    "cheap_backward": "Tensor grad, Tensor y1, Tensor(a!) dz2, Tensor(b!)? y2, Tensor(c!)? product, Tensor(d!)? sums",
+    "primary_backward": "Tensor grad, Tensor y1, Tensor? dz2, Tensor? y2, Tensor? means2, bool batch_statistics, "
+    "Tensor(a!)? dz1, Tensor(b!)? sums, Tensor(c!)? weight",
+    "normalize_backward": "Tensor(a!) dz1, Tensor y1, Tensor means1",
+}
+"""The single kernels of ``backends.training.Kernels`` that an extension registers as ``<kernel>_cuda``, and what each takes
+after GhostArgs: memory to read and to fill. Only the two training ops call them, so they need no fakes."""
+
+for _kernel, _memory in TRAINING_KERNELS.items():
+    _library.define(f"{_kernel}_cuda({schema(GhostArgs)}, {_memory}) -> ()")
+
+
+def training_kernel(name: str, backend: str) -> Callable[..., None]:
+    """The op ``ghostfused::<name>_<backend>``, one of ``TRAINING_KERNELS``."""
+    return getattr(torch.ops.ghostfused, f"{name}_{backend}").default
+
+
 def train_args(fields: Iterable) -> GhostArgs:
     """The GhostArgs of a training forward's arguments (``TRAIN_FIELDS``), with no statistics."""
     values: dict[str, Any] = dict(zip(TRAIN_FIELDS, fields, strict=True))

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -64,3 +65,33 @@ def fused_inside(model: nn.Module) -> tuple[int, int]:
     """How many fused Ghost modules and bottlenecks ``model`` has."""
     modules = list(model.modules())
     return tuple(sum(isinstance(m, kind) for m in modules) for kind in (FusedGhostModule, FusedGhostBottleneck))
+
+
+def gradients(model: nn.Module) -> Tensor:
+    """Those of all parameters, in one vector."""
+    return torch.cat([p.grad.flatten().double() for p in model.parameters() if p.grad is not None])
+
+
+def assert_same_training(
+    fused: nn.Module, model: nn.Module, x: Tensor, step: Callable[[nn.Module, Tensor], Tensor]
+) -> None:
+    """A training step of ``fused`` is as near to ``model``'s in float64 as ``model``'s own, within the limits of all tests.
+
+    ``step`` runs a forward and a backward pass and returns the loss. One run's error may be small by luck: PyTorch's is the
+    largest of several runs, on inputs that differ by less than their rounding.
+    """
+
+    def run(m: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        m = copy.deepcopy(m).train()
+        loss = step(m, x)
+        return loss.detach().double(), gradients(m)
+
+    expected = run(copy.deepcopy(model).double(), x.double())
+    half_unit = torch.finfo(x.dtype).eps / 2
+    own = [run(model, x), *(run(model, x * (1 + half_unit * (2 * torch.rand_like(x) - 1))) for _ in range(4))]
+    tolerance = TOLERANCES[x.dtype]
+    for kind, ours, exact, theirs in zip(
+        ("loss", "gradients"), run(fused, x), expected, zip(*own, strict=True), strict=True
+    ):
+        limit = max(tolerance.factor * max(relative_error(t, exact) for t in theirs), tolerance.floor)
+        assert relative_error(ours, exact) <= limit, kind

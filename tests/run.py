@@ -17,8 +17,18 @@ from pathlib import Path
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 PYTEST = [sys.executable, "-m", "pytest", "-rfEs", "-p", "no:cacheprovider"]
-INTERPRETED = ["tests/test_triton.py", "tests/test_triton_bottleneck.py", "tests/test_triton_training.py"]
-ON_CUDA_TENSORS = ["tests/test_cuda.py", "tests/test_cuda_bottleneck.py"]
+INTERPRETED = [
+    "tests/test_triton.py",
+    "tests/test_triton_bottleneck.py",
+    "tests/test_triton_training.py",
+    "tests/test_training_kernels.py",
+]
+ON_CUDA_TENSORS = [
+    "tests/test_cuda.py",
+    "tests/test_cuda_bottleneck.py",
+    "tests/test_cuda_training.py",
+    "tests/test_training_kernels.py",
+]
 
 
 def run(title: str, command: list[str], **environment: str) -> bool:

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from families import half
 from test_module import FLOAT64, randomize, runs_fused
 from torch import nn
 
@@ -18,15 +19,10 @@ class LeakyNoSlice(nn.Module):
     def __init__(self, cin, cout, ratio=2, activation=True):
         super().__init__()
         init = -(-cout // ratio)
-
-        def act():
-            return nn.LeakyReLU(0.1, inplace=True) if activation else nn.Sequential()
-
-        self.primary_conv = nn.Sequential(nn.Conv2d(cin, init, 1, bias=False), nn.BatchNorm2d(init), act())
         new = init * (ratio - 1)
-        self.cheap_operation = nn.Sequential(
-            nn.Conv2d(init, new, 3, 1, 1, groups=init, bias=False), nn.BatchNorm2d(new), act()
-        )
+        act = (lambda: nn.LeakyReLU(0.1, inplace=True)) if activation else None
+        self.primary_conv = half(nn.Conv2d(cin, init, 1, bias=False), act)
+        self.cheap_operation = half(nn.Conv2d(init, new, 3, 1, 1, groups=init, bias=False), act)
 
     def forward(self, x):
         x1 = self.primary_conv(x)
@@ -167,19 +163,18 @@ def test_twin_keeps_flags_hooks_and_norm_settings(training):
     assert calls == ["pre", "forward", "pre"]
 
 
-@pytest.mark.parametrize(
-    "prepare",
-    [
-        lambda m: m.half(),
-        lambda m: m.bfloat16(),
-        lambda m: m.to("meta"),
-        lambda m: [nn.init.zeros_(p) for p in m.parameters()],
-    ],
-    ids=["half", "bfloat16", "meta", "zeros"],
-)
-def test_any_dtype_device_and_values(prepare):
+PREPARE = {
+    "half": lambda m: m.half(),
+    "bfloat16": lambda m: m.bfloat16(),
+    "meta": lambda m: m.to("meta"),
+    "zeros": lambda m: [nn.init.zeros_(p) for p in m.parameters()],
+}
+
+
+@pytest.mark.parametrize("name", PREPARE)
+def test_any_dtype_device_and_values(name):
     m = seed.GhostModule(6, 11)
-    prepare(m)
+    PREPARE[name](m)
     before = list(m.parameters())
     fused = FusedGhostModule.from_module(m)
     assert fused.out_channels == 11

@@ -1,9 +1,10 @@
 """Training with the batch's statistics and with stored ones: the ops and the Function on the reference's kernels, and what
-modules make of them. The Triton kernels are in test_triton_training.py."""
+modules make of them. The kernels of CUDA and Triton are in test_training_kernels.py."""
 
 import copy
 import dataclasses
 
+import draws
 import pytest
 import torch
 from hypothesis import given, settings
@@ -46,31 +47,20 @@ def smooth(act: str) -> str:
 
 
 @given(
-    case=st.builds(
-        Case,
-        batch=st.integers(1, 3),
+    case=draws.ghost_modules(
         in_channels=st.sampled_from([4, 8]),
         height=st.integers(2, 7),
         width=st.integers(2, 7),
         out_channels=st.integers(8, 16),
-        ratio=st.integers(2, 4),
         dw_size=st.sampled_from([1, 3, 5]),
         kernel_size=st.sampled_from([1, 1, 3]),
         stride=st.sampled_from([1, 1, 2]),
         dilation=st.sampled_from([1, 1, 2]),
         act_primary=st.sampled_from(ACTS),
         act_cheap=st.sampled_from(ACTS),
-        per_channel_slope=st.booleans(),
         primary_norm=st.sampled_from(TRAINED_NORMS),
         cheap_norm=st.sampled_from(TRAINED_NORMS),
         dtype=st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16]),
-        norm_dtype=st.sampled_from([None, torch.float32]),
-        layout=st.sampled_from(["nchw", "nhwc"]),
-        sliced=st.booleans(),
-        input_gate=st.booleans(),
-        residual=st.booleans(),
-        output_gate=st.booleans(),
-        seed=st.integers(0, 99),
     ),
     batch_statistics=st.booleans(),
 )

@@ -7,11 +7,11 @@ import re
 import bottleneck_cases as cases
 import pytest
 import torch
-from test_triton_compiled import _spilled, compiled_on_cpu  # noqa: F401 (skips where there is nothing to compile with)
+from triton_compiler import compiled_on_cpu, launch_on_cpu, spilled  # noqa: F401 (a fixture)
 
 from ghostfused.backends import triton_bottleneck
 from ghostfused.backends.triton_bottleneck_kernels import depthwise_kernel, excite_kernel, squeeze_kernel
-from ghostfused.backends.triton_compile import compile_launch, describe
+from ghostfused.backends.triton_compile import compile_launch
 from ghostfused.spec import DepthwiseArgs
 from ghostfused.testing import DepthwiseCase, SqueezeExciteCase, judge, make
 
@@ -50,7 +50,7 @@ def test_spills_nothing(dtype, layout, target, tmp_path):
         for kernel, kwargs, _ in launches(args, args.new_output()):
             compiled = compile_launch(kwargs, target, kernel)
             allowed = KNOWN.get((target, dtype, layout, kwargs.get("KH")), 0)
-            assert _spilled(compiled.asm["cubin"], tmp_path) <= allowed, f"{kernel.__name__} for {case}"
+            assert spilled(compiled.asm["cubin"], tmp_path) <= allowed, f"{kernel.__name__} for {case}"
 
 
 def test_channels_last_accesses_are_wide():
@@ -78,9 +78,7 @@ def test_compiled_ptx(case, compiled_on_cpu):  # noqa: F811
     args = make(case)
     out = args.new_output().fill_(float("nan"))
     for kernel, kwargs, programs in launches(args, out):
-        signature, constexprs, attributes, options = describe(kwargs, kernel)
-        compiled = compiled_on_cpu(kernel, signature, constexprs, attrs=attributes, **options)
-        compiled((programs,), *[kwargs[name] for name, kind in signature.items() if kind != "constexpr"])
+        launch_on_cpu(compiled_on_cpu, kernel, programs, kwargs)
     verdict = judge(out, args)
     assert verdict.ok, verdict
 

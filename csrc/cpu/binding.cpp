@@ -80,7 +80,7 @@ Tensor launch(SqueezeExciteParams& p, const Tensor& x) {
   return out;
 }
 
-constexpr auto run_program = &program<&forward<launch>, &depthwise<launch>, &squeeze_excite<launch>>;
+constexpr auto run_program = &program<&GhostOp<Tensor>::run<launch>, &depthwise<launch>, &squeeze_excite<launch>>;
 
 // A program on a batch: a few images at a time on each thread, so that what is made of them stays in its core's cache,
 // weights are read once for all of them, and no thread waits for another between two ops.
@@ -155,7 +155,7 @@ Tensor run_batch(Tensor x, std::vector<Tensor> tensors, std::vector<int64_t> cod
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ghostfused, CPU, m) {
-  m.impl("forward_cpu", TORCH_BOX(&forward<launch>));
+  m.impl("forward_cpu", TORCH_BOX(&GhostOp<Tensor>::run<launch>));
   m.impl("depthwise_cpu", TORCH_BOX(&depthwise<launch>));
   m.impl("squeeze_excite_cpu", TORCH_BOX(&squeeze_excite<launch>));
   m.impl("program_cpu", TORCH_BOX(&run_batch));

@@ -15,10 +15,10 @@ Training takes six more, which ``training.Kernels`` lists; the backends that hav
 from __future__ import annotations
 
 from ..spec import Args
-from . import cpu, cuda, reference, reference_training, triton, triton_training, triton_two_kernel
+from . import cpu, cuda, cuda_training, reference, reference_training, triton, triton_training, triton_two_kernel
 
 BACKENDS = {"cuda": cuda, "cpu": cpu, "triton": triton, "triton_two_kernel": triton_two_kernel, "reference": reference}
-_ = reference_training, triton_training  # imported to be registered
+_ = cuda_training, reference_training, triton_training  # imported to be registered
 AUTO = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
 """The kernels that ``backend="auto"`` tries in this order before the reference, by the type of x's device."""
 

@@ -15,7 +15,17 @@ import triton
 import triton.language as tl
 
 from ..spec import Gate
-from .triton_kernels import NAN, _activate, _multiple, _offset, _pixel_offset, _scale_shift, _wide
+from .triton_kernels import (
+    NAN,
+    _activate,
+    _multiple,
+    _offset,
+    _pixel_offset,
+    _round,
+    _scale_shift,
+    _sum_products,
+    _wide,
+)
 
 SIGMOID = tl.constexpr(int(Gate.SIGMOID))
 HARDSIGMOID = tl.constexpr(int(Gate.HARDSIGMOID))
@@ -96,7 +106,7 @@ def depthwise_kernel(
     act = (slope_ptr, slope_stride, negative_slope)
     y = _activate(acc * scale[None, :] + shift[None, :], c, c_mask, act, ACT)
     out = out_ptr + image * OHW * C + _offset(p, c, OHW, C, NHWC)
-    tl.store(out, y.to(out_ptr.dtype.element_ty), mask=p_mask[:, None] & c_mask[None, :])
+    tl.store(out, _round(y, out_ptr.dtype.element_ty), mask=p_mask[:, None] & c_mask[None, :])
 
 
 SQUEEZE_SCALARS = "N H W C R chunk x_sn x_sc x_sh x_sw".split()  # noqa: SIM905
@@ -142,7 +152,7 @@ def squeeze_kernel(
     for r0 in range(0, R, BLOCK_R):
         r = r0 + tl.arange(0, BLOCK_R)
         weight = tl.load(weight_ptr + r[:, None] * C + c[None, :], mask=(r < R)[:, None] & c_mask[None, :], other=0.0)
-        y = tl.sum(weight.to(tl.float32)[None, :, :] * mean[:, None, :], axis=2)
+        y = _sum_products(weight.to(tl.float32)[None, :, :], mean[:, None, :], c_mask[None, None, :], 2)
         tl.store(parts + r[None, :], y, mask=n_mask[:, None] & (r < R)[None, :])
 
 
@@ -174,7 +184,7 @@ def excite_kernel(
             hidden += tl.load(reduce_bias_ptr + r, mask=r_mask, other=0.0).to(tl.float32)[None, :]
         hidden = _activate(hidden, r, r_mask, (None, None, None), ACT)
         weight = tl.load(weight_ptr + c[:, None] * R + r[None, :], mask=c_mask[:, None] & r_mask[None, :], other=0.0)
-        acc += tl.sum(weight.to(tl.float32)[None, :, :] * hidden[:, None, :], axis=2)
+        acc += _sum_products(weight.to(tl.float32)[None, :, :], hidden[:, None, :], r_mask[None, None, :], 2)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + c, mask=c_mask, other=0.0).to(tl.float32)[None, :]
     if GATE == SIGMOID:
@@ -184,4 +194,4 @@ def excite_kernel(
     else:
         y = tl.minimum(tl.maximum(acc, 0.0, NAN), 6.0, NAN)
     out = out_ptr + (n.to(tl.int64) * C)[:, None] + c[None, :]
-    tl.store(out, y.to(out_ptr.dtype.element_ty), mask=n_mask[:, None] & c_mask[None, :])
+    tl.store(out, _round(y, out_ptr.dtype.element_ty), mask=n_mask[:, None] & c_mask[None, :])

@@ -34,7 +34,8 @@ HARDSWISH = tl.constexpr(int(Act.HARDSWISH))
 LEAKY_RELU = tl.constexpr(int(Act.LEAKY_RELU))
 PRELU = tl.constexpr(int(Act.PRELU))
 NAN = tl.constexpr(tl.PropagateNan.ALL)
-UPCAST = tl.constexpr(knobs.runtime.interpret)  # the interpreter's tl.dot takes bfloat16's bits for integers
+INTERPRETED = tl.constexpr(knobs.runtime.interpret)
+BFLOAT16 = tl.constexpr(tl.bfloat16)
 
 
 @triton.jit
@@ -66,6 +67,26 @@ def _activate(y, channel, mask, act, ACT: tl.constexpr):
         slope = tl.load(slope_ptr + channel * slope_stride, mask=mask, other=0.0).to(tl.float32)
         y = tl.where(y > 0.0, y, y * slope[None, :])
     return y
+
+
+@triton.jit
+def _round(y, DTYPE: tl.constexpr):
+    """y (float32) in DTYPE."""
+    if INTERPRETED and DTYPE == BFLOAT16:  # the interpreter would cut the lower bits off
+        bits = y.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        y = tl.where(y == y, bits.to(tl.float32, bitcast=True), y)
+    return y.to(DTYPE)
+
+
+@triton.jit
+def _sum_products(a, b, mask, axis: tl.constexpr):
+    """The sum of a * b where ``mask`` holds.
+
+    The select comes after the product, and so keeps the compiler from fusing it with the reduction's first addition: each of
+    two threads would round the other's product and not its own, and what is stored would depend on which of them stores.
+    """
+    return tl.sum(tl.where(mask, a * b, 0.0), axis)
 
 
 @triton.jit
@@ -137,7 +158,7 @@ def _store(y, p, c, mask, size, out, residual, gate, NHWC: tl.constexpr):
         else:
             at = _pixel_offset(p, W, residual_sh, residual_sw)[:, None] + (c * residual_sc)[None, :]
         y += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + offset, y.to(out.dtype.element_ty), mask=mask)
+    tl.store(out + offset, _round(y, out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -148,10 +169,10 @@ def _dot(acc, x, x_pixel, p_mask, weight_row, c_mask, k, Cin, input_gate, PRECIS
     x_tile = x_ptr + x_pixel[:, None] + (k * stride_c)[None, :]
     tile = tl.load(x_tile, mask=p_mask[:, None] & k_mask[None, :], other=0.0)
     weight = tl.load(weight_row + k[:, None], mask=k_mask[:, None] & c_mask[None, :], other=0.0)
-    if input_gate is not None:  # rounded to x's dtype, as x * gate would be in PyTorch
+    if input_gate is not None:  # into the weight and rounded, as training's backward has it: both see the same sums
         scale = tl.load(input_gate + k, mask=k_mask, other=0.0).to(tl.float32)
-        tile = (tile.to(tl.float32) * scale[None, :]).to(tile.dtype)
-    if UPCAST:
+        weight = _round(weight.to(tl.float32) * scale[:, None], weight.dtype)
+    if INTERPRETED:  # whose tl.dot takes bfloat16's bits for integers
         tile, weight = tile.to(tl.float32), weight.to(tl.float32)
     return tl.dot(tile, weight, acc, input_precision=PRECISION)
 
@@ -185,7 +206,7 @@ def _primary_run(
         y = _activate(acc * scale[None, :] + shift[None, :], c, c_mask, act, ACT)
         mask = p_mask[:, None] & c_mask[None, :]
         if x1_ptr is not None:
-            tl.store(x1_ptr + _offset(p, c, HW, x1_channels, NHWC), y.to(x1_ptr.dtype.element_ty), mask=mask)
+            tl.store(x1_ptr + _offset(p, c, HW, x1_channels, NHWC), _round(y, x1_ptr.dtype.element_ty), mask=mask)
         if residual[0] is not None or gate[0] is not None:
             own = (p >= begin) & (p < end)
             _store(y, p, c, own[:, None] & c_mask[None, :], size, out, residual, gate, NHWC)

@@ -1,4 +1,4 @@
-"""Training in Triton: how the kernels of ``triton_training_kernels.py`` are launched."""
+"""Training in Triton: how the kernels of ``triton_training_{forward,backward}.py`` are launched."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from .triton_configs import PROGRAMS, blocks
 from .triton_launch import INTERPRETED, is_channels_last, reach
 
 try:
-    from . import triton_training_kernels as kernels
+    from . import triton_training_backward as backward_kernels
+    from . import triton_training_forward as forward_kernels
 except ImportError:  # triton.py says why
-    kernels = None  # type: ignore[assignment]
+    forward_kernels = backward_kernels = None  # type: ignore[assignment]
 
-_BACKWARD_TILE = 512
+_CONV_TILE = 256
 _STATISTICS_TILE = 2048
-"""Elements of a tile, of the backward kernels' and of the first one's; more would spill registers."""
+"""Elements of a tile, of the kernels with a depthwise convolution and of the first one; more would spill registers."""
 _HALF = ("bias", "mean", "var", "gamma", "beta", "slope")
 
 
@@ -117,7 +118,7 @@ def primary_statistics(a: GhostArgs, out: Tensor) -> tuple[Tensor, Tensor]:
     arguments, mean, var = _statistics(cp, launch, channel_blocks)
     sn, sc, sh, sw = a.x.stride()
     launch(
-        kernels.primary_statistics_kernel, **arguments, x_ptr=a.x, weight_ptr=a.primary_weight.contiguous(),
+        forward_kernels.primary_statistics_kernel, **arguments, x_ptr=a.x, weight_ptr=a.primary_weight.contiguous(),
         input_gate_ptr=_contiguous(a.input_gate), out_ptr=out, Cin=cin, Cp=cp, out_channels=a.out_channels,
         x_sn=sn, x_sc=sc, x_sh=sh, x_sw=sw, rows=launch.rows, X_FLAT=h == 1 or sh == w * sw,
         PRECISION="tf32" if a.allow_tf32 else "ieee", **{name: chosen[name] for name in names},
@@ -129,12 +130,12 @@ def cheap_statistics(a: GhostArgs, out: Tensor) -> tuple[Tensor, Tensor]:
     new = a.cheap_weight.shape[0]
     if out.numel() == 0:
         return _empty_statistics(new, out)
-    chosen = _elementwise_blocks(a, out)
+    chosen = _elementwise_blocks(a, out, _CONV_TILE)
     channel_blocks = -(-new // chosen["BLOCK_C"])
     launch = _Launch(a, out, channel_blocks, chosen["BLOCK_P"])
     arguments, mean, var = _statistics(new, launch, channel_blocks)
     launch(
-        kernels.cheap_statistics_kernel, **arguments, **_half(a, "primary"), **chosen,
+        forward_kernels.cheap_statistics_kernel, **arguments, **_half(a, "primary"), **chosen,
         weight_ptr=a.cheap_weight.contiguous(), out_ptr=out, Cp=a.init_channels, new=new, out_channels=a.out_channels,
         rows=launch.rows, RATIO=a.ratio, DW_SIZE=a.dw_size,
     )  # fmt: skip
@@ -148,7 +149,7 @@ def normalize(a: GhostArgs, out: Tensor) -> None:
     cp, block = a.init_channels, chosen["BLOCK_C"]
     sn, sc, sh, sw = a.residual.stride() if a.residual is not None else (0, 0, 0, 0)
     _Launch(a, out, -(-cp // block) + -(-(a.out_channels - cp) // block), chosen["BLOCK_P"])(
-        kernels.normalize_kernel, **_half(a, "primary"), **_half(a, "cheap"), **_gate(a, out), **chosen,
+        forward_kernels.normalize_kernel, **_half(a, "primary"), **_half(a, "cheap"), **_gate(a, out), **chosen,
         residual_ptr=a.residual, out_ptr=out, Cp=cp, out_channels=a.out_channels,
         residual_sn=sn, residual_sc=sc, residual_sh=sh, residual_sw=sw,
     )  # fmt: skip
@@ -162,11 +163,11 @@ def cheap_backward(
     y2 = _like(y1, new) if batch_statistics else None
     if y1.numel() == 0:
         return dz2, y2, _zeros(y1, 3, new) if sums else None
-    chosen = _elementwise_blocks(a, y1, _BACKWARD_TILE)
+    chosen = _elementwise_blocks(a, y1, _CONV_TILE)
     launch = _Launch(a, y1, -(-new // chosen["BLOCK_C"]), chosen["BLOCK_P"])
     partial = launch.partial(3, new) if sums else None
     launch(
-        kernels.cheap_backward_kernel, **_half(a, "primary"), **_half(a, "cheap"), **_gate(a, y1), **chosen,
+        backward_kernels.cheap_backward_kernel, **_half(a, "primary"), **_half(a, "cheap"), **_gate(a, y1), **chosen,
         grad_ptr=grad, y1_ptr=y1, weight_ptr=a.cheap_weight.contiguous(), dz2_ptr=dz2, y2_ptr=y2, product_ptr=product,
         partial_ptr=partial, Cp=a.init_channels, new=new, out_channels=a.out_channels, RATIO=a.ratio, DW_SIZE=a.dw_size,
         BATCH=batch_statistics,
@@ -184,12 +185,12 @@ def primary_backward(
     if y1.numel() == 0:
         dw = torch.zeros_like(a.cheap_weight) if weight else None
         return dz1, _zeros(y1, 3, cp) if sums else None, dw
-    chosen = _elementwise_blocks(a, y1, _BACKWARD_TILE)
+    chosen = _elementwise_blocks(a, y1, _CONV_TILE)
     launch = _Launch(a, y1, -(-cp // chosen["BLOCK_C"]), chosen["BLOCK_P"])
     partial = launch.partial(3, cp) if sums else None
     weight_partial = launch.partial(per_channel, cp) if weight else None
     launch(
-        kernels.primary_backward_kernel, **_half(a, "primary"), **_half(a, "cheap", slope=False), **_gate(a, y1), **chosen,
+        backward_kernels.primary_backward_kernel, **_half(a, "primary"), **_half(a, "cheap", slope=False), **_gate(a, y1), **chosen,
         grad_ptr=grad, y1_ptr=y1, dz2_ptr=dz2, y2_ptr=y2, means2_ptr=_contiguous(means2),
         weight_ptr=a.cheap_weight.contiguous(), dz1_ptr=dz1, partial_ptr=partial, weight_partial_ptr=weight_partial,
         Cp=cp, new=new, out_channels=a.out_channels, RATIO=1 if dz2 is None else a.ratio, DW_SIZE=d, BATCH=batch_statistics,
@@ -204,7 +205,7 @@ def normalize_backward(a: GhostArgs, dz1: Tensor, y1: Tensor, means1: Tensor) ->
         return
     chosen = _elementwise_blocks(a, y1)
     _Launch(a, y1, -(-a.init_channels // chosen["BLOCK_C"]), chosen["BLOCK_P"])(
-        kernels.normalize_backward_kernel, **_half(a, "primary", slope=False), **chosen,
+        backward_kernels.normalize_backward_kernel, **_half(a, "primary", slope=False), **chosen,
         dz1_ptr=dz1, y1_ptr=y1, means1_ptr=means1.contiguous(), Cp=a.init_channels,
     )  # fmt: skip
 
@@ -220,7 +221,7 @@ def _zeros(y1: Tensor, *shape: int) -> Tensor:
     return torch.zeros(shape, dtype=torch.float32, device=y1.device)
 
 
-if kernels is not None:
+if forward_kernels is not None:
     register(
         "triton",
         Kernels(supports, primary_statistics, cheap_statistics, normalize, cheap_backward, primary_backward, normalize_backward),

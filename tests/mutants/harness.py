@@ -19,7 +19,8 @@ from .mutants import Mutant
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
 ORDERS = ("asc", "desc", "rand:7")
-HOST_SOURCES = ("binding.cpp", "bottleneck.cpp", "launch.cpp", "plan.cpp")
+HOST_SOURCES = ("binding.cpp", "bottleneck.cpp", "launch.cpp", "plan.cpp", "training.cpp", "training_binding.cpp")
+LAYOUTS = (("nchw", "false"), ("nhwc", "true"))
 PATHS = {"float16": "Float16", "bfloat16": "BFloat16", "tf32": "TF32", "float32": "Float32"}
 
 
@@ -34,9 +35,17 @@ def missing() -> str | None:
 
 
 def kernel_tables(kernels: Iterable[str]) -> str:
-    """A .cu file with ``kernels`` in place of all of them; excite comes with squeeze, which it follows."""
+    """A .cu file with ``kernels`` in place of all of them; excite comes with squeeze, which it follows, and
+    ``float32_training_dw3_nchw`` stands for the six of a training step.
+    """
     kernels = {*kernels, *(f"{kernel.split('_')[0]}_excite" for kernel in kernels if "_squeeze_" in kernel)}
-    lines = ['#include "bottleneck.cuh"', '#include "ghost_forward.cuh"', "namespace ghostfused {"]
+    for path, _, dw, layout in [kernel.split("_") for kernel in kernels if "_training_" in kernel]:
+        kernels |= {f"{path}_{step}_{layout}" for step in ("primary_statistics", "normalize", "normalize_backward")}
+        kernels |= {
+            f"{path}_{step}_{dw}_{layout}" for step in ("cheap_statistics", "cheap_backward", "primary_backward")
+        }
+    headers = ("bottleneck", "ghost_forward", "training_kernels", "training_primary")
+    lines = [*(f'#include "{header}.cuh"' for header in headers), "namespace ghostfused {"]
     for path, name in PATHS.items():
         entries = []
         for dw in ("dw3", "dw5", "any"):
@@ -47,27 +56,48 @@ def kernel_tables(kernels: Iterable[str]) -> str:
                     f'{{kernel<Path::k{name}, {size}, {last}>(), "{kernel}"}}' if kernel in kernels else "{}"
                 )
         lines.append(f"const Kernel k{name}Kernels[kKernelsPerPath] = {{{', '.join(entries)}}};")
+        tables = {
+            "Statistics[2]": {f"{path}_primary_statistics_{x}": f"primary_statistics<P, {y}>" for x, y in LAYOUTS}
+        }
         if path != "tf32":
-            every = bottleneck_kernels(path, name)
-            entries = [entry if kernel in kernels else "{}" for kernel, entry in every.items()]
-            lines.append(f"const Kernel k{name}Bottleneck[kBottleneckKernels] = {{{', '.join(entries)}}};")
+            tables |= {"Bottleneck[kBottleneckKernels]": bottleneck_kernels(path)}
+            tables |= {"Training[kTrainingKernels]": training_kernels(path)}
+        for table, every in tables.items():
+            entries = [table_entry(kernel, every[kernel], name) if kernel in kernels else "{}" for kernel in every]
+            lines.append(f"const Kernel k{name}{table} = {{{', '.join(entries)}}};")
     return "\n".join([*lines, "}", ""])
 
 
-def bottleneck_kernels(path: str, name: str) -> dict[str, str]:
-    """The entries of bottleneck.cuh's table by name."""
-    layouts = {"nchw": "false", "nhwc": "true"}
+def table_entry(kernel: str, function: str, path: str) -> str:
+    return f'{{reinterpret_cast<const void*>(&{function.replace("<P", f"<Path::k{path}", 1)}), "{kernel}"}}'
+
+
+def bottleneck_kernels(path: str) -> dict[str, str]:
+    """The entries of bottleneck.cuh's table by name, P standing for the path."""
     entries = {
-        f"{path}_depthwise_w{w}_s{s}_{layout}": f"depthwise_kernel<Path::k{name}, {w}, {s}, {last}>()"
+        f"{path}_depthwise_w{w}_s{s}_{layout}": f"depthwise_conv<P, {w}, {s}, {last}>"
         for s in (1, 2)
         for w in (1, 3, 5, 7)
-        for layout, last in layouts.items()
+        for layout, last in LAYOUTS
     }
-    entries |= {
-        f"{path}_squeeze_{layout}": f"squeeze_kernel<Path::k{name}, {last}>()" for layout, last in layouts.items()
+    entries |= {f"{path}_squeeze_{layout}": f"squeeze<P, {last}>" for layout, last in LAYOUTS}
+    entries[f"{path}_excite"] = "excite<P>"
+    return entries
+
+
+def training_kernels(path: str) -> dict[str, str]:
+    """Those of training_kernels.cuh's."""
+    entries = {
+        f"{path}_{step}_{layout}": f"{step}<P, {last}>"
+        for step in ("normalize", "normalize_backward")
+        for layout, last in LAYOUTS
     }
-    entries[f"{path}_excite"] = f"excite_kernel<Path::k{name}>()"
-    return {kernel: f'{{{function}, "{kernel}"}}' for kernel, function in entries.items()}
+    return entries | {
+        f"{path}_{step}_dw{d}_{layout}": f"{step}<P, {d}, {last}>"
+        for step in ("cheap_statistics", "cheap_backward", "primary_backward")
+        for d in (1, 3, 5, 7)
+        for layout, last in LAYOUTS
+    }
 
 
 def run(command: list[str], **kwargs) -> None:

@@ -21,6 +21,7 @@ NCHW, NHWC, ANY, FP32 = "float16_dw3_nchw", "float16_dw3_nhwc", "float16_any_nch
 
 DEPTHWISE, PLANES = "float16_depthwise_w3_s2_nhwc", "float16_depthwise_w5_s2_nchw"
 SQUEEZE_EXCITE = ("float16_squeeze_nhwc",)
+TRAINING = ("float32_training_dw3_nchw",)
 
 MUTANTS = [
     # barriers and waits
@@ -248,6 +249,36 @@ MUTANTS = [
         "p.parts + int64_t{n0 + g} * p.plan.parts",
         "p.parts + int64_t{n0} * p.plan.parts",
         SQUEEZE_EXCITE,
+    ),
+    # training
+    Mutant(
+        "the transposed conv isn't mirrored",
+        "training_backward.cuh",
+        "const int h = cell.h + kPad - kh;",
+        "const int h = cell.h - kPad + kh;",
+        TRAINING,
+    ),
+    Mutant(
+        "the padding of dy2 is what the norm's backward makes of zeros",
+        "training_backward.cuh",
+        "if (cell.w - kPad + i >= 0 && cell.w - kPad + i < s.width) continue;",
+        "continue;",
+        TRAINING,
+    ),
+    Mutant(
+        "no barrier between the steps of a block's sum",
+        "reduce.cuh",
+        "      __syncthreads();\n      if (t.position < apart",
+        "      if (t.position < apart",
+        TRAINING,
+        "desc",
+    ),
+    Mutant(
+        "rows of partial statistics count alike, whatever their length",
+        "reduce.cuh",
+        "all.add(__ldcg(row + c.at[0]), mean, m2);",
+        "all.add(1.f, mean, m2);",
+        TRAINING,
     ),
     Mutant(
         "vectors from addresses that aren't aligned",

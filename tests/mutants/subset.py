@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 import torch
+import training_runtime
 from cuda_runtime import forward, planned_for
 
 from ghostfused.spec import Args, GhostArgs
@@ -21,6 +22,7 @@ from ghostfused.testing import (
     make_depthwise,
     make_squeeze_excite,
 )
+from ghostfused.testing_training import judge_training
 
 SM_COUNTS = (1, 132)
 """Few SMs mean large tiles, many mean many small blocks."""
@@ -94,8 +96,36 @@ def arguments(name: str, kernel: str) -> GhostArgs:
     return args
 
 
+TRAINING: dict[str, dict[str, Any]] = {
+    "inputs": {"height": 7, "width": 9, "out_channels": 15, "input_gate": True, "residual": True, "output_gate": True},
+    "rows": {"batch": 3, "in_channels": 5, "height": 17, "width": 16, "out_channels": 8},
+    "ratio": {"height": 5, "width": 6, "out_channels": 13, "ratio": 3},
+}
+
+
+def training_passes(kernel: str) -> bool:
+    """Whether each training step comes out right."""
+    path, _, dw, layout = kernel.split("_")
+    common = {"dtype": getattr(torch, path), "layout": layout, "dw_size": int(dw.removeprefix("dw"))}
+    for name, shape in TRAINING.items():
+        a, grad = training_runtime.make(Case(**shape, **common, act_primary="silu", act_cheap="none"))
+        for sm_count in SM_COUNTS:
+            print(f"{kernel}, {name}, {sm_count} SMs", end=": ", flush=True)
+            with planned_for(sm_count):
+                verdicts = judge_training(training_runtime.run("cuda", a, grad, True), a, grad, True)
+            worst = max(verdicts.values(), key=lambda verdict: verdict.error - verdict.limit)
+            print(f"error {worst.error:.1e}, limit {worst.limit:.1e}", flush=True)
+            if not worst.ok:
+                return False
+    return True
+
+
 def main(kernels: list[str]) -> int:
     for kernel in kernels:
+        if "_training_" in kernel:
+            if not training_passes(kernel):
+                return 1
+            continue
         for name, args in cases(kernel).items():
             for sm_count in SM_COUNTS:
                 print(f"{kernel}, {name}, {sm_count} SMs", end=": ", flush=True)

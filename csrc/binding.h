@@ -1,0 +1,20 @@
+// What the ops' Torch sides share: the device, plans, outputs and the stream. Defined in binding.cpp.
+#pragma once
+
+#include "arguments.h"
+
+namespace ghostfused {
+
+struct Device {
+  int sm_count, smem_per_block, smem_per_sm;
+};
+
+const Device& current_device(int32_t index);
+void describe(GhostShape& shape, const Device& device, bool channels_last);
+const LaunchPlan& cached_plan(const GhostShape& shape);
+Tensor new_output(std::initializer_list<int64_t> sizes, ScalarType dtype, int32_t device, bool channels_last = false);
+Tensor4 map_of(const Tensor& t);
+void* current_stream(int32_t device);
+int32_t cuda_device(const Tensor& x);  // fails if x is on none
+
+}  // namespace ghostfused

@@ -1,0 +1,94 @@
+"""Training in CUDA C++: the kernels of ``csrc/training*``. Nothing here fails without the extension."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..ops import training_kernel
+from ..spec import GhostArgs, memory_format
+from . import cuda
+from .training import Kernels, register
+
+_MAX_PIXELS = 2**31 - 2**16
+_NORMS = [f"{half}_{name}" for half in ("primary", "cheap") for name in ("mean", "var", "gamma", "beta")]
+
+
+def supports(a: GhostArgs) -> str | None:
+    """Why the kernels can't train ``a``; None if they can."""
+    reason = cuda.supports(a)
+    if reason is None and not torch.compiler.is_compiling():
+        _, _, height, width = a.output_shape()
+        if height * width > _MAX_PIXELS:
+            reason = f"an image of {height * width} pixels (the kernels take {_MAX_PIXELS})"
+    return reason
+
+
+def _run(kernel: str, a: GhostArgs, *tensors: Tensor | bool | None) -> None:
+    training_kernel(kernel, "cuda")(*a, *tensors)
+
+
+def _without_norms(a: GhostArgs, *halves: str) -> GhostArgs:
+    """The norms that a forward kernel doesn't reach yet have no statistics."""
+    return a._replace(**{name: None for name in _NORMS if name.startswith(halves)})  # type: ignore[arg-type]
+
+
+def _floats(a: GhostArgs, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=a.x.device)
+
+
+def _map(a: GhostArgs, channels: int) -> Tensor:
+    """An uninitialized dense map of the output's height and width."""
+    n, _, h, w = a.output_shape()
+    layout = memory_format(a.x)
+    return torch.empty((n, channels, h, w), dtype=a.x.dtype, device=a.x.device, memory_format=layout)
+
+
+def primary_statistics(a: GhostArgs, out: Tensor) -> tuple[Tensor, Tensor]:
+    mean, var = _floats(a, a.init_channels), _floats(a, a.init_channels)
+    _run("primary_statistics", _without_norms(a, "primary", "cheap"), out, mean, var)
+    return mean, var
+
+
+def cheap_statistics(a: GhostArgs, out: Tensor) -> tuple[Tensor, Tensor]:
+    new = a.cheap_weight.shape[0]
+    mean, var = _floats(a, new), _floats(a, new)
+    _run("cheap_statistics", _without_norms(a, "cheap"), out, mean, var)
+    return mean, var
+
+
+def normalize(a: GhostArgs, out: Tensor) -> None:
+    _run("normalize", a, out)
+
+
+def cheap_backward(
+    a: GhostArgs, grad: Tensor, y1: Tensor, batch_statistics: bool, sums: bool, product: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    new = a.cheap_weight.shape[0]
+    dz2, y2 = _map(a, new), _map(a, new) if batch_statistics else None
+    totals = _floats(a, 3, new) if sums else None
+    _run("cheap_backward", a, grad, y1, dz2, y2, product, totals)
+    return dz2, y2, totals
+
+
+def primary_backward(
+    a: GhostArgs, grad: Tensor, y1: Tensor, dz2: Tensor | None, y2: Tensor | None, means2: Tensor | None,
+    batch_statistics: bool, primary: bool, sums: bool, weight: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    dz1 = _map(a, a.init_channels) if primary else None
+    totals = _floats(a, 3, a.init_channels) if sums else None
+    dw = torch.empty(a.cheap_weight.shape, dtype=a.x.dtype, device=a.x.device) if weight else None
+    _run("primary_backward", a, grad, y1, dz2, y2, means2, batch_statistics, dz1, totals, dw)
+    return dz1, totals, dw
+
+
+def normalize_backward(a: GhostArgs, dz1: Tensor, y1: Tensor, means1: Tensor) -> None:
+    _run("normalize_backward", a, dz1, y1, means1)
+
+
+if cuda.build_info() is not None:
+    register(
+        "cuda",
+        Kernels(supports, primary_statistics, cheap_statistics, normalize, cheap_backward, primary_backward, normalize_backward),
+        "CUDA",
+    )  # fmt: skip
