@@ -81,8 +81,9 @@ def network(results: Results) -> str:
     for (*where, peer), by_batch in lines.items():
         base = lines.get((*where, "eager"), {})
         cells = [_network_cell(by_batch.get(b), base.get(b)) for b in batches]
-        what = ", ".join(w for w in where if w != "inference").replace("_", " ")
-        body.append([what, f"`{peer}`", *cells])
+        *what, mode = where
+        what += [] if mode == "inference" else [mode.replace("_", " ")]
+        body.append([", ".join(what), f"`{peer}`", *cells])
     return _markdown(["network", "peer", *(f"batch {b}" for b in batches)], body)
 
 
