@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import ops
+from . import ops, replay
 from .backends import training
 from .spec import TENSORS, Args, GhostArgs, tensor_names
 
@@ -104,7 +104,9 @@ def _needs_grad(args: Args) -> bool:
 def call(backend: str, args: Args) -> Tensor:
     """Runs ``args`` on ``backend``, by way of a Function only if a gradient will be asked for."""
     if not _needs_grad(args):
-        return ops.forward_op(backend, args.op)(*args)
+        out = ops.forward_op(backend, args.op)(*args)
+        replay.note(backend, args, out)
+        return out
     if isinstance(args, GhostArgs):
         return GhostFunction.apply(backend, *args)
     return FusedFunction.apply(args.op, backend, *args)

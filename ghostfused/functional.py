@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import backends, reference, replay
+from . import backends, reference
 from .autograd import call
 from .spec import Act, Args, BatchNorm, DepthwiseArgs, Gate, GhostArgs, SqueezeExciteArgs
 from .validate import activation, gate_kind, validate
@@ -230,22 +230,15 @@ def run(args: Args, backend: str = "auto") -> Tensor:
     """The op of ``args``: choose a backend, check, call it."""
     if backend == "auto" and backends.cpu.may_try(args):
         try:
-            out = call("cpu", args)
+            return call("cpu", args)
         except RuntimeError:
             pass  # another backend can run it, or the error says why none can
-        else:
-            replay.note("cpu", args, out)
-            return out
     try:
         name = "reference" if _is_onnx_export() else backends.choose(args, backend)
         if name not in ("cuda", "cpu"):  # their bindings check all that validate does, at a tenth of the host time
             validate(args)
-        if name == "reference":  # it needs no op: autograd and torch.compile see through it
-            return reference.run(args)
-        out = call(name, args)
-        if not torch.compiler.is_compiling():
-            replay.note(name, args, out)
-        return out
+        # the reference needs no op: autograd and torch.compile see through it
+        return reference.run(args) if name == "reference" else call(name, args)
     except Exception:
         validate(args)  # if an argument is to blame, this says which
         raise

@@ -35,9 +35,9 @@ class FusedGhostModule(nn.Module):
     activation; what exceeds ``out_channels`` is dropped.
 
     Weights, BatchNorms and activations live in ordinary child modules and are read afresh when anything about them has
-    changed, so whatever is done to them takes effect. Where a child is one that the fused function can't stand for (hooks, parametrizations,
-    other padding, …), or only one BatchNorm uses batch statistics, forward runs the children themselves: same result,
-    more kernels.
+    changed, so whatever is done to them takes effect. Where a child is one that the fused function can't stand for
+    (hooks, parametrizations, other padding, …), or only one BatchNorm uses batch statistics, forward runs the children
+    themselves: same result, more kernels.
 
     Args:
         in_channels, out_channels: of input and output.

@@ -30,12 +30,13 @@ def encode(calls: Sequence[tuple[Args, Tensor]], x: Tensor, parameters: Collecti
     None if a call takes a tensor that is neither x nor the result of another nor one of ``parameters`` (by id).
     """
     results = [id(result) for _, result in calls]
-    if not calls or len(set(results)) < len(results):
+    made = set(results)
+    if not calls or len(made) < len(results):
         return None
     tensors: dict[int, Tensor] = {}
     for args, _ in calls:
         for name, t in zip(tensor_names(type(args)), args.tensors, strict=True):
-            if t is None or t is x or id(t) in results:
+            if t is None or t is x or id(t) in made:
                 continue
             # conv1x1's cheap weight is made for the call: only its shape counts
             unread = isinstance(args, GhostArgs) and name == "cheap_weight" and args.out_channels == args.init_channels

@@ -30,7 +30,7 @@ _recorder = _Recorder()
 
 def note(backend: str, args: Args, out: Tensor) -> None:
     """Tells whoever is recording that ``backend`` has made ``out`` of ``args``."""
-    if _recorder.calls is not None:
+    if not torch.compiler.is_compiling() and _recorder.calls is not None:
         _recorder.calls.append((backend, args, out))
 
 
