@@ -156,12 +156,17 @@ struct GhostOp {
     GhostShape& s = a.shape;
     s.path = path_of(checker.dtype, allow_tf32);
     const auto x_sizes = x.sizes();
-    const int64_t batch = x_sizes[0], cin = x_sizes[1], height = x_sizes[2], width = x_sizes[3];
+    const int64_t batch = x_sizes[0], cin = x_sizes[1], kernel = primary_weight.size(2);
     const int64_t cp = primary_weight.size(0), new_channels = cheap_weight.size(0), d = cheap_weight.size(2);
-    if (stride != 1 || groups != 1) fail("stride, groups: the kernel takes 1 and 1, got ", stride, " and ", groups);
-    if (cin < 1 || height < 1 || width < 1) fail("x: expected at least one channel, row and column");
+    if (stride < 1 || groups != 1 || (stride > 1 && x.is_cuda())) {
+      fail("stride, groups: the kernel takes 1 and 1, got ", stride, " and ", groups);
+    }
+    if (cin < 1 || x_sizes[2] < 1 || x_sizes[3] < 1) fail("x: expected at least one channel, row and column");
     if (cp < 1) fail("primary_weight: expected at least one output channel");
-    checker.check({"", "primary_weight"}, primary_weight, {cp, cin, 1, 1});
+    if (kernel % 2 == 0 || dilation < 1) fail("primary_weight, dilation: expected an odd kernel, and at least 1");
+    const int64_t side = x.is_cuda() ? 1 : kernel;
+    checker.check({"", "primary_weight"}, primary_weight, {cp, cin, side, side});
+    const int64_t height = (x_sizes[2] - 1) / stride + 1, width = (x_sizes[3] - 1) / stride + 1;
     if (new_channels < cp || new_channels % cp != 0) {
       fail("cheap_weight: expected a multiple of init_channels = ", cp, " channels, got ", new_channels);
     }
@@ -181,7 +186,12 @@ struct GhostOp {
     s.dw_size = static_cast<int>(d);
     s.input_gate = input_gate.has_value();
 
-    a.x = checker.tensor4("x", x, {batch, cin, height, width});
+    a.kernel = size32("primary_weight", kernel);
+    a.stride = size32("stride", stride);
+    a.dilation = size32("dilation", dilation);
+    a.x_height = size32("x", x_sizes[2]);
+    a.x_width = size32("x", x_sizes[3]);
+    a.x = checker.tensor4("x", x, {batch, cin, x_sizes[2], x_sizes[3]});
     a.residual = checker.tensor4("residual", residual, {batch, out_channels, height, width});
     if (output_gate) {
       if (output_gate->dim() != 4 || output_gate->size(2) < 1 || output_gate->size(3) < 1) {
@@ -200,6 +210,8 @@ struct GhostOp {
     a.primary_weight = primary_weight.data_ptr();
     a.primary_weight_stride_n = primary_weight.stride(0);
     a.primary_weight_stride_k = cin == 1 ? 1 : primary_weight.stride(1);
+    a.primary_weight_stride_h = primary_weight.stride(2);
+    a.primary_weight_stride_w = primary_weight.stride(3);
     a.cheap_weight = cheap_weight.data_ptr();
     const auto cheap_strides = cheap_weight.strides();
     a.cheap_weight_stride_c = cheap_strides[0];

@@ -45,12 +45,15 @@ struct GhostShape {
 
 struct GhostForwardParams {
   GhostShape shape;
+  // The primary conv, padded by dilation * (kernel - 1) / 2; shape has the output's height and width. 1×1 at stride 1
+  // on a GPU, and x_height and x_width are the shape's.
+  int kernel, stride, dilation, x_height, x_width;
   Tensor4 x, out, residual, output_gate;  // data null: absent
   int gate_height, gate_width;            // of output_gate
   const void* input_gate;                 // (N, Cin)
   int64_t input_gate_stride_n, input_gate_stride_c;
-  const void* primary_weight;  // (Cp, Cin)
-  int64_t primary_weight_stride_n, primary_weight_stride_k;
+  const void* primary_weight;  // (Cp, Cin, kernel, kernel)
+  int64_t primary_weight_stride_n, primary_weight_stride_k, primary_weight_stride_h, primary_weight_stride_w;
   const void* cheap_weight;  // (Cp * (ratio - 1), d, d)
   int64_t cheap_weight_stride_c, cheap_weight_stride_h, cheap_weight_stride_w;
   NormAct primary, cheap;

@@ -62,7 +62,7 @@ Tensor call(Tensor (*op)(Args...), ProgramReader& reader) {
   return std::apply(op, std::move(args));
 }
 
-// ``ops`` are in the order of ghostfused/spec.py's OPS.
+// ``ops`` are in the order of ghostfused/spec.py's STEPS.
 template <auto... ops>
 Tensor program(Tensor x, std::vector<Tensor> tensors, std::vector<int64_t> code, std::vector<double> numbers) {
   ProgramReader reader(std::move(x), std::move(tensors), std::move(code), std::move(numbers));

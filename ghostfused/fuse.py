@@ -17,6 +17,7 @@ from . import adopt, backends
 from .backends.common import form_refusal
 from .bottleneck import FusedConvNormAct, FusedGhostBottleneck
 from .module import FusedGhostModule
+from .network import make_network, unmake_network
 from .proof import SAME, substituted
 from .sequence import FusedSequential, is_recordable
 from .spec import GhostArgs
@@ -116,6 +117,8 @@ def fuse_with_report(
     if level != "module":
         surgery.bottlenecks()
         surgery.sequences()
+        if any(swap.fused for swap in surgery.report) and surgery.model not in surgery.swapped.values():
+            make_network(surgery.model)
     surgery.report.sort(key=lambda swap: order[swap.fqn])
     if strict:
         left = [f"{s.fqn or '(root)'}: {s.reason}" for s in surgery.report if not s.fused and s.reason != _FILTERED]
@@ -139,6 +142,8 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """
     if not inplace:
         model = copy.deepcopy(model)
+    for module in list(model.modules()):
+        unmake_network(module)
     restored: dict[nn.Module, nn.Module] = {}
     while True:  # a bottleneck first, then the Ghost modules in it
         fqn, twin = next(((n, m) for n, m in _occurrences(model) if "_original" in m.__dict__), ("", None))

@@ -1,7 +1,7 @@
 """Several ops as one: a list of calls, each by the arguments of its op, as numbers that one op can take and run.
 
 ``ghostfused::program_<backend>(x, tensors, code, numbers)`` runs the calls one after the other with no Python and no
-dispatcher between them. The code of a call is its op's place in ``OPS``, then a number for each argument but the floats,
+dispatcher between them. The code of a call is its op's place in ``STEPS``, then a number for each argument but the floats,
 which are in ``numbers``: an int or bool is itself, a tensor -1 for None, else 2 * its place among x, the tensors and the
 results so far, + 1 where it is a result that nobody reads later.
 """
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .spec import OPS, Args, GhostArgs, tensor_names
+from .spec import STEPS, GhostArgs, Step, tensor_names
 
 
 class Program(NamedTuple):
@@ -24,7 +24,7 @@ class Program(NamedTuple):
     numbers: list[float]
 
 
-def encode(calls: Sequence[tuple[Args, Tensor]], x: Tensor, parameters: Collection[int]) -> Program | None:
+def encode(calls: Sequence[tuple[Step, Tensor]], x: Tensor, parameters: Collection[int]) -> Program | None:
     """The program of ``calls``, arguments and result of each, in order.
 
     None if a call takes a tensor that is neither x nor the result of another nor one of ``parameters`` (by id).
@@ -48,7 +48,7 @@ def encode(calls: Sequence[tuple[Args, Tensor]], x: Tensor, parameters: Collecti
     code: list[int] = []
     numbers: list[float] = []
     for args, _ in calls:
-        code.append(list(OPS).index(args.op))
+        code.append(list(STEPS).index(args.op))
         for value in args:
             if isinstance(value, Tensor):
                 last_read[id(value)] = len(code)
@@ -64,11 +64,11 @@ def encode(calls: Sequence[tuple[Args, Tensor]], x: Tensor, parameters: Collecti
 
 
 def run(
-    step: Callable[[Args], Tensor], x: Tensor, tensors: Sequence[Tensor], code: Sequence[int], numbers: Sequence[float]
+    step: Callable[[Step], Tensor], x: Tensor, tensors: Sequence[Tensor], code: Sequence[int], numbers: Sequence[float]
 ) -> Tensor:
     """The last call's result, each made by ``step``."""
     values = [x, *tensors]
-    codes, floats, kinds = iter(code), iter(numbers), list(OPS.values())
+    codes, floats, kinds = iter(code), iter(numbers), list(STEPS.values())
     for op in codes:
         kind = kinds[op]
         arguments: list[Any] = []

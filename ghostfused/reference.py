@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .spec import Act, Args, DepthwiseArgs, Gate, GhostArgs, SqueezeExciteArgs
+from .spec import Act, DepthwiseArgs, Gate, GhostArgs, GlobalPoolArgs, LinearArgs, SqueezeExciteArgs, Step
 
 
 def activate(x: Tensor, act: int, negative_slope: float = 0.01, slope: Tensor | None = None) -> Tensor:
@@ -93,9 +93,25 @@ def squeeze_excite(a: SqueezeExciteArgs) -> Tensor:
     return F.hardsigmoid(gate) if a.gate == Gate.HARDSIGMOID else F.relu6(gate)
 
 
-def run(args: Args) -> Tensor:
+def global_pool(a: GlobalPoolArgs) -> Tensor:
+    """The mean of ``a``, shape (N, C, 1, 1)."""
+    return a.x.mean((2, 3), keepdim=True)
+
+
+def linear(a: LinearArgs) -> Tensor:
+    """The fully connected layer of ``a``, shape (N, M)."""
+    return F.linear(a.x.flatten(1), a.weight, a.bias)
+
+
+def run(args: Step) -> Tensor:
     """What the op of ``args`` computes."""
     return _FUNCTIONS[type(args)](args)
 
 
-_FUNCTIONS: dict = {GhostArgs: ghost_module, DepthwiseArgs: depthwise, SqueezeExciteArgs: squeeze_excite}
+_FUNCTIONS: dict = {
+    GhostArgs: ghost_module,
+    DepthwiseArgs: depthwise,
+    SqueezeExciteArgs: squeeze_excite,
+    GlobalPoolArgs: global_pool,
+    LinearArgs: linear,
+}

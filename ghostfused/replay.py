@@ -11,53 +11,57 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import adopt, ops, program
 from .backends.common import KERNEL_DTYPES
-from .spec import Args
+from .listen import Listener
+from .spec import Step, memory_format
+from .testing import relative_error
 
 
 class _Recorder(threading.local):
-    calls: list[tuple[str, Args, Tensor]] | None = None
-    """What ran since recording began: backend, arguments, result."""
+    listener: Listener | None = None
 
 
 _recorder = _Recorder()
 
 
-def note(backend: str, args: Args, out: Tensor) -> None:
+def note(backend: str, args: Step, out: Tensor) -> None:
     """Tells whoever is recording that ``backend`` has made ``out`` of ``args``."""
-    if not torch.compiler.is_compiling() and _recorder.calls is not None:
-        _recorder.calls.append((backend, args, out))
+    if _recorder.listener is not None and not torch.compiler.is_compiling():
+        _recorder.listener.note(backend, args, out)
 
 
 @contextlib.contextmanager
-def _recording(calls: list | None) -> Iterator[None]:
-    before, _recorder.calls = _recorder.calls, calls
+def _recording(listener: Listener | None) -> Iterator[None]:
+    before, _recorder.listener = _recorder.listener, listener
     try:
-        yield
+        with listener or contextlib.nullcontext():
+            yield
     finally:
-        _recorder.calls = before
+        _recorder.listener = before
 
 
 def unrecorded() -> contextlib.AbstractContextManager[None]:
-    """Within, nothing is recorded: what runs there may do more than it computes."""
+    """Within, nothing is recorded, and nothing around it: what runs there may do more than it computes."""
+    if _recorder.listener is not None:
+        _recorder.listener.lost = True
     return _recording(None)
 
 
-class _Recording:
-    """One module's program, and what it holds for.
+class _State:
+    """All that a module's forward depends on but its input, and the programs that hold for it.
 
     It belongs to the module and must not own it in turn: the memory of a model that is deleted should be free at once,
     not when Python next looks for cycles. So the module itself and its own dictionary aren't kept.
     """
 
-    def __init__(self, module: nn.Module, x: Tensor, calls: list[tuple[str, Args, Tensor]], out: Tensor):
+    def __init__(self, module: nn.Module):
         modules = list(module.modules())
-        self.place = x.dtype, x.device
         self.kind, self.attributes = type(module), _attributes(module)
         self.modules, self.kinds = modules[1:], list(map(type, modules[1:]))
         # the dictionaries in which modules keep all that they are; most are empty, and looked at faster
@@ -66,18 +70,12 @@ class _Recording:
             states += m._parameters, m._buffers, m._modules, m._forward_hooks, m._forward_pre_hooks  # type: ignore[arg-type]
         self.empty, self.states = [d for d in states if not d], [d for d in states if d]
         self.seen = [d.copy() for d in self.states]
-        self.op: Callable[..., Tensor]
-        self.program: program.Program | None = None
-        names = {backend for backend, _, _ in calls}
-        watched = any(adopt.has_hooks(m) or "forward" in m.__dict__ for m in modules[1:])
-        if len(names) == 1 and names <= {"cuda", "cpu"} and not watched and calls[-1][2] is out:
-            tensors = {id(t) for m in modules for d in (m._parameters, m._buffers) for t in d.values()}
-            self.program = program.encode([(args, result) for _, args, result in calls], x, tensors)
-            self.op = ops.forward_op(names.pop(), "program")
+        self.watched = any(adopt.has_hooks(m) or "forward" in m.__dict__ for m in modules[1:])
+        self.programs: dict[tuple, _Replayable | None] = {}
 
-    def holds(self, module: nn.Module, x: Tensor) -> bool:
+    def holds(self, module: nn.Module) -> bool:
         """Whether everything is as it was."""
-        if self.place != (x.dtype, x.device) or type(module) is not self.kind:
+        if type(module) is not self.kind:
             return False
         try:  # identical entries are equal, so the comparison goes on to ``==`` only for what has changed
             return (
@@ -88,6 +86,11 @@ class _Recording:
             )
         except Exception:  # two tensors, say, whose ``==`` is no bool
             return False
+
+
+class _Replayable(NamedTuple):
+    op: Callable[..., Tensor]
+    program: program.Program
 
 
 def _attributes(module: nn.Module) -> dict:
@@ -103,35 +106,95 @@ def _may_replay(x: Tensor) -> bool:
         and not torch.is_grad_enabled()
         and x.dtype in KERNEL_DTYPES
         and (x.is_cpu or x.is_cuda)
-        and _recorder.calls is None
+        and _recorder.listener is None
         and torch._C._get_tracing_state() is None
         and not torch.is_autocast_enabled(x.device.type)
     )
 
 
+_MOST_PROGRAMS = 32
+"""Programs kept of one module, for as many kinds of input."""
+_MOST_MISSES = 64
+"""Recordings in a row of which none was replayed, after which a module is left alone: it changes with every call."""
+
+
 class Replay:
-    """A module's memory of its last forward without gradients. Copies and pickles of the module get an empty one."""
+    """A module's memory of its forwards without gradients. Copies and pickles of the module get an empty one."""
+
+    translate = False
 
     def __init__(self) -> None:
-        self._recording: _Recording | None = None
+        self._state: _State | None = None
+        self._misses = 0
 
     def __reduce__(self) -> tuple:
-        return Replay, ()
+        return type(self), ()
 
     def __call__(self, module: nn.Module, x: Tensor, forward: Callable[[Tensor], Tensor]) -> Tensor:
         """``forward(x)``, ``module``'s: replayed where it can be."""
         if not _may_replay(x):
             return forward(x)
-        known = self._recording
-        if known is not None and known.holds(module, x):
-            if known.program is None:
-                return forward(x)
+        state, kind = self._state, self._kind(x)
+        if state is not None and kind in state.programs and state.holds(module):
+            self._misses = 0
+            known = state.programs[kind]
             try:
-                return known.op(x, *known.program)
+                return forward(x) if known is None else known.op(x, *known.program)
             except RuntimeError:  # an x that the kernels refuse: forward knows others, or says what is wrong
                 return forward(x)
-        calls: list[tuple[str, Args, Tensor]] = []
-        with _recording(calls):
+        if self._misses >= _MOST_MISSES:
+            return forward(x)
+        self._misses += 1
+        listener = Listener(self.translate)
+        with _recording(listener):
             out = forward(x)
-        self._recording = _Recording(module, x, calls, out)
+        if state is None or not state.holds(module) or len(state.programs) >= _MOST_PROGRAMS:
+            state = self._state = _State(module)
+        known = None if state.watched or not listener.result(out) else _encode(module, x, listener)
+        return self._remember(state, kind, known, x, out)
+
+    def _kind(self, x: Tensor) -> tuple:
+        """What of x a program depends on: our modules are the same for all sizes."""
+        return x.dtype, x.device
+
+    def _remember(self, state: _State, kind: tuple, known: _Replayable | None, x: Tensor, out: Tensor) -> Tensor:
+        """Returns ``out``, or what will come in its place."""
+        state.programs[kind] = known
         return out
+
+
+class NetworkReplay(Replay):
+    """That of a whole network, somebody's own forward, with layers that our steps stand for.
+
+    It may look at x's shape, so that each has a program of its own, which is tried beside the forward first.
+    """
+
+    translate = True
+
+    def _kind(self, x: Tensor) -> tuple:
+        return x.dtype, x.device, x.shape, memory_format(x) if x.dim() == 4 else None
+
+    def _remember(self, state: _State, kind: tuple, known: _Replayable | None, x: Tensor, out: Tensor) -> Tensor:
+        if known is not None:
+            if not out.isfinite().all():  # tells nothing
+                return out
+            replayed = known.op(x, *known.program)
+            if relative_error(replayed, out) < _SAME[x.dtype]:
+                out = replayed
+            else:
+                known = None
+        return super()._remember(state, kind, known, x, out)
+
+
+_SAME = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
+"""How far two ways of computing a network may differ, relative to the largest output: ten times what their rounding makes."""
+
+
+def _encode(module: nn.Module, x: Tensor, listener: Listener) -> _Replayable | None:
+    """What ``listener`` heard, if all of it ran on one backend that has programs."""
+    names = {backend for backend, _, _ in listener.calls}
+    if len(names) != 1 or not names <= {"cuda", "cpu"}:
+        return None
+    tensors = {id(t) for m in module.modules() for d in (m._parameters, m._buffers) for t in d.values()}
+    found = program.encode([(args, result) for _, args, result in listener.calls], x, tensors)
+    return None if found is None else _Replayable(ops.forward_op(names.pop(), "program"), found)

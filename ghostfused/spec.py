@@ -192,10 +192,59 @@ class SqueezeExciteArgs(NamedTuple):
         return torch.empty(self.output_shape(), dtype=self.x.dtype, device=self.x.device)
 
 
+class GlobalPoolArgs(NamedTuple):
+    """The mean over height and width: a step of the CPU's programs, and no op of its own."""
+
+    x: Tensor  # (N, C, H, W), any strides
+
+    @property
+    def op(self) -> str:
+        return "global_pool"
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self[:1]
+
+    def output_shape(self) -> tuple[int, int, int, int]:
+        """(N, C, 1, 1)."""
+        return self.x.shape[0], self.x.shape[1], 1, 1
+
+    def new_output(self) -> Tensor:
+        """An uninitialized output."""
+        return torch.empty(self.output_shape(), dtype=self.x.dtype, device=self.x.device)
+
+
+class LinearArgs(NamedTuple):
+    """A fully connected layer: a step of the CPU's programs, and no op of its own."""
+
+    x: Tensor  # (N, K), or (N, K, 1, 1)
+    weight: Tensor  # (M, K)
+    bias: Tensor | None  # (M,)
+
+    @property
+    def op(self) -> str:
+        return "linear"
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self[:3]
+
+    def output_shape(self) -> tuple[int, int]:
+        """(N, M)."""
+        return self.x.shape[0], self.weight.shape[0]
+
+    def new_output(self) -> Tensor:
+        """An uninitialized output."""
+        return torch.empty(self.output_shape(), dtype=self.x.dtype, device=self.x.device)
+
+
 Args = GhostArgs | DepthwiseArgs | SqueezeExciteArgs
+Step = Args | GlobalPoolArgs | LinearArgs
 
 OPS: dict[str, type[Args]] = {"forward": GhostArgs, "depthwise": DepthwiseArgs, "squeeze_excite": SqueezeExciteArgs}
 """The ops and their arguments."""
+STEPS: dict[str, type[Step]] = {**OPS, "global_pool": GlobalPoolArgs, "linear": LinearArgs}
+"""What a program is made of, in the order of ``csrc/program.h``."""
 
 
 def _new_output(args: GhostArgs | DepthwiseArgs) -> Tensor:
@@ -210,13 +259,13 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
-_TENSOR_NAMES: dict[type[Args], list[str]] = {
+_TENSOR_NAMES: dict[type[Step], list[str]] = {
     args: [name for name, kind in args.__annotations__.items() if kind in (Tensor, Tensor | None)]
-    for args in OPS.values()
+    for args in STEPS.values()
 }
 
 
-def tensor_names(args: type[Args]) -> list[str]:
+def tensor_names(args: type[Step]) -> list[str]:
     """Names of the tensor arguments, which come first."""
     return _TENSOR_NAMES[args]
 

@@ -2,8 +2,9 @@
 //   cpu_driver [--isa NAME] [--threads N] [--repeat N] CASE ...
 // where a case is one of
 //   ghost BATCH CIN H W CP RATIO D LAYOUT DTYPE EXTRAS            RATIO 1: no ghosts
+//   conv BATCH CIN H W COUT KERNEL STRIDE LAYOUT DTYPE EXTRAS
 //   depthwise BATCH C H W KERNEL_H KERNEL_W STRIDE LAYOUT DTYPE EXTRAS
-//   squeeze BATCH C H W REDUCED GATE 0 LAYOUT DTYPE EXTRAS
+//   squeeze BATCH C H W REDUCED GATE 0 LAYOUT DTYPE EXTRAS        REDUCED 0: global pooling
 // with LAYOUT nchw or nhwc, DTYPE float32, float16 or bfloat16, EXTRAS 0 or 1 (gates and residual; another activation).
 // Every buffer is its own allocation of just the size needed. Prints a checksum per case, which mustn't depend on
 // the number of threads; tests/test_cpu.py compares values.
@@ -88,7 +89,7 @@ struct Drawer {
   }
 };
 
-void run_ghost(const cpu::Isa& isa, const int* n, Drawer& draw, Buffer& out) {
+void run_ghost(const cpu::Isa& isa, const int* n, Drawer& draw, Buffer& out, int kernel = 1, int stride = 1) {
   GhostForwardParams p{};
   GhostShape& s = p.shape;
   s.path = draw.path;
@@ -97,9 +98,14 @@ void run_ghost(const cpu::Isa& isa, const int* n, Drawer& draw, Buffer& out) {
   s.init_channels = n[4], s.ratio = std::max(n[5], 2), s.dw_size = n[6];
   const int64_t cp = s.init_channels, cheap = cp * (s.ratio - 1);
   s.out_channels = s.init_channels * n[5];
-  p.x = draw.tensor(s.batch, s.in_channels, s.height, s.width);
-  p.primary_weight = draw.numbers(cp * s.in_channels);
-  p.primary_weight_stride_n = s.in_channels, p.primary_weight_stride_k = 1;
+  p.kernel = kernel, p.stride = stride, p.dilation = 1;
+  p.x_height = s.height, p.x_width = s.width;
+  s.height = (s.height - 1) / p.stride + 1, s.width = (s.width - 1) / p.stride + 1;
+  const int64_t area = p.kernel * p.kernel;
+  p.x = draw.tensor(s.batch, s.in_channels, p.x_height, p.x_width);
+  p.primary_weight = draw.numbers(cp * s.in_channels * area);
+  p.primary_weight_stride_n = s.in_channels * area, p.primary_weight_stride_k = area;
+  p.primary_weight_stride_h = p.kernel, p.primary_weight_stride_w = 1;
   p.cheap_weight = draw.numbers(cheap * s.dw_size * s.dw_size);
   p.cheap_weight_stride_c = s.dw_size * s.dw_size, p.cheap_weight_stride_h = s.dw_size, p.cheap_weight_stride_w = 1;
   p.primary = draw.norm(cp, draw.extras ? Act::kPReLU : Act::kReLU);
@@ -116,6 +122,11 @@ void run_ghost(const cpu::Isa& isa, const int* n, Drawer& draw, Buffer& out) {
   p.out = dense(out, s.channels_last, s.out_channels, s.height, s.width);
   if (s.height * s.width == 1) s.channels_last = true, p.out.stride_c = 1;
   isa.kernels->forward(p, {thread_count, parallel_for});
+}
+
+void run_conv(const cpu::Isa& isa, const int* n, Drawer& draw, Buffer& out) {
+  const int ghost[] = {n[0], n[1], n[2], n[3], n[4], 1, 1};
+  run_ghost(isa, ghost, draw, out, n[5], n[6]);
 }
 
 void run_depthwise(const cpu::Isa& isa, const int* n, Drawer& draw, Buffer& out) {
@@ -146,7 +157,8 @@ void run_squeeze(const cpu::Isa& isa, const int* n, Drawer& draw, Buffer& out) {
   if (draw.extras) p.reduce_bias = draw.vector(p.reduced), p.expand_bias = draw.vector(p.channels);
   out = numbers(int64_t{p.batch} * p.channels, p.path);
   p.out = out.data.get();
-  isa.kernels->squeeze_excite(p, {thread_count, parallel_for});
+  const auto kernel = p.reduced ? isa.kernels->squeeze_excite : isa.kernels->global_pool;
+  kernel(p, {thread_count, parallel_for});
 }
 
 void run_case(const cpu::Isa& isa, char** arg, int repeat) {
@@ -154,11 +166,11 @@ void run_case(const cpu::Isa& isa, char** arg, int repeat) {
   int n[7];
   for (int i = 0; i < 7; ++i) n[i] = std::atoi(arg[1 + i]);
   const Path path = dtype == "float32" ? Path::kFloat32 : dtype == "float16" ? Path::kFloat16 : Path::kBFloat16;
-  const auto run = op == "ghost" ? run_ghost : op == "depthwise" ? run_depthwise : run_squeeze;
+  const auto run = op == "depthwise" ? run_depthwise : op == "conv" ? run_conv : run_squeeze;
   Buffer out{};
   for (int i = 0; i < repeat; ++i) {
     Drawer draw{path, layout == "nhwc", std::atoi(arg[10]) != 0, {}};
-    run(isa, n, draw, out);
+    op == "ghost" ? run_ghost(isa, n, draw, out) : run(isa, n, draw, out);
   }
   uint64_t sum = 14695981039346656037u;
   for (int64_t i = 0; i < out.bytes; ++i) sum = (sum ^ static_cast<uint8_t>(out.data[i])) * 1099511628211u;

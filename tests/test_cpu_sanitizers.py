@@ -36,6 +36,13 @@ CASES = [  # as tests/cpu_driver.cpp describes them
     "ghost 2 20 9 11 37 1 1 nhwc float32 1",
     "ghost 3 20 1 1 37 1 1 nchw float32 1",
     "ghost 5 21 1 1 6 1 1 nchw float16 0",
+    "conv 1 3 20 30 16 3 2 nchw float32 0",
+    "conv 1 3 20 30 16 3 2 nhwc float32 0",
+    "conv 2 5 9 11 19 5 1 nchw bfloat16 1",
+    "conv 2 5 9 11 19 5 2 nhwc bfloat16 0",
+    "conv 2 5 2 35 9 3 2 nchw float16 1",
+    "conv 2 5 2 35 9 7 1 nhwc float32 1",
+    "conv 2 4 1 1 9 3 1 nchw float32 0",
     "depthwise 2 5 9 11 3 3 2 nchw float32 0",
     "depthwise 2 21 9 11 3 3 2 nhwc float32 1",
     "depthwise 1 5 14 14 5 5 2 nchw float32 1",
@@ -47,6 +54,8 @@ CASES = [  # as tests/cpu_driver.cpp describes them
     "squeeze 2 21 7 9 6 1 0 nhwc float32 0",
     "squeeze 5 200 3 3 30 2 0 nchw bfloat16 1",
     "squeeze 1 3 1 1 1 0 0 nhwc float16 0",
+    "squeeze 2 21 7 9 0 0 0 nchw float32 0",
+    "squeeze 2 21 7 9 0 0 0 nhwc bfloat16 0",
 ]
 
 

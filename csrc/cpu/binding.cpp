@@ -80,7 +80,54 @@ Tensor launch(SqueezeExciteParams& p, const Tensor& x) {
   return out;
 }
 
-constexpr auto run_program = &program<&GhostOp<Tensor>::run<launch>, &depthwise<launch>, &squeeze_excite<launch>>;
+// The steps of a program that are no ops of their own: spec.py's GlobalPoolArgs and LinearArgs.
+Tensor global_pool(Tensor x) {
+  if (x.dim() != 4) fail("x: expected 4 dimensions, got ", x.dim());
+  const Checker checker(x);
+  SqueezeExciteParams p{};
+  p.path = path_of(checker.dtype);
+  p.batch = size32("x", x.size(0));
+  p.channels = size32("x", x.size(1));
+  p.height = size32("x", x.size(2));
+  p.width = size32("x", x.size(3));
+  if (p.channels < 1 || p.height < 1 || p.width < 1) fail("x: expected at least one channel, row and column");
+  p.x = checker.tensor4("x", x, {p.batch, p.channels, p.height, p.width});
+  Tensor out = new_output({p.batch, p.channels, 1, 1}, {p.channels, 1, 1, 1}, x.scalar_type());
+  p.out = out.data_ptr();
+  if (p.batch > 0) kernels().global_pool(p, torch_threads());
+  return out;
+}
+
+Tensor linear(Tensor x, Tensor weight, OptionalTensor bias) {
+  if (weight.dim() != 2) fail("weight: expected 2 dimensions, got ", weight.dim());
+  const Checker checker(x);
+  const int64_t batch = x.size(0), depth = weight.size(1), rows = weight.size(0);
+  if (depth < 1 || rows < 1) fail("weight: expected at least one row and column");
+  checker.check({"", "weight"}, weight, {rows, depth});
+  checker.matrix("x", x, batch, depth);
+  weight = torch::stable::contiguous(weight);
+  GhostForwardParams p{};
+  GhostShape& s = p.shape;
+  s.path = path_of(checker.dtype);
+  s.channels_last = true;
+  s.batch = size32("x", batch);
+  s.in_channels = size32("weight", depth);
+  s.init_channels = s.out_channels = size32("weight", rows);
+  s.height = s.width = s.dw_size = p.kernel = p.stride = p.dilation = p.x_height = p.x_width = 1;
+  s.ratio = 2;
+  p.x = {x.data_ptr(), x.stride(0), x.stride(1), 0, 0};
+  p.primary_weight = weight.data_ptr();
+  p.primary_weight_stride_n = depth;
+  p.primary_weight_stride_k = 1;
+  p.primary.bias = checker.vector({"", "bias"}, bias, rows);
+  Tensor out = new_output({batch, rows}, {rows, 1}, x.scalar_type());
+  p.out = {out.data_ptr(), rows, 1, 0, 0};
+  if (batch > 0) kernels().forward(p, torch_threads());
+  return out;
+}
+
+constexpr auto run_program = &program<&GhostOp<Tensor>::run<launch>, &depthwise<launch>, &squeeze_excite<launch>,
+                                      &global_pool, &linear>;
 
 // A program on a batch: a few images at a time on each thread, so that what is made of them stays in its core's cache,
 // weights are read once for all of them, and no thread waits for another between two ops.

@@ -41,9 +41,32 @@ void dot_block(const T* a, int64_t a_row, const float* b, int64_t b_column, int6
   }
 }
 
+// The same for one row and one column: a matrix that is read once comes from memory fastest as it lies there.
+template <typename T>
+float dot_row(const T* a, const float* b, int64_t depth) {
+  constexpr int kChains = 8;
+  Vec sum[kChains] = {};
+  int64_t k = 0;
+  for (; k + kChains * kLanes <= depth; k += kChains * kLanes) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kChains; ++i) sum[i] += load_float(a + k + i * kLanes) * load(b + k + i * kLanes);
+  }
+  for (; k + kLanes <= depth; k += kLanes) sum[0] += load_float(a + k) * load(b + k);
+  if (const int rest = static_cast<int>(depth - k)) sum[1] += load_part(a + k, rest) * load_part(b + k, rest);
+#pragma GCC unroll 4
+  for (int half = kChains / 2; half; half /= 2) {
+    for (int i = 0; i < half; ++i) sum[i] += sum[i + half];
+  }
+  return sum_of_lanes(sum[0]);
+}
+
 template <typename T>
 void dot(const T* a, int64_t a_row, int rows, const float* b, int64_t b_column, int columns, int64_t depth, float* y,
          int64_t y_column) {
+  if (columns == 1) {
+    for (int i = 0; i < rows; ++i) y[i] = dot_row(a + i * a_row, b, depth);
+    return;
+  }
   for (int j = 0; j < columns;) {
     const bool many = columns - j >= kDotColumns;
     for (int i = 0; i < rows;) {

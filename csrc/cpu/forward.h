@@ -7,6 +7,7 @@
 #include "output.h"
 #include "pack.h"
 #include "parameters.h"
+#include "patches.h"
 #include "plan.h"
 
 namespace ghostfused::cpu::GHOSTFUSED_ISA {
@@ -50,7 +51,11 @@ class Worker {
         const int64_t rows = min_of<int64_t>(h1 + pad, s.height) - x_h0;
         const T* gate = plan.gate_weight ? nullptr : gate_of<T>(p, output.n);
         float* to = scratch + at.packed_x;
-        if constexpr (kChannelsLast) {
+        if (plan.patches && kChannelsLast) {
+          pack_patch_pixels(p, gate, output.n, x_h0, rows, reinterpret_cast<Number*>(to), at.packed_x_row * kPerLane);
+        } else if (plan.patches) {
+          pack_patch_planes(p, gate, output.n, x_h0, rows, plan.depth, to, at.packed_x_row, scratch + at.stage);
+        } else if constexpr (kChannelsLast) {
           pack_pixels(p, gate, output.n, x_h0, rows, reinterpret_cast<Number*>(to), at.packed_x_row * kPerLane);
         } else if (plan.panels) {
           pack_panels(p, gate, output.n, to);
@@ -114,7 +119,7 @@ class Worker {
   // Whether the multiplication writes whole vectors of nothing but x1's place in the output.
   bool can_store_directly() const {
     if (sizeof(T) != sizeof(float) || !output.plain) return false;
-    return kChannelsLast ? channels == plan.padded_block : plan.panels || !plan.pack_x;
+    return kChannelsLast ? channels == plan.padded_block : plan.panels || !plan.pack_x || s.width >= kLanes;
   }
 
   // x1 of the image rows begin … end - 1.
@@ -189,7 +194,7 @@ class Worker {
           panel.ahead =
               weight + (c0 + channels) * (p.primary_weight_stride_n / kPerLane) + i * panel.ahead_row * plan.depth;
           go(multiply_kernels[channels][pixels_of.vecs], x1 + pixels_of.begin, begin, pixels_of.begin);
-        } else if (plan.pack_x) {
+        } else if (plan.pack_x && !can_store_directly()) {
           run(pixels_of.vecs_before * kLanes, pixels_of.vecs);
         } else if (pixels_of.begin >= 0) {
           run(pixels_of.begin, pixels_of.vecs);
@@ -242,6 +247,9 @@ class Worker {
   // The 1×1 weights of the block's channels, as the multiplication reads them.
   void prepare_weight() const {
     float* weight = parameters + at.block_weight;
+    if (plan.patches) {
+      return prepare_patch_weight<T, kChannelsLast>(p, c0, channels, plan.depth, plan.padded_block, weight);
+    }
     const T* from = static_cast<const T*>(p.primary_weight) + c0 * p.primary_weight_stride_n;
     const int64_t next = p.primary_weight_stride_n, stride = p.primary_weight_stride_k;
     const auto read = [&](int64_t c, int64_t k) {

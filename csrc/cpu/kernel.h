@@ -21,6 +21,8 @@ struct Kernels {
   void (*forward)(const GhostForwardParams& params, const Threads& threads);
   void (*depthwise)(const DepthwiseParams& params, const Threads& threads);
   void (*squeeze_excite)(const SqueezeExciteParams& params, const Threads& threads);
+  // the means of x over height and width, to out
+  void (*global_pool)(const SqueezeExciteParams& params, const Threads& threads);
   // nothing but that, in registers, as the path's 1×1 convolution does; returns the operations done
   double (*multiply_adds)(int64_t count, Path path);
 };

@@ -27,6 +27,6 @@ inline double multiply_adds(int64_t count, Path path) {
   return path == Path::kBFloat16 ? multiply_adds<Operand<BFloat16>::kChannels>(count) : multiply_adds<1>(count);
 }
 
-inline constexpr Kernels kernels{forward, depthwise, squeeze_excite, multiply_adds};
+inline constexpr Kernels kernels{forward, depthwise, squeeze_excite, global_pool, multiply_adds};
 
 }  // namespace ghostfused::cpu::GHOSTFUSED_ISA

@@ -8,6 +8,7 @@ namespace ghostfused::cpu::GHOSTFUSED_ISA {
 template <typename T>
 GHOSTFUSED_INLINE Vec load_strided(const T* p, int64_t stride, int count) {
   if (stride == 1 && count == kLanes) return load_float(p);
+  if (stride == 2 && count == kLanes) return every_second(load_float(p), load_float(p + kLanes - 1));
   Vec v{};
   for (int i = 0; i < count; ++i) v[i] = to_float(p[i * stride]);
   return v;
@@ -38,6 +39,20 @@ GHOSTFUSED_INLINE Vec gated(Vec v, Vec factor) {
   }
 }
 
+// The channels of one pixel of x, through the input gate (null: none).
+template <typename T, typename Number>
+GHOSTFUSED_INLINE void pack_pixel(const GhostForwardParams& p, const T* gate, const T* from, Number* to) {
+  const int64_t channels = p.shape.in_channels;
+  for (int64_t k = 0; k < channels; k += kLanes) {
+    const int count = min_of<int64_t>(channels - k, kLanes);
+    Vec v = load_strided(from + k * p.x.stride_c, p.x.stride_c, count);
+    if (gate) {
+      v = gated<T>(v, load_strided(gate + k * p.input_gate_stride_c, p.input_gate_stride_c, count));
+    }
+    store_part(to + k, v, count);
+  }
+}
+
 // channels_last: ``rows`` rows of image n from row ``top`` on, through the input gate (null: none), ``to_row`` numbers
 // from one pixel to the next, zeros after the last channel.
 template <typename T, typename Number>
@@ -47,15 +62,7 @@ void pack_pixels(const GhostForwardParams& p, const T* gate, int64_t n, int64_t 
   const int64_t pixels = rows * s.width;
   const T* x = static_cast<const T*>(p.x.data) + n * p.x.stride_n + top * p.x.stride_h;
   for (int64_t i = 0; i < pixels; ++i, to += to_row) {
-    const T* from = x + i / s.width * p.x.stride_h + i % s.width * p.x.stride_w;
-    for (int64_t k = 0; k < s.in_channels; k += kLanes) {
-      const int count = min_of<int64_t>(s.in_channels - k, kLanes);
-      Vec v = load_strided(from + k * p.x.stride_c, p.x.stride_c, count);
-      if (gate) {
-        v = gated<T>(v, load_strided(gate + k * p.input_gate_stride_c, p.input_gate_stride_c, count));
-      }
-      store_part(to + k, v, count);
-    }
+    pack_pixel(p, gate, x + i / s.width * p.x.stride_h + i % s.width * p.x.stride_w, to);
     for (int64_t k = s.in_channels; k < to_row; ++k) to[k] = {};
   }
 }

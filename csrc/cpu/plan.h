@@ -7,6 +7,7 @@
 namespace ghostfused::cpu::GHOSTFUSED_ISA {
 
 constexpr int64_t kTileBytes = 768 << 10;   // of x in one tile: stays in a core's L2 while every block reads it
+constexpr int64_t kPatchBytes = 64 << 10;  // of patches in one tile: they are read right after they are packed
 constexpr int64_t kChunkBytes = 192 << 10;  // of x1 in one chunk: stays in L2, and a channel of it in L1
 
 constexpr int64_t kPanelBlocks = 4;  // blocks of channels for which packing x into panels pays
@@ -31,6 +32,7 @@ struct Plan {
   int64_t depth;                        // the operand's lanes that one output sums
   bool pack_x, pack_weight;  // copied as operands with unit stride: the multiplication can't read it as it is
   bool pack_taps;            // the depthwise weights as well
+  bool patches;              // x is packed as the patches under a primary conv of any other kind than 1×1 at stride 1
   bool panels;               // x is packed panel by panel, for many blocks of channels to read it one after the other
   bool gate_weight;          // the input gate goes to the weights, else to x, as they are packed
   bool ghosts;               // false: a 1×1 convolution and no more
@@ -46,14 +48,16 @@ inline bool made_of_pairs(const void* data, int64_t sizes) {
 inline Plan make_plan(const GhostForwardParams& p, int threads) {
   const GhostShape& s = p.shape;
   const int64_t height = s.height, width = s.width, per_lane = channels_per_lane(s.path);
-  const int64_t depth = div_up(s.in_channels, per_lane);
+  const bool patches = p.kernel > 1 || p.stride > 1;
+  const int64_t depth = div_up(int64_t{s.in_channels} * p.kernel * p.kernel, per_lane);
   const bool is_float = s.path == Path::kFloat32 || s.path == Path::kTF32;
   Plan plan{};
+  plan.patches = patches;
   plan.depth = depth;
   plan.ghosts = s.out_channels > s.init_channels;
   const int64_t pad = plan.pad = plan.ghosts ? s.dw_size / 2 : 0;
 
-  plan.rows = max_of<int64_t>(kTileBytes / (depth * width * 4), 4);
+  plan.rows = max_of<int64_t>((patches ? kPatchBytes : kTileBytes) / (depth * width * 4), 4);
   plan.tiles = div_up(height, plan.rows);
   const int64_t largest_block = s.channels_last ? kMaxVecs * kLanes : kMaxRows;
   plan.blocks = div_up(s.init_channels, largest_block);
@@ -78,9 +82,14 @@ inline Plan make_plan(const GhostForwardParams& p, int threads) {
   const int64_t chunk = max_of<int64_t>(kChunkBytes / row_bytes - 2 * pad, 2);
   plan.chunk = div_up(plan.rows, div_up(plan.rows, chunk));
   if (!plan.ghosts && is_float && !p.residual.data && !p.output_gate.data) plan.chunk = plan.rows;  // x1 is the output
+  // whether the weights of an output follow each other, in NCHW's order
+  const int64_t area = int64_t{p.kernel} * p.kernel;
+  const bool contiguous =
+      (s.in_channels == 1 || p.primary_weight_stride_k == area) &&
+      (area == 1 || (p.primary_weight_stride_w == 1 && p.primary_weight_stride_h == p.kernel));
   const bool operand =
-      per_lane == 1 ? is_float : made_of_pairs(p.primary_weight, s.in_channels | p.primary_weight_stride_n);
-  plan.pack_weight = s.channels_last || !operand || (s.in_channels > 1 && p.primary_weight_stride_k != 1);
+      per_lane == 1 ? is_float : made_of_pairs(p.primary_weight, s.in_channels * area | p.primary_weight_stride_n);
+  plan.pack_weight = s.channels_last || !operand || !contiguous;
   plan.pack_taps = s.channels_last || !is_float || p.cheap_weight_stride_w != 1 || p.cheap_weight_stride_h != s.dw_size;
   plan.pack_x = !is_float;
   if (s.channels_last) {
@@ -94,11 +103,11 @@ inline Plan make_plan(const GhostForwardParams& p, int threads) {
   }
   const int64_t vecs = div_up(height * width, kLanes),
                 sharing = plan.blocks * min_of<int64_t>(s.batch, threads) / threads;
-  plan.panels = !s.channels_last && sharing >= kPanelBlocks && plan.chunk == height && vecs > kMaxVecs &&
+  plan.panels = !patches && !s.channels_last && sharing >= kPanelBlocks && plan.chunk == height && vecs > kMaxVecs &&
                 (width == 1 || p.x.stride_w == 1) && (height == 1 || p.x.stride_h == width);
-  plan.pack_x |= plan.panels;
+  plan.pack_x |= plan.panels || patches;
   // whatever the number of threads, so that the result doesn't depend on it
-  plan.gate_weight = s.input_gate && is_float && !s.channels_last;
+  plan.gate_weight = s.input_gate && is_float && !s.channels_last && !patches;
   plan.pack_weight |= plan.gate_weight;
   return plan;
 }

@@ -1,4 +1,4 @@
-// The gate of a squeeze-and-excite block: the means of x, and two fully connected layers.
+// The gate of a squeeze-and-excite block: the means of x, and two fully connected layers. And global pooling.
 #pragma once
 
 #include "dot.h"
@@ -130,6 +130,23 @@ void squeeze_excite(const SqueezeExciteParams& p, const Threads& threads) {
       &task);
   run(threads, div_up(p.reduced, kDotRows), products, reduce<T>, &task);
   run(threads, div_up(p.channels, kDotRows), products, excite<T>, &task);
+}
+
+// The means alone, of x's type.
+template <typename T>
+void global_pool(const SqueezeExciteParams& p, const Threads& threads) {
+  const int64_t planes = int64_t{p.batch} * p.channels;
+  SqueezeExciteTask task{p, thread_scratch(planes), nullptr};
+  run(threads, p.batch * div_up(p.channels, kLanes), static_cast<double>(planes) * p.height * p.width, squeeze<T>,
+      &task);
+  for (int64_t i = 0; i < planes; i += kLanes) {
+    const int count = min_of<int64_t>(planes - i, kLanes);
+    store_part(static_cast<T*>(p.out) + i, load_part(task.mean + i, count), count);
+  }
+}
+
+inline void global_pool(const SqueezeExciteParams& p, const Threads& threads) {
+  GHOSTFUSED_BY_PATH(p.path, global_pool)(p, threads);
 }
 
 inline void squeeze_excite(const SqueezeExciteParams& p, const Threads& threads) {

@@ -146,6 +146,19 @@ GHOSTFUSED_INLINE void deinterleave(Vec a, Vec b, Vec& even, Vec& odd) {
 #endif
 }
 
+// Of numbers 0 … kLanes - 1 and kLanes - 1 … 2 kLanes - 2 the even ones, so that nothing after the last is read.
+GHOSTFUSED_INLINE Vec every_second(Vec a, Vec b) {
+#ifdef __clang__
+  Vec v;
+  for (int i = 0; i < kLanes; ++i) v[i] = 2 * i < kLanes ? a[2 * i] : b[2 * i + 1 - kLanes];
+  return v;
+#else
+  Ints at;
+  for (int i = 0; i < kLanes; ++i) at[i] = 2 * i + (2 * i >= kLanes);
+  return __builtin_shuffle(a, b, at);
+#endif
+}
+
 // Lane j of vector i to lane i of vector j: each step turns the number that i and j make up by one bit.
 GHOSTFUSED_INLINE void transpose(Vec (&v)[kLanes]) {
 #pragma GCC unroll 4
