@@ -12,6 +12,7 @@
 #include <unordered_map>
 
 #include "bottleneck.h"
+#include "guard.h"
 #include "program.h"
 
 namespace py = pybind11;
@@ -143,12 +144,16 @@ Tensor launch(SqueezeExciteParams& a, const Tensor& x) {
   return out;
 }
 
+using CudaPrograms =
+    Programs<&run_program<&GhostOp<Tensor>::run<launch>, &depthwise<launch>, &squeeze_excite<launch>>>;
+
 STABLE_TORCH_LIBRARY_IMPL(ghostfused, CUDA, m) {
   m.impl("forward_cuda", TORCH_BOX(&GhostOp<Tensor>::run<launch>));
   m.impl("depthwise_cuda", TORCH_BOX(&depthwise<launch>));
   m.impl("squeeze_excite_cuda", TORCH_BOX(&squeeze_excite<launch>));
-  m.impl("program_cuda",
-         TORCH_BOX((&program<&GhostOp<Tensor>::run<launch>, &depthwise<launch>, &squeeze_excite<launch>>)));
+  m.impl("program_cuda", TORCH_BOX(&CudaPrograms::run_once));
+  m.impl("keep_program_cuda", TORCH_BOX(&CudaPrograms::keep));
+  m.impl("replay_cuda", TORCH_BOX(&CudaPrograms::run_kept));
 }
 
 py::dict build_info() {
@@ -315,6 +320,8 @@ PYBIND11_MODULE(_C, m) {
       "ghostfused's CUDA kernels: loading this registers ghostfused::{forward,depthwise,squeeze_excite}_cuda; its "
       "functions answer questions.";
   m.def("build_info", &ghostfused::build_info, "CUDA version and architectures of this build.");
+  ghostfused::bind_guard(m);
+  m.def("drop_program", &ghostfused::CudaPrograms::drop, "Forgets a program that keep_program_cuda has kept.");
   m.def("plan", &ghostfused::plan, py::kw_only(), py::arg("batch"), py::arg("in_channels"), py::arg("height"),
         py::arg("width"), py::arg("init_channels"), py::arg("out_channels"), py::arg("ratio") = 2,
         py::arg("dw_size") = 3, py::arg("path") = "float16", py::arg("channels_last") = true,

@@ -1,7 +1,10 @@
 // Several ops in one call: ghostfused/program.py describes the code.
 #pragma once
 
+#include <memory>
+#include <mutex>
 #include <tuple>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -9,50 +12,53 @@
 
 namespace ghostfused {
 
+struct Program {
+  std::vector<Tensor> tensors;
+  std::vector<int64_t> code;
+  std::vector<double> numbers;
+};
+
 class ProgramReader {
  public:
-  ProgramReader(Tensor x, std::vector<Tensor> tensors, std::vector<int64_t> code, std::vector<double> numbers)
-      : values_(std::move(tensors)), code_(std::move(code)), numbers_(std::move(numbers)) {
-    values_.insert(values_.begin(), std::move(x));
-  }
+  ProgramReader(Tensor x, const Program& program) : program_(program), x_(std::move(x)) {}
 
-  bool at_end() const { return position_ == code_.size(); }
-  Tensor last() { return std::move(values_.back()); }
-  void push(Tensor result) { values_.push_back(std::move(result)); }
+  bool at_end() const { return position_ == program_.code.size(); }
+  Tensor last() { return std::move(results_.back()); }
+  void push(Tensor result) { results_.push_back(std::move(result)); }
 
   template <typename T>
   T next() {
     if constexpr (std::is_same_v<T, double>) {
-      return item(numbers_, number_);
+      return item(program_.numbers, number_);
     } else if constexpr (std::is_same_v<T, Tensor>) {
       OptionalTensor t = next<OptionalTensor>();
       if (!t) fail("code: expected a tensor, got none");
       return *std::move(t);
     } else if constexpr (std::is_same_v<T, OptionalTensor>) {
-      const int64_t place = item(code_, position_);
-      if (place < 0) return std::nullopt;
-      Tensor& value = item_at(values_, static_cast<size_t>(place / 2));
-      if (!value.defined()) fail("code: tensor ", place / 2, " is read after its last use");
-      return place % 2 ? std::exchange(value, Tensor()) : value;
+      const int64_t code = item(program_.code, position_);
+      if (code < 0) return std::nullopt;
+      const size_t place = code / 2, given = 1 + program_.tensors.size();
+      if (place == 0) return x_;
+      if (place < given) return program_.tensors[place - 1];
+      if (place - given >= results_.size()) fail("code: expected a place below ", given + results_.size(), ", got ", place);
+      Tensor& value = results_[place - given];
+      if (!value.defined()) fail("code: tensor ", place, " is read after its last use");
+      return code % 2 ? std::exchange(value, Tensor()) : value;
     } else {
-      return static_cast<T>(item(code_, position_));
+      return static_cast<T>(item(program_.code, position_));
     }
   }
 
  private:
   template <typename T>
-  static T& item_at(std::vector<T>& list, size_t i) {
-    if (i >= list.size()) fail("code: expected a place below ", list.size(), ", got ", i);
-    return list[i];
-  }
-  template <typename T>
-  static T item(std::vector<T>& list, size_t& position) {
-    return item_at(list, position++);
+  static T item(const std::vector<T>& list, size_t& position) {
+    if (position >= list.size()) fail("code: expected a place below ", list.size(), ", got ", position);
+    return list[position++];
   }
 
-  std::vector<Tensor> values_;  // x, the tensors, the results so far
-  std::vector<int64_t> code_;
-  std::vector<double> numbers_;
+  const Program& program_;
+  const Tensor x_;
+  std::vector<Tensor> results_;
   size_t position_ = 0, number_ = 0;
 };
 
@@ -64,8 +70,8 @@ Tensor call(Tensor (*op)(Args...), ProgramReader& reader) {
 
 // ``ops`` are in the order of ghostfused/spec.py's STEPS.
 template <auto... ops>
-Tensor program(Tensor x, std::vector<Tensor> tensors, std::vector<int64_t> code, std::vector<double> numbers) {
-  ProgramReader reader(std::move(x), std::move(tensors), std::move(code), std::move(numbers));
+Tensor run_program(Tensor x, const Program& program) {
+  ProgramReader reader(std::move(x), program);
   if (reader.at_end()) fail("code: expected at least one call");
   while (!reader.at_end()) {
     const int64_t op = reader.next<int64_t>();
@@ -75,5 +81,54 @@ Tensor program(Tensor x, std::vector<Tensor> tensors, std::vector<int64_t> code,
   }
   return reader.last();
 }
+
+// Programs kept by number, so that a call of one need hand over nothing but x. ``run`` is run_program of some ops.
+template <Tensor (*run)(Tensor x, const Program& program)>
+class Programs {
+ public:
+  static Tensor run_once(Tensor x, std::vector<Tensor> tensors, std::vector<int64_t> code,
+                         std::vector<double> numbers) {
+    return run(std::move(x), {std::move(tensors), std::move(code), std::move(numbers)});
+  }
+
+  static int64_t keep(std::vector<Tensor> tensors, std::vector<int64_t> code, std::vector<double> numbers) {
+    auto program =
+        std::make_shared<const Program>(Program{std::move(tensors), std::move(code), std::move(numbers)});
+    const std::lock_guard lock(table().mutex);
+    table().programs.emplace(++table().last, std::move(program));
+    return table().last;
+  }
+
+  static Tensor run_kept(Tensor x, int64_t number) {
+    std::shared_ptr<const Program> program;  // whoever drops it meanwhile
+    {
+      const std::lock_guard lock(table().mutex);
+      const auto found = table().programs.find(number);
+      if (found == table().programs.end()) fail("program: there is none of number ", number);
+      program = found->second;
+    }
+    return run(std::move(x), *program);
+  }
+
+  static void drop(int64_t number) {
+    std::shared_ptr<const Program> program;  // its tensors are freed once the lock is
+    const std::lock_guard lock(table().mutex);
+    const auto found = table().programs.find(number);
+    if (found == table().programs.end()) return;
+    program = std::move(found->second);
+    table().programs.erase(found);
+  }
+
+ private:
+  struct Table {
+    std::mutex mutex;
+    std::unordered_map<int64_t, std::shared_ptr<const Program>> programs;
+    int64_t last = 0;
+  };
+  static Table& table() {
+    static Table* const table = new Table;  // never freed: at exit Torch may be gone before it
+    return *table;
+  }
+};
 
 }  // namespace ghostfused

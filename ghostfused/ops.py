@@ -4,11 +4,13 @@ Per op and kernel backend one forward, ``ghostfused::<op>_<backend>``; the schem
 arguments. Those of "cuda" and "cpu" are registered by the extensions when they load. One backward per op serves
 all backends; but for Ghost modules each backend that can train has its own, ``backward_<backend>``, and
 ``train_forward_<backend>``, with BatchNorm by the batch's statistics. ``program_<backend>`` runs several forwards, for
-inference.
+inference, and so does ``replay_<backend>`` of a program that ``keep_program_<backend>`` was given.
 """
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -109,6 +111,37 @@ def _define_program(backend: str) -> None:
 
 for _backend in ("cuda", "cpu", "reference"):
     _define_program(_backend)
+
+
+class KeptProgram:
+    """A program that the extension of ``backend`` keeps, so that a call of it hands over nothing but x:
+    ``ghostfused::replay_<backend>(x, number)``. Its tensors live as long as this does."""
+
+    _all: weakref.WeakValueDictionary[tuple[str, int], KeptProgram] = weakref.WeakValueDictionary()
+
+    def __init__(self, backend: str, kept: program.Program, drop: Callable[[int], None]):
+        self.program, self._drop, self._op = kept, drop, forward_op(backend, "replay")
+        self.number = forward_op(backend, "keep_program")(*kept)
+        self._all[backend, self.number] = self
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The program's last result."""
+        return self._op(x, self.number)
+
+    def __del__(self) -> None:
+        if "number" in self.__dict__:
+            self._drop(self.number)
+
+    @classmethod
+    def fake(cls, backend: str, x: Tensor, number: int) -> Tensor:
+        """What a call of the program of this number makes, uninitialized."""
+        return program.run(lambda args: args.new_output(), x, *cls._all[backend, number].program)
+
+
+for _backend in ("cuda", "cpu"):
+    _library.define(f"keep_program_{_backend}(Tensor[] tensors, int[] code, float[] numbers) -> int")
+    _library.define(f"replay_{_backend}(Tensor x, int number) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+    torch.library.register_fake(f"ghostfused::replay_{_backend}", functools.partial(KeptProgram.fake, _backend), lib=_library)
 for _key in ("CPU", "CUDA"):
     _library.impl("program_reference", torch.no_grad()(lambda *args: program.run(reference.run, *args)), _key)
 

@@ -11,12 +11,12 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import adopt, ops, program
+from .backends import BACKENDS, cpu, cuda
 from .backends.common import KERNEL_DTYPES
 from .listen import Listener
 from .spec import Step, memory_format
@@ -64,33 +64,29 @@ class _State:
         modules = list(module.modules())
         self.kind, self.attributes = type(module), _attributes(module)
         self.modules, self.kinds = modules[1:], list(map(type, modules[1:]))
-        # the dictionaries in which modules keep all that they are; most are empty, and looked at faster
-        states: list[dict] = [m.__dict__ for m in modules[1:]]
+        # the dictionaries in which modules keep all that they are
+        self.states: list[dict] = [m.__dict__ for m in modules[1:]]
         for m in modules:
-            states += m._parameters, m._buffers, m._modules, m._forward_hooks, m._forward_pre_hooks  # type: ignore[arg-type]
-        self.empty, self.states = [d for d in states if not d], [d for d in states if d]
+            self.states += m._parameters, m._buffers, m._modules, m._forward_hooks, m._forward_pre_hooks  # type: ignore[arg-type]
         self.seen = [d.copy() for d in self.states]
+        extension = cpu.extension.module or cuda.extension.module
+        self.guard = extension.Guard(self.states, self.modules) if extension else None
         self.watched = any(adopt.has_hooks(m) or "forward" in m.__dict__ for m in modules[1:])
-        self.programs: dict[tuple, _Replayable | None] = {}
+        self.programs: dict[tuple, ops.KeptProgram | None] = {}
 
     def holds(self, module: nn.Module) -> bool:
         """Whether everything is as it was."""
         if type(module) is not self.kind:
             return False
         try:  # identical entries are equal, so the comparison goes on to ``==`` only for what has changed
-            return (
-                not any(self.empty)
-                and self.states == self.seen
-                and list(map(type, self.modules)) == self.kinds
-                and _attributes(module) == self.attributes
-            )
+            inside = self.guard.holds() if self.guard else self._inside_holds()
+            return inside and _attributes(module) == self.attributes
         except Exception:  # two tensors, say, whose ``==`` is no bool
             return False
 
-
-class _Replayable(NamedTuple):
-    op: Callable[..., Tensor]
-    program: program.Program
+    def _inside_holds(self) -> bool:
+        """As ``guard``, where there is no extension, in several times its time."""
+        return self.states == self.seen and list(map(type, self.modules)) == self.kinds
 
 
 def _attributes(module: nn.Module) -> dict:
@@ -139,7 +135,7 @@ class Replay:
             self._misses = 0
             known = state.programs[kind]
             try:
-                return forward(x) if known is None else known.op(x, *known.program)
+                return forward(x) if known is None else known(x)
             except RuntimeError:  # an x that the kernels refuse: forward knows others, or says what is wrong
                 return forward(x)
         if self._misses >= _MOST_MISSES:
@@ -157,7 +153,7 @@ class Replay:
         """What of x a program depends on: our modules are the same for all sizes."""
         return x.dtype, x.device
 
-    def _remember(self, state: _State, kind: tuple, known: _Replayable | None, x: Tensor, out: Tensor) -> Tensor:
+    def _remember(self, state: _State, kind: tuple, known: ops.KeptProgram | None, x: Tensor, out: Tensor) -> Tensor:
         """Returns ``out``, or what will come in its place."""
         state.programs[kind] = known
         return out
@@ -174,11 +170,11 @@ class NetworkReplay(Replay):
     def _kind(self, x: Tensor) -> tuple:
         return x.dtype, x.device, x.shape, memory_format(x) if x.dim() == 4 else None
 
-    def _remember(self, state: _State, kind: tuple, known: _Replayable | None, x: Tensor, out: Tensor) -> Tensor:
+    def _remember(self, state: _State, kind: tuple, known: ops.KeptProgram | None, x: Tensor, out: Tensor) -> Tensor:
         if known is not None:
             if not out.isfinite().all():  # tells nothing
                 return out
-            replayed = known.op(x, *known.program)
+            replayed = known(x)
             if relative_error(replayed, out) < _SAME[x.dtype]:
                 out = replayed
             else:
@@ -190,11 +186,12 @@ _SAME = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
 """How far two ways of computing a network may differ, relative to the largest output: ten times what their rounding makes."""
 
 
-def _encode(module: nn.Module, x: Tensor, listener: Listener) -> _Replayable | None:
+def _encode(module: nn.Module, x: Tensor, listener: Listener) -> ops.KeptProgram | None:
     """What ``listener`` heard, if all of it ran on one backend that has programs."""
     names = {backend for backend, _, _ in listener.calls}
     if len(names) != 1 or not names <= {"cuda", "cpu"}:
         return None
     tensors = {id(t) for m in module.modules() for d in (m._parameters, m._buffers) for t in d.values()}
     found = program.encode([(args, result) for _, args, result in listener.calls], x, tensors)
-    return None if found is None else _Replayable(ops.forward_op(names.pop(), "program"), found)
+    name = names.pop()
+    return found and ops.KeptProgram(name, found, BACKENDS[name].extension.module.drop_program)

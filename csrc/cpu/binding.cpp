@@ -7,6 +7,7 @@
 #include <string>
 
 #include "../arguments.h"
+#include "../guard.h"
 #include "../program.h"
 #include "kernel.h"
 
@@ -126,8 +127,8 @@ Tensor linear(Tensor x, Tensor weight, OptionalTensor bias) {
   return out;
 }
 
-constexpr auto run_program = &program<&GhostOp<Tensor>::run<launch>, &depthwise<launch>, &squeeze_excite<launch>,
-                                      &global_pool, &linear>;
+constexpr auto run_steps = &run_program<&GhostOp<Tensor>::run<launch>, &depthwise<launch>, &squeeze_excite<launch>,
+                                        &global_pool, &linear>;
 
 // A program on a batch: a few images at a time on each thread, so that what is made of them stays in its core's cache,
 // weights are read once for all of them, and no thread waits for another between two ops.
@@ -135,9 +136,7 @@ constexpr int64_t kImages = 4;
 
 class Batch {
  public:
-  Batch(Tensor& x, int64_t pieces, const std::vector<Tensor>& tensors, const std::vector<int64_t>& code,
-        const std::vector<double>& numbers)
-      : tensors_(tensors), code_(code), numbers_(numbers), results_(pieces), errors_(pieces) {
+  Batch(Tensor& x, int64_t pieces, const Program& program) : program_(program), results_(pieces), errors_(pieces) {
     for (int64_t i = 0, batch = x.size(0); i < pieces; ++i) {
       const int64_t begin = i * batch / pieces, end = (i + 1) * batch / pieces;
       pieces_.push_back(torch::stable::narrow(x, 0, begin, end - begin));
@@ -158,7 +157,7 @@ class Batch {
     whole_images = true;
     for (int64_t i = begin; i < end; ++i) {
       try {
-        results_[i] = run_program(pieces_[i], tensors_, code_, numbers_);
+        results_[i] = run_steps(pieces_[i], program_);
       } catch (const std::exception& error) {  // it mustn't leave the thread
         errors_[i] = error.what();
       }
@@ -184,28 +183,30 @@ class Batch {
     return out;
   }
 
-  const std::vector<Tensor>& tensors_;
-  const std::vector<int64_t>& code_;
-  const std::vector<double>& numbers_;
+  const Program& program_;
   std::vector<Tensor> pieces_, results_;
   std::vector<std::string> errors_;
 };
 
-Tensor run_batch(Tensor x, std::vector<Tensor> tensors, std::vector<int64_t> code, std::vector<double> numbers) {
+Tensor run_batch(Tensor x, const Program& program) {
   if (x.dim() == 4) {
     const int64_t batch = x.size(0), threads = torch_threads().count;
     // as many for each thread
     const int64_t pieces = (batch + kImages * threads - 1) / (kImages * threads) * threads;
-    if (pieces > 1 && pieces <= batch) return Batch(x, pieces, tensors, code, numbers).run();
+    if (pieces > 1 && pieces <= batch) return Batch(x, pieces, program).run();
   }
-  return run_program(std::move(x), std::move(tensors), std::move(code), std::move(numbers));
+  return run_steps(std::move(x), program);
 }
+
+using CpuPrograms = Programs<&run_batch>;
 
 STABLE_TORCH_LIBRARY_IMPL(ghostfused, CPU, m) {
   m.impl("forward_cpu", TORCH_BOX(&GhostOp<Tensor>::run<launch>));
   m.impl("depthwise_cpu", TORCH_BOX(&depthwise<launch>));
   m.impl("squeeze_excite_cpu", TORCH_BOX(&squeeze_excite<launch>));
-  m.impl("program_cpu", TORCH_BOX(&run_batch));
+  m.impl("program_cpu", TORCH_BOX(&CpuPrograms::run_once));
+  m.impl("keep_program_cpu", TORCH_BOX(&CpuPrograms::keep));
+  m.impl("replay_cpu", TORCH_BOX(&CpuPrograms::run_kept));
 }
 
 py::dict build_info() {
@@ -247,6 +248,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.doc() = "ghostfused's CPU kernels: loading this registers ghostfused::{forward,depthwise,squeeze_excite}_cpu.";
   m.def("build_info", &ghostfused::cpu::build_info,
         "Instruction sets compiled, those that this CPU has, the chosen one, and why there is none.");
+  ghostfused::bind_guard(m);
+  m.def("drop_program", &ghostfused::cpu::CpuPrograms::drop, "Forgets a program that keep_program_cpu has kept.");
   m.def(
       "multiply_adds", &ghostfused::cpu::multiply_adds, py::arg("count"), py::arg("bfloat16") = false,
       "Multiply-adds in registers, those of a 1×1 convolution of float32 or of bfloat16, on each of PyTorch's threads, "

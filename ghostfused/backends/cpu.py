@@ -10,19 +10,19 @@ from ..spec import Args
 from .common import KERNEL_DTYPES, kernel_refusal, placement_refusal
 from .extension import Extension
 
-_extension = Extension("_cpu")
-build_info = _extension.build_info
+extension = Extension("_cpu")
+build_info = extension.build_info
 
 
 def unavailable() -> str | None:
     """Why the kernel can't run on this machine; None if it can."""
-    return _extension.failure
+    return extension.failure
 
 
 def supports(args: Args) -> str | None:
     """Why the kernel can't run ``args``; None if it can."""
-    if _extension.failure is not None:
-        return _extension.failure
+    if extension.failure is not None:
+        return extension.failure
     if args.x.device.type != "cpu":
         return f"tensors on {args.x.device} (the kernel takes CPU tensors)"
     return kernel_refusal(args) or placement_refusal(args)
@@ -33,7 +33,7 @@ def may_try(args: Args) -> bool:
     whatever the kernel can't run. Not so where the call is recorded rather than run."""
     x = args.x
     return (
-        _extension.failure is None
+        extension.failure is None
         and type(x) is Tensor
         and x.is_cpu
         and x.dtype in KERNEL_DTYPES

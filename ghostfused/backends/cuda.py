@@ -10,14 +10,14 @@ from ..spec import Args, GhostArgs, SqueezeExciteArgs
 from .common import kernel_refusal, placement_refusal
 from .extension import Extension
 
-_extension = Extension("_C")
-build_info = _extension.build_info
+extension = Extension("_C")
+build_info = extension.build_info
 
 
 def unavailable() -> str | None:
     """Why the kernel can't run on this machine; None if it can."""
-    if _extension.failure is not None:
-        return _extension.failure
+    if extension.failure is not None:
+        return extension.failure
     if torch.version.cuda is None:
         return "this torch is built without CUDA"
     if not torch.cuda.is_available():

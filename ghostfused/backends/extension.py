@@ -13,12 +13,13 @@ class Extension:
     """``ghostfused.<name>``; importing it registers its op.
 
     Attributes:
+        module: the extension itself; None if there is none.
         failure: why it can't be used here; None if it can.
     """
 
     def __init__(self, name: str):
         self.name = f"ghostfused.{name}"
-        self._module = None
+        self.module = None
         self.failure: str | None = None
         if importlib.util.find_spec(self.name) is None:
             note = _PACKAGE / f"{name}_build_failure.txt"  # setup.py writes it
@@ -26,12 +27,12 @@ class Extension:
             self.failure = f"the extension {self.name} is not built{why}"
             return
         try:
-            self._module = importlib.import_module(self.name)
+            self.module = importlib.import_module(self.name)
         except ImportError as error:  # built for another Python, torch or CUDA runtime
             self.failure = f"the extension {self.name} can't be loaded: {error}"
         else:
-            self.failure = self._module.build_info().get("error")
+            self.failure = self.module.build_info().get("error")
 
     def build_info(self) -> dict | None:
         """What it was built for; None where there is no extension."""
-        return None if self._module is None else self._module.build_info()
+        return None if self.module is None else self.module.build_info()
