@@ -144,8 +144,7 @@ Tensor launch(SqueezeExciteParams& a, const Tensor& x) {
   return out;
 }
 
-using CudaPrograms =
-    Programs<&run_program<&GhostOp<Tensor>::run<launch>, &depthwise<launch>, &squeeze_excite<launch>>>;
+using CudaPrograms = Programs<&run_program<&GhostOp<Tensor>::run<launch>, &depthwise<launch>, &squeeze_excite<launch>>>;
 
 STABLE_TORCH_LIBRARY_IMPL(ghostfused, CUDA, m) {
   m.impl("forward_cuda", TORCH_BOX(&GhostOp<Tensor>::run<launch>));

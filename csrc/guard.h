@@ -12,34 +12,26 @@ namespace ghostfused {
 class Guard {
  public:
   Guard(const pybind11::list& dicts, const pybind11::list& objects) {
-    for (const auto& dict : dicts) {
-      dicts_.push_back(dict.cast<pybind11::dict>().ptr());
-      sizes_.push_back(PyDict_GET_SIZE(dicts_.back()));
+    for (const auto& each : dicts) {
+      PyObject* dict = each.cast<pybind11::dict>().ptr();
+      dicts_.push_back({dict, version(dict), entries_.size()});
       Py_ssize_t position = 0;
       Entry entry;
-      while (PyDict_Next(dicts_.back(), &position, &entry.key, &entry.value)) entries_.push_back(entry);
+      while (PyDict_Next(dict, &position, &entry.key, &entry.value)) entries_.push_back(entry);
     }
-    for (const auto& object : objects) {
-      objects_.push_back(object.ptr());
-      types_.push_back(Py_TYPE(object.ptr()));
-    }
+    dicts_.push_back({nullptr, 0, entries_.size()});
+    for (const auto& object : objects) objects_.push_back({object.ptr(), Py_TYPE(object.ptr())});
   }
 
   bool holds() const {
     for (size_t i = 0; i < objects_.size(); ++i) {
-      if (i + kAhead < objects_.size()) __builtin_prefetch(objects_[i + kAhead]);
-      if (Py_TYPE(objects_[i]) != types_[i]) return false;
+      if (i + kAhead < objects_.size()) __builtin_prefetch(objects_[i + kAhead].object);
+      if (Py_TYPE(objects_[i].object) != objects_[i].type) return false;
     }
-    const Entry* entry = entries_.data();
-    for (size_t i = 0; i < dicts_.size(); ++i) {
+    for (size_t i = 0; i + 1 < dicts_.size(); ++i) {
       prefetch(i);
-      if (PyDict_GET_SIZE(dicts_[i]) != sizes_[i]) return false;
-      Py_ssize_t position = 0;
-      Entry now;
-      while (PyDict_Next(dicts_[i], &position, &now.key, &now.value)) {
-        if (now.key != entry->key || now.value != entry->value) return false;
-        ++entry;
-      }
+      const uint64_t now = version(dicts_[i].dict);
+      if ((now == 0 || now != dicts_[i].version) && !has_its_entries(i)) return false;
     }
     return true;
   }
@@ -48,23 +40,51 @@ class Guard {
   struct Entry {
     PyObject *key, *value;
   };
+  struct Dict {
+    PyObject* dict;
+    uint64_t version;
+    size_t first;  // of its entries
+  };
+  struct Object {
+    PyObject* object;
+    PyTypeObject* type;
+  };
   static constexpr size_t kAhead = 24;
+
+  // Another number after every change of the dictionary (PEP 509), which newer Pythons no longer promise; else 0.
+  static uint64_t version(PyObject* dict) {
+#if PY_VERSION_HEX < 0x030c0000
+    return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag;
+#else
+    return 0;
+#endif
+  }
+
+  bool has_its_entries(size_t i) const {
+    const Entry *entry = &entries_[dicts_[i].first], *end = entry + (dicts_[i + 1].first - dicts_[i].first);
+    if (PyDict_GET_SIZE(dicts_[i].dict) != end - entry) return false;
+    Py_ssize_t position = 0;
+    for (Entry now; PyDict_Next(dicts_[i].dict, &position, &now.key, &now.value); ++entry) {
+      if (now.key != entry->key || now.value != entry->value) return false;
+    }
+    return true;
+  }
 
   // The head of a dictionary to come, and the tables of one that comes earlier, whose head is here by now.
   void prefetch(size_t i) const {
-    if (i + 2 * kAhead < dicts_.size()) __builtin_prefetch(dicts_[i + 2 * kAhead]);
-    if (i + kAhead >= dicts_.size()) return;
-    const auto* dict = reinterpret_cast<const PyDictObject*>(dicts_[i + kAhead]);
-    const char* keys = reinterpret_cast<const char*>(dict->ma_keys);
+    if (i + 2 * kAhead < dicts_.size()) __builtin_prefetch(dicts_[i + 2 * kAhead].dict);
+    if (i + kAhead + 1 >= dicts_.size()) return;
+    const auto* dict = reinterpret_cast<const PyDictObject*>(dicts_[i + kAhead].dict);
+    if (version(dicts_[i + kAhead].dict)) return;
+    const char *keys = reinterpret_cast<const char*>(dict->ma_keys),
+               *values = reinterpret_cast<const char*>(dict->ma_values);
     for (int line = 0; line < 7; ++line) __builtin_prefetch(keys + 64 * line);
-    const char* values = reinterpret_cast<const char*>(dict->ma_values);
     for (int line = 0; values && line < 3; ++line) __builtin_prefetch(values + 64 * line);
   }
 
-  std::vector<PyObject*> dicts_, objects_;
-  std::vector<Py_ssize_t> sizes_;
-  std::vector<Entry> entries_;  // of all dictionaries
-  std::vector<PyTypeObject*> types_;
+  std::vector<Dict> dicts_;  // and one more after the last
+  std::vector<Entry> entries_;
+  std::vector<Object> objects_;
 };
 
 inline void bind_guard(pybind11::module_& m) {

@@ -40,7 +40,8 @@ class ProgramReader {
       const size_t place = code / 2, given = 1 + program_.tensors.size();
       if (place == 0) return x_;
       if (place < given) return program_.tensors[place - 1];
-      if (place - given >= results_.size()) fail("code: expected a place below ", given + results_.size(), ", got ", place);
+      if (place - given >= results_.size())
+        fail("code: expected a place below ", given + results_.size(), ", got ", place);
       Tensor& value = results_[place - given];
       if (!value.defined()) fail("code: tensor ", place, " is read after its last use");
       return code % 2 ? std::exchange(value, Tensor()) : value;
@@ -92,8 +93,7 @@ class Programs {
   }
 
   static int64_t keep(std::vector<Tensor> tensors, std::vector<int64_t> code, std::vector<double> numbers) {
-    auto program =
-        std::make_shared<const Program>(Program{std::move(tensors), std::move(code), std::move(numbers)});
+    auto program = std::make_shared<const Program>(Program{std::move(tensors), std::move(code), std::move(numbers)});
     const std::lock_guard lock(table().mutex);
     table().programs.emplace(++table().last, std::move(program));
     return table().last;

@@ -29,13 +29,12 @@ class Ghost(NamedTuple):
 Step = Ghost | Run | SqueezeExcite
 
 
-class _FusedTwin(nn.Module):
+class _FusedTwin(replay.Replayed, nn.Module):
     """Somebody's module that runs as ``_steps``, unless what lies inside it is looked at or changed."""
 
     _layout: dict[Path, dict[str, type]]
     """Names and kinds of the children of each module down to the layers and the Ghost modules, by its path."""
     backend: str
-    _replay: replay.Replay
 
     @classmethod
     def _prove(cls, module: nn.Module, in_channels: int, backend: str, **attributes: Any) -> Self | str:

@@ -117,8 +117,7 @@ def fuse_with_report(
     if level != "module":
         surgery.bottlenecks()
         surgery.sequences()
-        if any(swap.fused for swap in surgery.report) and surgery.model not in surgery.swapped.values():
-            make_network(surgery.model)
+        surgery.network()
     surgery.report.sort(key=lambda swap: order[swap.fqn])
     if strict:
         left = [f"{s.fqn or '(root)'}: {s.reason}" for s in surgery.report if not s.fused and s.reason != _FILTERED]
@@ -230,6 +229,12 @@ class _Surgery:
                     self.model = _replace(self.model, fqn, module)
             if isinstance(module, FusedSequential | FusedGhostBottleneck | FusedGhostModule):
                 fused.append(fqn)
+
+    def network(self) -> None:
+        """The model itself, if anything in it is fused and it isn't a fused module as a whole."""
+        if any(swap.fused for swap in self.report) and self.model not in self.swapped.values():
+            if self.allowed("", self.model):
+                make_network(self.model)
 
     def _as_recordable(self, member: tuple[str, nn.Module]) -> nn.Module | None:
         """``member``, a module and its name, or its fused twin, if all that it runs is our ops."""

@@ -142,6 +142,9 @@ class Listener(TorchFunctionMode):
     def leaky_relu(self, out, input, negative_slope=0.01, inplace=False) -> bool:
         return self.activate(out, input, Act.LEAKY_RELU, negative_slope)
 
+    def hardtanh(self, out, input, min_val=-1.0, max_val=1.0, inplace=False) -> bool:
+        return (min_val, max_val) == (0, 6) and self.activate(out, input, Act.RELU6)
+
     def adaptive_avg_pool2d(self, out, input, output_size) -> bool:
         if _pair(output_size) != (1, 1) or input.dim() != 4:
             return False
@@ -197,6 +200,7 @@ _TRANSLATIONS: dict[Callable, Callable[..., bool]] = {
     torch.conv2d: Listener.conv2d,
     F.batch_norm: Listener.batch_norm,
     F.leaky_relu: Listener.leaky_relu,
+    F.hardtanh: Listener.hardtanh,
     F.adaptive_avg_pool2d: Listener.adaptive_avg_pool2d,
     F.dropout: Listener.dropout,
     F.linear: Listener.linear,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from . import adopt, backends, training
 from .functional import ghost_module
 from .proof import prove
-from .replay import Replay
+from .replay import Replay, Replayed
 from .spec import Act
 from .twin import make_twin
 
@@ -27,7 +27,7 @@ KEYS = {
 _MODULES = {act: kind for kind, act in adopt.ACTIVATIONS.items()}
 
 
-class FusedGhostModule(nn.Module):
+class FusedGhostModule(Replayed, nn.Module):
     """A Ghost module (Han et al., "GhostNet: More Features from Cheap Operations", CVPR 2020, section 3.1), fused.
 
     (N, in_channels, H, W) → (N, out_channels, H', W'). ceil(out_channels / s) primary maps are made by

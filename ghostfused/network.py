@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .replay import NetworkReplay
+from .replay import NetworkReplay, Replayed
 
 
-class FusedNetwork:
+class FusedNetwork(Replayed):
     """What ``fuse`` adds to the model's own class: on a CPU, one call of one op stands for the whole forward
     (``replay``), with the stem, the pooling and the classifier in our kernels too.
 
@@ -40,8 +40,8 @@ def _fused(kind: type[nn.Module]) -> type[nn.Module]:
             return self._replay(self, args[0], functools.partial(kind.forward, self))
         return kind.forward(self, *args, **kwargs)
 
-    namespace = {"forward": forward, "__module__": kind.__module__, "__doc__": kind.__doc__}
-    return type(f"Fused{kind.__name__}", (FusedNetwork, kind), namespace)
+    names = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(kind.__name__, (FusedNetwork, kind), {"forward": forward, **names})
 
 
 def _new(kind: type[nn.Module]) -> nn.Module:

@@ -141,7 +141,9 @@ class KeptProgram:
 for _backend in ("cuda", "cpu"):
     _library.define(f"keep_program_{_backend}(Tensor[] tensors, int[] code, float[] numbers) -> int")
     _library.define(f"replay_{_backend}(Tensor x, int number) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
-    torch.library.register_fake(f"ghostfused::replay_{_backend}", functools.partial(KeptProgram.fake, _backend), lib=_library)
+    torch.library.register_fake(
+        f"ghostfused::replay_{_backend}", functools.partial(KeptProgram.fake, _backend), lib=_library
+    )
 for _key in ("CPU", "CUDA"):
     _library.impl("program_reference", torch.no_grad()(lambda *args: program.run(reference.run, *args)), _key)
 

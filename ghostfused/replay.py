@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -141,13 +142,20 @@ class Replay:
         if self._misses >= _MOST_MISSES:
             return forward(x)
         self._misses += 1
+        if state is None or not state.holds(module) or len(state.programs) >= _MOST_PROGRAMS:
+            state = _State(module)
         listener = Listener(self.translate)
         with _recording(listener):
             out = forward(x)
-        if state is None or not state.holds(module) or len(state.programs) >= _MOST_PROGRAMS:
-            state = self._state = _State(module)
+        if not state.holds(module):  # forward itself changes it
+            return out
+        self._state = state
         known = None if state.watched or not listener.result(out) else _encode(module, x, listener)
         return self._remember(state, kind, known, x, out)
+
+    def forget(self) -> None:
+        """Lets go of all that is remembered."""
+        self._state = None
 
     def _kind(self, x: Tensor) -> tuple:
         """What of x a program depends on: our modules are the same for all sizes."""
@@ -180,6 +188,22 @@ class NetworkReplay(Replay):
             else:
                 known = None
         return super()._remember(state, kind, known, x, out)
+
+
+class Replayed:
+    """The module of a Replay. A kept program shares the module's tensors, and ``torch.utils.swap_tensors``, by which
+    PyTorch may convert or load them (``torch.__future__.set_swap_module_params_on_conversion``), wants each for itself."""
+
+    _replay: Replay
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._replay.forget()
+        return super()._apply(*args, **kwargs)  # type: ignore[misc]
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As that of ``nn.Module``."""
+        self._replay.forget()
+        return super().load_state_dict(*args, **kwargs)  # type: ignore[misc]
 
 
 _SAME = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}

@@ -7,14 +7,12 @@ from torch import Tensor, nn
 from .attention import FusedAttentionGhostModule
 from .bottleneck import FusedConvNormAct, FusedGhostBottleneck
 from .module import FusedGhostModule
-from .replay import Replay
+from .replay import Replay, Replayed
 from .twin import make_twin
 
 
-class FusedSequential(nn.Sequential):
+class FusedSequential(Replayed, nn.Sequential):
     """An ``nn.Sequential`` of fused modules, for which inference needs one call of one op (``replay``). Made by ``fuse``."""
-
-    _replay: Replay
 
     @classmethod
     def of(cls, sequential: nn.Sequential) -> FusedSequential:

@@ -162,8 +162,7 @@ def test_pairs_of_channels(in_channels, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_real_shapes(layout):
     for case in read_cases(Path(__file__).parent / "data" / "ghost_configs.jsonl", 15, batch=1, layout=layout):
-        if case.kernel_size == case.stride == 1:
-            check(case)
+        check(case)
 
 
 @pytest.mark.parametrize("isa", [] if cpu.unavailable() else cpu.build_info()["compiled"])

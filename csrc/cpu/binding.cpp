@@ -127,8 +127,8 @@ Tensor linear(Tensor x, Tensor weight, OptionalTensor bias) {
   return out;
 }
 
-constexpr auto run_steps = &run_program<&GhostOp<Tensor>::run<launch>, &depthwise<launch>, &squeeze_excite<launch>,
-                                        &global_pool, &linear>;
+constexpr auto run_steps =
+    &run_program<&GhostOp<Tensor>::run<launch>, &depthwise<launch>, &squeeze_excite<launch>, &global_pool, &linear>;
 
 // A program on a batch: a few images at a time on each thread, so that what is made of them stays in its core's cache,
 // weights are read once for all of them, and no thread waits for another between two ops.

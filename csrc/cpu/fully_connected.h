@@ -11,8 +11,8 @@ namespace ghostfused::cpu::GHOSTFUSED_ISA {
 
 inline bool is_fully_connected(const GhostForwardParams& p) {
   const GhostShape& s = p.shape;
-  return s.height == 1 && s.width == 1 && s.out_channels == s.init_channels && s.channels_last &&
-         p.kernel == 1 && p.stride == 1 && p.primary_weight_stride_k == 1;
+  return s.height == 1 && s.width == 1 && s.out_channels == s.init_channels && s.channels_last && p.kernel == 1 &&
+         p.stride == 1 && p.primary_weight_stride_k == 1;
 }
 
 // A unit is one vector of output channels, for all images.

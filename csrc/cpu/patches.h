@@ -1,5 +1,6 @@
 // A primary conv of any kernel, stride and dilation, as a 1×1 convolution of the patches of x under it: a pixel has
-// in_channels * kernel * kernel channels, in NCHW by (channel, row, column), in channels_last by (row, column, channel).
+// in_channels * kernel * kernel channels, in NCHW by (channel, row, column), in channels_last by (row, column,
+// channel).
 #pragma once
 
 #include "pack.h"
@@ -49,7 +50,8 @@ class TapPlane {
   Vec factor{};
 };
 
-// Output rows top … top + rows - 1 of image n: (lane, pixel), as pack_planes. ``line`` has room for a row in whole vectors.
+// Output rows top … top + rows - 1 of image n: (lane, pixel), as pack_planes. ``line`` has room for a row in whole
+// vectors.
 template <typename T>
 void pack_patch_planes(const GhostForwardParams& p, const T* gate, int64_t n, int64_t top, int64_t rows, int64_t depth,
                        float* to, int64_t to_row, float* line) {
@@ -86,8 +88,7 @@ void pack_patch_pixels(const GhostForwardParams& p, const T* gate, int64_t n, in
     for (int64_t i = 0; i < p.kernel; ++i) {
       const int64_t row = h + i * p.dilation;
       const T* from = image + row * x.stride_h + w * x.stride_w;
-      if (runs && row >= 0 && row < p.x_height && w >= 0 && w + p.kernel <= p.x_width &&
-          from + line + kLanes <= end) {
+      if (runs && row >= 0 && row < p.x_height && w >= 0 && w + p.kernel <= p.x_width && from + line + kLanes <= end) {
         // what the last vector has too much is overwritten by what follows
         for (int64_t k = 0; k < line; k += kLanes) store_float(tap + k, load_float(from + k));
         tap += line;
@@ -119,8 +120,7 @@ void prepare_patch_weight(const GhostForwardParams& p, int64_t c0, int64_t chann
   for (int64_t c = 0; c < channels; ++c) {
     const T* from = static_cast<const T*>(p.primary_weight) + (c0 + c) * p.primary_weight_stride_n;
     for (int64_t tap = 0; tap < area; ++tap) {
-      const T* of_tap =
-          from + tap / p.kernel * p.primary_weight_stride_h + tap % p.kernel * p.primary_weight_stride_w;
+      const T* of_tap = from + tap / p.kernel * p.primary_weight_stride_h + tap % p.kernel * p.primary_weight_stride_w;
       for (int64_t k = 0; k < in_channels; ++k) {
         const int64_t v = kChannelsLast ? tap * in_channels + k : k * area + tap;
         const int64_t lane = kChannelsLast ? v / kPerLane * padded_block + c : c * depth + v / kPerLane;

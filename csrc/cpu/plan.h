@@ -7,7 +7,7 @@
 namespace ghostfused::cpu::GHOSTFUSED_ISA {
 
 constexpr int64_t kTileBytes = 768 << 10;   // of x in one tile: stays in a core's L2 while every block reads it
-constexpr int64_t kPatchBytes = 64 << 10;  // of patches in one tile: they are read right after they are packed
+constexpr int64_t kPatchBytes = 64 << 10;   // of patches in one tile: they are read right after they are packed
 constexpr int64_t kChunkBytes = 192 << 10;  // of x1 in one chunk: stays in L2, and a channel of it in L1
 
 constexpr int64_t kPanelBlocks = 4;  // blocks of channels for which packing x into panels pays
@@ -84,9 +84,8 @@ inline Plan make_plan(const GhostForwardParams& p, int threads) {
   if (!plan.ghosts && is_float && !p.residual.data && !p.output_gate.data) plan.chunk = plan.rows;  // x1 is the output
   // whether the weights of an output follow each other, in NCHW's order
   const int64_t area = int64_t{p.kernel} * p.kernel;
-  const bool contiguous =
-      (s.in_channels == 1 || p.primary_weight_stride_k == area) &&
-      (area == 1 || (p.primary_weight_stride_w == 1 && p.primary_weight_stride_h == p.kernel));
+  const bool contiguous = (s.in_channels == 1 || p.primary_weight_stride_k == area) &&
+                          (area == 1 || (p.primary_weight_stride_w == 1 && p.primary_weight_stride_h == p.kernel));
   const bool operand =
       per_lane == 1 ? is_float : made_of_pairs(p.primary_weight, s.in_channels * area | p.primary_weight_stride_n);
   plan.pack_weight = s.channels_last || !operand || !contiguous;

@@ -6,6 +6,8 @@
 
 namespace ghostfused::cpu::GHOSTFUSED_ISA {
 
+constexpr int kUnitRows = 4;  // of a matrix, in one unit
+
 struct SqueezeExciteTask {
   const SqueezeExciteParams& p;
   float *mean, *hidden;  // (N, C), (N, reduced)
@@ -68,25 +70,25 @@ void squeeze(int64_t begin, int64_t end, void* context) {
   }
 }
 
-// Units begin … end - 1, each kDotRows outputs for all images, of weight b + bias.
+// Units begin … end - 1, each kUnitRows outputs for all images, of weight b + bias.
 template <typename T, typename Finish>
 void layer(int64_t begin, int64_t end, const SqueezeExciteParams& p, const void* weight, const ChannelVector& bias,
            const float* b, int64_t depth, int64_t channels, const Finish& finish) {
   for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t first = unit * kDotRows;
-    const int rows = min_of<int64_t>(kDotRows, channels - first);
+    const int64_t first = unit * kUnitRows;
+    const int rows = min_of<int64_t>(kUnitRows, channels - first);
     const T* a = static_cast<const T*>(weight) + first * depth;
     for (int64_t n = 0; n < p.batch; n += kDotColumns) {
       const int columns = min_of<int64_t>(kDotColumns, p.batch - n);
-      float y[kDotColumns * kDotRows];
-      dot(a, depth, rows, b + n * depth, depth, columns, depth, y, kDotRows);
+      float y[kDotColumns * kUnitRows];
+      dot(a, depth, rows, b + n * depth, depth, columns, depth, y, kUnitRows);
       for (int j = 0; j < columns; ++j) {
         for (int i = 0; i < rows; ++i) {
-          float sum = y[j * kDotRows + i];
+          float sum = y[j * kUnitRows + i];
           if (bias.data) sum += to_float(static_cast<const T*>(bias.data)[(first + i) * bias.stride]);
-          y[j * kDotRows + i] = sum;
+          y[j * kUnitRows + i] = sum;
         }
-        finish(n + j, first, y + j * kDotRows, rows);
+        finish(n + j, first, y + j * kUnitRows, rows);
       }
     }
   }
@@ -128,8 +130,8 @@ void squeeze_excite(const SqueezeExciteParams& p, const Threads& threads) {
   const double products = 4. * static_cast<double>(planes) * p.reduced;
   run(threads, images * div_up(p.channels, kLanes), static_cast<double>(planes) * p.height * p.width, squeeze<T>,
       &task);
-  run(threads, div_up(p.reduced, kDotRows), products, reduce<T>, &task);
-  run(threads, div_up(p.channels, kDotRows), products, excite<T>, &task);
+  run(threads, div_up(p.reduced, kUnitRows), products, reduce<T>, &task);
+  run(threads, div_up(p.channels, kUnitRows), products, excite<T>, &task);
 }
 
 // The means alone, of x's type.

@@ -22,26 +22,30 @@ def norm_dtype(args: GhostArgs | DepthwiseArgs) -> torch.dtype | None:
     return args.x.dtype if not dtypes else dtypes.pop() if len(dtypes) == 1 else None
 
 
-def kernel_refusal(args: Args) -> str | None:
-    """Why the fused kernels can't run ``args`` on any device; None if they can."""
+def kernel_refusal(args: Args, any_primary: bool = False) -> str | None:
+    """Why the fused kernels can't run ``args`` on any device; None if they can.
+
+    ``any_primary``: they take primary convs of any odd kernel and stride, as those for the CPU do.
+    """
     if args.x.dtype not in KERNEL_DTYPES:
         return f"dtype {args.x.dtype} (the kernels take float32, float16 and bfloat16)"
     if isinstance(args, DepthwiseArgs):
         return _depthwise_refusal(args)
     if isinstance(args, SqueezeExciteArgs):
         return _squeeze_excite_refusal(args)
-    if reason := form_refusal(args):
+    if reason := form_refusal(args, any_primary):
         return reason
     if norm_dtype(args) not in (args.x.dtype, torch.float32):
         return f"norm tensors of mixed dtypes (the kernels take all {args.x.dtype} or all float32)"
     return None
 
 
-def form_refusal(args: GhostArgs) -> str | None:
+def form_refusal(args: GhostArgs, any_primary: bool = False) -> str | None:
     """As ``kernel_refusal``, for what no change of dtype, size or device can help."""
-    if args.kernel_size != 1:
-        return f"a {args.kernel_size}×{args.kernel_size} primary conv (the kernels take 1×1)"
-    if args.stride != 1 or args.groups != 1:
+    if args.kernel_size != 1 and not (any_primary and args.kernel_size % 2):
+        takes = "odd ones" if any_primary else "1×1"
+        return f"a {args.kernel_size}×{args.kernel_size} primary conv (the kernels take {takes})"
+    if args.groups != 1 or (args.stride != 1 and not any_primary):
         return f"a primary conv with stride {args.stride}, groups {args.groups} (the kernels take 1 and 1)"
     if args.dw_size not in KERNEL_DW_SIZES:
         return f"dw_size {args.dw_size} (the kernels take {KERNEL_DW_SIZES})"

@@ -25,7 +25,7 @@ def supports(args: Args) -> str | None:
         return extension.failure
     if args.x.device.type != "cpu":
         return f"tensors on {args.x.device} (the kernel takes CPU tensors)"
-    return kernel_refusal(args) or placement_refusal(args)
+    return kernel_refusal(args, any_primary=True) or placement_refusal(args)
 
 
 def may_try(args: Args) -> bool:
