@@ -232,9 +232,9 @@ class _Surgery:
 
     def network(self) -> None:
         """The model itself, if anything in it is fused and it isn't a fused module as a whole."""
-        if any(swap.fused for swap in self.report) and self.model not in self.swapped.values():
-            if self.allowed("", self.model):
-                make_network(self.model)
+        fused_inside = any(swap.fused for swap in self.report) and self.model not in self.swapped.values()
+        if fused_inside and self.allowed("", self.model):
+            make_network(self.model)
 
     def _as_recordable(self, member: tuple[str, nn.Module]) -> nn.Module | None:
         """``member``, a module and its name, or its fused twin, if all that it runs is our ops."""

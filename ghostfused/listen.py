@@ -98,12 +98,14 @@ class Listener(TorchFunctionMode):
         if groups == 1 and kh == kw:
             unread = weight[:, :1, :1, :1]
             settings = 0.0, int(Act.NONE), 0.0, 0.0, int(Act.NONE), 0.0, channels, sh, dh, groups, False
-            self.note("cpu", GhostArgs(input, weight, bias, *[None] * 5, unread, *[None] * 9, *settings), out)
+            args = GhostArgs(input, weight, bias, *[None] * 5, unread, *[None] * 9, *settings)  # type: ignore[arg-type,call-arg]
+            self.note("cpu", args, out)
             return True
         depthwise = groups == channels == input.shape[1] and per_group == dh == 1
         if not depthwise or depthwise_form_refusal((kh, kw), sh, Act.NONE):
             return False
-        self.note("cpu", DepthwiseArgs(input, weight, bias, *[None] * 5, 0.0, int(Act.NONE), 0.0, sh), out)
+        rest = 0.0, int(Act.NONE), 0.0, sh
+        self.note("cpu", DepthwiseArgs(input, weight, bias, *[None] * 5, *rest), out)  # type: ignore[arg-type,call-arg]
         return True
 
     def batch_norm(

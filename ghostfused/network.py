@@ -24,15 +24,15 @@ class FusedNetwork(Replayed):
     _replay: NetworkReplay
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
-        reduced = super().__reduce_ex__(protocol)  # type: ignore[misc]
-        if isinstance(reduced, str) or reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
+        reduced: Any = super().__reduce_ex__(protocol)
+        if reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
             return reduced
         return _new, (type(self).__bases__[1],), *reduced[2:]
 
 
 @functools.cache
-def _fused(kind: type[nn.Module]) -> type[nn.Module]:
-    """``kind`` as a FusedNetwork."""
+def _fused(kind: Any) -> Any:
+    """``kind``, a module's class, as a FusedNetwork; the same at every call."""
 
     @functools.wraps(kind.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -44,8 +44,8 @@ def _fused(kind: type[nn.Module]) -> type[nn.Module]:
     return type(kind.__name__, (FusedNetwork, kind), {"forward": forward, **names})
 
 
-def _new(kind: type[nn.Module]) -> nn.Module:
-    fused = _fused(kind)
+def _new(kind: Any) -> nn.Module:
+    fused = _fused(kind)  # type: ignore[arg-type]
     return fused.__new__(fused)
 
 

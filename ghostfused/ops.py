@@ -117,12 +117,11 @@ class KeptProgram:
     """A program that the extension of ``backend`` keeps, so that a call of it hands over nothing but x:
     ``ghostfused::replay_<backend>(x, number)``. Its tensors live as long as this does."""
 
-    _all: weakref.WeakValueDictionary[tuple[str, int], KeptProgram] = weakref.WeakValueDictionary()
-
     def __init__(self, backend: str, kept: program.Program, drop: Callable[[int], None]):
         self.program, self._drop, self._op = kept, drop, forward_op(backend, "replay")
-        self.number = forward_op(backend, "keep_program")(*kept)
-        self._all[backend, self.number] = self
+        keep: Callable[..., Any] = forward_op(backend, "keep_program")
+        self.number: int = keep(*kept)
+        _kept_programs[backend, self.number] = self
 
     def __call__(self, x: Tensor) -> Tensor:
         """The program's last result."""
@@ -132,17 +131,19 @@ class KeptProgram:
         if "number" in self.__dict__:
             self._drop(self.number)
 
-    @classmethod
-    def fake(cls, backend: str, x: Tensor, number: int) -> Tensor:
-        """What a call of the program of this number makes, uninitialized."""
-        return program.run(lambda args: args.new_output(), x, *cls._all[backend, number].program)
+
+_kept_programs: weakref.WeakValueDictionary[tuple[str, int], KeptProgram] = weakref.WeakValueDictionary()
+
+
+def _fake_replay(backend: str, x: Tensor, number: int) -> Tensor:
+    return program.run(lambda args: args.new_output(), x, *_kept_programs[backend, number].program)
 
 
 for _backend in ("cuda", "cpu"):
     _library.define(f"keep_program_{_backend}(Tensor[] tensors, int[] code, float[] numbers) -> int")
     _library.define(f"replay_{_backend}(Tensor x, int number) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
     torch.library.register_fake(
-        f"ghostfused::replay_{_backend}", functools.partial(KeptProgram.fake, _backend), lib=_library
+        f"ghostfused::replay_{_backend}", functools.partial(_fake_replay, _backend), lib=_library
     )
 for _key in ("CPU", "CUDA"):
     _library.impl("program_reference", torch.no_grad()(lambda *args: program.run(reference.run, *args)), _key)

@@ -192,9 +192,11 @@ def test_an_input_of_nan_decides_nothing():
 def test_a_program_that_computes_something_else_is_not_kept(monkeypatch):
     model, fused, x = made()
     run = program.encode
-    wrong = lambda calls, *rest: run(
-        [(a._replace(stride=1) if i == 0 else a, t) for i, (a, t) in enumerate(calls)], *rest
-    )  # noqa: E731
+
+    def wrong(calls, *rest):
+        (first, result), *others = calls
+        return run([(first._replace(stride=1), result), *others], *rest)
+
     monkeypatch.setattr(program, "encode", wrong)
     with torch.no_grad():
         for _ in range(2):
