@@ -54,7 +54,7 @@ def make_network(model: nn.Module) -> None:
     special = isinstance(model, FusedNetwork | fx.GraphModule | torch.jit.ScriptModule)
     if not special and "forward" not in model.__dict__:
         model.__dict__["_replay"] = NetworkReplay()
-        model.__class__ = _fused(type(model))
+        model.__class__ = _fused(type(model))  # type: ignore[arg-type]
 
 
 def unmake_network(model: nn.Module) -> None:
