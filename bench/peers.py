@@ -17,7 +17,7 @@ from ghostfused.fuse import fuse_with_report
 from .cases import MODES, Setting
 
 Run = Callable[[Tensor], Tensor]
-LEVELS: dict[str, dict] = {"bottleneck": {"level": "bottleneck"}, "module": {"level": "module"}}
+LEVELS: dict[str, dict] = {"auto": {"level": "auto"}, "module": {"level": "module"}}
 """Levels of fusion, the default first, each with ``ghostfused.fuse``'s arguments for it; a level is one more row."""
 
 
@@ -69,7 +69,7 @@ class Fused(Peer):
     modes = MODES
     ours = True
 
-    def __init__(self, backend: str, level: str = "bottleneck"):
+    def __init__(self, backend: str, level: str = "auto"):
         self.backend, self.level = backend, level
         self.name = execution(backend, level)
         self.traffic = {"cuda": "fused", "triton": "fused", "triton_two_kernel": "two kernels"}.get(backend)
@@ -164,7 +164,7 @@ def all_peers() -> dict[str, Peer]:
         TorchTensorRT(),
         *ours,
         *(Graphed(p) for p in ours if p.backend in ("cuda", "triton")),
-        *(_max_autotune(p) for p in ours if p.backend in ("cuda", "triton", "cpu") and p.level == "bottleneck"),
+        *(_max_autotune(p) for p in ours if p.backend in ("cuda", "triton", "cpu") and p.level == "auto"),
     ]
     return {p.name: p for p in peers}
 

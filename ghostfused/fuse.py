@@ -72,7 +72,9 @@ def fuse(
         model: any module; Ghost modules and bottlenecks are found by their structure and by what they compute, not by
             name. The models of this package, the official repository, timm and ultralytics are among them.
         inplace: change ``model`` itself, sharing its parameters, rather than a deep copy.
-        level: "module" for Ghost modules alone; "bottleneck", as "auto", for the bottlenecks around them as well.
+        level: "module" for Ghost modules alone; "bottleneck" for the bottlenecks around them as well; "auto" also for the
+            whole model, whose inference is one op on a CPU where it can be: ``network.FusedNetwork`` says where, and what
+            that takes for granted.
         filter_fn: given a module's fully qualified name and the module, whether it may be swapped.
         strict: raise if a Ghost module or bottleneck is left unfused, other than by ``filter_fn``.
         verbose: print what became of each, and why.
@@ -117,6 +119,7 @@ def fuse_with_report(
     if level != "module":
         surgery.bottlenecks()
         surgery.sequences()
+    if level == "auto":
         surgery.network()
     surgery.report.sort(key=lambda swap: order[swap.fqn])
     if strict:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from test_replay import Ops, pytestmark  # noqa: F401
 from torch import nn
 
-from ghostfused import fuse, ops, program, reference, unfuse
+from ghostfused import FusedGhostBottleneck, fuse, ops, program, reference, unfuse
 from ghostfused.models import paper
 from ghostfused.network import FusedNetwork
 from ghostfused.spec import GlobalPoolArgs, LinearArgs
@@ -133,6 +133,29 @@ def test_what_no_step_stands_for_still_runs(what):
     assert not replays(fused, x)
 
 
+class Between(nn.Module):
+    """A bottleneck with an activation in place that no op takes in."""
+
+    def __init__(self):
+        super().__init__()
+        self.ghost1, self.act = paper.GhostModule(6, 14, relu=False), nn.ELU(inplace=True)
+        self.ghost2 = paper.GhostModule(14, 6, relu=False)
+
+    def forward(self, x):
+        return self.ghost2(self.act(self.ghost1(x))) + x
+
+
+def test_an_activation_in_place_inside_a_bottleneck():
+    model = nn.Sequential(calibrate(Between(), torch.randn(4, 6, 9, 8)))
+    fused, x = fuse(model), torch.randn(2, 6, 9, 8)
+    assert isinstance(fused[0], FusedGhostBottleneck)
+    for module in (fused, fused[0]):
+        with torch.no_grad():
+            for _ in range(3):
+                networks.assert_same(module(x), model, x)
+        assert not replays(module, x)
+
+
 def test_a_forward_may_look_at_the_shape():
     model, fused, _ = made(lambda self, x: x if x.shape[-1] > 8 else F.relu6(-x), act=nn.Identity)
     for width in (18, 12, 18, 12):
@@ -242,7 +265,7 @@ def test_the_model_stays_what_it_is():
     assert plain.state_dict().keys() == fused.state_dict().keys() == model.state_dict().keys()
     nested = fuse(nn.Sequential(fused, nn.ReLU()))
     assert type(unfuse(nested)[0]) is Net
-    for off in ({"level": "module"}, {"filter_fn": lambda fqn, m: bool(fqn)}):
+    for off in ({"level": "module"}, {"level": "bottleneck"}, {"filter_fn": lambda fqn, m: bool(fqn)}):
         assert type(fuse(model, **off)) is Net
 
 
