@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator
-from types import FunctionType, MethodType
+from types import MethodType
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -179,14 +179,15 @@ _MAY_OVERRIDE = {"__init__", "__repr__", "__dir__", "extra_repr", "forward"}
 _METHODS = {name for name, value in vars(nn.Module).items() if inspect.isfunction(value)} - _MAY_OVERRIDE
 
 
-def _is_torchs_or_ours(method: FunctionType) -> bool:
-    return method.__module__ == nn.Module.__module__ or method.__module__.partition(".")[0] == __package__
+def _is_torchs_or_ours(kind: type[nn.Module], name: str) -> bool:
+    method = getattr(kind, name)
+    return method is getattr(nn.Module, name) or method.__module__.partition(".")[0] == __package__
 
 
 def unusual(module: nn.Module) -> str | None:
     """Why ``module`` is more than its children and its class's forward; None if it isn't."""
     kind = type(module)
-    overridden = sorted(name for name in _METHODS if not _is_torchs_or_ours(getattr(kind, name)))
+    overridden = sorted(name for name in _METHODS if not _is_torchs_or_ours(kind, name))
     if overridden:
         return f"{kind.__name__} overrides {', '.join(overridden)} of nn.Module"
     return "its forward is replaced on the instance" if "forward" in module.__dict__ else None

@@ -244,3 +244,10 @@ def test_unfuse_keeps_new_values_and_built_modules():
 
 def test_public_names():
     assert all(hasattr(ghostfused, name) for name in ghostfused.__all__)
+
+
+def test_somebody_else_has_patched_every_module(monkeypatch):
+    """As tracers and exporters do, some of them for good."""
+    call = nn.Module.__call__
+    monkeypatch.setattr(nn.Module, "__call__", lambda self, *args: call(self, *args))
+    assert fuse(paper.GhostModule(6, 12)).__class__ is FusedGhostModule
