@@ -164,6 +164,9 @@ struct GhostOp {
     if (cin < 1 || x_sizes[2] < 1 || x_sizes[3] < 1) fail("x: expected at least one channel, row and column");
     if (cp < 1) fail("primary_weight: expected at least one output channel");
     if (kernel % 2 == 0 || dilation < 1) fail("primary_weight, dilation: expected an odd kernel, and at least 1");
+    if (kernel > 1 && cin > kMaxPatchChannels) {
+      fail("primary_weight: beyond 1×1 the kernel takes up to ", kMaxPatchChannels, " input channels, got ", cin);
+    }
     const int64_t side = x.is_cuda() ? 1 : kernel;
     checker.check({"", "primary_weight"}, primary_weight, {cp, cin, side, side});
     const int64_t height = (x_sizes[2] - 1) / stride + 1, width = (x_sizes[3] - 1) / stride + 1;

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .backends.common import depthwise_form_refusal
+from .backends.common import MAX_PATCH_CHANNELS, depthwise_form_refusal
 from .spec import Act, DepthwiseArgs, GhostArgs, GlobalPoolArgs, LinearArgs, Step
 
 _QUESTIONS = ("__get__", "dim", "is_contiguous", "numel", "size", "stride")
@@ -89,13 +89,15 @@ class Listener(TorchFunctionMode):
     def conv2d(self, out, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1) -> bool:
         """A convolution padded by half its kernel: of all channels, or depthwise."""
         (sh, sw), (dh, dw) = _pair(stride), _pair(dilation)
+        if input.dim() != 4:
+            return False
         channels, per_group, kh, kw = weight.shape
         half = dh * (kh // 2), dw * (kw // 2)
         if padding == "same" and (sh, sw) == (1, 1):
             padding = half
         if sh != sw or dh != dw or kh % 2 == 0 or kw % 2 == 0 or isinstance(padding, str) or _pair(padding) != half:
             return False
-        if groups == 1 and kh == kw:
+        if groups == 1 and kh == kw and (kh == 1 or per_group <= MAX_PATCH_CHANNELS):
             unread = weight[:, :1, :1, :1]
             settings = 0.0, int(Act.NONE), 0.0, 0.0, int(Act.NONE), 0.0, channels, sh, dh, groups, False
             args = GhostArgs(input, weight, bias, *[None] * 5, unread, *[None] * 9, *settings)  # type: ignore[arg-type,call-arg]

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from ghostfused import functional, reference
 from ghostfused.autograd import call
 from ghostfused.backends import cpu
+from ghostfused.backends.common import MAX_PATCH_CHANNELS
 from ghostfused.ops import forward_op
 from ghostfused.spec import TENSORS, Act
 from ghostfused.testing import (
@@ -82,6 +83,22 @@ def test_conv1x1_without_ghosts(size, dtype, layout):
         check_args(args._replace(input_gate=None), case)
     deep = Case(5, 200, *size, 37, dw_size=1, init_channels=37, dtype=dtype, layout=layout, sliced=True)
     check(deep)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("kernel", [1, 3, 5, 7])
+def test_primary_convs_of_any_kernel(kernel, stride, dtype, layout):
+    common = {"kernel_size": kernel, "stride": stride, "dtype": dtype, "layout": layout}
+    check(Case(1, 3, 33, 38, 16, dw_size=1, init_channels=16, **common))
+    check(Case(2, 7, 9, 40, 26, sliced=True, input_gate=True, residual=True, act_primary="silu", **common))
+    check(Case(2, 16, 11, 5, 13, dilation=2, dw_size=5, **common))
+    args = make_args(Case(2, 5, 4, 1, 9, **common))
+    check_args(args, "narrow")
+    check_args(
+        args._replace(primary_weight=args.primary_weight.to(memory_format=torch.channels_last)), "strided weight"
+    )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -162,7 +179,8 @@ def test_pairs_of_channels(in_channels, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_real_shapes(layout):
     for case in read_cases(Path(__file__).parent / "data" / "ghost_configs.jsonl", 15, batch=1, layout=layout):
-        check(case)
+        if case.kernel_size == 1 or case.in_channels <= MAX_PATCH_CHANNELS:
+            check(case)
 
 
 @pytest.mark.parametrize("isa", [] if cpu.unavailable() else cpu.build_info()["compiled"])
@@ -172,7 +190,10 @@ def test_each_instruction_set(isa):
     if isa not in cpu.build_info()["supported"]:
         pytest.skip("this CPU lacks it")
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-x", __file__]
-    command += ["-k", "every_kernel or sizes or chosen or without_ghosts or pairs or test_depthwise or test_squeeze"]
+    command += [
+        "-k",
+        "every_kernel or sizes or chosen or without_ghosts or pairs or test_depthwise or test_squeeze or primary_convs",
+    ]
     run = subprocess.run(command, env=os.environ | {ISA: isa}, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout[-4000:]
 
@@ -187,6 +208,7 @@ THREADED = {
     "pairs": (make_args, Case(2, 41, 14, 14, 184, dtype=torch.bfloat16)),
     "panels": (make_args, Case(1, 80, 14, 14, 184, input_gate=True, residual=True)),
     "no ghosts": (make_args, Case(1, 80, 14, 14, 97, dw_size=1, init_channels=97)),
+    "patches": (make_args, Case(2, 16, 45, 50, 37, kernel_size=3, stride=2)),
     "fully connected": (make_args, Case(3, 400, 1, 1, 301, dw_size=1, init_channels=301)),
     "depthwise": (make_depthwise, DepthwiseCase(2, 75, 40, 40, (5, 5))),
     "squeeze_excite": (make_squeeze_excite, SqueezeExciteCase(2, 330, 80, 28, 28)),
@@ -247,6 +269,15 @@ def test_gradients_and_compile():
         ({"residual": torch.zeros(2, 8, 5, 4)}, "residual"),
         ({"output_gate": torch.zeros(2, 7, 2, 2)}, "output_gate"),
         ({"out_channels": 9}, "out_channels"),
+        ({"primary_weight": torch.randn(4, 6, 2, 2)}, "primary_weight"),
+        ({"primary_weight": torch.randn(4, 6, 3, 1)}, "primary_weight"),
+        (
+            {"x": torch.randn(2, 17, 5, 5), "primary_weight": torch.randn(4, 17, 3, 3)},
+            "up to 16 input channels, got 17",
+        ),
+        ({"stride": 0}, "stride"),
+        ({"groups": 2}, "groups"),
+        ({"dilation": 0}, "dilation"),
         ({"x": torch.randn(2, 6, 5)}, "x"),
     ],
 )

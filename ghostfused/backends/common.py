@@ -7,6 +7,8 @@ import torch
 from ..spec import Act, Args, DepthwiseArgs, GhostArgs, SqueezeExciteArgs, tensor_names
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_PATCH_CHANNELS = 16
+"""Input channels of a primary conv beyond 1×1 (``csrc/ghost_module.h``)."""
 KERNEL_DW_SIZES = (1, 3, 5, 7)
 KERNEL_DEPTHWISE = ((3, 3), (5, 5), (7, 7), (1, 5), (5, 1))
 """Kernels of the ``depthwise`` op: those of stride-2 steps and of shortcuts, and those of DFC attention."""
@@ -25,7 +27,7 @@ def norm_dtype(args: GhostArgs | DepthwiseArgs) -> torch.dtype | None:
 def kernel_refusal(args: Args, any_primary: bool = False) -> str | None:
     """Why the fused kernels can't run ``args`` on any device; None if they can.
 
-    ``any_primary``: they take primary convs of any odd kernel and stride, as those for the CPU do.
+    ``any_primary``: they take primary convs of any odd kernel, of few channels, and any stride, as those for the CPU do.
     """
     if args.x.dtype not in KERNEL_DTYPES:
         return f"dtype {args.x.dtype} (the kernels take float32, float16 and bfloat16)"
@@ -45,6 +47,8 @@ def form_refusal(args: GhostArgs, any_primary: bool = False) -> str | None:
     if args.kernel_size != 1 and not (any_primary and args.kernel_size % 2):
         takes = "odd ones" if any_primary else "1×1"
         return f"a {args.kernel_size}×{args.kernel_size} primary conv (the kernels take {takes})"
+    if args.kernel_size > 1 and args.x.shape[1] > MAX_PATCH_CHANNELS:
+        return f"a {args.kernel_size}×{args.kernel_size} primary conv of {args.x.shape[1]} channels (the kernels take {MAX_PATCH_CHANNELS})"
     if args.groups != 1 or (args.stride != 1 and not any_primary):
         return f"a primary conv with stride {args.stride}, groups {args.groups} (the kernels take 1 and 1)"
     if args.dw_size not in KERNEL_DW_SIZES:
