@@ -106,6 +106,7 @@ def _may_replay(x: Tensor) -> bool:
         and _recorder.listener is None
         and torch._C._get_tracing_state() is None
         and not torch.is_autocast_enabled(x.device.type)
+        and not nn.modules.module._has_any_global_hook()  # those see every module's call
     )
 
 

@@ -204,6 +204,21 @@ def test_a_change_takes_effect(change):
     assert out.shape != before.shape or not torch.allclose(out, before, rtol=1e-2)
 
 
+def test_hooks_on_all_modules_see_every_call():
+    model, fused, x = made()
+    with torch.no_grad():
+        before = fused(x)
+        seen = []
+        handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: seen.append(module))
+        try:
+            for _ in range(2):
+                torch.testing.assert_close(fused(x), before, rtol=1e-4, atol=1e-5)
+        finally:
+            handle.remove()
+    assert seen.count(fused.stem) == seen.count(fused.classifier) == 2
+    check(model, fused, x)
+
+
 def test_an_input_of_nan_decides_nothing():
     model, fused, x = made()
     with torch.no_grad():
