@@ -157,7 +157,9 @@ class Listener(TorchFunctionMode):
 
     def mean(self, out, input, dim=None, keepdim=False) -> bool:
         """Over height and width."""
-        if input.dim() != 4 or not isinstance(dim, tuple | list) or sorted(d % 4 for d in dim) != [2, 3]:
+        if input.dim() != 4 or not isinstance(dim, tuple | list) or not all(isinstance(d, int) for d in dim):
+            return False
+        if sorted(d % 4 for d in dim) != [2, 3]:
             return False
         self.note("cpu", GlobalPoolArgs(input), out)
         return True
@@ -186,7 +188,8 @@ class Listener(TorchFunctionMode):
 
 
 def _pair(value: Any) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else tuple(value)
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * 2 if len(values) == 1 else values  # type: ignore[return-value]
 
 
 def _is_conv(args: Step) -> bool:
