@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ghostfused.backends import BACKENDS
+from ghostfused.backends import BACKENDS, unavailable_on
 from ghostfused.backends.common import kernel_refusal
 from ghostfused.backends.triton import has_ghosts
 from ghostfused.fuse import fuse_with_report
@@ -140,7 +140,7 @@ def main(options: argparse.Namespace) -> int:
                 row = {"kind": "launches", "name": name, "execution": variant, "ops": sum(by_op.values())}
                 row |= {"fused_ops": sum(fused_op(op) is not None for op, _ in calls)}
                 row |= {"by_op": dict(by_op.most_common()), "kernels": None}
-                if device.type == "cuda" and (backend is None or BACKENDS[backend].unavailable() is None):
+                if device.type == "cuda" and (backend is None or unavailable_on(backend, "cuda") is None):
                     on_gpu = cases.Setting("cuda").place(each)
                     row["kernels"] = count_kernels(on_gpu, torch.zeros(1, 3, options.size, options.size, device=device))
                 writer.write(row)

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ghostfused.backends import BACKENDS
+from ghostfused.backends import unavailable_on
 
 from . import cases, contest
 from .cases import Setting
@@ -74,7 +74,7 @@ def main(options: argparse.Namespace) -> int:
                         x = torch.empty(shape, dtype=setting.torch_dtype, device="meta")
                         saved = saved_bytes(setting.place(model).train(training), x)
                     peak = None
-                    if device.type == "cuda" and (backend is None or BACKENDS[backend].unavailable() is None):
+                    if device.type == "cuda" and (backend is None or unavailable_on(backend, "cuda") is None):
                         real = replace(setting, device="cuda")
                         peak = peak_bytes(real.place(model).train(training), real.input(shape[1:]))
                     row = {"kind": "memory", "name": name, "mode": mode, "execution": execution, "batch": options.batch}

@@ -15,7 +15,7 @@ from unittest import mock
 import torch
 
 from ghostfused import FusedGhostModule, functional
-from ghostfused.backends import BACKENDS
+from ghostfused.backends import BACKENDS, unavailable_on
 from ghostfused.ops import forward_op
 from ghostfused.spec import Act, BatchNorm, GhostArgs
 
@@ -89,7 +89,7 @@ def main(options: argparse.Namespace) -> int:
     functions: dict[tuple[str, str], Callable[[], object]] = {("eager", "module: its 7 layers"): lambda: eager(x)}
     for backend in BACKENDS:
         try:
-            if reason := BACKENDS[backend].unavailable():
+            if reason := unavailable_on(backend, device.type):
                 raise RuntimeError(reason)
             functions |= {(backend, step): f for step, f in steps(backend, device).items()}
         except RuntimeError as error:

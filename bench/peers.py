@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ghostfused.backends import BACKENDS
+from ghostfused.backends import BACKENDS, unavailable_on
 from ghostfused.fuse import fuse_with_report
 
 from .cases import MODES, Setting
@@ -75,7 +75,7 @@ class Fused(Peer):
         self.traffic = {"cuda": "fused", "triton": "fused", "triton_two_kernel": "two kernels"}.get(backend)
 
     def unavailable(self, setting: Setting) -> str | None:
-        return BACKENDS[self.backend].unavailable() or super().unavailable(setting)
+        return unavailable_on(self.backend, setting.device) or super().unavailable(setting)
 
     def prepare(self, module: nn.Module, x: Tensor) -> Run:
         fused, report = fuse_with_report(module, inplace=True, backend=self.backend, **LEVELS[self.level])
@@ -155,6 +155,7 @@ def all_peers() -> dict[str, Peer]:
         _max_autotune(),
         Compiled("compile_freezing", modes=("inference",), options={"freezing": True}),
         Graphed(Eager()),
+        Graphed(Compiled("compile_default")),
         Graphed(_max_autotune()),
         OnnxRuntime("CPU"),
         OnnxRuntime("CUDA"),

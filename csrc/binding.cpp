@@ -74,7 +74,7 @@ Tensor4 map_of(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.stride(1)
 
 void* current_stream(int32_t device) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   return stream;
 }
 

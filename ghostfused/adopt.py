@@ -138,7 +138,7 @@ def read_layers(layers: Iterable[nn.Module | None]) -> Half | str:
 
 def _has_activation(layer: nn.Module | None) -> bool:
     """Whether ``layer`` may be a norm with the activation as its child, such as timm's BatchNormAct2d."""
-    return isinstance(layer, nn.BatchNorm2d) and type(layer) not in NORMS and bool(layer._modules)
+    return isinstance(layer, nn.BatchNorm2d) and type(layer) not in NORMS and len(layer._modules) > 0
 
 
 def _with_activations(layers: Iterable[nn.Module | None]) -> Iterator[nn.Module | None]:

@@ -73,7 +73,7 @@ class _Graphed:
                 for _ in range(WARMUP):
                     model(*self.inputs)
             torch.cuda.current_stream(device).wait_stream(stream)
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.graph(self.graph, stream=stream):
                 self.output = model(*self.inputs)
 
     def __call__(self, *inputs: Tensor) -> Any:

@@ -160,7 +160,7 @@ class Replay:
 
     def _kind(self, x: Tensor) -> tuple:
         """What of x a program depends on: our modules are the same for all sizes."""
-        return x.dtype, x.device
+        return x.dtype, x.device, x.is_cuda and torch.backends.cuda.matmul.fp32_precision
 
     def _remember(self, state: _State, kind: tuple, known: ops.KeptProgram | None, x: Tensor, out: Tensor) -> Tensor:
         """Returns ``out``, or what will come in its place."""

@@ -106,7 +106,7 @@ def _modules(options: argparse.Namespace, device: str) -> Iterator[tuple[str, Ve
         on_device = to_device(args, device)
         backend, note = options.backend, ""
         if backend != "auto" and (reason := backends.BACKENDS[backend].supports(on_device)):
-            if unavailable := backends.BACKENDS[backend].unavailable():
+            if unavailable := backends.unavailable_on(backend, torch.device(device).type):
                 raise SystemExit(f"--backend {backend}: {unavailable}")
             backend, note = "auto", f"by another path, since {backend} doesn't take {reason}"
             on_device = on_device if torch_runs else args

@@ -22,7 +22,7 @@ Tensor new_output(const int64_t (&sizes)[kDims], const int64_t (&strides)[kDims]
                        : dtype == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
                                                        : aoti_torch_dtype_float32();
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(kDims, sizes, strides, type, aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
@@ -37,7 +37,7 @@ Tensor new_map(int64_t n, int64_t c, int64_t h, int64_t w, ScalarType dtype, boo
 }
 
 void parallel_for(int64_t count, Body body, void* context) {
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, 1, body, context));
+  TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, 1, body, context));
 }
 
 thread_local bool whole_images = false;  // other threads are at work on other images

@@ -9,6 +9,8 @@ A backend is a module with three functions:
 ``forward(args) -> Tensor``
     Runs it. ``ops.py`` wraps this in a registered op.
 
+and ``DEVICES``, the types of the devices whose tensors it takes, or None if it takes all.
+
 Training takes six more, which ``training.Kernels`` lists; the backends that have them register them there.
 """
 
@@ -23,6 +25,14 @@ AUTO = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
 """The kernels that ``backend="auto"`` tries in this order before the reference, by the type of x's device."""
 
 _CALLS = {"forward": "Ghost module", "depthwise": "depthwise convolution", "squeeze_excite": "squeeze-and-excite"}
+
+
+def unavailable_on(backend: str, device: str) -> str | None:
+    """Why ``backend`` can run nothing on tensors of the device type ``device`` here; None if it can."""
+    module = BACKENDS[backend]
+    if module.DEVICES is not None and device not in module.DEVICES:
+        return f"it takes tensors on {' or '.join(module.DEVICES)}, not on {device}"
+    return module.unavailable()
 
 
 def choose(args: Args, backend: str = "auto") -> str:

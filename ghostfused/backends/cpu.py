@@ -12,6 +12,7 @@ from .extension import Extension
 
 extension = Extension("_cpu")
 build_info = extension.build_info
+DEVICES = ("cpu",)
 
 
 def unavailable() -> str | None:

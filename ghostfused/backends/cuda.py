@@ -12,6 +12,7 @@ from .extension import Extension
 
 extension = Extension("_C")
 build_info = extension.build_info
+DEVICES = ("cuda",)
 
 
 def unavailable() -> str | None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from ..reference import run as forward
 from ..spec import Args
 
-__all__ = ["forward", "supports", "unavailable"]
+__all__ = ["DEVICES", "forward", "supports", "unavailable"]
+
+DEVICES = None
 
 
 def unavailable() -> str | None:

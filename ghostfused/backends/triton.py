@@ -13,6 +13,7 @@ from . import triton_bottleneck
 from .common import kernel_refusal
 from .triton_configs import Cheap, Primary, blocks
 from .triton_launch import (
+    DEVICES,
     INTERPRETED,
     INTERPRETER,
     MAX_PROGRAMS,
@@ -29,7 +30,7 @@ from .triton_launch import (
 if import_error is None:
     from .triton_kernels import ghost_kernel
 
-__all__ = ["INTERPRETED", "forward", "supports", "unavailable"]
+__all__ = ["DEVICES", "INTERPRETED", "forward", "supports", "unavailable"]
 
 _PARAMETERS = ("weight", "bias", "mean", "var", "gamma", "beta", "slope")
 Choice = tuple[Primary, Cheap]

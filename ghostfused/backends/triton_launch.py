@@ -23,6 +23,7 @@ except ImportError as error:  # Windows, macOS, CPU-only installations
     import_error = f"triton can't be imported ({error})"
 
 INTERPRETER = "TRITON_INTERPRET=1, set before Python starts, runs the kernels on the CPU, slowly"
+DEVICES = ("cpu", "cuda") if INTERPRETED else ("cuda",)
 MAX_PROGRAMS = 2**31 - 1
 
 

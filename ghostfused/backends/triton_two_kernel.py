@@ -8,9 +8,9 @@ from .. import ops
 from ..spec import Args, GhostArgs
 from . import triton
 from .triton import has_ghosts, launch, scratch, supports
-from .triton_launch import register, unavailable
+from .triton_launch import DEVICES, register, unavailable
 
-__all__ = ["forward", "supports", "unavailable"]
+__all__ = ["DEVICES", "forward", "supports", "unavailable"]
 
 
 def forward(args: Args) -> Tensor:
