@@ -18,7 +18,7 @@ from ghostfused.verify import DTYPES, calibrate, load_model
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "tests" / "data" / "ghost_configs.jsonl"
 MODES = ("inference", "training_forward", "backward")
-LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+LAYOUTS = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ def add_setting_arguments(parser: argparse.ArgumentParser, batch: str, modes: bo
     numbers = {"type": lambda text: [int(n) for n in text.split(",")], "metavar": "N,N"}
     parser.add_argument("--batch", default=batch, help=f"default {batch}", **numbers)  # type: ignore[arg-type]
     parser.add_argument("--dtype", default="float32", type=choice(DTYPES), help=f"some of {','.join(DTYPES)}")
-    parser.add_argument("--layout", default="nchw,nhwc", type=choice(LAYOUTS), help="default nchw,nhwc")
+    parser.add_argument("--layout", default="nhwc,nchw", type=choice(LAYOUTS), help="default nhwc,nchw")
     if modes:
         parser.add_argument("--mode", default="inference", type=choice(MODES), help=f"some of {','.join(MODES)}")
 

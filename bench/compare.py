@@ -11,18 +11,11 @@ import math
 from pathlib import Path
 
 from .console import milliseconds, table
-from .results import read
+from .results import key, read
 from .timing import Timing, verdict
 
-_KEY = ("kind", "name", "height", "width", "in_channels", "out_channels", "size", "device", "batch", "dtype", "layout",
-        "mode", "peer", "execution", "backend", "step")  # fmt: skip
 _COUNTS = {"memory": "saved_bytes", "launches": "ops"}
 _ENVIRONMENT = ("gpu", "cpu", "threads", "packages", "cuda", "commit", "dirty", "flags", "matmul_precision")
-
-
-def key(row: dict) -> tuple:
-    """What two rows must have in common to be compared."""
-    return tuple(row.get(field) for field in _KEY)
 
 
 def timing(row: dict) -> Timing | None:

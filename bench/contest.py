@@ -28,26 +28,24 @@ def contest(
     method: Method,
     tick: Callable[[str], object] = lambda doing: None,
     others_tolerance: float = 1.0,
+    early: Callable[[list[dict]], object] | None = None,
 ) -> list[dict]:
     """A row for each peer: its status and, if that is "ok", its times; ``module`` is float32, on the CPU, in eval mode.
 
     Status: "ok"; "absent", with the reason; "WRONG", its error is beyond the limit, not timed; "error", it raised.
     ``others_tolerance`` multiplies the limit of peers that are not ours; the row's limit is the one that was applied.
+    ``early`` hears the rows of the peers that are quick to prepare before the others are prepared, marked "preliminary":
+    whoever is stopped while something compiles has them. All are timed again together.
     """
     x = setting.input(shape)
     inputs = rotation(x, method.cache)
-    rows: list[dict] = []
     timed: dict[str, Timed] = {}
-    oracle = None
+    oracle = Oracle(module, x, setting)
     torch.compiler.reset()  # graphs of earlier modules would count towards Dynamo's limit on recompilations
-    for name, peer in peers.items():
-        row: dict = {"peer": name}
-        rows.append(row)
-        reason = peer.unavailable(setting)
-        if reason is not None:
-            row |= {"status": "absent", "reason": reason}
-            continue
-        oracle = oracle or Oracle(module, x, setting)
+
+    def prepared(name: str, peer: Peer) -> dict:
+        if reason := peer.unavailable(setting):
+            return {"peer": name, "status": "absent", "reason": reason}
         tick(f"preparing {name}")
         try:
             with _grad_mode(setting):
@@ -55,37 +53,63 @@ def contest(
                 run = peer.prepare(own, x)
             outputs = snapshot(oracle.outputs(run, own, x))
         except Exception as error:
-            lines = str(error).strip().splitlines()
-            row |= {"status": "error", "reason": f"{type(error).__name__}: {lines[0][:200] if lines else ''}"}
-            continue
-        verdict = oracle.judge(outputs, peer.computes_in)
-        if not peer.ours:
-            verdict = verdict._replace(limit=verdict.limit * others_tolerance)
-        finite = math.isfinite(verdict.error)  # JSON has no infinity
-        row |= {"error": verdict.error if finite else None, "torch_error": verdict.torch_error, "limit": verdict.limit}
-        if peer.computes_in is not None:
-            row["precision"] = str(peer.computes_in).removeprefix("torch.")
-        if not verdict.ok:
-            row |= {"status": "WRONG", "reason": f"error {verdict.error:.1e}, limit {verdict.limit:.1e}: not timed"}
-            continue
-        row["status"] = "ok"
-        timed[name] = _timed(run, own, setting)
-    if timed:
-        with _grad_mode(setting):
-            timings, samples = time_interleaved(timed, inputs, method, lambda f: tick(f"timing {f:.0%}"))
-        input_bytes = len(inputs) * x.numel() * x.element_size()
-        for row in rows:
-            if row["status"] == "ok":
-                row |= {"ms": timings[row["peer"]].as_row(), "samples": samples, "clock": _clock(method, x)}
-                row |= {"cache": method.cache, "inputs": len(inputs)}
-                row["cold"] = method.cache == "flush" or input_bytes >= 2 * cache_bytes(x.device)
-    del timed
+            return {"peer": name, **_failure(error)}
+        row = {"peer": name, **_verdict(oracle, outputs, peer, others_tolerance)}
+        if row["status"] == "ok":
+            timed[name] = _timed(run, own, setting)
+        return row
+
+    def measured(rows: list[dict]) -> list[dict]:
+        """``rows`` with the times of those whose status is "ok"."""
+        if not timed:
+            return rows
+        try:
+            with _grad_mode(setting):
+                timings = time_interleaved(timed, inputs, method, lambda f: tick(f"timing {f:.0%}"))
+        except Exception as error:  # of one peer, which takes the others' times along
+            return [row | _failure(error) if row["status"] == "ok" else row for row in rows]
+        facts = {"samples": timings.samples, "clock": method.clock if x.is_cuda else "wall", "cache": method.cache}
+        facts |= {"inputs": len(inputs), "cold": method.cache == "flush" or _fills_cache_twice(inputs)}
+        if timings.sm_mhz:
+            facts["sm_mhz"] = [round(mhz) for mhz in timings.sm_mhz]
+
+        def times(name: str) -> dict:
+            host = {"host_bound": True} if name in timings.host_bound else {}
+            return {"ms": timings.of[name].as_row(), **facts, **host}
+
+        return [row | times(row["peer"]) if row["status"] == "ok" else row for row in rows]
+
+    rows = {name: prepared(name, peer) for name, peer in peers.items() if not peer.slow_to_prepare}
+    if early and len(rows) < len(peers):
+        early([row | {"preliminary": True} for row in measured(list(rows.values()))])
+    rows |= {name: prepared(name, peer) for name, peer in peers.items() if peer.slow_to_prepare}
+    done = measured([rows[name] for name in peers])
+    timed.clear()
     gc.collect()
-    return rows
+    return done
 
 
-def _clock(method: Method, x: Tensor) -> str:
-    return method.clock if x.is_cuda else "wall"
+def _failure(error: Exception) -> dict:
+    lines = str(error).strip().splitlines()
+    return {"status": "error", "reason": f"{type(error).__name__}: {lines[0][:200] if lines else ''}"}
+
+
+def _verdict(oracle: Oracle, outputs: list[Tensor], peer: Peer, others_tolerance: float) -> dict:
+    verdict = oracle.judge(outputs, peer.computes_in)
+    if not peer.ours:
+        verdict = verdict._replace(limit=verdict.limit * others_tolerance)
+    finite = math.isfinite(verdict.error)  # JSON has no infinity
+    row: dict = {"status": "ok" if verdict.ok else "WRONG"}
+    row |= {"error": verdict.error if finite else None, "torch_error": verdict.torch_error, "limit": verdict.limit}
+    if peer.computes_in is not None:
+        row["precision"] = str(peer.computes_in).removeprefix("torch.")
+    if not verdict.ok:
+        row["reason"] = f"error {verdict.error:.1e}, limit {verdict.limit:.1e}: not timed"
+    return row
+
+
+def _fills_cache_twice(inputs: list[Tensor]) -> bool:
+    return sum(x.numel() * x.element_size() for x in inputs) >= 2 * cache_bytes(inputs[0].device)
 
 
 def _grad_mode(setting: Setting):

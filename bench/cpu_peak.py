@@ -69,7 +69,7 @@ def main(options: argparse.Namespace) -> int:
                         lambda args: forward_op("cpu")(*args), functools.partial(_with_input, run.call_args.args[0])
                     ),
                 }
-                timings, _ = time_interleaved(functions, [x], how)
+                timings = time_interleaved(functions, [x], how).of
                 gflops = layer.flops(setting.batch) / timings["module"].p50 / 1e6
                 peak = operations / timings["peak"].p50 / 1e6
                 percent = 100 * gflops / peak

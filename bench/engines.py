@@ -58,6 +58,7 @@ class OnnxRuntime(Engine):
     def __init__(self, provider: str):
         self.name = "onnxruntime" if provider == "CPU" else f"onnxruntime_{provider.lower()}"
         self.device = "cpu" if provider == "CPU" else "cuda"
+        self.slow_to_prepare = provider == "TensorRT"
         self.provider = f"{provider}ExecutionProvider"
         self.packages = ("onnx", "onnxruntime")
 
@@ -154,6 +155,7 @@ class TorchTensorRT(Engine):
 
     name = "torch_tensorrt"
     device = "cuda"
+    slow_to_prepare = True
     packages = ("tensorrt", "torch_tensorrt")
 
     def prepare(self, module: nn.Module, x: Tensor) -> Run:

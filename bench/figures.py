@@ -26,7 +26,7 @@ OTHERS = {
     "bn_folded": "#b45309", "compile_default": "#dc2626", "compile_max_autotune": "#db2777", "compile_freezing": "#6b7280",
     "eager+graph": "#ca8a04", "compile_max_autotune+graph": "#7c2d12", "onnxruntime": "#0891b2",
     "onnxruntime_cuda": "#4338ca", "onnxruntime_tensorrt": "#475569", "openvino": "#be123c",
-    "openvino_default": "#f97316", "torch_tensorrt": "#c026d3",
+    "openvino_default": "#f97316", "torch_tensorrt": "#c026d3", "compile_default+graph": "#7f1d1d",
 }  # fmt: skip
 MARKERS = "oshD^v<>PX*dp"
 VARIANTS = (("+graph", "////", "--"), ("+compile", "....", ":"), ("_module", "\\\\\\\\", "-."))

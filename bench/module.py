@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,7 +19,8 @@ from .results import Writer
 from .timing import copy_bandwidth, matmul_gflops
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_module_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which modules; ``layers`` reads them."""
     parser.add_argument(
         "--network", default="paper", help="paper[:WIDTH] (default: GhostNet 1.0×), seed, timm:NAME or file.py:function"
     )
@@ -25,6 +28,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--configs", type=Path, metavar="FILE.jsonl", help="the modules are rows of this file instead")
     parser.add_argument("--source", help="only rows of --configs with this source")
     parser.add_argument("--only", metavar="NAME,NAME", help="only modules whose name contains one of these")
+    parser.add_argument("--shard", type=_shard, metavar="I/N", help="only every Nth module, from the Ith (from 0) on")
+
+
+def _shard(text: str) -> slice:
+    first, _, step = text.partition("/")
+    if not (first.isdigit() and step.isdigit() and int(first) < int(step)):
+        raise argparse.ArgumentTypeError(f"expected I/N with I below N, got {text!r}")
+    return slice(int(first), None, int(step))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_module_arguments(parser)
     parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="start no further case after this time")
     cases.add_setting_arguments(parser, batch="1")
     contest.add_arguments(parser)
@@ -40,7 +55,7 @@ def layers(options: argparse.Namespace) -> list[Layer]:
         found = [each for each in found if any(part in name for part in options.only.split(",") for name in each.names)]
     if not found:
         raise SystemExit("--only: no module of that name")
-    return found
+    return found[options.shard or slice(None)]
 
 
 def traffic_of(layer: Layer, peer: Peer, setting: Setting, itemsize: int) -> int | None:
@@ -60,6 +75,14 @@ def rates(row: dict, moved: int | None, copy_gb_s: float) -> dict:
     return out
 
 
+def _by_mode(settings: list[Setting]) -> list[list[Setting]]:
+    """Those that differ in mode only together: a run that is stopped has all modes of its modules."""
+    groups: dict[Setting, list[Setting]] = {}
+    for setting in settings:
+        groups.setdefault(replace(setting, mode=""), []).append(setting)
+    return list(groups.values())
+
+
 def main(options: argparse.Namespace) -> int:
     """time every Ghost module of a network against every peer"""
     device = contest.set_device(options)
@@ -77,12 +100,12 @@ def main(options: argparse.Namespace) -> int:
         )
         columns = ["module", "input", "setting", *peers]
         with Display(heading, columns, len(found) * len(settings)) as display:
-            for setting in settings:
-                contest.set_tf32(setting.dtype == "tf32")
-                itemsize = torch.tensor([], dtype=setting.torch_dtype).element_size()
-                for layer in found:
+            for settings_of_layer in _by_mode(settings):
+                for layer, setting in itertools.product(found, settings_of_layer):
+                    contest.set_tf32(setting.dtype == "tf32")
+                    itemsize = torch.tensor([], dtype=setting.torch_dtype).element_size()
                     if options.time_limit and time.perf_counter() - start > options.time_limit:
-                        print(f"--time-limit: {layer.name} at batch {setting.batch} {setting.layout} was not run")
+                        print(f"--time-limit: {layer.name}, {' '.join(map(str, vars(setting).values()))} was not run")
                         continue
                     display.case(layer.name)
                     rows = contest.contest(

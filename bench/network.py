@@ -41,14 +41,19 @@ def main(options: argparse.Namespace) -> int:
                     # at batch 1 what counts is how long a caller waits, host time included
                     how = contest.method(options, clock="wall" if setting.batch == 1 else "events")
                     display.case(name)
+                    facts = {"kind": "network", "name": name, "count": 1, "size": options.size, **vars(setting)}
+
+                    def write(rows: list[dict], facts: dict = facts) -> None:
+                        for row in rows:
+                            row |= facts
+                            if row["status"] == "ok":
+                                row["images_per_second"] = round(facts["batch"] / row["ms"]["p50"] * 1e3, 2)
+                            writer.write(row)
+
                     rows = contest.contest(
-                        model, tuple(x.shape[1:]), setting, peers, how, display.doing, options.others_tolerance
+                        model, tuple(x.shape[1:]), setting, peers, how, display.doing, options.others_tolerance, write
                     )
-                    for row in rows:
-                        row |= {"kind": "network", "name": name, "count": 1, "size": options.size, **vars(setting)}
-                        if row["status"] == "ok":
-                            row["images_per_second"] = round(setting.batch / row["ms"]["p50"] * 1e3, 2)
-                        writer.write(row)
+                    write(rows)
                     baseline = next((row for row in rows if row["peer"] == contest.BASELINE), None)
                     what = f"batch {setting.batch} {setting.dtype} {setting.layout}"
                     what += "" if setting.mode == "inference" else f" {setting.mode}"

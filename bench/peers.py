@@ -33,6 +33,8 @@ class Peer:
     """The execution in bench/traffic.py whose bytes this peer moves."""
     computes_in: torch.dtype | None = None
     ours = False
+    slow_to_prepare = False
+    """It compiles or searches for seconds."""
 
     def unavailable(self, setting: Setting) -> str | None:
         """Why it can't take part; None if it can."""
@@ -73,6 +75,7 @@ class Fused(Peer):
         self.backend, self.level = backend, level
         self.name = execution(backend, level)
         self.traffic = {"cuda": "fused", "triton": "fused", "triton_two_kernel": "two kernels"}.get(backend)
+        self.slow_to_prepare = backend.startswith("triton")
 
     def unavailable(self, setting: Setting) -> str | None:
         return unavailable_on(self.backend, setting.device) or super().unavailable(setting)
@@ -86,6 +89,8 @@ class Fused(Peer):
 
 class Compiled(Peer):
     """torch.compile of what ``inner`` makes of the module."""
+
+    slow_to_prepare = True
 
     def __init__(self, name: str, inner: Peer | None = None, modes: tuple[str, ...] = MODES, **arguments):
         self.name, self.inner, self.modes, self.arguments = name, inner or Eager(), modes, arguments
@@ -105,7 +110,7 @@ class Graphed(Peer):
     def __init__(self, inner: Peer):
         self.inner = inner
         self.name = f"{inner.name}+graph"
-        self.traffic, self.ours = inner.traffic, inner.ours
+        self.traffic, self.ours, self.slow_to_prepare = inner.traffic, inner.ours, inner.slow_to_prepare
 
     def unavailable(self, setting: Setting) -> str | None:
         no_gpu = None if setting.device == "cuda" else "CUDA graphs need a GPU"

@@ -29,6 +29,13 @@ FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
 }  # fmt: skip
 """Fields that a row of each kind has at least."""
 STATUSES = ("ok", "absent", "WRONG", "error")
+_KEY = ("kind", "name", "height", "width", "in_channels", "out_channels", "size", "device", "batch", "dtype", "layout",
+        "mode", "peer", "execution", "backend", "step")  # fmt: skip
+
+
+def key(row: dict) -> tuple:
+    """What two rows must have in common to be compared: what was measured."""
+    return tuple(row.get(field) for field in _KEY)
 
 
 def check(row: dict) -> None:
@@ -48,8 +55,19 @@ def check(row: dict) -> None:
             raise ValueError(f"a row that is not ok has a reason: {row}")
 
 
+MODULE_KEY = ("in_channels", "out_channels", "height", "width", "kernel_size", "stride", "dw_size", "ratio", "act_primary",
+              "act_cheap", "dtype", "layout", "batch", "mode")  # fmt: skip
+"""What a module's time depends on, beside who computes it: measurements and predictions are joined by it."""
+
+
+def module_key(row: dict) -> tuple:
+    """The ``MODULE_KEY`` of a row of `module`, of `profile` or of a file of predictions."""
+    return tuple(row[field] for field in MODULE_KEY)
+
+
 class Writer:
-    """Writes rows as they come; a file of a run that broke off lacks the "end" line."""
+    """Writes rows as they come; a file of a run that broke off lacks the "end" line. A row marked "preliminary" stands until
+    one of the same key follows."""
 
     def __init__(self, path: Path | None, device: torch.device):
         self.start = time.perf_counter()
@@ -64,7 +82,8 @@ class Writer:
 
     def write(self, row: dict) -> None:
         check(row)
-        self.rows.append(row)
+        if not row.get("preliminary"):
+            self.rows.append(row)
         if self._file is not None:
             self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
             self._file.flush()
@@ -92,4 +111,5 @@ def read(path: Path) -> tuple[dict, list[dict]]:
             raise SystemExit(f"{path}:{number}: {error}") from None
     if not rows or rows[0]["kind"] != "environment":
         raise SystemExit(f"{path}: expected a results file of python -m bench, whose first line is the environment")
-    return rows[0], rows[1:]
+    final = {key(row) for row in rows if not row.get("preliminary")}
+    return rows[0], [row for row in rows[1:] if not row.get("preliminary") or key(row) not in final]

@@ -1,6 +1,7 @@
 """Static evidence on the CUDA kernels, with no GPU: ``python -m bench.static_cuda``. Exit code 1 if a kernel spills.
 
-Prints tables and writes them, with all columns, to bench/results/static_cuda.json: every compiled kernel on each
+Prints tables and writes them, with all columns, to bench/results/static_cuda.json (its modules also to static_cuda.jsonl, for
+`python -m bench predicted`): every compiled kernel on each
 architecture; what the launch plan and the machine code of the fp16 kernels predict for GhostNet 1.0×'s Ghost modules on an
 H100; and every launch of the network fused whole.
 """
@@ -148,6 +149,26 @@ def markdown(results: dict[str, list[dict[str, Any]]], batch: int = 64) -> list[
     return ["\n".join(part) for part in (lines, per_round, [*ops, "", f"In all: {static_network.total(own)}."])]
 
 
+def predictions(results: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The modules as `python -m bench predicted` reads them."""
+    by_name = {
+        (f"{m['in_channels']}->{m['out_channels']} {m['height']}x{m['width']}", m["act_primary"]): m for m in modules()
+    }
+    rows = []
+    for r in results["modules"]:
+        busiest = math.ceil(r["blocks"] / DEVICES["sm_90"][0]) / r["blocks"]
+        setting = {"dtype": "float16", "layout": r["layout"], "batch": r["batch"], "mode": "inference"}
+        counts = {"instructions": round(r["issue_us"] * 1e-6 * CLOCK * PER_CLOCK["issue"] / busiest)}
+        counts |= {f"{name}_bytes": r["plan"][name] for name in ("dram_read", "dram_write")}
+        us = {name: value for name, value in r.items() if name.endswith("_us")}
+        rows.append({"kind": "predicted", **by_name[r["module"], r["act"]], **setting, **counts, **us})
+    return rows
+
+
+def write_predictions(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in predictions(results)))
+
+
 def compile_all() -> dict[tuple[str, str], tuple[str, str]]:
     """SASS and resource usage of every file of kernels, by (architecture, file)."""
     keys = [(arch, source) for arch in DEVICES for source in SOURCES]
@@ -194,6 +215,7 @@ def run(output: Path) -> int:
     }
     body = "".join(f',\n"{name}": [\n{part}\n]' for name, part in parts.items())
     output.write_text(f'{{"about": {json.dumps(facts)}{body}}}\n')
+    write_predictions({"modules": rows}, output.with_suffix(".jsonl"))
     at64 = [r for r in rows if r["batch"] == 64]
     over = [r for r in at64 if r["dram/floor"] > GOAL]
     slow = [r for r in rows if r["limiter"] != "dram"]
@@ -207,8 +229,12 @@ def run(output: Path) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=OUTPUT, help="file (default %(default)s)")
+    parser.add_argument("--predictions", action="store_true", help="write the .jsonl beside the file, from the file")
     parser.add_argument("--markdown", action="store_true", help="print docs/static.md's tables from the file")
     options = parser.parse_args()
+    if options.predictions:
+        write_predictions(json.loads(options.output.read_text()), options.output.with_suffix(".jsonl"))
+        return 0
     if options.markdown:
         results = json.loads(options.output.read_text())
         print("\n\n".join(markdown(results)))

@@ -18,9 +18,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .gpu_clock import GpuClock, Sample, sm_mhz
+
 CACHES = ("flush", "rotate", "warm")
-"""Before a timed call: the last-level cache is overwritten; the input is another one than last time; an untimed call of the
-same function runs."""
+"""Before a timed call: the last-level cache is filled with other data; the input is another one than last time; an untimed
+call of the same function runs."""
 SETTLE_SECONDS = 0.002
 """On the CPU, before each sample: thread pools of the peer before (OpenMP's, ONNX Runtime's) spin on for about a millisecond
 after their work is done, on the cores that the next peer needs."""
@@ -38,8 +40,8 @@ class Timed(NamedTuple):
 class Method:
     cache: str = "flush"
     clock: str = "events"
-    """"events": CUDA events around the call, the host may run ahead; "wall": perf_counter from an idle device to an idle
-    device. The CPU has "wall" only."""
+    """"events": the GPU's own time, by CUDA events, without the host's (``gpu_clock``); "wall": perf_counter from an idle
+    device to an idle device. The CPU has "wall" only."""
     warmup: int = 3
     samples: int = 20
     repeats: int = 5
@@ -105,14 +107,27 @@ def rotation(x: Tensor, cache: str) -> list[Tensor]:
     return [x, *(x.clone() for _ in range(min(max(copies, 2), MAX_INPUTS) - 1))]
 
 
-class _Flush:
-    """Overwrites the last-level cache."""
+class Flush:
+    """Fills the last-level cache with other data by reading them: written lines would be written back while the next call is
+    timed, at its cost."""
 
     def __init__(self, device: torch.device):
-        self.buffer = torch.zeros(max(2 * cache_bytes(device), 2**26) // 4, dtype=torch.int32, device=device)
+        self.buffer = torch.zeros(max(2 * cache_bytes(device), 2**26) // 4, device=device)
 
     def __call__(self) -> None:
-        self.buffer.add_(1)
+        self.buffer.sum()
+
+
+class Timings(NamedTuple):
+    """What a comparison measured."""
+
+    of: dict[str, Timing]
+    samples: int
+    """Per repeat."""
+    host_bound: frozenset[str]
+    """Functions whose events, in some sample, hold host time."""
+    sm_mhz: tuple[float, float] | None
+    """The GPU's clock before and after."""
 
 
 def time_interleaved(
@@ -120,60 +135,67 @@ def time_interleaved(
     inputs: list[Tensor],
     method: Method,
     tick: Callable[[float], object] = lambda fraction: None,
-) -> tuple[dict[str, Timing], int]:
-    """The Timing of each function, and the samples per repeat; ``tick`` hears what fraction is done."""
+) -> Timings:
+    """Times all ``functions`` in turns; ``tick`` hears what fraction is done."""
     device = inputs[0].device
     gpu = device.type == "cuda"
     synchronize: Callable[[], None] = torch.cuda.synchronize if gpu else lambda: None
-    flush: Callable[[], None] = _Flush(device) if method.cache == "flush" else lambda: None
-    events = gpu and method.clock == "events"
+    flush: Callable[[], None] = Flush(device) if method.cache == "flush" else lambda: None
+    clock = GpuClock() if gpu and method.clock == "events" else None
 
-    def sample(f: Timed, x: Tensor):
+    def once(name: str, x: Tensor) -> Sample | float:
+        f = functions[name]
         if not gpu:
             time.sleep(SETTLE_SECONDS)
         if method.cache == "warm":
             f.call(f.before(x))
         prepared = f.before(x)
         flush()
-        if events:
-            pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            pair[0].record()
-            f.call(prepared)
-            pair[1].record()
-            return pair
+        if clock:
+            return clock.take(name, lambda: f.call(prepared))
         synchronize()
         start = time.perf_counter()
         f.call(prepared)
         synchronize()
         return (time.perf_counter() - start) * 1e3
 
-    def milliseconds(measured) -> float:
-        return measured[0].elapsed_time(measured[1]) if events else measured
+    def sample(name: str, x: Tensor) -> Sample | float:
+        while True:
+            taken = once(name, x)
+            if clock is None or taken.isolated or not clock.lengthen(name):  # type: ignore[union-attr]
+                return taken
 
-    for f in functions.values():
+    for name in functions:
         for x in (*inputs, *inputs[:1] * method.warmup):
-            sample(f, x)
+            sample(name, x)
     synchronize()
+    before = sm_mhz() if gpu else None
     start = time.perf_counter()
-    for f in functions.values():
-        sample(f, inputs[0])
+    for name in functions:
+        sample(name, inputs[0])
     synchronize()
     round_seconds = time.perf_counter() - start
     samples = max(3, min(method.samples, int(method.max_seconds / (round_seconds * method.repeats + 1e-9))))
 
     names = list(functions)
     collected: dict[str, list[list[float]]] = {name: [] for name in names}
+    host_bound: set[str] = set()
     for repeat in range(method.repeats):
         measured: dict[str, list] = {name: [] for name in names}
         for i in range(samples):
             x = inputs[(repeat * samples + i) % len(inputs)]
             for name in names if i % 2 else reversed(names):
-                measured[name].append(sample(functions[name], x))
+                measured[name].append(sample(name, x))
         synchronize()
         for name in names:
-            collected[name].append([milliseconds(m) for m in measured[name]])
+            collected[name].append([m.milliseconds() if clock else m for m in measured[name]])
+            if clock and not all(m.isolated for m in measured[name]):
+                host_bound.add(name)
         tick((repeat + 1) / method.repeats)
-    return {name: Timing.of(repeats) for name, repeats in collected.items()}, samples
+    clocks = (before, sm_mhz()) if before is not None else None
+    return Timings(
+        {name: Timing.of(repeats) for name, repeats in collected.items()}, samples, frozenset(host_bound), clocks
+    )
 
 
 def copy_bandwidth(device: torch.device) -> float:
@@ -182,8 +204,8 @@ def copy_bandwidth(device: torch.device) -> float:
     source = torch.zeros(size // 4, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     method = Method(cache="warm", samples=5, repeats=3)
-    timings, _ = time_interleaved({"copy": Timed(target.copy_)}, [source], method)
-    return 2 * source.numel() * 4 / timings["copy"].p50 / 1e6
+    timing = time_interleaved({"copy": Timed(target.copy_)}, [source], method).of["copy"]
+    return 2 * source.numel() * 4 / timing.p50 / 1e6
 
 
 def matmul_gflops(device: torch.device, dtype: torch.dtype) -> float:
@@ -191,5 +213,5 @@ def matmul_gflops(device: torch.device, dtype: torch.dtype) -> float:
     # PyTorch's half-precision products on a CPU without instructions for them are slower by a hundred times
     n = 8192 if device.type == "cuda" else 1536 if dtype == torch.float32 else 384
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    timings, _ = time_interleaved({"mm": Timed(lambda a: a @ b)}, [a], Method(cache="warm", samples=3, repeats=3))
-    return 2 * n**3 / timings["mm"].p50 / 1e6
+    method = Method(cache="warm", samples=3, repeats=3)
+    return 2 * n**3 / time_interleaved({"mm": Timed(lambda a: a @ b)}, [a], method).of["mm"].p50 / 1e6

@@ -123,7 +123,7 @@ def test_interleaved_order_and_medians(monkeypatch):
     log: list[str] = []
     functions = {name: clock.function(ms, log=log, name=name) for name, ms in (("a", 1), ("b", 3))}
     method = Method("rotate", samples=4, repeats=3, warmup=2)
-    timings, samples = timing.time_interleaved(functions, [torch.zeros(1)], method)
+    timings, samples, *_ = timing.time_interleaved(functions, [torch.zeros(1)], method)
     assert samples == 4
     assert log[:6] == ["a"] * 3 + ["b"] * 3  # warm-up
     assert log[8:16] == ["b", "a", "a", "b", "b", "a", "a", "b"]  # the order reverses each round
@@ -136,9 +136,9 @@ def test_samples_are_cut_to_the_time_allowed(monkeypatch):
     clock = Clock()
     monkeypatch.setattr(timing, "time", clock)
     method = Method("rotate", samples=20, repeats=2, max_seconds=1.1)
-    _, samples = timing.time_interleaved({"a": clock.function(100)}, [torch.zeros(1)], method)
+    _, samples, *_ = timing.time_interleaved({"a": clock.function(100)}, [torch.zeros(1)], method)
     assert samples == 5  # two repeats of five calls of 100 ms
-    _, samples = timing.time_interleaved({"a": clock.function(10_000)}, [torch.zeros(1)], method)
+    _, samples, *_ = timing.time_interleaved({"a": clock.function(10_000)}, [torch.zeros(1)], method)
     assert samples == 3
 
 
@@ -156,11 +156,59 @@ def test_rotation_and_flush_are_what_they_say(monkeypatch):
     timing.time_interleaved({"f": warm}, [x], Method("warm", samples=3, repeats=2, warmup=3))
     assert order == ["before", "call"] * (2 * (1 + 3 + 1 + 6))  # an untimed call, prepared anew, before each timed one
     flushed: list[int] = []
-    monkeypatch.setattr(timing._Flush, "__call__", lambda self: flushed.append(self.buffer.nbytes))
+    monkeypatch.setattr(timing.Flush, "__call__", lambda self: flushed.append(self.buffer.nbytes))
     calls: list[int] = []
     timing.time_interleaved({"f": Timed(lambda x: calls.append(1))}, [x], Method("flush", samples=3, repeats=2))
     assert len(flushed) == len(calls)
     assert min(flushed) >= 2 * 4096
+
+
+def test_a_flush_leaves_no_written_lines(monkeypatch):
+    monkeypatch.setattr(timing, "cache_bytes", lambda device: 4096)
+    flush = timing.Flush(torch.device("cpu"))
+    before = flush.buffer._version
+    flush()
+    assert flush.buffer._version == before
+
+
+def test_peers_that_are_quick_to_prepare_are_heard_before_the_others(ghost):
+    class Slow(Planted):
+        slow_to_prepare = True
+
+        def prepare(self, module, x):
+            order.append(self.name)
+            return super().prepare(module, x)
+
+    order: list = []
+    everybody = {"slow": Slow("slow"), "eager": peers.Eager(), "wrong": Planted("wrong", lambda out: out * 2)}
+    rows = contest.contest(ghost, SHAPE, Setting(), everybody, QUICK, early=lambda rows: order.append(rows))
+    early, then = order
+    assert then == "slow"
+    assert [(row["peer"], row["status"], row["preliminary"]) for row in early] == [
+        ("eager", "ok", True),
+        ("wrong", "WRONG", True),
+    ]
+    assert [row["peer"] for row in rows] == list(everybody)
+    assert not any("preliminary" in row for row in rows)
+    assert rows[0]["ms"]
+    assert rows[1]["ms"] != early[0]["ms"]  # timed again, beside the slow one
+    order.clear()
+    contest.contest(ghost, SHAPE, Setting(), {"eager": peers.Eager()}, QUICK, early=order.append)
+    assert order == []  # nobody to wait for
+
+
+def test_a_peer_that_breaks_while_timed_costs_the_case_only(ghost):
+    def breaks(out):
+        if broken.calls > 1:
+            raise RuntimeError("out of memory\nand more")
+        return out
+
+    broken = Planted("broken", breaks)
+    wrong = Planted("wrong", lambda out: out * 2)
+    rows = contest.contest(ghost, SHAPE, Setting(), {"eager": peers.Eager(), "broken": broken, "wrong": wrong}, QUICK)
+    assert [row["status"] for row in rows] == ["error", "error", "WRONG"]
+    assert rows[0]["reason"] == "RuntimeError: out of memory"
+    assert not any("ms" in row for row in rows)
 
 
 @pytest.mark.parametrize(

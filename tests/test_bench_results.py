@@ -210,6 +210,25 @@ def test_rows_that_break_the_schema_are_refused(change, paper_layers):
         results.check(row)
 
 
+def test_a_preliminary_row_stands_until_another_follows(tmp_path, paper_layers):
+    (row,) = module_rows({"eager": 1.0}, layers=paper_layers[:1])
+    other = row | {"batch": 2}
+    path = write(tmp_path / "a.jsonl", [row | {"preliminary": True}, other | {"preliminary": True}, row])
+    _, rows = results.read(path)
+    assert [(r["batch"], r.get("preliminary")) for r in rows if r["kind"] == "module"] == [(2, True), (1, None)]
+
+
+def test_a_run_that_is_stopped_has_all_modes_of_its_modules(tmp_path):
+    path = tmp_path / "out.jsonl"
+    command = ["module", "--size", "32", "--only", "blocks.0,blocks.8", "--peers", "eager", "--layout", "nhwc"]
+    command += ["--mode", "training_forward,backward", "--batch", "1,2", "--samples", "3", "--repeats", "2"]
+    assert main([*command, "--device", "cpu", "--output", str(path)]) == 0
+    rows = [row for row in results.read(path)[1] if row["kind"] == "module"]
+    assert [(row["batch"], row["mode"]) for row in rows[:2]] == [(1, "training_forward"), (1, "backward")]
+    assert rows[0]["name"] == rows[1]["name"]
+    assert [row["batch"] for row in rows] == sorted(row["batch"] for row in rows)
+
+
 def test_rates():
     row = {"ms": {"p50": 2.0}, "floor_bytes": 10**7}
     assert module.rates(row, 4 * 10**7, 40.0) == {

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from cuda_runtime import needs_extension
 
-from bench import launches, sass_flow, static_cuda, static_cuda_kernels, static_cuda_model, static_network
+from bench import launches, predicted, sass_flow, static_cuda, static_cuda_kernels, static_cuda_model, static_network
 from bench.sass import tool
 from ghostfused.backends import BACKENDS
 from ghostfused.spec import DepthwiseArgs, GhostArgs, SqueezeExciteArgs
@@ -221,6 +221,17 @@ STALE = (
 
 def test_results_have_every_file_of_kernels():
     assert RESULTS["about"]["sources"] == static_cuda_kernels.SOURCES, STALE
+
+
+def test_predictions_are_those_of_the_results():
+    path = static_cuda.OUTPUT.with_suffix(".jsonl")
+    assert [json.loads(line) for line in path.read_text().splitlines()] == static_cuda.predictions(RESULTS), STALE
+    found = predicted.predictions(path)
+    assert len(found) == len(RESULTS["modules"])
+    for r, row in zip(RESULTS["modules"], found.values(), strict=True):
+        assert predicted.bound(row)[0] == r["limiter"]
+        assert (row["issue_us"], row["count"]) == (r["issue_us"], r["count"])
+        assert row["dram_us"] == pytest.approx((row["dram_read_bytes"] + row["dram_write_bytes"]) / 3.35e6, abs=6e-3)
 
 
 def test_results_have_the_present_plans():

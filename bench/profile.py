@@ -1,0 +1,66 @@
+"""One call of each Ghost module's kernel, between cudaProfilerStart and cudaProfilerStop, for a profiler that starts there:
+``ncu --profile-from-start off python -m bench profile ORDER.jsonl``. ORDER.jsonl gets a row for each module in the order of calls,
+which ``predicted --counters`` reads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from ghostfused.backends import unavailable_on
+from ghostfused.fuse import fuse
+
+from . import cases, contest, module
+from .timing import Flush
+
+CALLS_BEFORE = 3
+"""Calls that aren't profiled: the first ones read the module and record its program."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("order", type=Path, metavar="ORDER.jsonl")
+    module.add_module_arguments(parser)
+    cases.add_setting_arguments(parser, batch="64", modes=False)
+    parser.add_argument("--backend", default="cuda", help="default cuda")
+    contest.add_device_arguments(parser)
+
+
+@contextlib.contextmanager
+def _profiled(device: torch.device) -> Iterator[None]:
+    if device.type != "cuda":
+        yield
+        return
+    torch.cuda.synchronize()
+    torch.cuda.profiler.start()
+    yield
+    torch.cuda.synchronize()
+    torch.cuda.profiler.stop()
+
+
+def main(options: argparse.Namespace) -> int:
+    """call each module's kernel once, for a profiler"""
+    device = contest.set_device(options)
+    if reason := unavailable_on(options.backend, device.type):
+        raise SystemExit(f"--backend {options.backend}: {reason}")
+    flush = Flush(device)
+    options.order.parent.mkdir(parents=True, exist_ok=True)
+    with options.order.open("w", encoding="utf-8") as order:
+        for setting in cases.settings(options):
+            for layer in module.layers(options):
+                fused = fuse(setting.place(layer.calibrated()), inplace=True, backend=options.backend)
+                x = setting.input(layer.shape)
+                with torch.inference_mode():
+                    for _ in range(CALLS_BEFORE):
+                        fused(x)
+                    flush()
+                    with _profiled(device):
+                        fused(x)
+                order.write(json.dumps({**layer.as_row(), **vars(setting)}, ensure_ascii=False) + "\n")
+                order.flush()
+    return 0
