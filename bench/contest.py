@@ -40,7 +40,10 @@ def contest(
     x = setting.input(shape)
     inputs = rotation(x, method.cache)
     timed: dict[str, Timed] = {}
-    oracle = Oracle(module, x, setting)
+    try:
+        oracle = Oracle(module, x, setting)
+    except Exception as error:  # such as batch statistics of one value
+        return [{"peer": name, **_failure(error)} for name in peers]
     torch.compiler.reset()  # graphs of earlier modules would count towards Dynamo's limit on recompilations
 
     def prepared(name: str, peer: Peer) -> dict:

@@ -1,241 +1,353 @@
 #!/usr/bin/env bash
-# bench/gpu_session.sh OUT [STEP ...]: build, test and time everything on a machine with an NVIDIA GPU.
+# bench/gpu_session.sh OUT [3|10] [STEP ...]: the first thing to run on a machine with an NVIDIA GPU. In 3 or 10 minutes it builds,
+# checks against float64, times, compares with the predictions, profiles, tests and sanitizes, the most valuable first.
 #
-# Needs this source tree and a python with torch and triton; no network. nvcc, pytest, hypothesis, compute-sanitizer,
-# timm, rich and matplotlib are used where they are there; what is missing is said. Writes to OUT (bench/results/NAME_OF_THE_GPU
-# to keep the results in the project):
-#   versions.txt card, driver, CUDA, python, torch and triton; each *.jsonl has them too
-#   log.txt      everything that was printed
-#   table.txt    the tables alone
-#   *.jsonl      the rows, for `python -m bench compare` and `report`
-#   report/      that report
-#   steps.txt    each step's outcome and time
-# STEPS, all by default and in this order: build verify tests module batch1 training network autotune overhead launches
-# memory sanitizer report. A step gets the time that is left at most, so that what comes early is complete; run the others
-# again by name.
-#   DEADLINE=3000 (seconds)   PYTHON=python3   MAX_JOBS (of the build; default all cores)
-#   DRY_RUN=1 prints the commands and runs none
-# --dry-run in OUT's place before it (bench/gpu_session.sh --dry-run OUT) goes through all steps on the CPU, cut short.
+# Needs this source tree and a python with torch and triton; no network. nvcc, ncu, compute-sanitizer, pytest, hypothesis,
+# pytest-xdist, timm, rich and matplotlib are used where they are there; what is missing is said.
+# Nothing is lost when it is stopped: rows are written as they are measured, and after every step all there is goes into one file.
+#   OUT/results.tgz   everything: versions, one .txt of output and one .jsonl of rows a step, the profiler's files
+#   OUT/steps.txt     each step's outcome and time
+# The times are limits; a step gets no more than what is left. STEPS, all by default and in this order (those from tests on with
+# 10 minutes only): build info verify module predicted counters full warm compiled tests warm_triton triton nchw batch1 float32
+# network network_compiled training memcheck racecheck launches overhead memory
+#   SECONDS_LEFT=… instead of the minutes   PYTHON=python3   LAUNCH='a command before every python'
+#   REHEARSAL=1  tiny inputs and few samples, tests are collected and not run: to try the script with a GPU that is none
+#   PRINT=1      prints the commands and runs none
 # shellcheck disable=SC2329  # the steps are called by name
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
 
-DEVICE=cuda
-if [[ ${1:-} == --dry-run ]]; then
-  DEVICE=cpu
-  shift
-fi
-if [[ -z ${1:-} || $1 == -* ]]; then
-  sed -n '2,19s/^# \?//p' "$0"
+if [[ -z ${1:-} || $1 == -* || ! ${2:-3} =~ ^(3|10)$ ]]; then
+  sed -n '2,18s/^# \?//p' "$0"
   exit 2
 fi
 mkdir -p "$1" || exit 2
 OUT=$(cd "$1" && pwd)
+MINUTES=${2:-3}
 shift
-STEPS=("$@")
-if [[ ${#STEPS[@]} -eq 0 ]]; then
-  STEPS=(build verify tests module batch1 training network autotune overhead launches memory sanitizer report)
-fi
+[[ $# -eq 0 ]] || shift
+LEFT=${SECONDS_LEFT:-$((MINUTES * 60 - 20))}
 PYTHON=${PYTHON:-python3}
-DEADLINE=${DEADLINE:-3000}
-DRY_RUN=${DRY_RUN:-}
+REHEARSAL=${REHEARSAL:-}
+PRINT=${PRINT:-}
+CORES=$(nproc)
 CONFIGS=tests/data/ghost_configs.jsonl
-export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
-: >"$OUT/steps.txt"
+PREDICTIONS=bench/results/static_cuda.jsonl
+MOST_BYTES=$((15 << 20)) # of a file that comes back
+W=$(mktemp -d "${TMPDIR:-/tmp}/gpu_session.XXXX") || exit 2
 FAILED=0
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+read -ra PY <<<"${LAUNCH:-} $PYTHON"
 
-say() { echo "$*" | tee -a "$OUT/log.txt"; }
+QUICK=(build info verify module predicted counters full warm compiled)
+REST=(tests warm_triton triton nchw batch1 float32 network network_compiled training memcheck racecheck launches overhead memory)
 
-note() { say "-- $*" && echo "$*" >>"$OUT/steps.txt"; }
+has() { [[ $PRINT ]] || command -v "$1" >/dev/null; }
 
-has() { [[ $DRY_RUN ]] || "$PYTHON" -c "import $1" 2>/dev/null; }
+# Everything into one file; without the profiler's reports where they make it too large. If tar fails, what matters most as it is.
+pack() {
+  cp "$W/steps.txt" "$OUT/steps.txt"
+  tar -czf "$OUT/results.part" -C "$W" . && ((MOST_BYTES > $(stat -c %s "$OUT/results.part"))) ||
+    { tar -czf "$OUT/results.part" -C "$W" --exclude='*.ncu-rep' . && echo "pack: left out the profiler's reports" >>"$OUT/steps.txt"; } ||
+    {
+      FAILED=1
+      echo "pack: FAILED, what matters most is copied as it is" >>"$OUT/steps.txt"
+      rm -f "$OUT/results.part"
+      cp "$W"/{build.txt,module.jsonl,compiled.jsonl,triton.jsonl,network.jsonl} "$OUT/" 2>/dev/null
+      return
+    }
+  mv "$OUT/results.part" "$OUT/results.tgz"
+}
 
-# run NAME SECONDS COMMAND...: at most SECONDS, and no longer than what is left of DEADLINE
-run() {
-  local name=$1 limit=$2 start=$SECONDS left=$((DEADLINE - SECONDS)) code
+note() {
+  echo "$*" | tee -a "$W/steps.txt"
+  [[ $* != *FAILED* ]] || FAILED=1
+  [[ $PRINT ]] || pack
+}
+
+# step NAME SECONDS COMMAND...: at most SECONDS, and no longer than what is left; its output to NAME.txt, the end of it shown
+step() {
+  local name=$1 limit=$2 start=$SECONDS left=$((LEFT - SECONDS)) code
   shift 2
-  if [[ $DRY_RUN ]]; then
-    say "$name: $*"
-    return 0
+  if [[ $PRINT ]]; then
+    echo "$name: $*"
+    return
   fi
-  if ((left < 10)); then
+  if ((left < 8)); then
     note "$name: skipped, no time left"
-    return 0
+    return
   fi
-  say "== $name: $*"
-  timeout --kill-after=5 "$((limit < left ? limit : left))" "$@" 2>&1 | tee -a "$OUT/log.txt" "$OUT/last.txt"
-  code=${PIPESTATUS[0]}
+  timeout --kill-after=3 "$((limit < left ? limit : left))" "$@" >"$W/$name.txt" 2>&1
+  code=$?
+  tail -n "${TAIL:-8}" "$W/$name.txt" | cut -c1-300
   case $code in
     0) note "$name: ok, $((SECONDS - start)) s" ;;
     124 | 137) note "$name: stopped after $((SECONDS - start)) s; its files hold what was done" ;;
-    *) note "$name: FAILED with exit code $code, $((SECONDS - start)) s" && FAILED=1 ;;
+    *) note "$name: FAILED with exit code $code, $((SECONDS - start)) s" ;;
   esac
 }
 
-# bench NAME SECONDS ARGUMENTS...: one benchmark, its rows to NAME.jsonl and its output to table.txt
+python_step() {
+  local name=$1 limit=$2
+  shift 2
+  step "$name" "$limit" "${PY[@]}" "$@"
+}
+
+# bench NAME SECONDS ARGUMENTS...: one benchmark, its rows to NAME.jsonl
 bench() {
   local name=$1 limit=$2
   shift 2
-  : >"$OUT/last.txt"
-  run "$name" "$limit" "$PYTHON" -m bench "$@" --device "$DEVICE" --output "$OUT/$name.jsonl"
-  cat "$OUT/last.txt" >>"$OUT/table.txt"
+  TAIL=32 python_step "$name" "$limit" -m bench "$@" --device cuda --output "$W/$name.jsonl"
 }
 
-# In a dry run only two small modules, few samples and the peers that need no compiling.
-CUT=()
-SMALL=()
-DTYPES=float16,float32
-BATCHES=1,64
-if [[ $DEVICE == cpu ]]; then
-  export OMP_NUM_THREADS=1
-  CUT=(--peers 'eager,ghostfused_*' --only blocks.6.3 --samples 3 --repeats 2)
-  SMALL=(--peers 'eager,ghostfused_*' --size 32 --samples 3 --repeats 2)
-  DTYPES=float32
-  BATCHES=1
+# What is timed: the 32 modules of GhostNet 1.0× or the network. Cut down to what the CPU can do in a rehearsal.
+HALF=(--dtype float16 --batch 64 --layout nhwc)
+MODULES=()
+NETWORK=(--network paper)
+COUNTS=(--network paper)
+if [[ $REHEARSAL ]]; then
+  MODULES=(--network paper:0.1 --size 32 --only blocks.0,blocks.8.0.ghost2 --samples 3 --repeats 2)
+  NETWORK=(--network paper:0.1 --size 32 --samples 3 --repeats 2)
+  COUNTS=(--network paper:0.1 --size 32)
+  HALF=(--dtype float16 --batch 2 --layout nhwc)
 fi
-OURS='ghostfused_cuda,ghostfused_triton,ghostfused_triton_two_kernel'
+profiled_modules() { # the arguments of `profile` that choose modules
+  [[ ! $REHEARSAL ]] || echo --network paper:0.1 --size 32 --only blocks.8.0.ghost2
+}
 
-step_build() {
-  if [[ $DEVICE == cpu ]]; then
-    note "build: skipped in a dry run"
+# Limits. Measured with no GPU, in CPU seconds: build 227, verify 190, a Triton kernel 0.57; the GPU machine has 16 cores.
+step_build() { # unless a built extension was carried along and loads
+  if [[ ! $PRINT ]] && "${PY[@]}" -c 'import torch; from ghostfused import _C' >/dev/null 2>&1; then
+    note "build: skipped, ghostfused._C is there and loads"
     return
   fi
-  export TORCH_CUDA_ARCH_LIST GHOSTFUSED_CUDA=1 MAX_JOBS
-  if [[ ! $DRY_RUN ]]; then
-    TORCH_CUDA_ARCH_LIST=$("$PYTHON" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')
-  fi
-  MAX_JOBS=${MAX_JOBS:-$(nproc)}
-  run build 600 "$PYTHON" setup.py build_ext --inplace
+  local arch=9.0
+  [[ $PRINT ]] || arch=$("${PY[@]}" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())' 2>/dev/null) || arch=9.0
+  step build 150 env TORCH_CUDA_ARCH_LIST="$arch" GHOSTFUSED_CUDA=1 GHOSTFUSED_CPU=0 MAX_JOBS="$CORES" \
+    "$PYTHON" setup.py build_ext --inplace
 }
+
+step_info() { TAIL=30 python_step info 30 -m ghostfused info; }
 
 # Every shape of GhostNet and the YOLOs against float64, cut in size so that float64 on the CPU is quick.
 step_verify() {
-  local backend dtype
-  for backend in $([[ $DEVICE == cpu ]] && echo reference || echo cuda triton triton_two_kernel); do
-    for dtype in ${DTYPES/,/ }; do
-      run "verify $backend $dtype" 40 "$PYTHON" -m ghostfused verify --configs "$CONFIGS" --backend "$backend" \
-        --dtype "$dtype" --layout nhwc --max-size 15 --device "$DEVICE"
-    done
-  done
+  local rows=$CONFIGS
+  if [[ $REHEARSAL ]]; then
+    rows=$W/few_configs
+    head -n 2 "$CONFIGS" >"$rows"
+  fi
+  python_step verify 45 -m ghostfused verify --configs "$rows" --backend cuda --dtype float16 --layout nhwc --max-size 15 \
+    --device cuda
 }
 
-# All modules at large batch, with PyTorch's peers that need no search.
+# Kernels alone (graphs) and as called; nothing here compiles.
 step_module() {
-  local cut=("${CUT[@]}")
-  ((${#cut[@]})) || cut=(--peers "eager,compile_default,$OURS" --dtype float16 --batch 64)
-  bench module 150 module "${cut[@]}" --layout nchw,nhwc --time-limit 140
+  local ours=ghostfused_cuda
+  [[ $PRINT ]] || "${PY[@]}" -c 'import torch; from ghostfused import _C' >/dev/null 2>&1 || ours=ghostfused_triton
+  bench module 60 module "${MODULES[@]}" --peers eager,eager+graph,$ours,$ours+graph "${HALF[@]}" --time-limit 52
 }
 
-# One image, as a CUDA graph too: what is left when launches cost nothing.
-step_batch1() {
-  local cut=("${CUT[@]}")
-  ((${#cut[@]})) || cut=(--peers "eager,eager+graph,$OURS,ghostfused_cuda+graph,ghostfused_triton+graph")
-  bench batch1 60 module "${cut[@]}" --dtype "$DTYPES" --batch 1 --layout nchw,nhwc --time-limit 55
+step_predicted() {
+  local predictions=$PREDICTIONS
+  [[ ! $REHEARSAL ]] || predictions=$(made_up_predictions)
+  TAIL=40 python_step predicted 15 -m bench predicted "$predictions" "$W/module.jsonl"
 }
 
-# Everything that runs kernels on the GPU, plans them, compiles them for others, or captures them in CUDA graphs.
-step_tests() {
-  local cut=() file
-  [[ $DEVICE == cuda ]] || cut=(--collect-only)
-  if ! has pytest || ! has hypothesis; then
+made_up_predictions() { # of the rehearsal's modules, which no judge has seen; the numbers mean nothing
+  "$PYTHON" - "$W/module.jsonl" "$W/made_up_predictions" <<'PY'
+import json, sys
+rows = [json.loads(line) for line in open(sys.argv[1])]
+rows = [row | {"issue_us": 1.0, "dram_us": 2.0} for row in rows if row["kind"] == "module"]
+open(sys.argv[2], "w").write("".join(json.dumps(row) + "\n" for row in rows))
+PY
+  echo "$W/made_up_predictions"
+}
+
+METRICS=smsp__inst_executed.sum,dram__bytes_read.sum,dram__bytes_write.sum,gpu__time_duration.sum
+METRICS+=,smsp__issue_active.avg.pct_of_peak_sustained_active,dram__throughput.avg.pct_of_peak_sustained_elapsed
+NCU=(ncu --clock-control none --profile-from-start off)
+
+# profile NAME SECONDS [ncu's arguments --] ARGUMENTS...: the modules under the profiler; alone where there is none in a rehearsal
+profile() {
+  local name=$1 limit=$2 own=()
+  shift 2
+  while [[ $1 != -- ]]; do
+    own+=("$1")
+    shift
+  done
+  shift
+  if has ncu; then
+    step "$name" "$limit" "${NCU[@]}" "${own[@]}" "${PY[@]}" -m bench profile "$W/$name.order.jsonl" "$@" --device cuda
+  elif [[ $REHEARSAL ]]; then
+    python_step "$name" "$limit" -m bench profile "$W/$name.order.jsonl" "$@" --device cuda
+  else
+    note "$name: skipped, no ncu on PATH"
+  fi
+}
+
+step_counters() {
+  # shellcheck disable=SC2046
+  profile counters 60 --csv --page raw --metrics "$METRICS" --log-file "$W/counters.csv" -- $(profiled_modules) "${HALF[@]}"
+  if [[ $PRINT || -s $W/counters.csv ]]; then
+    TAIL=60 python_step counted 15 -m bench predicted "$PREDICTIONS" "$W/module.jsonl" --counters "$W/counters.csv" \
+      "$W/counters.order.jsonl"
+  fi
+}
+
+step_full() { # everything that the profiler knows of a large map, a middle one and a small one
+  local chosen=(--only blocks.1.0.ghost1,blocks.6.1.ghost1,blocks.8.0.ghost1)
+  # shellcheck disable=SC2207
+  [[ ! $REHEARSAL ]] || chosen=($(profiled_modules))
+  profile full 60 --set full -f -o "$W/full" -- "${chosen[@]}" "${HALF[@]}"
+  [[ ! -s $W/full.ncu-rep ]] || TAIL=1 step full_text 20 ncu --import "$W/full.ncu-rep" --page details
+}
+
+# warm_up NAME SECONDS ARGUMENTS...: compiles what the next step needs, a share of the modules in each of several processes;
+# the compilers' caches on disk are shared
+warm_up() {
+  local name=$1 limit=$2 shards=$((CORES > 8 ? 8 : CORES))
+  shift 2
+  # shellcheck disable=SC2016
+  step "$name" "$limit" bash -c 'shards=$1; shift; failed=0
+    for ((i = 0; i < shards; i++)); do OMP_NUM_THREADS=2 "$@" --shard $i/$shards & done
+    for ((i = 0; i < shards; i++)); do wait -n || failed=1; done; exit $failed' \
+    warm "$shards" "${PY[@]}" -m bench module "$@" --device cuda --samples 3 --repeats 1
+}
+
+COMPILED=compile_default
+OURS_TRITON=ghostfused_triton,ghostfused_triton_two_kernel
+step_warm() { [[ $REHEARSAL ]] || warm_up warm 60 --peers $COMPILED "${HALF[@]}"; }
+
+step_compiled() {
+  local peers=eager,eager+graph,$COMPILED,$COMPILED+graph,ghostfused_cuda,ghostfused_cuda+graph
+  [[ ! $REHEARSAL ]] || peers=eager+graph,ghostfused_cuda+graph
+  bench compiled 60 module "${MODULES[@]}" --peers $peers "${HALF[@]}" --time-limit 55
+}
+
+# ---- with ten minutes
+
+step_tests() { # found by their marker; pytest ends with a code of its own, and so this step FAILED, if that finds none
+  local how=(-m gpu)
+  if [[ ! $PRINT ]] && ! "$PYTHON" -c 'import pytest, hypothesis' 2>/dev/null; then
     note "tests: skipped, pytest or hypothesis can't be imported here; the step verify checks the same kernels"
     return
   fi
-  for file in cuda cuda_bottleneck cuda_plan cuda_training training_kernels triton triton_bottleneck triton_training \
-    replay fuse_export training_with_torch static triton_compiled triton_bottleneck_compiled triton_training_compiled; do
-    [[ ! -f tests/test_$file.py ]] || run "test_$file" 180 "$PYTHON" -m pytest -q -rs --maxfail=20 \
-      -p no:cacheprovider "${cut[@]}" "tests/test_$file.py"
-  done
+  if [[ $REHEARSAL ]]; then
+    how+=(--collect-only)
+  elif [[ $PRINT ]] || "$PYTHON" -c 'import xdist' 2>/dev/null; then
+    how+=(-n "$((CORES > 4 ? CORES / 2 : 2))")
+  fi
+  TAIL=20 python_step tests 150 -m pytest -q -rfE --maxfail=40 -p no:cacheprovider "${how[@]}" tests
 }
 
-# Training forward and backward of all modules.
-step_training() {
-  local cut=("${CUT[@]}")
-  ((${#cut[@]})) || cut=(--peers "eager,compile_default,$OURS" --dtype float16 --batch 64)
-  bench training 120 module "${cut[@]}" --layout nhwc --mode training_forward,backward --time-limit 110
+step_warm_triton() {
+  [[ $REHEARSAL ]] || warm_up warm_triton 60 --peers $OURS_TRITON --dtype float16 --batch 64,1 --layout nhwc,nchw
 }
 
-# torch.compile at its best, against ours, in the layout that suits both; as many modules as the time allows.
-step_autotune() {
-  local cut=("${CUT[@]}")
-  ((${#cut[@]})) || cut=(--peers "eager,compile_max_autotune,ghostfused_cuda,ghostfused_triton" --dtype float16 --batch 64)
-  bench autotune 130 module "${cut[@]}" --layout nhwc --time-limit 110
+step_triton() {
+  local peers=eager+graph,ghostfused_cuda+graph,ghostfused_triton+graph,ghostfused_triton_two_kernel
+  [[ ! $REHEARSAL ]] || peers=eager+graph,ghostfused_cuda+graph
+  bench triton 40 module "${MODULES[@]}" --peers $peers "${HALF[@]}" --time-limit 35
+}
+
+step_nchw() {
+  bench nchw 40 module "${MODULES[@]}" --peers eager,eager+graph,ghostfused_cuda,ghostfused_cuda+graph "${HALF[@]}" \
+    --layout nchw --time-limit 35
+}
+
+step_batch1() { # what is left when launches cost nothing, and what they cost
+  bench batch1 40 module "${MODULES[@]}" --peers eager,eager+graph,ghostfused_cuda,ghostfused_cuda+graph "${HALF[@]}" \
+    --batch 1 --time-limit 35
+}
+
+step_float32() {
+  bench float32 40 module "${MODULES[@]}" --peers eager,eager+graph,ghostfused_cuda+graph "${HALF[@]}" --dtype float32,tf32 \
+    --time-limit 35
 }
 
 step_network() {
-  local cut=("${SMALL[@]}")
-  ((${#cut[@]})) || cut=(--peers "eager,eager+graph,compile_default,$OURS,ghostfused_cuda+graph" --dtype float16)
-  bench network 90 network "${cut[@]}" --batch "$BATCHES" --layout nhwc
+  local batches=1,64
+  [[ ! $REHEARSAL ]] || batches=1,2
+  bench network 50 network "${NETWORK[@]}" --peers eager,eager+graph,ghostfused_cuda,ghostfused_cuda+graph "${HALF[@]}" \
+    --batch $batches
 }
 
-step_overhead() { bench overhead 30 overhead --calls 200; }
+step_network_compiled() { # rows of the peers that compile nothing are written first
+  local peers=eager+graph,$COMPILED,$COMPILED+graph,ghostfused_cuda+graph
+  [[ ! $REHEARSAL ]] || peers=eager+graph,ghostfused_cuda+graph
+  bench network_compiled 60 network "${NETWORK[@]}" --peers $peers "${HALF[@]}"
+}
 
-step_launches() { bench launches 60 launches --network paper; }
+step_training() {
+  bench training 50 module "${MODULES[@]}" --peers eager,ghostfused_cuda "${HALF[@]}" --mode training_forward,backward \
+    --time-limit 45
+}
+
+sanitize() {
+  local tool=$1
+  if ! has compute-sanitizer; then
+    note "$tool: skipped, no compute-sanitizer on PATH"
+    return
+  fi
+  head -n 4 "$CONFIGS" >"$W/few_configs"
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$tool" 60 compute-sanitizer --tool "$tool" --report-api-errors no --error-exitcode 1 \
+    --kernel-name kernel_substring=ghost "${PY[@]}" -m ghostfused verify --configs "$W/few_configs" --backend cuda \
+    --dtype float16 --layout nhwc --max-size 9 --device cuda
+}
+
+step_memcheck() { sanitize memcheck; }
+
+step_racecheck() { sanitize racecheck; }
+
+step_launches() { bench launches 40 launches "${COUNTS[@]}"; }
+
+step_overhead() {
+  local calls=200
+  [[ ! $REHEARSAL ]] || calls=2
+  bench overhead 30 overhead --calls $calls --repeats 3
+}
 
 step_memory() {
   local batch=64
-  [[ $DEVICE == cuda ]] || batch=1
-  bench memory 60 memory --batch "$batch"
+  [[ ! $REHEARSAL ]] || batch=2
+  bench memory 50 memory "${COUNTS[@]}" --batch $batch --dtype float16
 }
 
-step_report() {
-  if has matplotlib; then
-    run report 120 "$PYTHON" -m bench report "$OUT" --output "$OUT/report"
-  else
-    note "report: skipped, matplotlib can't be imported here"
-  fi
-}
-
-step_sanitizer() {
-  local tool
-  if [[ $DEVICE == cpu ]] || { [[ ! $DRY_RUN ]] && ! command -v compute-sanitizer >/dev/null; }; then
-    note "sanitizer: skipped, no GPU or no compute-sanitizer on PATH"
-    return
-  fi
-  head -n 4 "$CONFIGS" >"$OUT/few.jsonl"
-  for tool in memcheck racecheck; do
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 run "sanitizer $tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 1 \
-      --kernel-name kernel_substring=ghost "$PYTHON" -m ghostfused verify --configs "$OUT/few.jsonl" --backend cuda \
-      --dtype float16 --layout nhwc --max-size 9
+: >"$W/steps.txt"
+STEPS=("$@")
+if [[ ${#STEPS[@]} -eq 0 ]]; then
+  STEPS=("${QUICK[@]}")
+  ((MINUTES == 3)) || STEPS+=("${REST[@]}")
+fi
+if [[ ! $PRINT ]]; then
+  {
+    nvidia-smi -q -d CLOCK,POWER,PERFORMANCE
+    nvidia-smi
+  } >"$W/nvidia-smi.txt" 2>&1
+  {
+    date -u +%FT%TZ
+    nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
+    "$PYTHON" -c 'import platform, torch; print(f"python {platform.python_version()}, torch {torch.__version__}, CUDA {torch.version.cuda}")'
+    "$PYTHON" -c 'import triton; print("triton", triton.__version__)'
+    nvcc --version | tail -n 1
+    git log -1 --format='commit %H'
+  } >"$W/versions.txt" 2>&1
+  cat "$W/versions.txt"
+  for package in setuptools ninja pytest hypothesis xdist timm rich matplotlib; do
+    "$PYTHON" -c "import $package" 2>/dev/null || echo "missing: $package" | tee -a "$W/versions.txt"
   done
-  rm -f "$OUT/few.jsonl"
-}
-
-say "$(date -u +%FT%TZ) $DEVICE, steps: ${STEPS[*]}"
-for package in torch triton pytest hypothesis rich matplotlib timm; do
-  has $package || say "missing: $package"
-done
-[[ $DRY_RUN ]] || "$PYTHON" -c 'import setuptools; assert int(setuptools.__version__.partition(".")[0]) >= 77' 2>/dev/null ||
-  say "missing: setuptools 77 or later, which the build needs"
-for program in nvcc ninja nvidia-smi compute-sanitizer; do
-  command -v $program >/dev/null || say "missing: $program on PATH"
-done
-if [[ $DEVICE == cuda && ! $DRY_RUN ]]; then
-  nvidia-smi 2>&1 | tee -a "$OUT/log.txt"
-  if ! "$PYTHON" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())'; then
-    say "torch sees no CUDA GPU here; --dry-run goes through the steps on the CPU"
+  if ! "${PY[@]}" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    note "FAILED: torch sees no CUDA GPU here"
     exit 1
   fi
 fi
-if [[ ! $DRY_RUN ]]; then
-  {
-    nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>/dev/null
-    "$PYTHON" -c 'import platform, torch; print(f"python {platform.python_version()}, torch {torch.__version__}, CUDA {torch.version.cuda}")'
-    "$PYTHON" -c 'import triton; print("triton", triton.__version__)' 2>/dev/null
-    nvcc --version 2>/dev/null | tail -n 1
-    git log -1 --format='commit %H' 2>/dev/null
-  } | tee "$OUT/versions.txt" | tee -a "$OUT/log.txt"
-fi
-for step in "${STEPS[@]}"; do
-  if ! declare -F "step_$step" >/dev/null; then
-    note "$step: FAILED, no such step"
-    FAILED=1
-    continue
+for name in "${STEPS[@]}"; do
+  if declare -F "step_$name" >/dev/null; then
+    "step_$name"
+  else
+    note "$name: FAILED, no such step"
   fi
-  "step_$step"
-  [[ $step != build ]] || run info 30 "$PYTHON" -m ghostfused info
 done
-rm -f "$OUT/last.txt"
-say "== done in $SECONDS s"
-cat "$OUT/steps.txt"
+[[ $PRINT ]] || { pack; echo "== $SECONDS s"; cat "$OUT/steps.txt"; }
+rm -rf "$W"
 exit $FAILED

@@ -197,6 +197,15 @@ def test_peers_that_are_quick_to_prepare_are_heard_before_the_others(ghost):
     assert order == []  # nobody to wait for
 
 
+def test_a_case_that_nobody_can_run_costs_itself_only():
+    from ghostfused.models.paper import GhostModule
+
+    setting = Setting(batch=1, mode="training_forward")  # batch statistics of one value
+    (row,) = contest.contest(GhostModule(3, 8).eval(), (3, 1, 1), setting, {"eager": peers.Eager()}, QUICK)
+    assert row["status"] == "error"
+    assert "more than 1 value per channel" in row["reason"]
+
+
 def test_a_peer_that_breaks_while_timed_costs_the_case_only(ghost):
     def breaks(out):
         if broken.calls > 1:
