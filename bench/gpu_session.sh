@@ -10,15 +10,16 @@
 # The times are limits; a step gets no more than what is left. STEPS, all by default and in this order (those from tests on with
 # 10 minutes only): build info verify module predicted counters full warm compiled tests warm_triton triton nchw batch1 float32
 # network network_compiled training memcheck racecheck launches overhead memory
-#   SECONDS_LEFT=… instead of the minutes   PYTHON=python3   LAUNCH='a command before every python'
-#   REHEARSAL=1  tiny inputs and few samples, tests are collected and not run: to try the script with a GPU that is none
+#   SECONDS_LEFT=… instead of the minutes   PYTHON=python3
+#   REHEARSAL=1  tiny inputs and few samples, tests are collected and not run: to try the script with a GPU that is none.
+#   LAUNCH=…     then runs in PYTHON's place wherever CUDA tensors are used: $PTX_ON_CPU/run-extension _C.so python tests/fake_gpu.py
 #   PRINT=1      prints the commands and runs none
 # shellcheck disable=SC2329  # the steps are called by name
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
 
 if [[ -z ${1:-} || $1 == -* || ! ${2:-3} =~ ^(3|10)$ ]]; then
-  sed -n '2,18s/^# \?//p' "$0"
+  sed -n '2,19s/^# \?//p' "$0"
   exit 2
 fi
 mkdir -p "$1" || exit 2
@@ -37,7 +38,7 @@ MOST_BYTES=$((15 << 20)) # of a file that comes back
 W=$(mktemp -d "${TMPDIR:-/tmp}/gpu_session.XXXX") || exit 2
 FAILED=0
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
-read -ra PY <<<"${LAUNCH:-} $PYTHON"
+read -ra PY <<<"${LAUNCH:-$PYTHON}"
 
 QUICK=(build info verify module predicted counters full warm compiled)
 REST=(tests warm_triton triton nchw batch1 float32 network network_compiled training memcheck racecheck launches overhead memory)
@@ -226,8 +227,8 @@ step_compiled() {
 
 # ---- with ten minutes
 
-step_tests() { # found by their marker; pytest ends with a code of its own, and so this step FAILED, if that finds none
-  local how=(-m gpu)
+step_tests() { # found by their marks; pytest's code, and so this step, says if that finds none or all of them are skipped
+  local how=(-m "cuda or triton" --some-must-run)
   if [[ ! $PRINT ]] && ! "$PYTHON" -c 'import pytest, hypothesis' 2>/dev/null; then
     note "tests: skipped, pytest or hypothesis can't be imported here; the step verify checks the same kernels"
     return
@@ -237,7 +238,7 @@ step_tests() { # found by their marker; pytest ends with a code of its own, and 
   elif [[ $PRINT ]] || "$PYTHON" -c 'import xdist' 2>/dev/null; then
     how+=(-n "$((CORES > 4 ? CORES / 2 : 2))")
   fi
-  TAIL=20 python_step tests 150 -m pytest -q -rfE --maxfail=40 -p no:cacheprovider "${how[@]}" tests
+  TAIL=20 step tests 150 "$PYTHON" -m pytest -q -rfE --maxfail=40 -p no:cacheprovider "${how[@]}" tests
 }
 
 step_warm_triton() {
