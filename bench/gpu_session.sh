@@ -29,7 +29,7 @@ shift
 [[ $# -eq 0 ]] || shift
 LEFT=${SECONDS_LEFT:-$((MINUTES * 60 - 20))}
 PYTHON=${PYTHON:-python3}
-REHEARSAL=${REHEARSAL:-}
+REHEARSAL=${REHEARSAL:+1}
 PRINT=${PRINT:-}
 CORES=$(nproc)
 CONFIGS=tests/data/ghost_configs.jsonl
@@ -68,7 +68,7 @@ note() {
 
 # step NAME SECONDS COMMAND...: at most SECONDS, and no longer than what is left; its output to NAME.txt, the end of it shown
 step() {
-  local name=$1 limit=$2 start=$SECONDS left=$((LEFT - SECONDS)) code
+  local name=$1 limit=$(($2 * (REHEARSAL ? 4 : 1))) start=$SECONDS left=$((LEFT - SECONDS)) code
   shift 2
   if [[ $PRINT ]]; then
     echo "$name: $*"
@@ -83,7 +83,7 @@ step() {
   tail -n "${TAIL:-8}" "$W/$name.txt" | cut -c1-300
   case $code in
     0) note "$name: ok, $((SECONDS - start)) s" ;;
-    124 | 137) note "$name: stopped after $((SECONDS - start)) s; its files hold what was done" ;;
+    124 | 137) note "$name: ${REHEARSAL:+FAILED, }stopped after $((SECONDS - start)) s; its files hold what was done" ;;
     *) note "$name: FAILED with exit code $code, $((SECONDS - start)) s" ;;
   esac
 }
@@ -108,8 +108,8 @@ NETWORK=(--network paper)
 COUNTS=(--network paper)
 if [[ $REHEARSAL ]]; then
   MODULES=(--network paper:0.1 --size 32 --only blocks.0,blocks.8.0.ghost2 --samples 3 --repeats 2)
-  NETWORK=(--network paper:0.1 --size 32 --samples 3 --repeats 2)
-  COUNTS=(--network paper:0.1 --size 32)
+  NETWORK=(--network tests/small_network.py:small --size 16 --samples 3 --repeats 1)
+  COUNTS=(--network tests/small_network.py:small --size 16)
   HALF=(--dtype float16 --batch 2 --layout nhwc)
 fi
 profiled_modules() { # the arguments of `profile` that choose modules
@@ -209,9 +209,9 @@ warm_up() {
   local name=$1 limit=$2 shards=$((CORES > 8 ? 8 : CORES))
   shift 2
   # shellcheck disable=SC2016
-  step "$name" "$limit" bash -c 'shards=$1; shift; failed=0
-    for ((i = 0; i < shards; i++)); do OMP_NUM_THREADS=2 "$@" --shard $i/$shards & done
-    for ((i = 0; i < shards; i++)); do wait -n || failed=1; done; exit $failed' \
+  step "$name" "$limit" bash -c 'shards=$1; shift; failed=0; pids=()
+    for ((i = 0; i < shards; i++)); do OMP_NUM_THREADS=2 "$@" --shard $i/$shards & pids+=($!); done
+    for pid in "${pids[@]}"; do wait "$pid" || failed=1; done; exit $failed' \
     warm "$shards" "${PY[@]}" -m bench module "$@" --device cuda --samples 3 --repeats 1
 }
 

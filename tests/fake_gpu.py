@@ -216,6 +216,7 @@ def install() -> torch.library.Library:
     torch.cuda.Event, torch.cuda.CUDAGraph = Event, Graph  # type: ignore[assignment,misc]
     torch.cuda.is_current_stream_capturing = lambda: Graph.capturing is not None
     torch.cuda._sleep = lambda cycles: time.sleep(cycles / CLOCK)
+    torch.cuda.profiler.start = torch.cuda.profiler.stop = lambda: None
     return library
 
 

@@ -20,13 +20,7 @@ ROOT = Path(__file__).parent.parent
 PEERS = ["eager", "eager+graph", "ghostfused_cuda", "ghostfused_cuda+graph"]
 FEW = ["--samples", "3", "--repeats", "1", "--layout", "nhwc"]
 MODULE = {"source": "test", "in_channels": 8, "out_channels": 13, "height": 5, "width": 6}
-NETWORK = """
-from torch import nn
-from ghostfused.models import paper
-
-def small():
-    return nn.Sequential(paper.ConvBnAct(3, 8), paper.GhostBottleneck(8, 16, 8, stride=2, se_ratio=0.25))
-"""
+NETWORK = ["--network", "tests/small_network.py:small", "--size", "16"]
 
 pytestmark = [
     pytest.mark.cuda,
@@ -75,9 +69,7 @@ def test_modules_in_training(tmp_path):
 
 
 def test_network_and_report(tmp_path):
-    network = tmp_path / "network.py"
-    network.write_text(NETWORK)
-    arguments = ["--network", f"{network}:small", "--size", "16", "--batch", "1,2", "--dtype", "float16", *FEW]
+    arguments = [*NETWORK, "--batch", "1,2", "--dtype", "float16", *FEW]
     results_of = tmp_path / "results"
     rows = bench(results_of / "network.jsonl", "network", *arguments, "--peers", ",".join(PEERS), "--device", "cuda")
     assert statuses(rows, "batch", "peer") == {(batch, peer): "ok" for batch in (1, 2) for peer in PEERS}
@@ -98,10 +90,8 @@ def test_overhead(tmp_path):
 
 @pytest.mark.parametrize("command", ["launches", "memory"])
 def test_counts_of_a_network(command, tmp_path):
-    network = tmp_path / "network.py"
-    network.write_text(NETWORK)
-    arguments = ["--network", f"{network}:small", "--size", "16", "--device", "cuda"]
-    rows = bench(tmp_path / "rows.jsonl", command, *arguments, *(["--batch", "2"] if command == "memory" else []))
+    arguments = [*NETWORK, "--device", "cuda", *(["--batch", "2"] if command == "memory" else [])]
+    rows = bench(tmp_path / "rows.jsonl", command, *arguments)
     field = "kernels" if command == "launches" else "peak_bytes"
     on_gpu = {row["execution"] for row in rows if row["kind"] == command and row[field] is not None}
     assert on_gpu == {"eager", "ghostfused_cuda", "ghostfused_cuda_module"}
