@@ -31,6 +31,7 @@ check: $(VENV)/built
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(VENV)/bin/clang-format --dry-run --Werror $(SOURCES)
+	$(PY) tests/oldest_torch.py $(VENV)/oldest-torch
 
 format: $(VENV)/built
 	$(PY) -m ruff check --fix .
