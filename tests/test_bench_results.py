@@ -363,35 +363,3 @@ def test_readme_agrees_with_the_results():
     if not readme.BLOCK.search(text):
         pytest.skip("README.md has no generated blocks yet: `<!-- begin generated: WHAT FOLDER -->`")
     assert readme.drift(text) == []
-<<<<<<< HEAD
-=======
-
-
-def test_gpu_session_script():
-    script = str(ROOT / "bench" / "gpu_session.sh")
-    assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
-    usage = subprocess.run(["bash", script], capture_output=True, text=True, check=False)
-    assert usage.returncode == 2
-    assert "compute-sanitizer" in usage.stdout
-
-
-def test_gpu_session_runs_commands_and_tests_that_exist(tmp_path, capsys):
-    script, python = str(ROOT / "bench" / "gpu_session.sh"), "the-python"
-    environment = os.environ | {"DRY_RUN": "1", "PYTHON": python}
-    done = subprocess.run(
-        ["bash", script, str(tmp_path)], capture_output=True, text=True, check=False, env=environment, cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr
-    commands = [line.partition(f"{python} -m ")[2].split() for line in done.stdout.splitlines() if python in line]
-    tests = [" ".join(arguments) for arguments in commands if arguments and arguments[0] == "pytest"]
-    assert any("-m cuda or triton" in each for each in tests), "those that run on the GPU, by pytest's marks"
-    benchmarks = [arguments[1:] for arguments in commands if arguments and arguments[0] == "bench"]
-    assert {"module", "network", "overhead", "launches", "memory", "report"} <= {each[0] for each in benchmarks}
-    for arguments in benchmarks:
-        with pytest.raises(SystemExit) as stopped:
-            main([*arguments, "--help"])
-        assert stopped.value.code == 0, (arguments, capsys.readouterr().err)
-        for flag, value in itertools.pairwise(arguments):
-            if flag == "--peers":
-                peers.select(value)
->>>>>>> fakegpu
