@@ -84,7 +84,7 @@ int32_t cuda_device(const Tensor& x) {
 }
 
 void describe(GhostShape& s, const Device& device, bool channels_last) {
-  s.channels_last = channels_last || s.height * s.width == 1;  // one pixel is both, and K is what is contiguous
+  s.channels_last = channels_last || (s.height == 1 && s.width == 1);  // one pixel is both, and K is what is contiguous
   s.sm_count = device.sm_count;
   s.smem_per_block = device.smem_per_block;
   s.smem_per_sm = device.smem_per_sm;
@@ -121,7 +121,7 @@ Tensor launch(DepthwiseParams& a, const Tensor& x) {
   Tensor out = new_output({a.batch, a.channels, a.out_height, a.out_width}, x.scalar_type(), index, a.channels_last);
   if (a.batch == 0) return out;
   a.out = map_of(out);
-  if (a.height * a.width == 1 && a.x.stride_c == 1) a.channels_last = true;  // one pixel is both
+  if (a.height == 1 && a.width == 1 && a.x.stride_c == 1) a.channels_last = true;  // one pixel is both
   const DepthwisePlan plan = plan_depthwise(a, current_device(index).sm_count);
   if (const char* error = launch_depthwise(a, plan, current_stream(index))) {
     fail("ghostfused depthwise_cuda: ", error);
@@ -144,7 +144,10 @@ Tensor launch(SqueezeExciteParams& a, const Tensor& x) {
   return out;
 }
 
-using CudaPrograms = Programs<&run_program<&GhostOp<Tensor>::run<launch>, &depthwise<launch>, &squeeze_excite<launch>>>;
+using Forward = StepKind<&GhostOp<Tensor>::run<launch>, kForwardNames>;
+using Depthwise = StepKind<&depthwise<launch>, kDepthwiseNames>;
+using SqueezeExcite = StepKind<&squeeze_excite<launch>, kSqueezeExciteNames>;
+using CudaPrograms = Programs<&run_program<Forward, Depthwise, SqueezeExcite>, Forward, Depthwise, SqueezeExcite>;
 
 STABLE_TORCH_LIBRARY_IMPL(ghostfused, CUDA, m) {
   m.impl("forward_cuda", TORCH_BOX(&GhostOp<Tensor>::run<launch>));
