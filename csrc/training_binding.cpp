@@ -30,6 +30,7 @@ struct Step {
         out_channels(a.shape.out_channels),
         height(a.shape.height),
         width(a.shape.width) {
+    check_pixels(height, width);
     describe(a.shape, current_device(index), channels_last);
     a.shape.channels_last = channels_last;
   }

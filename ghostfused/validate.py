@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .spec import Act, Args, DepthwiseArgs, Gate, GhostArgs, SqueezeExciteArgs, tensor_names
 
@@ -59,9 +61,40 @@ def _norm_and_slope(args: GhostArgs | DepthwiseArgs, half: str, channels: int, m
             if mean is None and field != "bias":
                 raise _expect(f"{half}{field}", "None without mean and var", "a tensor")
             _shape(f"{half}{field}", t, (channels,), meaning)
+    eps = getattr(args, f"{half}eps")
+    if not eps >= 0:
+        raise _expect(f"{half}eps", "a number that is not negative", eps)
     slope = getattr(args, f"{half}slope")
     if slope is not None and tuple(slope.shape) not in ((1,), (channels,)):
         raise _expect(f"{half}slope", f"shape (1,) or {meaning} = ({channels},)", tuple(slope.shape))
+
+
+def absent_memory(t: Tensor) -> str | None:
+    """Which memory ``t`` should have and hasn't; None if all is there, or nobody can tell, as for a fake or a wrapper."""
+    if t.layout != torch.strided:
+        return f"expected a dense tensor, got layout {t.layout}"
+    if t.is_meta or not t.numel():
+        return None
+    try:
+        stored = t.untyped_storage().nbytes()
+        last = (
+            t.numel()
+            if t.is_contiguous()
+            else 1 + sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True))
+        )
+    except (RuntimeError, NotImplementedError):  # those have no storage to ask
+        return None
+    if stored < (t.storage_offset() + last) * t.element_size():
+        return f"expected a storage that holds all of it, got one of {stored} bytes: it has been freed or cut"
+    return None
+
+
+def check_memory(names: Iterable[str], tensors: Iterable[Tensor | None]) -> None:
+    """Raises RuntimeError for the first tensor whose memory isn't there, as the extensions' own check does: PyTorch reads
+    such a tensor all the same."""
+    for name, t in zip(names, tensors, strict=False):
+        if t is not None and (absent := absent_memory(t)):
+            raise RuntimeError(f"{name}: {absent}")
 
 
 def validate(args: Args) -> None:
@@ -91,6 +124,9 @@ def _tensors(args: Args, dimensions: dict[str, int]) -> None:
             raise _expect(name, f"x's device {x.device}", t.device)
         if t.dtype != x.dtype and not (t.dtype == torch.float32 and name.endswith(("mean", "var", "gamma", "beta"))):
             raise TypeError(f"{name}: expected x's dtype {x.dtype}, got {t.dtype}")
+        # a traced tensor has no memory yet
+        if not torch.compiler.is_compiling() and type(t) in (Tensor, nn.Parameter) and (absent := absent_memory(t)):
+            raise ValueError(f"{name}: {absent}")
     if x.shape[1] < 1:
         raise _expect("x", "at least one channel", tuple(x.shape))
     if x.shape[2] < 1 or x.shape[3] < 1:
