@@ -61,10 +61,9 @@ bool countable(const Sizes& sizes) {
 // Checks one tensor argument after another against x.
 class Checker {
  public:
-  explicit Checker(const Tensor& x) : dtype(x.scalar_type()), element_(dtype == ScalarType::Float ? 4 : 2) {
+  explicit Checker(const Tensor& x) : dtype(dtype_of("x", x)), element_(dtype == ScalarType::Float ? 4 : 2) {
     path();  // refuses other dtypes
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type_));
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &device_));
+    device_of("x", x, &device_type_, &device_);
   }
 
   Path path(bool allow_tf32 = false) const {
@@ -83,8 +82,7 @@ class Checker {
   // t's data, once its device, dtype, sizes and storage are known to be what a kernel will read.
   void* check(Name name, const Tensor& t, std::initializer_list<int64_t> sizes, bool or_float32 = false) const {
     int32_t device_type, device;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device_type));
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &device));
+    device_of(name, t, &device_type, &device);
     if (device_type != device_type_ || device != device_) fail(name, ": expected a tensor on x's device");
     const ScalarType type = t.scalar_type();
     if (type != dtype && !(or_float32 && type == ScalarType::Float)) {
@@ -158,6 +156,17 @@ class Checker {
   const ScalarType dtype;
 
  private:
+  // Python's None for a tensor that must be there arrives as a tensor that is nothing.
+  static void device_of(Name name, const Tensor& t, int32_t* type, int32_t* index) {
+    if (aoti_torch_get_device_type(t.get(), type) || aoti_torch_get_device_index(t.get(), index)) {
+      fail(name, ": expected a tensor, got none");
+    }
+  }
+  static ScalarType dtype_of(Name name, const Tensor& t) {
+    if (!t.defined()) fail(name, ": expected a tensor, got none");
+    return t.scalar_type();
+  }
+
   template <typename Sizes>
   static std::string shape(const Sizes& sizes) {
     std::ostringstream text;

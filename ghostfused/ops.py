@@ -54,8 +54,11 @@ def _fake(args: Step) -> Tensor:
     return args.new_output()
 
 
-_OTHER_KEYS = [f"{kind}{device}" for kind in ("Sparse", "SparseCsr", "Quantized") for device in ("CPU", "CUDA")]
-_OTHER_KEYS.append("MkldnnCPU")
+_OTHER_KEYS = (
+    *(f"{kind}{device}" for kind in ("Sparse", "SparseCsr") for device in ("CPU", "CUDA", "Meta")),
+    *("QuantizedCPU", "QuantizedCUDA", "MkldnnCPU"),
+)
+"""Dispatch keys of tensors that have no strides, or no numbers, to read."""
 
 
 def _define_op(name: str, signature: str, fake: Callable | None, **options: Any) -> None:

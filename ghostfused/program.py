@@ -80,21 +80,18 @@ def run(
         kind = kinds[op]
         arguments: list[Any] = []
         for name, type_ in kind.__annotations__.items():
-            value = next(floats if type_ is float else codes, None)
-            if value is None:
+            number = next(floats if type_ is float else codes, None)
+            if number is None:
+                raise RuntimeError(f"code: {where} ({list(STEPS)[op]}): {name}: expected a longer code and more numbers")
+            if type_ in (float, int, bool):
+                arguments.append(type_(number))
+                continue
+            place = int(number) >> 1
+            if place >= len(values) or (place < 0 and type_ is Tensor):
                 raise RuntimeError(
-                    f"code: {where} ({list(STEPS)[op]}): {name}: expected a longer code and more numbers"
+                    f"code: {where} ({list(STEPS)[op]}): {name}: expected a place below {len(values)}, got {place}"
                 )
-            if type_ is int or type_ is bool:
-                value = type_(value)
-            elif type_ is not float:
-                place = int(value) >> 1
-                if place >= len(values) or (place < 0 and type_ is Tensor):
-                    raise RuntimeError(
-                        f"code: {where} ({list(STEPS)[op]}): {name}: expected a place below {len(values)}, got {place}"
-                    )
-                value = None if place < 0 else values[place]
-            arguments.append(value)
+            arguments.append(None if place < 0 else values[place])
         values.append(step(kind(*arguments)))
     if next(floats, None) is not None:
         raise RuntimeError(f"numbers: expected one for each float of a step, got {len(numbers)}")

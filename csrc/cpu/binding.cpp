@@ -128,7 +128,7 @@ Tensor linear(Tensor x, Tensor weight, OptionalTensor bias) {
   s.channels_last = true;
   const int64_t batch = s.batch = size32("x", x.size(0));
   const int64_t depth = s.in_channels = channels32("weight", weight.size(1));
-  const int64_t rows = s.init_channels = s.out_channels = channels32("weight", weight.size(0));
+  const int64_t rows = s.init_channels = s.out_channels = bounded("weight", "rows", weight.size(0), 0, kMaxChannels);
   s.height = s.width = s.dw_size = p.kernel = p.stride = p.dilation = p.x_height = p.x_width = 1;
   s.ratio = 2;
   p.x = {checker.matrix("x", x, batch, depth), Checker::stride(x, 0), Checker::stride(x, 1), 0, 0};
@@ -136,9 +136,10 @@ Tensor linear(Tensor x, Tensor weight, OptionalTensor bias) {
   p.primary_weight_stride_n = depth;
   p.primary_weight_stride_k = 1;
   p.primary.bias = checker.vector("bias", bias, rows);
-  Tensor out = new_output({batch, rows}, {rows, 1}, x.scalar_type());
+  if (!countable(std::initializer_list<int64_t>{batch, rows})) fail("weight: expected at most 2^40 elements of output");
+  Tensor out = new_output({batch, rows}, {std::max<int64_t>(rows, 1), 1}, x.scalar_type());
   p.out = {out.data_ptr(), rows, 1, 0, 0};
-  if (batch > 0) kernels().forward(p, torch_threads());
+  if (batch > 0 && rows > 0) kernels().forward(p, torch_threads());
   return out;
 }
 
@@ -220,7 +221,10 @@ Tensor run_batch(Tensor x, const Program& program) {
     const int64_t batch = x.size(0), threads = torch_threads().count;
     // as many for each thread
     const int64_t pieces = (batch + kImages * threads - 1) / (kImages * threads) * threads;
-    if (pieces > 1 && pieces <= batch) return Batch(x, pieces, program).run();
+    if (pieces > 1 && pieces <= batch) {
+      Checker(x).check("x", x, {batch, x.size(1), x.size(2), x.size(3)});  // before anything else makes pieces of it
+      return Batch(x, pieces, program).run();
+    }
   }
   return run_steps(std::move(x), program);
 }
