@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import program, reference
 from .spec import OPS, TENSORS, Args, GhostArgs, Step, tensor_names
-from .validate import check_memory
+from .validate import check_memory, dimensions
 
 _TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", int: "int", bool: "bool"}
 
@@ -48,6 +48,7 @@ def implement(op: str, backend: str, kernel: Callable[[Args], Tensor], *dispatch
 
 def _fake(args: Step) -> Tensor:
     """The output of a step that isn't run. One tensor on the meta device is enough to get here."""
+    dimensions(args)
     for name, t in zip(tensor_names(type(args)), args.tensors, strict=True):
         if t is not None and t.device != args.x.device:
             raise RuntimeError(f"{name}: expected a tensor on x's device {args.x.device}, got {t.device}")

@@ -82,7 +82,9 @@ def run(
         for name, type_ in kind.__annotations__.items():
             number = next(floats if type_ is float else codes, None)
             if number is None:
-                raise RuntimeError(f"code: {where} ({list(STEPS)[op]}): {name}: expected a longer code and more numbers")
+                raise RuntimeError(
+                    f"code: {where} ({list(STEPS)[op]}): {name}: expected a longer code and more numbers"
+                )
             if type_ in (float, int, bool):
                 arguments.append(type_(number))
                 continue

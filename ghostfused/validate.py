@@ -7,7 +7,18 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from .spec import Act, Args, DepthwiseArgs, Gate, GhostArgs, SqueezeExciteArgs, tensor_names
+from .spec import (
+    Act,
+    Args,
+    DepthwiseArgs,
+    Gate,
+    GhostArgs,
+    GlobalPoolArgs,
+    LinearArgs,
+    SqueezeExciteArgs,
+    Step,
+    tensor_names,
+)
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -99,20 +110,24 @@ def check_memory(names: Iterable[str], tensors: Iterable[Tensor | None]) -> None
 
 def validate(args: Args) -> None:
     """Raises ValueError or TypeError for the first argument that doesn't fit; else returns."""
-    checks, dimensions = _CHECKS[type(args)]
-    _tensors(args, dimensions)
-    checks(args)
+    _tensors(args)
+    _CHECKS[type(args)](args)
 
 
-def _tensors(args: Args, dimensions: dict[str, int]) -> None:
-    """Types, dtypes and devices of all tensors; numbers of dimensions of those that can't be None."""
-    x = args.x
-    for name, ndim in dimensions.items():
+def dimensions(args: Step) -> None:
+    """Raises ValueError or TypeError unless the tensors that every call has have as many dimensions as they should."""
+    for name, ndim in _DIMENSIONS[type(args)].items():
         t = getattr(args, name)
         if not isinstance(t, Tensor):
             raise TypeError(f"{name}: expected a Tensor, got {type(t).__name__}")
-        if t.dim() != ndim:
-            raise _expect(name, "4 dimensions", f"{t.dim()} (shape {tuple(t.shape)})")
+        if ndim is not None and t.dim() != ndim:
+            raise _expect(name, f"{ndim} dimensions", f"{t.dim()} (shape {tuple(t.shape)})")
+
+
+def _tensors(args: Args) -> None:
+    """Types, dtypes and devices of all tensors; numbers of dimensions of those that can't be None."""
+    x = args.x
+    dimensions(args)
     if x.dtype not in _FLOATS:
         raise TypeError(f"x: expected float32, float16, bfloat16 or float64, got {x.dtype}")
     for name, t in zip(tensor_names(type(args)), args, strict=False):
@@ -198,8 +213,11 @@ def _squeeze_excite(args: SqueezeExciteArgs) -> None:
         raise _expect("act", "an activation without a slope", Act(args.act).name.lower())
 
 
-_CHECKS: dict = {
-    GhostArgs: (_ghost_module, {"x": 4, "primary_weight": 4, "cheap_weight": 4}),
-    DepthwiseArgs: (_depthwise, {"x": 4, "weight": 4}),
-    SqueezeExciteArgs: (_squeeze_excite, {"x": 4}),
+_CHECKS: dict = {GhostArgs: _ghost_module, DepthwiseArgs: _depthwise, SqueezeExciteArgs: _squeeze_excite}
+_DIMENSIONS: dict[type[Step], dict[str, int | None]] = {
+    GhostArgs: {"x": 4, "primary_weight": 4, "cheap_weight": 4},
+    DepthwiseArgs: {"x": 4, "weight": 4},
+    SqueezeExciteArgs: {"x": 4},
+    GlobalPoolArgs: {"x": 4},
+    LinearArgs: {"x": None, "weight": 2},  # that of a map of one pixel may have 4 or 2
 }

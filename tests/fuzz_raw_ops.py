@@ -252,29 +252,35 @@ def _moved(value: Any, device: str) -> Any:
 
 def _run(call: Call, backend: str) -> Tensor:
     arguments = call.arguments if backend == "cpu" else _moved(call.arguments, backend)
-    if call.op != "replay":
-        return ops.forward_op(backend, call.op)(*arguments).cpu()
-    x, *rest = arguments
-    drop = BACKENDS[backend].extension.module.drop_program
-    return ops.KeptProgram(backend, program.Program(*rest), drop)(x).cpu()
+    torch.set_num_threads(2)  # a batch is cut into pieces for them
+    try:
+        if call.op != "replay":
+            return ops.forward_op(backend, call.op)(*arguments).cpu()
+        x, *rest = arguments
+        drop = BACKENDS[backend].extension.module.drop_program
+        return ops.KeptProgram(backend, program.Program(*rest), drop)(x).cpu()
+    finally:
+        torch.set_num_threads(1)  # PyTorch's small convolutions would wait for each other
 
 
 def _check(out: Tensor, args: Step) -> None:
     """One step against the reference in float64.
 
-    One run of PyTorch's may be near it by luck: all but the first are on inputs that differ by less than their rounding.
+    One run of PyTorch's may be near it by luck: then others count, on inputs that differ by less than their rounding.
     """
     expected = reference.run(convert(args, torch.float64))  # type: ignore[arg-type,type-var]
     assert out.shape == expected.shape, f"shape {tuple(out.shape)}, expected {tuple(expected.shape)}"
-    half_unit = torch.finfo(out.dtype).eps / 2
-    inputs = [args.x, *(args.x * (1 + half_unit * (2 * torch.rand_like(args.x) - 1)) for _ in range(4))]
-    own = [reference.run(args._replace(x=x)) for x in inputs]
-    if not expected.numel() or not all(t.isfinite().all() for t in (expected, *own)):
-        return  # of what isn't finite only the shape is compared
-    tolerance = TOLERANCES[out.dtype]
-    limit = max(tolerance.factor * max(relative_error(t, expected) for t in own), tolerance.floor)
-    error = relative_error(out, expected)
-    assert error <= limit, f"error {error:.2e}, limit {limit:.2e}"
+    half_unit, tolerance = torch.finfo(out.dtype).eps / 2, TOLERANCES[out.dtype]
+    error = relative_error(out, expected) if expected.numel() else 0.0
+    own, limit = reference.run(args), tolerance.floor
+    for _ in range(5):
+        if not expected.numel() or not (expected.isfinite().all() and own.isfinite().all()):
+            return  # of what isn't finite only the shape is compared
+        limit = max(limit, tolerance.factor * relative_error(own, expected))
+        if error <= limit:
+            return
+        own = reference.run(args._replace(x=args.x * (1 + half_unit * (2 * torch.rand_like(args.x) - 1))))
+    raise AssertionError(f"error {error:.2e}, limit {limit:.2e}")
 
 
 def _checked_step(backend: str, args: Step) -> Tensor:
@@ -360,7 +366,7 @@ def main() -> None:
     parser.add_argument("--trace", type=Path)
     options = parser.parse_args()
     counts = run(options.seed, options.calls, options.backend, options.first, options.trace)
-    print(f"{options.backend}, seed {options.seed}, {options.calls} calls: {dict(counts)}")
+    print(f"{Path(ops.__file__).parent}: {options.backend}, seed {options.seed}, {options.calls} calls: {dict(counts)}")
 
 
 if __name__ == "__main__":

@@ -13,16 +13,17 @@ struct SqueezeExciteTask {
   float *mean, *hidden;  // (N, C), (N, reduced)
 };
 
-// A long sum of vectors that keeps what each addition rounds off, so that its error doesn't grow with its length.
+// A long sum of vectors: what an addition rounds off goes into the next, so that its error doesn't grow with its
+// length.
 class Total {
  public:
   GHOSTFUSED_INLINE void add(Vec v) {
-    const Vec next = sum + v, added = next - sum;
-    rest += (sum - (next - added)) + (v - added);
+    v += rest;
+    const Vec next = sum + v, added = next - sum, rounded_off = (sum - (next - added)) + (v - added);
+    rest = next - next == Vec{} ? rounded_off : Vec{};  // of infinity it would be NaN
     sum = next;
   }
-  // An infinite sum has rounded off NaN.
-  GHOSTFUSED_INLINE Vec value() const { return sum - sum == Vec{} ? sum + rest : sum; }
+  GHOSTFUSED_INLINE Vec value() const { return sum + rest; }
 
  private:
   Vec sum{}, rest{};
