@@ -72,6 +72,13 @@ Tensor new_output(std::initializer_list<int64_t> sizes, ScalarType dtype, int32_
 
 Tensor4 map_of(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; }
 
+// The kernels count an image's pixels, and the end of a block's share of them, in 32 bits.
+void check_pixels(int64_t height, int64_t width) {
+  constexpr int64_t kMaxPixels = INT32_MAX - 65536;
+  if (height * width > kMaxPixels)
+    fail("x: expected at most ", kMaxPixels, " pixels in an image, got ", height * width);
+}
+
 void* current_stream(int32_t device) {
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
@@ -84,7 +91,7 @@ int32_t cuda_device(const Tensor& x) {
 }
 
 void describe(GhostShape& s, const Device& device, bool channels_last) {
-  s.channels_last = channels_last || s.height * s.width == 1;  // one pixel is both, and K is what is contiguous
+  s.channels_last = channels_last || (s.height == 1 && s.width == 1);  // one pixel is both, and K is what is contiguous
   s.sm_count = device.sm_count;
   s.smem_per_block = device.smem_per_block;
   s.smem_per_sm = device.smem_per_sm;
@@ -102,6 +109,7 @@ void drop_unused_ghosts(GhostShape& s) {
 Tensor launch(GhostForwardParams& a, const Tensor& x) {
   const int32_t index = cuda_device(x);
   GhostShape& s = a.shape;
+  check_pixels(s.height, s.width);
   drop_unused_ghosts(s);
   const torch::stable::accelerator::DeviceGuard guard(index);
   const bool channels_last = is_channels_last(x);
@@ -117,11 +125,12 @@ Tensor launch(GhostForwardParams& a, const Tensor& x) {
 
 Tensor launch(DepthwiseParams& a, const Tensor& x) {
   const int32_t index = cuda_device(x);
+  check_pixels(a.height, a.width);
   const torch::stable::accelerator::DeviceGuard guard(index);
   Tensor out = new_output({a.batch, a.channels, a.out_height, a.out_width}, x.scalar_type(), index, a.channels_last);
   if (a.batch == 0) return out;
   a.out = map_of(out);
-  if (a.height * a.width == 1 && a.x.stride_c == 1) a.channels_last = true;  // one pixel is both
+  if (a.height == 1 && a.width == 1 && a.x.stride_c == 1) a.channels_last = true;  // one pixel is both
   const DepthwisePlan plan = plan_depthwise(a, current_device(index).sm_count);
   if (const char* error = launch_depthwise(a, plan, current_stream(index))) {
     fail("ghostfused depthwise_cuda: ", error);
@@ -131,11 +140,13 @@ Tensor launch(DepthwiseParams& a, const Tensor& x) {
 
 Tensor launch(SqueezeExciteParams& a, const Tensor& x) {
   const int32_t index = cuda_device(x);
+  check_pixels(a.height, a.width);
   const torch::stable::accelerator::DeviceGuard guard(index);
   Tensor out = new_output({a.batch, a.channels}, x.scalar_type(), index);
   if (a.batch == 0) return out;
   a.out = out.data_ptr();
   const SqueezeExcitePlan plan = plan_squeeze_excite(a, current_device(index).sm_count);
+  if (plan.squeeze_grid > INT32_MAX) fail("x: expected at most 2^31 - 1 blocks, got ", plan.squeeze_grid);
   const Tensor parts = new_output({a.batch, plan.parts, a.reduced}, ScalarType::Float, index);
   if (const char* error =
           launch_squeeze_excite(a, plan, static_cast<float*>(parts.data_ptr()), current_stream(index))) {
@@ -144,7 +155,10 @@ Tensor launch(SqueezeExciteParams& a, const Tensor& x) {
   return out;
 }
 
-using CudaPrograms = Programs<&run_program<&GhostOp<Tensor>::run<launch>, &depthwise<launch>, &squeeze_excite<launch>>>;
+using Forward = StepKind<&GhostOp<Tensor>::run<launch>, kForwardNames>;
+using Depthwise = StepKind<&depthwise<launch>, kDepthwiseNames>;
+using SqueezeExcite = StepKind<&squeeze_excite<launch>, kSqueezeExciteNames>;
+using CudaPrograms = Programs<&run_program<Forward, Depthwise, SqueezeExcite>, Forward, Depthwise, SqueezeExcite>;
 
 STABLE_TORCH_LIBRARY_IMPL(ghostfused, CUDA, m) {
   m.impl("forward_cuda", TORCH_BOX(&GhostOp<Tensor>::run<launch>));

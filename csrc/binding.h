@@ -14,6 +14,7 @@ void describe(GhostShape& shape, const Device& device, bool channels_last);
 const LaunchPlan& cached_plan(const GhostShape& shape);
 Tensor new_output(std::initializer_list<int64_t> sizes, ScalarType dtype, int32_t device, bool channels_last = false);
 Tensor4 map_of(const Tensor& t);
+void check_pixels(int64_t height, int64_t width);
 void* current_stream(int32_t device);
 int32_t cuda_device(const Tensor& x);  // fails if x is on none
 

@@ -115,8 +115,8 @@ SqueezeExcitePlan plan_squeeze_excite(const SqueezeExciteParams& a, int sm_count
   const int64_t wanted = ceil_div(int64_t{kBlocksPerSm} * sm_count, groups * p.channel_blocks);
   p.chunk = static_cast<int>(ceil_div(std::clamp<int64_t>(ceil_div(pixels, wanted), 256, 2048), 8) * 8);
   p.chunks = static_cast<int>(ceil_div(pixels, p.chunk));
-  p.parts = p.channel_blocks * p.chunks;
-  p.squeeze_grid = groups * p.parts;
+  p.squeeze_grid = groups * p.channel_blocks * p.chunks;
+  p.parts = static_cast<int>(p.squeeze_grid / groups);
   for (int rows = kMaxExciteRows; rows > 0; rows /= 2) {
     p.excite_c = rows * kExciteRowC;
     p.excite_grid = groups * ceil_div(a.channels, p.excite_c);

@@ -29,13 +29,13 @@ struct Span {
   int largest;
 };
 
-Span halo_span(int size, int tile, int pad, int align) {
+Span halo_span(int64_t size, int64_t tile, int pad, int align) {
   Span span{0, 0};
-  for (int start = 0; start < size; start += tile) {
-    const int first = std::max(start - pad, 0) / align * align;
-    const int end = std::min<int>(round_up(std::min(start + tile, size) + pad, align), size);
+  for (int64_t start = 0; start < size; start += tile) {
+    const int64_t first = std::max<int64_t>(start - pad, 0) / align * align;
+    const int64_t end = std::min(round_up(std::min(start + tile, size) + pad, align), size);
     span.total += end - first;
-    span.largest = std::max(span.largest, end - first);
+    span.largest = std::max(span.largest, static_cast<int>(end - first));
   }
   return span;
 }
@@ -61,8 +61,9 @@ bool complete(const GhostShape& s, const Span& rows, const Span& cols, LaunchPla
   if (p.warps_n > warps) return false;
   const int block_m = warps / p.warps_n * kWarpTile;
   const int pixel_chunks = static_cast<int>(ceil_div(p.pixels, block_m));
-  const int chunks = pixel_chunks * p.k_chunks;
-  if (p.stages > std::max(2, chunks)) return false;
+  const int64_t chunks = int64_t{pixel_chunks} * p.k_chunks;
+  if (chunks > INT32_MAX / 2) return false;  // the kernel counts them
+  if (p.stages > std::max<int64_t>(2, chunks)) return false;
 
   // ldmatrix reads 8 rows of 16 bytes; the transposed reads of 4-byte elements want rows 8 banks apart.
   const int stage_pixels = static_cast<int>(std::min<int64_t>(block_m, round_up(p.pixels, kWarpTile)));
@@ -71,7 +72,7 @@ bool complete(const GhostShape& s, const Span& rows, const Span& cols, LaunchPla
   p.w_pitch = odd_pitch(p.block_k * es);
   p.w_stage = p.w_pitch * p.block_c;
   p.x1_pitch = odd_pitch(p.block_c * es);
-  p.weights_resident = pixel_chunks > 1 && p.k_chunks * p.w_stage <= 32 * 1024;
+  p.weights_resident = pixel_chunks > 1 && int64_t{p.k_chunks} * p.w_stage <= 32 * 1024;
   const bool whole_map = p.tiles_h == 1 && p.tiles_w == 1;
   const int tile_pixels = p.tile_h * p.tile_w;
   // NCHW: the planes of a whole map lie side by side, as in the output, so that vectors may run across them.

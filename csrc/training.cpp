@@ -91,7 +91,7 @@ TrainingPlan plan_training(TrainingStep step, const TrainingParams& params, int 
   p.rows = static_cast<int>(ceil_div(p.cells, p.row_cells));
   p.vector = vectors_fit(s, params.maps, vector, elementwise);
   const int values = step == TrainingStep::kPrimaryBackward ? 3 + s.dw_size * s.dw_size : elementwise ? 0 : 3;
-  p.partial = p.passes * p.rows * values * channels;
+  p.partial = int64_t{p.passes} * p.rows * values * channels;
   return p;
 }
 

@@ -30,6 +30,7 @@ struct Step {
         out_channels(a.shape.out_channels),
         height(a.shape.height),
         width(a.shape.width) {
+    check_pixels(height, width);
     describe(a.shape, current_device(index), channels_last);
     a.shape.channels_last = channels_last;
   }
@@ -37,7 +38,7 @@ struct Step {
   // A dense map in the layout of x's output.
   void* map(const char* name, const OptionalTensor& t, int64_t channels) const {
     if (!t) return nullptr;
-    checker.check({"", name}, *t, {batch, channels, height, width});
+    void* data = checker.check(name, *t, {batch, channels, height, width});
     const int64_t wanted[] = {channels * height * width, channels_last ? 1 : height * width,
                               width * (channels_last ? channels : 1), channels_last ? channels : 1};
     for (int d = 0; d < 4; ++d) {
@@ -45,14 +46,13 @@ struct Step {
         fail(name, ": expected a dense map, ", channels_last ? "channels_last" : "contiguous");
       }
     }
-    return t->data_ptr();
+    return data;
   }
 
   float* floats(const char* name, const OptionalTensor& t, std::initializer_list<int64_t> sizes) const {
     if (!t) return nullptr;
     if (t->scalar_type() != ScalarType::Float || !t->is_contiguous()) fail(name, ": expected float32, contiguous");
-    checker.check({"", name}, *t, sizes, true);
-    return static_cast<float*>(t->data_ptr());
+    return static_cast<float*>(checker.check(name, *t, sizes, true));
   }
 
   void zero(const OptionalTensor& t) const {
@@ -160,9 +160,9 @@ void primary_backward(GhostForwardParams& a, const Tensor& x, Tensor grad, Tenso
   if (dz2 && batch_statistics && !(y2 && means2)) fail("y2, means2: expected both with batch statistics");
   if (weight && !dz2) fail("weight: expected None without dz2");
   if (weight) {
-    step.checker.check({"", "weight"}, *weight, {step.cheap_channels, 1, a.shape.dw_size, a.shape.dw_size});
     if (!weight->is_contiguous()) fail("weight: expected a contiguous tensor");
-    p.weight_gradient = weight->data_ptr();
+    p.weight_gradient =
+        step.checker.check("weight", *weight, {step.cheap_channels, 1, a.shape.dw_size, a.shape.dw_size});
   }
   if (step.batch == 0) {
     step.zero(sums);

@@ -228,13 +228,14 @@ def squeeze_excite(
 
 def run(args: Args, backend: str = "auto") -> Tensor:
     """The op of ``args``: choose a backend, check, call it."""
+    refused = False
     if backend == "auto" and backends.cpu.may_try(args):
         try:
             return call("cpu", args)
         except RuntimeError:
-            pass  # another backend can run it, or the error says why none can
+            refused = True  # the reference can run it, or validate says why nobody can
     try:
-        name = "reference" if _is_onnx_export() else backends.choose(args, backend)
+        name = "reference" if refused or _is_onnx_export() else backends.choose(args, backend)
         if name not in ("cuda", "cpu"):  # their bindings check all that validate does, at a tenth of the host time
             validate(args)
         # the reference needs no op: autograd and torch.compile see through it

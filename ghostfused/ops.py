@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from . import program, reference
-from .spec import OPS, Args, GhostArgs
+from .spec import OPS, TENSORS, Args, GhostArgs, Step, tensor_names
+from .validate import check_memory, dimensions
 
 _TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", int: "int", bool: "bool"}
 
@@ -35,8 +36,47 @@ def schema(args: type[Args]) -> str:
 def implement(op: str, backend: str, kernel: Callable[[Args], Tensor], *dispatch_keys: str) -> None:
     """Registers ``kernel`` as ``ghostfused::<op>_<backend>`` under each of ``dispatch_keys``."""
     kind = OPS[op]
+
+    def run(*args) -> Tensor:
+        checked = kind(*args)
+        check_memory(tensor_names(kind), args)
+        return kernel(checked)
+
     for key in dispatch_keys:
-        _library.impl(f"{op}_{backend}", lambda *args: kernel(kind(*args)), key)
+        _library.impl(f"{op}_{backend}", run, key)
+
+
+def _fake(args: Step) -> Tensor:
+    """The output of a step that isn't run. One tensor on the meta device is enough to get here."""
+    dimensions(args)
+    for name, t in zip(tensor_names(type(args)), args.tensors, strict=True):
+        if t is not None and t.device != args.x.device:
+            raise RuntimeError(f"{name}: expected a tensor on x's device {args.x.device}, got {t.device}")
+    return args.new_output()
+
+
+_OTHER_KEYS = (
+    *(f"{kind}{device}" for kind in ("Sparse", "SparseCsr") for device in ("CPU", "CUDA", "Meta")),
+    *("QuantizedCPU", "QuantizedCUDA", "MkldnnCPU"),
+)
+"""Dispatch keys of tensors that have no strides, or no numbers, to read."""
+
+
+def _define_op(name: str, signature: str, fake: Callable | None, **options: Any) -> None:
+    """Defines ``ghostfused::<name>``; tensors that have no strides to read are refused by name."""
+    _library.define(f"{name}{signature}", **options)
+    if fake is not None:
+        torch.library.register_fake(f"ghostfused::{name}", fake, lib=_library)
+
+    def refuse(*args):
+        for argument, value in zip(getattr(torch.ops.ghostfused, name).default._schema.arguments, args, strict=False):
+            for t in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(t, Tensor) and (t.layout != torch.strided or t.is_quantized):
+                    raise RuntimeError(f"{argument.name}: expected a dense tensor, got layout {t.layout}, {t.dtype}")
+        raise RuntimeError(f"ghostfused::{name}: expected dense tensors")
+
+    for key in _OTHER_KEYS:
+        _library.impl(name, refuse, key)
 
 
 def forward_op(backend: str, op: str = "forward") -> Callable[..., Tensor]:
@@ -52,7 +92,10 @@ def backward_op(op: str) -> Callable[..., list[Tensor]]:
 def _backward(kind: type[Args], grad_output: Tensor, *args) -> list[Tensor]:
     """Gradients of the tensor arguments for which ``needs_grad`` holds, by recomputing through the reference."""
     *fields, needs_grad = args
-    count = len(needs_grad)
+    count = len(tensor_names(kind))
+    if len(needs_grad) != count:
+        raise RuntimeError(f"needs_grad: expected {count} bools, one for each tensor, got {len(needs_grad)}")
+    check_memory(["grad_output", *tensor_names(kind)], [grad_output, *fields[:count]])
     # under a TorchDispatchMode an op's kernel runs with autograd keys excluded: take them back in
     key = torch._C.DispatchKey.AutogradFunctionality
     with torch._C._SetExcludeDispatchKeyGuard(key, False), torch.enable_grad():
@@ -81,20 +124,17 @@ def _fake_backward(grad_output: Tensor, *args) -> list[Tensor]:
 
 def _define(op: str, kind: type[Args]) -> None:
     for backend in BACKENDS:
-        _library.define(f"{op}_{backend}({schema(kind)}) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
-        fake = lambda *args: kind(*args).new_output()  # noqa: E731
-        torch.library.register_fake(f"ghostfused::{op}_{backend}", fake, lib=_library)
+        fake = lambda *args: _fake(kind(*args))  # noqa: E731
+        _define_op(f"{op}_{backend}", f"({schema(kind)}) -> Tensor", fake, tags=torch.Tag.pt2_compliant_tag)
     implement(op, "reference", reference.run, "CPU", "CUDA")
 
     if op == "forward":  # has backwards of its own, below
         return
     name = f"{op}_backward"
-    _library.define(
-        f"{name}(Tensor grad_output, {schema(kind)}, bool[] needs_grad) -> Tensor[]", tags=torch.Tag.pt2_compliant_tag
-    )
+    signature = f"(Tensor grad_output, {schema(kind)}, bool[] needs_grad) -> Tensor[]"
+    _define_op(name, signature, _fake_backward, tags=torch.Tag.pt2_compliant_tag)
     for key in ("CPU", "CUDA"):
         _library.impl(name, lambda *args: _backward(kind, *args), key)
-    torch.library.register_fake(f"ghostfused::{name}", _fake_backward, lib=_library)
 
 
 for _op, _kind in OPS.items():
@@ -102,11 +142,9 @@ for _op, _kind in OPS.items():
 
 
 def _define_program(backend: str) -> None:
-    name = f"program_{backend}"
-    arguments = "Tensor x, Tensor[] tensors, int[] code, float[] numbers"
-    _library.define(f"{name}({arguments}) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
-    fake = lambda *args: program.run(lambda a: a.new_output(), *args)  # noqa: E731
-    torch.library.register_fake(f"ghostfused::{name}", fake, lib=_library)
+    signature = "(Tensor x, Tensor[] tensors, int[] code, float[] numbers) -> Tensor"
+    fake = functools.partial(program.run, _fake)
+    _define_op(f"program_{backend}", signature, fake, tags=torch.Tag.pt2_compliant_tag)
 
 
 for _backend in ("cuda", "cpu", "reference"):
@@ -118,6 +156,9 @@ class KeptProgram:
     ``ghostfused::replay_<backend>(x, number)``. Its tensors live as long as this does."""
 
     def __init__(self, backend: str, kept: program.Program, drop: Callable[[int], None]):
+        for i, t in enumerate(kept.tensors):
+            if t.is_neg():  # the dispatcher would hand over a copy, which misses what is written into t
+                raise RuntimeError(f"tensors[{i}]: expected no negative view (torch.resolve_neg makes it a tensor)")
         self.program, self._drop, self._op = kept, drop, forward_op(backend, "replay")
         keep: Callable[..., Any] = forward_op(backend, "keep_program")
         self.number: int = keep(*kept)
@@ -136,17 +177,29 @@ _kept_programs: weakref.WeakValueDictionary[tuple[str, int], KeptProgram] = weak
 
 
 def _fake_replay(backend: str, x: Tensor, number: int) -> Tensor:
-    return program.run(lambda args: args.new_output(), x, *_kept_programs[backend, number].program)
+    kept = _kept_programs.get((backend, number))
+    if kept is None:
+        raise RuntimeError(f"program: there is none of number {number}")
+    return program.run(_fake, x, *kept.program)
 
 
 for _backend in ("cuda", "cpu"):
-    _library.define(f"keep_program_{_backend}(Tensor[] tensors, int[] code, float[] numbers) -> int")
-    _library.define(f"replay_{_backend}(Tensor x, int number) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
-    torch.library.register_fake(
-        f"ghostfused::replay_{_backend}", functools.partial(_fake_replay, _backend), lib=_library
+    _define_op(f"keep_program_{_backend}", "(Tensor[] tensors, int[] code, float[] numbers) -> int", None)
+    _define_op(
+        f"replay_{_backend}",
+        "(Tensor x, int number) -> Tensor",
+        functools.partial(_fake_replay, _backend),
+        tags=torch.Tag.pt2_compliant_tag,
     )
+
+
+def _reference_step(args: Step) -> Tensor:
+    check_memory(tensor_names(type(args)), args.tensors)
+    return reference.run(args)
+
+
 for _key in ("CPU", "CUDA"):
-    _library.impl("program_reference", torch.no_grad()(lambda *args: program.run(reference.run, *args)), _key)
+    _library.impl("program_reference", torch.no_grad()(functools.partial(program.run, _reference_step)), _key)
 
 
 STATISTICS = ("primary_mean", "primary_var", "cheap_mean", "cheap_var")
@@ -163,21 +216,22 @@ def _fake_train_forward(*args) -> tuple[Tensor, ...]:
     a = train_args(fields)
     dtype = torch.float64 if a.x.dtype == torch.float64 else torch.float32
     sizes = [a.init_channels] * 2 + [a.cheap_weight.shape[0]] * 2 + [1 if group_name else 0]
-    return a.new_output(), *(torch.empty(size, dtype=dtype, device=a.x.device) for size in sizes)
+    return _fake(a), *(torch.empty(size, dtype=dtype, device=a.x.device) for size in sizes)
 
 
 for _backend in TRAINING_OPS:
-    _library.define(
-        f"train_forward_{_backend}({_TRAIN_SCHEMA}, str group_name) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _define_op(
+        f"train_forward_{_backend}",
+        f"({_TRAIN_SCHEMA}, str group_name) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+        _fake_train_forward,
         tags=torch.Tag.pt2_compliant_tag,
     )
-    _library.define(
-        f"backward_{_backend}(Tensor grad_output, {schema(GhostArgs)}, bool batch_statistics, str group_name, bool[] needs_grad)"
-        " -> Tensor[]",
+    _define_op(
+        f"backward_{_backend}",
+        f"(Tensor grad_output, {schema(GhostArgs)}, bool batch_statistics, str group_name, bool[] needs_grad) -> Tensor[]",
+        _fake_backward,
         tags=torch.Tag.pt2_compliant_tag,
     )
-    torch.library.register_fake(f"ghostfused::train_forward_{_backend}", _fake_train_forward, lib=_library)
-    torch.library.register_fake(f"ghostfused::backward_{_backend}", _fake_backward, lib=_library)
 
 
 TRAINING_KERNELS = {
@@ -193,7 +247,7 @@ TRAINING_KERNELS = {
 after GhostArgs: memory to read and to fill. Only the two training ops call them, so they need no fakes."""
 
 for _kernel, _memory in TRAINING_KERNELS.items():
-    _library.define(f"{_kernel}_cuda({schema(GhostArgs)}, {_memory}) -> ()")
+    _define_op(f"{_kernel}_cuda", f"({schema(GhostArgs)}, {_memory}) -> ()", None)
 
 
 def training_kernel(name: str, backend: str) -> Callable[..., None]:
@@ -217,10 +271,14 @@ def implement_training(
     """
 
     def run_forward(*args) -> tuple[Tensor, ...]:
-        return forward(train_args(args[:-1]), args[-1])
+        fields = train_args(args[:-1])
+        check_memory(TENSORS, fields.tensors)
+        return forward(fields, args[-1])
 
     def run_backward(grad_output: Tensor, *args) -> list[Tensor]:
-        return backward(grad_output, GhostArgs(*args[:-3]), *args[-3:])
+        fields = GhostArgs(*args[:-3])
+        check_memory(["grad_output", *TENSORS], [grad_output, *fields.tensors])
+        return backward(grad_output, fields, *args[-3:])
 
     for key in dispatch_keys:
         _library.impl(f"train_forward_{backend}", run_forward, key)

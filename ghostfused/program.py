@@ -38,6 +38,8 @@ def encode(calls: Sequence[tuple[Step, Tensor]], x: Tensor, parameters: Collecti
         for name, t in zip(tensor_names(type(args)), args.tensors, strict=True):
             if t is None or t is x or id(t) in made:
                 continue
+            if t.is_neg():  # the op that keeps the program would keep a copy, and miss what is written later
+                return None
             # conv1x1's cheap weight is made for the call: only its shape counts
             unread = isinstance(args, GhostArgs) and name == "cheap_weight" and args.out_channels == args.init_channels
             if id(t) not in parameters and not unread:
@@ -67,18 +69,32 @@ def run(
     step: Callable[[Step], Tensor], x: Tensor, tensors: Sequence[Tensor], code: Sequence[int], numbers: Sequence[float]
 ) -> Tensor:
     """The last call's result, each made by ``step``."""
+    if not code:
+        raise RuntimeError("code: expected at least one call")
     values = [x, *tensors]
     codes, floats, kinds = iter(code), iter(numbers), list(STEPS.values())
     for op in codes:
+        where = f"step {len(values) - len(tensors) - 1}"
+        if not 0 <= op < len(kinds):
+            raise RuntimeError(f"code: {where}: there is no op {op}")
         kind = kinds[op]
         arguments: list[Any] = []
-        for type_ in kind.__annotations__.values():
-            if type_ is float:
-                arguments.append(next(floats))
-            elif type_ is int or type_ is bool:
-                arguments.append(type_(next(codes)))
-            else:
-                place = next(codes) >> 1
-                arguments.append(None if place < 0 else values[place])
+        for name, type_ in kind.__annotations__.items():
+            number = next(floats if type_ is float else codes, None)
+            if number is None:
+                raise RuntimeError(
+                    f"code: {where} ({list(STEPS)[op]}): {name}: expected a longer code and more numbers"
+                )
+            if type_ in (float, int, bool):
+                arguments.append(type_(number))
+                continue
+            place = int(number) >> 1
+            if place >= len(values) or (place < 0 and type_ is Tensor):
+                raise RuntimeError(
+                    f"code: {where} ({list(STEPS)[op]}): {name}: expected a place below {len(values)}, got {place}"
+                )
+            arguments.append(None if place < 0 else values[place])
         values.append(step(kind(*arguments)))
+    if next(floats, None) is not None:
+        raise RuntimeError(f"numbers: expected one for each float of a step, got {len(numbers)}")
     return values[-1]

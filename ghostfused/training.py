@@ -78,8 +78,12 @@ def update_running_statistics(norm: nn.Module, mean: Tensor, var: Tensor, sample
     weight: Any = norm.momentum
     if batches is not None:
         batches.add_(1)
+    if isinstance(samples, int) and samples == 0:  # which have no statistics
+        return
     if weight is None:  # the mean of all batches
         weight = 0.0 if batches is None else 1 / batches.to(mean.dtype)
+    if isinstance(samples, Tensor):  # all processes' batches may be empty
+        weight = weight * (samples > 0).to(mean.dtype)
     unbiased = var * (samples / (samples - 1))
     for running, new in ((running_mean, mean), (running_var, unbiased)):
         if running is not None:

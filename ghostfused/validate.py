@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Iterable
 
-from .spec import Act, Args, DepthwiseArgs, Gate, GhostArgs, SqueezeExciteArgs, tensor_names
+import torch
+from torch import Tensor, nn
+
+from .spec import (
+    Act,
+    Args,
+    DepthwiseArgs,
+    Gate,
+    GhostArgs,
+    GlobalPoolArgs,
+    LinearArgs,
+    SqueezeExciteArgs,
+    Step,
+    tensor_names,
+)
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -59,27 +72,62 @@ def _norm_and_slope(args: GhostArgs | DepthwiseArgs, half: str, channels: int, m
             if mean is None and field != "bias":
                 raise _expect(f"{half}{field}", "None without mean and var", "a tensor")
             _shape(f"{half}{field}", t, (channels,), meaning)
+    eps = getattr(args, f"{half}eps")
+    if not eps >= 0:
+        raise _expect(f"{half}eps", "a number that is not negative", eps)
     slope = getattr(args, f"{half}slope")
     if slope is not None and tuple(slope.shape) not in ((1,), (channels,)):
         raise _expect(f"{half}slope", f"shape (1,) or {meaning} = ({channels},)", tuple(slope.shape))
 
 
+def absent_memory(t: Tensor) -> str | None:
+    """Which memory ``t`` should have and hasn't; None if all is there, or nobody can tell, as for a fake or a wrapper."""
+    if t.layout != torch.strided:
+        return f"expected a dense tensor, got layout {t.layout}"
+    if t.is_meta or not t.numel():
+        return None
+    try:
+        stored = t.untyped_storage().nbytes()
+        last = (
+            t.numel()
+            if t.is_contiguous()
+            else 1 + sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True))
+        )
+    except (RuntimeError, NotImplementedError):  # those have no storage to ask
+        return None
+    if stored < (t.storage_offset() + last) * t.element_size():
+        return f"expected a storage that holds all of it, got one of {stored} bytes: it has been freed or cut"
+    return None
+
+
+def check_memory(names: Iterable[str], tensors: Iterable[Tensor | None]) -> None:
+    """Raises RuntimeError for the first tensor whose memory isn't there, as the extensions' own check does: PyTorch reads
+    such a tensor all the same."""
+    for name, t in zip(names, tensors, strict=False):
+        if t is not None and (absent := absent_memory(t)):
+            raise RuntimeError(f"{name}: {absent}")
+
+
 def validate(args: Args) -> None:
     """Raises ValueError or TypeError for the first argument that doesn't fit; else returns."""
-    checks, dimensions = _CHECKS[type(args)]
-    _tensors(args, dimensions)
-    checks(args)
+    _tensors(args)
+    _CHECKS[type(args)](args)
 
 
-def _tensors(args: Args, dimensions: dict[str, int]) -> None:
-    """Types, dtypes and devices of all tensors; numbers of dimensions of those that can't be None."""
-    x = args.x
-    for name, ndim in dimensions.items():
+def dimensions(args: Step) -> None:
+    """Raises ValueError or TypeError unless the tensors that every call has have as many dimensions as they should."""
+    for name, ndim in _DIMENSIONS[type(args)].items():
         t = getattr(args, name)
         if not isinstance(t, Tensor):
             raise TypeError(f"{name}: expected a Tensor, got {type(t).__name__}")
-        if t.dim() != ndim:
-            raise _expect(name, "4 dimensions", f"{t.dim()} (shape {tuple(t.shape)})")
+        if ndim is not None and t.dim() != ndim:
+            raise _expect(name, f"{ndim} dimensions", f"{t.dim()} (shape {tuple(t.shape)})")
+
+
+def _tensors(args: Args) -> None:
+    """Types, dtypes and devices of all tensors; numbers of dimensions of those that can't be None."""
+    x = args.x
+    dimensions(args)
     if x.dtype not in _FLOATS:
         raise TypeError(f"x: expected float32, float16, bfloat16 or float64, got {x.dtype}")
     for name, t in zip(tensor_names(type(args)), args, strict=False):
@@ -91,6 +139,9 @@ def _tensors(args: Args, dimensions: dict[str, int]) -> None:
             raise _expect(name, f"x's device {x.device}", t.device)
         if t.dtype != x.dtype and not (t.dtype == torch.float32 and name.endswith(("mean", "var", "gamma", "beta"))):
             raise TypeError(f"{name}: expected x's dtype {x.dtype}, got {t.dtype}")
+        # a traced tensor has no memory yet
+        if not torch.compiler.is_compiling() and type(t) in (Tensor, nn.Parameter) and (absent := absent_memory(t)):
+            raise ValueError(f"{name}: {absent}")
     if x.shape[1] < 1:
         raise _expect("x", "at least one channel", tuple(x.shape))
     if x.shape[2] < 1 or x.shape[3] < 1:
@@ -162,8 +213,11 @@ def _squeeze_excite(args: SqueezeExciteArgs) -> None:
         raise _expect("act", "an activation without a slope", Act(args.act).name.lower())
 
 
-_CHECKS: dict = {
-    GhostArgs: (_ghost_module, {"x": 4, "primary_weight": 4, "cheap_weight": 4}),
-    DepthwiseArgs: (_depthwise, {"x": 4, "weight": 4}),
-    SqueezeExciteArgs: (_squeeze_excite, {"x": 4}),
+_CHECKS: dict = {GhostArgs: _ghost_module, DepthwiseArgs: _depthwise, SqueezeExciteArgs: _squeeze_excite}
+_DIMENSIONS: dict[type[Step], dict[str, int | None]] = {
+    GhostArgs: {"x": 4, "primary_weight": 4, "cheap_weight": 4},
+    DepthwiseArgs: {"x": 4, "weight": 4},
+    SqueezeExciteArgs: {"x": 4},
+    GlobalPoolArgs: {"x": 4},
+    LinearArgs: {"x": None, "weight": 2},  # that of a map of one pixel may have 4 or 2
 }

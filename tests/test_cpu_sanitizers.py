@@ -1,16 +1,25 @@
-"""The CPU kernels, without Torch, under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer."""
+"""The CPU kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer: without Torch, and under the first
+two the ops as well, with malformed calls."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
+import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils import cpp_extension
+
+from ghostfused.backends import cpu
 
 ROOT = Path(__file__).parent.parent
-SOURCES = [ROOT / "tests" / "cpu_driver.cpp", *sorted((ROOT / "csrc" / "cpu").glob("kernel*.cpp"))]
+KERNELS = sorted((ROOT / "csrc" / "cpu").glob("kernel*.cpp"))
+DRIVER, BINDING = ROOT / "tests" / "cpu_driver.cpp", ROOT / "csrc" / "cpu" / "binding.cpp"
 ISAS = ["baseline", "avx2", "avx512vl", "avx512vl_bf16", "avx512", "avx512_bf16"]
 
 CASES = [  # as tests/cpu_driver.cpp describes them
@@ -62,7 +71,7 @@ CASES = [  # as tests/cpu_driver.cpp describes them
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
 @pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
 def test_sanitizers_find_nothing(sanitizers, tmp_path):
-    flags = ["-std=c++20", "-O1", "-g", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
+    flags = ["-std=c++20", "-O1", "-g1", "-fPIC", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
     if subprocess.run(
         ["g++", *flags, "-x", "c++", "-", "-o", tmp_path / "probe"], input=b"int main() {}", capture_output=True
     ).returncode:
@@ -70,13 +79,20 @@ def test_sanitizers_find_nothing(sanitizers, tmp_path):
 
     def compile_one(source: Path) -> Path:
         target = tmp_path / f"{source.stem}.o"
-        subprocess.run(["g++", *flags, "-c", source, "-o", target], check=True, capture_output=True, text=True)
+        torch_flags = _torch_flags() if source == BINDING else []
+        subprocess.run(
+            ["g++", *flags, *torch_flags, "-c", source, "-o", target], check=True, capture_output=True, text=True
+        )
         return target
 
+    with_ops = "address" in sanitizers and cpu.unavailable() is None
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_one, SOURCES))
+        # the longest first
+        binding, main, *kernels = pool.map(compile_one, [BINDING if with_ops else DRIVER, DRIVER, *KERNELS])
     driver = tmp_path / "driver"
-    subprocess.run(["g++", *flags, *objects, "-o", driver], check=True)
+    subprocess.run(["g++", *flags, main, *kernels, "-o", driver], check=True)
+    if with_ops:
+        _malformed_calls(["g++", *flags, "-shared", binding, *kernels], tmp_path)
     checksums = {}
     for isa in ISAS:
         for threads in ("1", "3"):
@@ -88,3 +104,43 @@ def test_sanitizers_find_nothing(sanitizers, tmp_path):
             assert run.returncode == 0, f"{isa}, {threads} threads:\n{run.stdout}{run.stderr[:6000]}"
             assert run.stdout == checksums.setdefault(isa, run.stdout)
     assert "baseline" in checksums
+
+
+def _torch_flags() -> list[str]:
+    """As setup.py compiles the binding."""
+    folders = [*cpp_extension.include_paths(), sysconfig.get_paths()["include"]]
+    return [
+        "-DTORCH_TARGET_VERSION=0x020b000000000000",
+        "-DTORCH_EXTENSION_NAME=_cpu",
+        *(f"-I{path}" for path in folders),
+    ]
+
+
+def _malformed_calls(link: list, tmp_path: Path) -> None:
+    """tests/fuzz_raw_ops.py, on a copy of the package with an extension that ``link`` makes."""
+    package = tmp_path / "ghostfused"
+    package.mkdir()
+    for path in (ROOT / "ghostfused").iterdir():
+        if path.suffix != ".so":
+            (package / path.name).symlink_to(path)
+    library = package / f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
+    torch_libraries = Path(torch.__file__).parent / "lib"
+    subprocess.run(
+        [*link, f"-L{torch_libraries}", "-lc10", "-ltorch", "-ltorch_cpu", f"-Wl,-rpath,{torch_libraries}", "-o", library],
+        check=True,
+    )  # fmt: skip
+    # the sanitizer wants to be first, and the library whose exceptions it watches with it
+    preloaded = [
+        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so.6")
+    ]
+    environment = os.environ | {
+        "LD_PRELOAD": " ".join(preloaded), "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "2",
+        # Python and PyTorch keep what they have; what PyTorch can't allocate is an error there
+        "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
+    }  # fmt: skip
+    command = [sys.executable, ROOT / "tests" / "fuzz_raw_ops.py", "--calls", "400", "--seed", "7"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, f"{run.stdout}{run.stderr[-8000:]}"
+    print(run.stdout)
+    assert f"{library.parent}" in run.stdout

@@ -3,7 +3,9 @@
 #include <pybind11/pybind11.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
-#include <cstring>
+#include <algorithm>
+#include <exception>
+#include <mutex>
 #include <string>
 
 #include "../arguments.h"
@@ -36,8 +38,25 @@ Tensor new_map(int64_t n, int64_t c, int64_t h, int64_t w, ScalarType dtype, boo
   return tensor;
 }
 
+// What a body throws comes out of here, with its message, which Torch's C interface would lose.
 void parallel_for(int64_t count, Body body, void* context) {
-  TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, 1, body, context));
+  struct Guarded {
+    Body body;
+    void* context;
+    std::mutex mutex;
+    std::exception_ptr error;
+  } guarded{body, context, {}, nullptr};
+  const auto run = [](int64_t begin, int64_t end, void* self) {
+    Guarded& g = *static_cast<Guarded*>(self);
+    try {
+      g.body(begin, end, g.context);
+    } catch (...) {
+      const std::lock_guard lock(g.mutex);
+      g.error = std::current_exception();
+    }
+  };
+  TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, 1, run, &guarded));
+  if (guarded.error) std::rethrow_exception(guarded.error);
 }
 
 thread_local bool whole_images = false;  // other threads are at work on other images
@@ -58,7 +77,7 @@ Tensor launch(GhostForwardParams& a, const Tensor& x) {
   GhostShape& s = a.shape;
   s.channels_last = is_channels_last(x);
   Tensor out = new_map(s.batch, s.out_channels, s.height, s.width, x.scalar_type(), s.channels_last, &a.out);
-  if (s.height * s.width == 1) {  // one pixel is both, and channels are what is contiguous
+  if (s.height == 1 && s.width == 1) {  // one pixel is both, and channels are what is contiguous
     s.channels_last = true;
     a.out.stride_c = 1;
   }
@@ -86,12 +105,12 @@ Tensor global_pool(Tensor x) {
   if (x.dim() != 4) fail("x: expected 4 dimensions, got ", x.dim());
   const Checker checker(x);
   SqueezeExciteParams p{};
-  p.path = path_of(checker.dtype);
+  p.path = checker.path();
   p.batch = size32("x", x.size(0));
-  p.channels = size32("x", x.size(1));
+  p.channels = channels32("x", x.size(1));
   p.height = size32("x", x.size(2));
   p.width = size32("x", x.size(3));
-  if (p.channels < 1 || p.height < 1 || p.width < 1) fail("x: expected at least one channel, row and column");
+  if (p.height < 1 || p.width < 1) fail("x: expected at least one row and column");
   p.x = checker.tensor4("x", x, {p.batch, p.channels, p.height, p.width});
   Tensor out = new_output({p.batch, p.channels, 1, 1}, {p.channels, 1, 1, 1}, x.scalar_type());
   p.out = out.data_ptr();
@@ -100,38 +119,42 @@ Tensor global_pool(Tensor x) {
 }
 
 Tensor linear(Tensor x, Tensor weight, OptionalTensor bias) {
+  if (x.dim() != 2 && x.dim() != 4) fail("x: expected 2 or 4 dimensions, got ", x.dim());
   if (weight.dim() != 2) fail("weight: expected 2 dimensions, got ", weight.dim());
   const Checker checker(x);
-  const int64_t batch = x.size(0), depth = weight.size(1), rows = weight.size(0);
-  if (depth < 1 || rows < 1) fail("weight: expected at least one row and column");
-  checker.check({"", "weight"}, weight, {rows, depth});
-  checker.matrix("x", x, batch, depth);
-  weight = torch::stable::contiguous(weight);
   GhostForwardParams p{};
   GhostShape& s = p.shape;
-  s.path = path_of(checker.dtype);
+  s.path = checker.path();
   s.channels_last = true;
-  s.batch = size32("x", batch);
-  s.in_channels = size32("weight", depth);
-  s.init_channels = s.out_channels = size32("weight", rows);
+  const int64_t batch = s.batch = size32("x", x.size(0));
+  const int64_t depth = s.in_channels = channels32("weight", weight.size(1));
+  const int64_t rows = s.init_channels = s.out_channels = bounded("weight", "rows", weight.size(0), 0, kMaxChannels);
   s.height = s.width = s.dw_size = p.kernel = p.stride = p.dilation = p.x_height = p.x_width = 1;
   s.ratio = 2;
-  p.x = {x.data_ptr(), x.stride(0), x.stride(1), 0, 0};
-  p.primary_weight = weight.data_ptr();
+  p.x = {checker.matrix("x", x, batch, depth), Checker::stride(x, 0), Checker::stride(x, 1), 0, 0};
+  p.primary_weight = matrix_of(checker, "weight", weight, rows, depth).data;
   p.primary_weight_stride_n = depth;
   p.primary_weight_stride_k = 1;
-  p.primary.bias = checker.vector({"", "bias"}, bias, rows);
-  Tensor out = new_output({batch, rows}, {rows, 1}, x.scalar_type());
+  p.primary.bias = checker.vector("bias", bias, rows);
+  if (!countable(std::initializer_list<int64_t>{batch, rows})) fail("weight: expected at most 2^40 elements of output");
+  Tensor out = new_output({batch, rows}, {std::max<int64_t>(rows, 1), 1}, x.scalar_type());
   p.out = {out.data_ptr(), rows, 1, 0, 0};
-  if (batch > 0) kernels().forward(p, torch_threads());
+  if (batch > 0 && rows > 0) kernels().forward(p, torch_threads());
   return out;
 }
 
-constexpr auto run_steps =
-    &run_program<&GhostOp<Tensor>::run<launch>, &depthwise<launch>, &squeeze_excite<launch>, &global_pool, &linear>;
+constexpr const char* kGlobalPoolNames[] = {"global_pool", "x"};
+constexpr const char* kLinearNames[] = {"linear", "x", "weight", "bias"};
 
-// A program on a batch: a few images at a time on each thread, so that what is made of them stays in its core's cache,
-// weights are read once for all of them, and no thread waits for another between two ops.
+using Forward = StepKind<&GhostOp<Tensor>::run<launch>, kForwardNames>;
+using Depthwise = StepKind<&depthwise<launch>, kDepthwiseNames>;
+using SqueezeExcite = StepKind<&squeeze_excite<launch>, kSqueezeExciteNames>;
+using GlobalPool = StepKind<&global_pool, kGlobalPoolNames>;
+using Linear = StepKind<&linear, kLinearNames>;
+constexpr auto run_steps = &run_program<Forward, Depthwise, SqueezeExcite, GlobalPool, Linear>;
+
+// A program, one that is per image, on a batch: a few images at a time on each thread, so that what is made of them
+// stays in its core's cache, weights are read once for all of them, and no thread waits for another between two ops.
 constexpr int64_t kImages = 4;
 
 class Batch {
@@ -158,7 +181,7 @@ class Batch {
     for (int64_t i = begin; i < end; ++i) {
       try {
         results_[i] = run_steps(pieces_[i], program_);
-      } catch (const std::exception& error) {  // it mustn't leave the thread
+      } catch (const std::exception& error) {  // the other pieces are to be made all the same
         errors_[i] = error.what();
       }
     }
@@ -169,16 +192,21 @@ class Batch {
     const Tensor& first = results_.front();
     const auto sizes = first.sizes();
     int64_t batch = 0;
-    for (const Tensor& t : results_) batch += t.size(0);
+    for (const Tensor& piece : pieces_) batch += piece.size(0);
     Tensor4 ignored;
     Tensor out = sizes.size() == 4 ? new_map(batch, sizes[1], sizes[2], sizes[3], first.scalar_type(),
                                              is_channels_last(first), &ignored)
                                    : new_output({batch, sizes[1]}, {sizes[1], 1}, first.scalar_type());
-    char* to = static_cast<char*>(out.data_ptr());
-    for (const Tensor& t : results_) {
-      const int64_t bytes = t.numel() * t.element_size();
-      std::memcpy(to, t.data_ptr(), bytes);
-      to += bytes;
+    int64_t begin = 0;
+    for (size_t i = 0; i < results_.size(); ++i) {
+      const int64_t count = pieces_[i].size(0);
+      Tensor part = torch::stable::narrow(out, 0, begin, count);
+      const auto got = results_[i].sizes(), wanted = part.sizes();
+      if (!std::equal(got.begin(), got.end(), wanted.begin(), wanted.end())) {
+        fail("program: expected results per image, got ", got[0], " of ", count, " images");
+      }
+      torch::stable::copy_(part, results_[i]);
+      begin += count;
     }
     return out;
   }
@@ -189,16 +217,19 @@ class Batch {
 };
 
 Tensor run_batch(Tensor x, const Program& program) {
-  if (x.dim() == 4) {
+  if (program.per_image && x.dim() == 4) {
     const int64_t batch = x.size(0), threads = torch_threads().count;
     // as many for each thread
     const int64_t pieces = (batch + kImages * threads - 1) / (kImages * threads) * threads;
-    if (pieces > 1 && pieces <= batch) return Batch(x, pieces, program).run();
+    if (pieces > 1 && pieces <= batch) {
+      Checker(x).check("x", x, {batch, x.size(1), x.size(2), x.size(3)});  // before anything else makes pieces of it
+      return Batch(x, pieces, program).run();
+    }
   }
   return run_steps(std::move(x), program);
 }
 
-using CpuPrograms = Programs<&run_batch>;
+using CpuPrograms = Programs<&run_batch, Forward, Depthwise, SqueezeExcite, GlobalPool, Linear>;
 
 STABLE_TORCH_LIBRARY_IMPL(ghostfused, CPU, m) {
   m.impl("forward_cpu", TORCH_BOX(&GhostOp<Tensor>::run<launch>));

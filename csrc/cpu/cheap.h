@@ -83,8 +83,8 @@ class Cheap {
                                        : static_cast<const float*>(p.cheap_weight) + index * p.cheap_weight_stride_c;
           set_norm(walk, norm + c);
           // what a vector writes past the end of the plane, the next channel overwrites
-          const bool next_follows =
-              begin == 0 && end == s.height && per_channel == 1 && c + 1 < valid && s.height * s.width >= kLanes;
+          const bool next_follows = begin == 0 && end == s.height && per_channel == 1 && c + 1 < valid &&
+                                    int64_t{s.height} * s.width >= kLanes;
           const float* mask = scratch + at.masks;
           for (int64_t w = 0; w < s.width; w += kLanes, mask += d * kLanes) {
             const int64_t first = first_of(w), lanes = min_of<int64_t>(s.width - first, kLanes);

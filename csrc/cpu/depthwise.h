@@ -56,19 +56,20 @@ class PlaneWorker {
  public:
   PlaneWorker(const DepthwiseParams& p, int64_t begin, int64_t end)
       : p(p),
-        phase((p.width + p.kernel_w - 1 + p.stride - 1) / p.stride + 2 * kLanes),
+        phase(div_up(int64_t{p.width} + p.kernel_w - 1, p.stride) + 2 * kLanes),
         row(p.stride * phase),
         whole(div_up(p.width, 2 * kLanes) * 2 * kLanes),
         x_end(static_cast<const T*>(p.x.data) + (p.batch - 1) * p.x.stride_n + (p.channels - 1) * p.x.stride_c +
               (p.height - 1) * p.x.stride_h + (p.width - 1) * p.x.stride_w + 1),
         strips{strip_kernel<1>(), strip_kernel<2>(), strip_kernel<3>(), strip_kernel<4>()} {
-    const int64_t rows = p.height + p.kernel_h - 1, norms = min_of<int64_t>(end - begin, p.channels);
-    plane = thread_scratch(rows * row + 3 * p.channels + p.width + 2 * kLanes + kMaxKernel * kMaxKernel);
+    const int64_t rows = int64_t{p.height} + p.kernel_h - 1, norms = min_of<int64_t>(end - begin, p.channels);
+    const int64_t all_norms = 3 * int64_t{p.channels}, line_size = int64_t{p.width} + 2 * kLanes;
+    plane = thread_scratch(rows * row + all_norms + line_size + kMaxKernel * kMaxKernel);
     norm = plane + rows * row;
-    line = norm + 3 * p.channels;
-    weight = line + p.width + 2 * kLanes;
+    line = norm + all_norms;
+    weight = line + line_size;
     __builtin_memset(plane, 0, rows * row * sizeof(float));
-    __builtin_memset(line, 0, (p.width + 2 * kLanes) * sizeof(float));
+    __builtin_memset(line, 0, line_size * sizeof(float));
     for (int64_t done = 0; done < norms;) {
       const int64_t c = (begin + done) % p.channels, count = min_of(p.channels - c, norms - done);
       prepare_norm<T>(p.norm, c, 1, count, norm + c, p.channels);
@@ -93,7 +94,8 @@ class PlaneWorker {
     T* out = static_cast<T*>(p.out.data) + n * p.out.stride_n + c * p.out.stride_c;
     const Taps taps{p.weight, p.weight_stride_c, p.weight_stride_h, p.weight_stride_w, p.kernel_h, p.kernel_w};
     prepare_taps<T>(taps, false, c, 1, 1, weight, 0, 1);
-    const Finish finish{splat(norm[c]), splat(norm[p.channels + c]), splat(norm[2 * p.channels + c]), p.norm.act,
+    const float* of_c = norm + c;
+    const Finish finish{splat(of_c[0]), splat(of_c[p.channels]), splat(of_c[2 * int64_t{p.channels}]), p.norm.act,
                         clamp_of(p.norm.act)};
     int64_t copied = 0;
     for (int64_t h = 0; h < p.out_height; h += kStrip) {

@@ -326,7 +326,7 @@ inline void forward(const GhostForwardParams& p, const Threads& threads) {
   const Plan plan = make_plan(p, threads.count);
   Task task{p, plan};
   const double work = static_cast<double>(s.batch) * s.height * s.width * s.init_channels *
-                      (s.in_channels + s.dw_size * s.dw_size * (s.ratio - 1));
+                      (s.in_channels + static_cast<double>(s.dw_size * s.dw_size) * (s.ratio - 1));
   run(threads, plan.units, work, GHOSTFUSED_BY_PATH(s.path, run_units), &task);
 }
 

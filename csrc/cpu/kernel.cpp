@@ -5,6 +5,7 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <stdexcept>
 #include <string>
 
 #ifdef __x86_64__
@@ -85,6 +86,11 @@ float* thread_scratch(int64_t floats) {
   struct Free {
     void operator()(float* p) const { std::free(p); }
   };
+  if (floats < 0 || floats > kMaxScratch) {
+    throw std::runtime_error("x: a thread would need " + std::to_string(floats) +
+                             " floats of scratch memory for such sizes, expected at most " +
+                             std::to_string(kMaxScratch));
+  }
   thread_local std::unique_ptr<float, Free> memory;
   thread_local int64_t size = 0;
   if (size < floats) {

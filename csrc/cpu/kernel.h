@@ -43,7 +43,9 @@ extern const Isa kIsas[];
 // explanation in *error, if the named one isn't compiled or this CPU lacks it.
 const Isa* chosen_isa(const char** error);
 
-// This thread's scratch memory, aligned to 64 bytes; valid until its next call.
+// This thread's scratch memory, aligned to 64 bytes; valid until its next call. Throws for more than so many floats: on
+// all threads of a machine that might be more than it has.
+constexpr int64_t kMaxScratch = int64_t{1} << 28;
 float* thread_scratch(int64_t floats);
 
 }  // namespace ghostfused::cpu

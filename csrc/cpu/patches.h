@@ -13,7 +13,7 @@ class TapPlane {
  public:
   TapPlane(const GhostForwardParams& p, const T* gate, int64_t n, int64_t index)
       : p(p), gate(gate), step(p.stride * p.x.stride_w) {
-    const int64_t c = index / (p.kernel * p.kernel), pad = p.dilation * (p.kernel - 1) / 2;
+    const int64_t c = index / (int64_t{p.kernel} * p.kernel), pad = p.dilation * (p.kernel - 1) / 2;
     x = static_cast<const T*>(p.x.data) + n * p.x.stride_n + c * p.x.stride_c;
     top = index / p.kernel % p.kernel * p.dilation - pad;
     left = index % p.kernel * p.dilation - pad;

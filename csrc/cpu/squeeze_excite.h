@@ -13,34 +13,54 @@ struct SqueezeExciteTask {
   float *mean, *hidden;  // (N, C), (N, reduced)
 };
 
-// Vectors ``step`` apart are summed by fours and in parts, so that no long chain loses precision.
-template <typename T>
-GHOSTFUSED_INLINE Vec sum_of_vectors(const T* p, int64_t step, int64_t count) {
+// A long sum of vectors: what an addition rounds off goes into the next, so that its error doesn't grow with its
+// length.
+class Total {
+ public:
+  GHOSTFUSED_INLINE void add(Vec v) {
+    v += rest;
+    const Vec next = sum + v, added = next - sum, rounded_off = (sum - (next - added)) + (v - added);
+    rest = next - next == Vec{} ? rounded_off : Vec{};  // of infinity it would be NaN
+    sum = next;
+  }
+  GHOSTFUSED_INLINE Vec value() const { return sum + rest; }
+
+ private:
+  Vec sum{}, rest{};
+};
+
+// Adds load_at(0) … load_at(count - 1), in parts that are short enough to be summed as they are.
+template <typename Load>
+GHOSTFUSED_INLINE void add_vectors(Total& total, int64_t count, const Load& load_at) {
   constexpr int64_t kPart = 64;
-  Vec total{};
   for (int64_t begin = 0; begin < count; begin += kPart) {
     const int64_t end = min_of(begin + kPart, count);
     Vec sum[4] = {};
     int64_t i = begin;
     for (; i + 4 <= end; i += 4) {
-      for (int j = 0; j < 4; ++j) sum[j] += load_float(p + (i + j) * step);
+      for (int j = 0; j < 4; ++j) sum[j] += load_at(i + j);
     }
-    for (; i < end; ++i) sum[0] += load_float(p + i * step);
-    total += (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    for (; i < end; ++i) sum[0] += load_at(i);
+    total.add((sum[0] + sum[1]) + (sum[2] + sum[3]));
   }
-  return total;
 }
 
+// Numbers at a stride, a vector of them at a time.
 template <typename T>
-float sum_of_run(const T* p, int64_t stride, int64_t count) {
-  if (stride != 1) {
-    float sum = 0.f;
-    for (int64_t i = 0; i < count; ++i) sum += to_float(p[i * stride]);
-    return sum;
+GHOSTFUSED_INLINE void add_run(Total& total, const T* p, int64_t stride, int64_t count) {
+  const int64_t whole = count / kLanes, rest = count % kLanes;
+  const auto strided = [&](int64_t i, int64_t lanes) {
+    Vec v{};
+    for (int64_t l = 0; l < lanes; ++l) v[l] = to_float(p[(i * kLanes + l) * stride]);
+    return v;
+  };
+  if (stride == 1) {
+    add_vectors(total, whole, [&](int64_t i) { return load_float(p + i * kLanes); });
+    if (rest) total.add(load_part(p + whole * kLanes, static_cast<int>(rest)));
+  } else {
+    add_vectors(total, whole, [&](int64_t i) { return strided(i, kLanes); });
+    if (rest) total.add(strided(whole, rest));
   }
-  const int64_t whole = count / kLanes * kLanes;
-  return sum_of_lanes(sum_of_vectors(p, kLanes, count / kLanes) +
-                      load_part(p + whole, static_cast<int>(count - whole)));
 }
 
 // Means of x; a unit is the planes of up to kLanes channels of an image.
@@ -48,24 +68,36 @@ template <typename T>
 void squeeze(int64_t begin, int64_t end, void* context) {
   const SqueezeExciteTask& task = *static_cast<const SqueezeExciteTask*>(context);
   const SqueezeExciteParams& p = task.p;
-  const float scale = 1.f / (static_cast<float>(p.height) * static_cast<float>(p.width));
+  const float scale = static_cast<float>(1 / (static_cast<double>(p.height) * p.width));
   const bool flat = p.height == 1 || p.x.stride_h == p.width * p.x.stride_w;
   const int64_t rows = flat ? 1 : p.height, run = flat ? int64_t{p.height} * p.width : p.width;
-  const int64_t groups = div_up(p.channels, kLanes);
+  const int64_t groups = div_up(p.channels, kLanes), step = p.x.stride_w;
+  const bool along_channels = p.x.stride_c == 1 && step != 1;  // channels_last
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t n = unit / groups, first = unit % groups * kLanes, last = min_of<int64_t>(first + kLanes, p.channels);
-    const T* x = static_cast<const T*>(p.x.data) + n * p.x.stride_n + first * p.x.stride_c;
+    const T* x = static_cast<const T*>(p.x.data) + n * p.x.stride_n;
     float* mean = task.mean + n * p.channels + first;
-    if (p.x.stride_c == 1 && p.x.stride_w != 1 && last - first == kLanes) {  // channels_last
-      Vec sum{};
-      for (int64_t h = 0; h < rows; ++h) sum += sum_of_vectors(x + h * p.x.stride_h, p.x.stride_w, run);
-      store(mean, sum * scale);
+    if (along_channels) {
+      // the last vector ends where the channels do: some of its lanes are another unit's
+      const int64_t start = max_of<int64_t>(min_of<int64_t>(first, p.channels - kLanes), 0);
+      const int lanes = min_of<int64_t>(p.channels - start, kLanes);
+      Total total;
+      for (int64_t h = 0; h < rows; ++h) {
+        const T* row = x + start + h * p.x.stride_h;
+        if (lanes == kLanes) {
+          add_vectors(total, run, [&](int64_t i) { return load_float(row + i * step); });
+        } else {
+          add_vectors(total, run, [&](int64_t i) { return load_part(row + i * step, lanes); });
+        }
+      }
+      const Vec means = total.value() * scale;
+      for (int64_t c = first; c < last; ++c) *mean++ = means[c - start];
       continue;
     }
-    for (int64_t c = first; c < last; ++c, x += p.x.stride_c) {
-      float sum = 0.f;
-      for (int64_t h = 0; h < rows; ++h) sum += sum_of_run(x + h * p.x.stride_h, p.x.stride_w, run);
-      *mean++ = sum * scale;
+    for (int64_t c = first; c < last; ++c) {
+      Total total;
+      for (int64_t h = 0; h < rows; ++h) add_run(total, x + c * p.x.stride_c + h * p.x.stride_h, step, run);
+      *mean++ = sum_of_lanes(total.value()) * scale;
     }
   }
 }

@@ -83,8 +83,9 @@ def _squeeze_excite_refusal(args: SqueezeExciteArgs) -> str | None:
     return None
 
 
-_MAX_SIZE = 2**31 - 1
-"""The compiled kernels count each dimension in 32 bits; their offsets have 64."""
+_MAX_SIZE, _MAX_CHANNELS = 2**30, 2**26
+"""The compiled kernels count each dimension in 32 bits, with room for what they add to it; their offsets have 64
+(``csrc/checker.h``)."""
 
 
 def placement_refusal(args: Args) -> str | None:
@@ -95,7 +96,12 @@ def placement_refusal(args: Args) -> str | None:
             name = next(name for name in tensor_names(type(args)) if getattr(args, name) is t)
             return f"{name} on {t.device}, x on {device}"
     # a symbolic size is left to the binding: comparing it here would constrain the shapes of an exported program
-    sizes = *args.x.shape, args.out_channels if isinstance(args, GhostArgs) else 1
-    if not torch.compiler.is_compiling() and max(sizes) > _MAX_SIZE:
-        return f"a dimension beyond {_MAX_SIZE}: x of shape {tuple(args.x.shape)}, {sizes[-1]} output channels"
+    out_channels = args.out_channels if isinstance(args, GhostArgs) else 1
+    if not torch.compiler.is_compiling() and (
+        max(args.x.shape) > _MAX_SIZE or max(args.x.shape[1], out_channels) > _MAX_CHANNELS
+    ):
+        return (
+            f"more than {_MAX_CHANNELS} channels or {_MAX_SIZE} along another dimension: "
+            f"x of shape {tuple(args.x.shape)}, {out_channels} output channels"
+        )
     return None
