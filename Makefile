@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 VENV := .venv
 PY := $(VENV)/bin/python
-SOURCES := $(wildcard csrc/*.* csrc/cpu/*.*)
+SOURCES := $(shell find csrc -type f)
 # One architecture for local builds: the GPU's if there is one, else sm_80 with PTX, which the CPU runner executes.
 export TORCH_CUDA_ARCH_LIST ?= $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1),8.0+PTX)
 

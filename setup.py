@@ -58,8 +58,8 @@ def cpp_extension():
 
 def common(folder: Path) -> dict:
     """Sources and include folders of an extension whose files are in ``folder``."""
-    files = sorted(str(p.relative_to(ROOT)) for p in folder.iterdir())
-    include_dirs = [str(folder)]
+    files = sorted(str(p.relative_to(ROOT)) for p in folder.rglob("*"))
+    include_dirs = [str(ROOT / "csrc")]
     if importlib.util.find_spec("pybind11"):  # else torch's copy
         import pybind11
 
@@ -81,7 +81,7 @@ def cuda_extension():
     architectures = os.environ["TORCH_CUDA_ARCH_LIST"].replace(";", " ")
     module = cpp_extension().CUDAExtension(
         "ghostfused._C",
-        **common(ROOT / "csrc"),
+        **common(ROOT / "csrc" / "cuda"),
         extra_compile_args={
             "cxx": [*CXX_FLAGS, "-O2", "-DUSE_CUDA", f'-DGHOSTFUSED_ARCHITECTURES="{architectures}"'],
             "nvcc": ["-std=c++20", "-O3", "-Xptxas=-warn-spills", "-Xfatbin=-compress-all"],

@@ -191,7 +191,7 @@ def run(output: Path) -> int:
     import torch
 
     sass = compile_all()
-    kernels, text = list(kernel_rows(sass)), sass["sm_90", "kernels_float16"][0]
+    kernels, text = list(kernel_rows(sass)), sass["sm_90", "ghost_float16"][0]
     rows, rounds, network = module_rows(text), round_rows(text), network_rows(kernels)
     print(HEADER + "\n")
     table(kernels, ("counts", "static_smem", "blocks_per_sm_all_plans"))

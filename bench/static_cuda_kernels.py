@@ -1,4 +1,4 @@
-"""The compiled CUDA kernels of csrc/*.cu: resources and instruction counts, with no GPU.
+"""The compiled CUDA kernels of csrc/cuda/instances: resources and instruction counts, with no GPU.
 
 Every kernel is listed by itself; for its name, shared memory and occupancy it needs a line in ``KERNELS``.
 """
@@ -25,7 +25,7 @@ from .sass_flow import Instruction, parse, static_counts
 from .static_triton import modules
 
 CSRC = Path(__file__).parents[1] / "csrc"
-SOURCES = sorted(path.stem for path in CSRC.glob("*.cu"))
+SOURCES = sorted(path.stem for path in (CSRC / "cuda" / "instances").glob("*.cu"))
 PATHS = ("float16", "bfloat16", "tf32", "float32")
 LAYOUTS = ("nchw", "nhwc")
 BATCHES = (1, 64, 256)
@@ -92,7 +92,7 @@ def nvcc_version() -> str:
 
 
 def compile_sass(arch: str, source: str) -> tuple[str, str]:
-    """SASS and resource usage of the kernels in csrc/``source``.cu.
+    """SASS and resource usage of the kernels in csrc/cuda/instances/``source``.cu.
 
     Raises:
         RuntimeError: no nvcc or no cuobjdump, or the compiler failed.
@@ -102,7 +102,7 @@ def compile_sass(arch: str, source: str) -> tuple[str, str]:
         raise RuntimeError("bench.static_cuda needs nvcc and the cuobjdump of Triton's package")
     with tempfile.TemporaryDirectory() as folder:
         cubin = f"{folder}/{source}.cubin"
-        command = [nvcc, "-std=c++20", "-O3", "-cubin", f"-arch={arch}", "-o", cubin, str(CSRC / f"{source}.cu")]
+        command = [nvcc, "-std=c++20", "-O3", "-cubin", f"-arch={arch}", "-o", cubin, f"-I{CSRC}", str(CSRC / "cuda" / "instances" / f"{source}.cu")]
         run = functools.partial(subprocess.run, capture_output=True, text=True, check=False)
         done = run(command)
         if done.returncode:

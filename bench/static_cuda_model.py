@@ -1,7 +1,7 @@
 """What the warps of one block issue: rounds of each loop of csrc/ × the machine code of one round.
 
 For the fp16 kernels with an unrolled 3×3 depthwise conv, which are those of GhostNet. See the header of static_cuda.py for
-what is exact and what is not. The functions follow csrc/: load.cuh, mma.cuh, depthwise.cuh, store.cuh.
+what is exact and what is not. The functions follow csrc/cuda/ghost: load.cuh, primary.cuh, cheap.cuh, store.cuh.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def odd_pitch(size: int) -> int:
 
 
 def shares(threads: int, vectors: int, positions: int, nhwc: bool) -> list[list[list[int]]]:
-    """ThreadShare of depthwise.cuh, by warp and lane: the positions that each thread visits."""
+    """ThreadShare of cheap.cuh, by warp and lane: the positions that each thread visits."""
     step, out = threads // vectors, []
     for thread in range(threads):
         v, first = (thread % vectors, thread // vectors) if nhwc else (thread // step, thread % step)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 
 class Act(enum.IntEnum):
-    """Activation after either half. The numbers are the kernels' (``csrc/ghost_module.h``)."""
+    """Activation after either half. The numbers are the kernels' (``csrc/common/parameters.h``)."""
 
     NONE = 0
     RELU = 1
@@ -244,7 +244,7 @@ Step = Args | GlobalPoolArgs | LinearArgs
 OPS: dict[str, type[Args]] = {"forward": GhostArgs, "depthwise": DepthwiseArgs, "squeeze_excite": SqueezeExciteArgs}
 """The ops and their arguments."""
 STEPS: dict[str, type[Step]] = {**OPS, "global_pool": GlobalPoolArgs, "linear": LinearArgs}
-"""What a program is made of, in the order of ``csrc/program.h``."""
+"""What a program is made of, in the order of ``csrc/common/program.h``."""
 
 
 def _new_output(args: GhostArgs | DepthwiseArgs) -> Tensor:

@@ -17,7 +17,7 @@
 #include <thread>
 #include <vector>
 
-#include "../csrc/cpu/kernel.h"
+#include "../csrc/cpu/dispatch.h"
 
 using namespace ghostfused;
 

@@ -18,8 +18,9 @@ from torch.utils import cpp_extension
 from ghostfused.backends import cpu
 
 ROOT = Path(__file__).parent.parent
-KERNELS = sorted((ROOT / "csrc" / "cpu").glob("kernel*.cpp"))
-DRIVER, BINDING = ROOT / "tests" / "cpu_driver.cpp", ROOT / "csrc" / "cpu" / "binding.cpp"
+CPU = ROOT / "csrc" / "cpu"
+KERNELS = [CPU / "dispatch.cpp", *sorted((CPU / "isa").glob("*.cpp"))]
+DRIVER, BINDING = ROOT / "tests" / "cpu_driver.cpp", CPU / "binding.cpp"
 ISAS = ["baseline", "avx2", "avx512vl", "avx512vl_bf16", "avx512", "avx512_bf16"]
 
 CASES = [  # as tests/cpu_driver.cpp describes them
@@ -71,7 +72,7 @@ CASES = [  # as tests/cpu_driver.cpp describes them
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
 @pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
 def test_sanitizers_find_nothing(sanitizers, tmp_path):
-    flags = ["-std=c++20", "-O1", "-g1", "-fPIC", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
+    flags = ["-std=c++20", f"-I{ROOT / 'csrc'}", "-O1", "-g1", "-fPIC", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
     if subprocess.run(
         ["g++", *flags, "-x", "c++", "-", "-o", tmp_path / "probe"], input=b"int main() {}", capture_output=True
     ).returncode:

@@ -30,7 +30,7 @@ SYMBOL = "_ZN10ghostfused13ghost_forwardILNS_4PathE0ELi3ELb1EEEvNS_12KernelParam
 
 @pytest.fixture(scope="module")
 def sass() -> dict[tuple[str, str], tuple[str, str]]:
-    files = "kernels_float16", "bottleneck_float16"
+    files = "ghost_float16", "bottleneck_float16"
     return {("sm_90", file): static_cuda.compile_sass("sm_90", file) for file in files}
 
 
@@ -41,7 +41,7 @@ def kernels(sass) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def rows(sass) -> list[dict[str, Any]]:
-    return static_cuda.module_rows(sass["sm_90", "kernels_float16"][0])
+    return static_cuda.module_rows(sass["sm_90", "ghost_float16"][0])
 
 
 def tiles(size: int, tile: int, pad: int, align: int) -> list[set[int]]:
@@ -143,7 +143,7 @@ def planted(*lines: str) -> str:
 def test_a_planted_spill_is_caught():
     text = planted("STL.64 [R1], R2", "@P0 LDL R3, [R1+0x8]", "LDS R4, [R5]", "EXIT")
     usage = f" Function {SYMBOL}:\n  REG:80 STACK:16 SHARED:1024 LOCAL:0 CONSTANT[0]:9\n"
-    (row,) = static_cuda.kernel_rows({("sm_90", "kernels_float16"): (text, usage)})
+    (row,) = static_cuda.kernel_rows({("sm_90", "ghost_float16"): (text, usage)})
     assert row["kernel"] == "float16_dw3_nhwc"
     assert row["static_smem"] == 0  # the 1 KB is the system's
     assert row["local"] == 2
@@ -153,7 +153,7 @@ def test_a_planted_spill_is_caught():
 
 def test_unreadable_usage_is_an_error():
     with pytest.raises(ValueError, match="no resource usage"):
-        list(static_cuda.kernel_rows({("sm_90", "kernels_float16"): (planted("EXIT"), "")}))
+        list(static_cuda.kernel_rows({("sm_90", "ghost_float16"): (planted("EXIT"), "")}))
 
 
 def test_a_kernel_that_nobody_listed_has_a_row():
@@ -251,7 +251,7 @@ def test_results_have_the_present_kernels(sass, kernels, rows):
     committed = {r["kernel"]: r for r in RESULTS["kernels"] if r["arch"] == "sm_90"}
     assert [r for r in kernels if committed.get(r["kernel"]) != r] == [], STALE
     assert [r for r, old in zip(rows, RESULTS["modules"], strict=True) if r != old] == [], STALE
-    assert static_cuda.round_rows(sass["sm_90", "kernels_float16"][0]) == RESULTS["rounds"], STALE
+    assert static_cuda.round_rows(sass["sm_90", "ghost_float16"][0]) == RESULTS["rounds"], STALE
 
 
 @pytest.mark.parametrize("layout", ["nhwc", "nchw"])

@@ -8,10 +8,10 @@
 #include <mutex>
 #include <string>
 
-#include "../arguments.h"
-#include "../guard.h"
-#include "../program.h"
-#include "kernel.h"
+#include "common/arguments.h"
+#include "common/guard.h"
+#include "common/program.h"
+#include "cpu/dispatch.h"
 
 namespace py = pybind11;
 

@@ -1,10 +1,10 @@
 // The second half of a Ghost module: the depthwise convolution of x1, and where its results go.
 #pragma once
 
-#include "micro.h"
-#include "output.h"
-#include "parameters.h"
-#include "plan.h"
+#include "cpu/output.h"
+#include "cpu/parameters.h"
+#include "cpu/plan.h"
+#include "cpu/primary.h"
 
 namespace ghostfused::cpu::GHOSTFUSED_ISA {
 

@@ -1,7 +1,7 @@
 // Products of matrices that both lie along the summed dimension, as those of a fully connected layer do.
 #pragma once
 
-#include "vec.h"
+#include "cpu/vec.h"
 
 namespace ghostfused::cpu::GHOSTFUSED_ISA {
 

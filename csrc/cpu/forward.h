@@ -2,13 +2,13 @@
 // one instruction set.
 #pragma once
 
-#include "cheap.h"
-#include "fully_connected.h"
-#include "output.h"
-#include "pack.h"
-#include "parameters.h"
-#include "patches.h"
-#include "plan.h"
+#include "cpu/cheap.h"
+#include "cpu/fully_connected.h"
+#include "cpu/output.h"
+#include "cpu/pack.h"
+#include "cpu/parameters.h"
+#include "cpu/patches.h"
+#include "cpu/plan.h"
 
 namespace ghostfused::cpu::GHOSTFUSED_ISA {
 

@@ -1,11 +1,11 @@
 // The 1×1 convolution of a map of one pixel, with no ghosts: the head of a network.
 #pragma once
 
-#include "dot.h"
-#include "output.h"
-#include "pack.h"
-#include "parallel.h"
-#include "parameters.h"
+#include "cpu/dot.h"
+#include "cpu/output.h"
+#include "cpu/pack.h"
+#include "cpu/parallel.h"
+#include "cpu/parameters.h"
 
 namespace ghostfused::cpu::GHOSTFUSED_ISA {
 

@@ -1,9 +1,9 @@
 // All kernels. Each kernel_*.cpp file that includes this compiles them for one instruction set.
 #pragma once
 
-#include "depthwise.h"
-#include "forward.h"
-#include "squeeze_excite.h"
+#include "cpu/depthwise_conv.h"
+#include "cpu/forward.h"
+#include "cpu/squeeze_excite.h"
 
 namespace ghostfused::cpu::GHOSTFUSED_ISA {
 

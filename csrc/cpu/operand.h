@@ -1,7 +1,7 @@
 // What the 1×1 convolution multiplies: numbers as fp32, or bf16 in pairs where the CPU multiplies those.
 #pragma once
 
-#include "vec.h"
+#include "cpu/vec.h"
 
 namespace ghostfused::cpu::GHOSTFUSED_ISA {
 

@@ -1,7 +1,7 @@
 // Stores results: to x's type, through the output gate and the residual where there are any.
 #pragma once
 
-#include "vec.h"
+#include "cpu/vec.h"
 
 namespace ghostfused::cpu::GHOSTFUSED_ISA {
 

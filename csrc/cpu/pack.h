@@ -1,7 +1,7 @@
 // Copies x as an operand where the multiplication can't read it as it lies.
 #pragma once
 
-#include "plan.h"
+#include "cpu/plan.h"
 
 namespace ghostfused::cpu::GHOSTFUSED_ISA {
 

@@ -1,7 +1,7 @@
 // Runs units of work on as many threads as they are worth.
 #pragma once
 
-#include "vec.h"
+#include "cpu/vec.h"
 
 namespace ghostfused::cpu::GHOSTFUSED_ISA {
 

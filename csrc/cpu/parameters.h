@@ -1,7 +1,7 @@
 // Norms and depthwise weights as the kernels read them: fp32, a channel per lane.
 #pragma once
 
-#include "vec.h"
+#include "cpu/vec.h"
 
 namespace ghostfused::cpu::GHOSTFUSED_ISA {
 

@@ -3,7 +3,7 @@
 // channel).
 #pragma once
 
-#include "pack.h"
+#include "cpu/pack.h"
 
 namespace ghostfused::cpu::GHOSTFUSED_ISA {
 

@@ -1,8 +1,8 @@
 // How a module is cut into units of work, and the memory that a thread needs for one.
 #pragma once
 
-#include "micro.h"
-#include "parallel.h"
+#include "cpu/parallel.h"
+#include "cpu/primary.h"
 
 namespace ghostfused::cpu::GHOSTFUSED_ISA {
 

@@ -1,8 +1,8 @@
 // The gate of a squeeze-and-excite block: the means of x, and two fully connected layers. And global pooling.
 #pragma once
 
-#include "dot.h"
-#include "parallel.h"
+#include "cpu/dot.h"
+#include "cpu/parallel.h"
 
 namespace ghostfused::cpu::GHOSTFUSED_ISA {
 

@@ -8,7 +8,7 @@ from ..spec import Act, Args, DepthwiseArgs, GhostArgs, SqueezeExciteArgs, tenso
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_PATCH_CHANNELS = 16
-"""Input channels of a primary conv beyond 1×1 (``csrc/ghost_module.h``)."""
+"""Input channels of a primary conv beyond 1×1 (``csrc/common/parameters.h``)."""
 KERNEL_DW_SIZES = (1, 3, 5, 7)
 KERNEL_DEPTHWISE = ((3, 3), (5, 5), (7, 7), (1, 5), (5, 1))
 """Kernels of the ``depthwise`` op: those of stride-2 steps and of shortcuts, and those of DFC attention."""
@@ -85,7 +85,7 @@ def _squeeze_excite_refusal(args: SqueezeExciteArgs) -> str | None:
 
 _MAX_SIZE, _MAX_CHANNELS = 2**30, 2**26
 """The compiled kernels count each dimension in 32 bits, with room for what they add to it; their offsets have 64
-(``csrc/checker.h``)."""
+(``csrc/common/checker.h``)."""
 
 
 def placement_refusal(args: Args) -> str | None:

@@ -1,4 +1,4 @@
-"""Training in CUDA C++: the kernels of ``csrc/training*``. Nothing here fails without the extension."""
+"""Training in CUDA C++: the kernels of ``csrc/cuda/training``. Nothing here fails without the extension."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from .mutants import Mutant
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
 ORDERS = ("asc", "desc", "rand:7")
-HOST_SOURCES = ("binding.cpp", "bottleneck.cpp", "launch.cpp", "plan.cpp", "training.cpp", "training_binding.cpp")
+HOST_SOURCES = sorted(path.relative_to(CSRC) for path in (CSRC / "cuda").rglob("*.cpp"))
 LAYOUTS = (("nchw", "false"), ("nhwc", "true"))
 PATHS = {"float16": "Float16", "bfloat16": "BFloat16", "tf32": "TF32", "float32": "Float32"}
 
@@ -44,8 +44,8 @@ def kernel_tables(kernels: Iterable[str]) -> str:
         kernels |= {
             f"{path}_{step}_{dw}_{layout}" for step in ("cheap_statistics", "cheap_backward", "primary_backward")
         }
-    headers = ("bottleneck", "ghost_forward", "training_kernels", "training_primary")
-    lines = [*(f'#include "{header}.cuh"' for header in headers), "namespace ghostfused {"]
+    headers = ("bottleneck/bottleneck", "ghost/forward", "training/kernels", "training/primary")
+    lines = [*(f'#include "cuda/{header}.cuh"' for header in headers), "namespace ghostfused {"]
     for path, name in PATHS.items():
         entries = []
         for dw in ("dw3", "dw5", "any"):
@@ -86,7 +86,7 @@ def bottleneck_kernels(path: str) -> dict[str, str]:
 
 
 def training_kernels(path: str) -> dict[str, str]:
-    """Those of training_kernels.cuh's."""
+    """Those of training/kernels.cuh's."""
     entries = {
         f"{path}_{step}_{layout}": f"{step}<P, {last}>"
         for step in ("normalize", "normalize_backward")
@@ -141,12 +141,13 @@ def build(folder: Path, shared: Path, kernels: Iterable[str], mutant: Mutant | N
         (csrc / mutant.file).write_text(text.replace(mutant.old, mutant.new))
     objects = []
     for name in HOST_SOURCES:
-        if mutant is not None and (mutant.file == name or mutant.file.endswith(".h")):
-            objects.append(folder / f"{name}.o")
+        object_name = "_".join(name.parts)
+        if mutant is not None and (mutant.file == str(name) or mutant.file.endswith(".h")):
+            objects.append(folder / f"{object_name}.o")
             compile_file(csrc / name, objects[-1], csrc)
         else:
-            objects.append(shared / f"{name}.o")
-            with open(shared / f"{name}.lock", "w") as lock:
+            objects.append(shared / f"{object_name}.o")
+            with open(shared / f"{object_name}.lock", "w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 if not objects[-1].exists():
                     compile_file(CSRC / name, objects[-1], CSRC)

@@ -1,3 +1,0 @@
-#include "bottleneck.cuh"
-
-GHOSTFUSED_BOTTLENECK_KERNELS(Float16, "float16")

@@ -1,3 +1,0 @@
-#include "bottleneck.cuh"
-
-GHOSTFUSED_BOTTLENECK_KERNELS(Float32, "float32")

@@ -1,0 +1,105 @@
+// Which compilation of the kernels runs, and the scratch memory of their threads.
+#include "cpu/dispatch.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <string>
+
+#ifdef __x86_64__
+#include <cpuid.h>
+#endif
+
+namespace ghostfused::cpu {
+
+namespace {
+
+bool always() { return true; }
+#ifdef __x86_64__
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
+         __builtin_cpu_supports("f16c");
+}
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");
+}
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+
+// AMD's family 19h: those of it with AVX-512 are Zen 4.
+bool is_amd_19h() {
+  unsigned a, b, c, d;
+  if (!__get_cpuid(0, &a, &b, &c, &d) || b != signature_AMD_ebx) return false;
+  return __get_cpuid(1, &a, &b, &c, &d) && ((a >> 8) & 0xf) + ((a >> 20) & 0xff) == 0x19;
+}
+#endif
+
+}  // namespace
+
+const Isa kIsas[] = {
+    {"baseline", 4, always, &kBaseline},
+#ifdef __x86_64__
+    {"avx2", 8, has_avx2, &kAvx2},
+    {"avx512vl", 8, has_avx512, &kAvx512vl},
+    {"avx512vl_bf16", 8, has_avx512_bf16, &kAvx512vlBf16},
+    {"avx512", 16, has_avx512, &kAvx512},
+    {"avx512_bf16", 16, has_avx512_bf16, &kAvx512Bf16},
+#endif
+    {nullptr, 0, nullptr, nullptr},
+};
+
+const Isa* chosen_isa(const char** error) {
+  struct Choice {
+    const Isa* isa = nullptr;
+    std::string error;
+  };
+  static const Choice choice = [] {
+    Choice c;
+    const char* name = std::getenv("GHOSTFUSED_CPU_ISA");
+    if (name && *name) {
+      for (const Isa* isa = kIsas; isa->name; ++isa) {
+        if (std::strcmp(isa->name, name) == 0) c.isa = isa;
+      }
+      if (c.isa && c.isa->supported()) return c;
+      c.error =
+          std::string("GHOSTFUSED_CPU_ISA=") + name + (c.isa ? ": this CPU lacks it" : ": no such instruction set");
+      c.isa = nullptr;
+      return c;
+    }
+    int lanes = 16;
+#ifdef __x86_64__
+    // Zen 4 executes a 512-bit instruction as two halves: the shorter vector wastes fewer lanes at a row's end
+    if (is_amd_19h()) lanes = 8;
+#endif
+    for (const Isa* isa = kIsas; isa->name; ++isa) {
+      if (isa->lanes <= lanes && isa->supported()) c.isa = isa;
+    }
+    return c;
+  }();
+  *error = choice.error.c_str();
+  return choice.isa;
+}
+
+float* thread_scratch(int64_t floats) {
+  struct Free {
+    void operator()(float* p) const { std::free(p); }
+  };
+  if (floats < 0 || floats > kMaxScratch) {
+    throw std::runtime_error("x: a thread would need " + std::to_string(floats) +
+                             " floats of scratch memory for such sizes, expected at most " +
+                             std::to_string(kMaxScratch));
+  }
+  thread_local std::unique_ptr<float, Free> memory;
+  thread_local int64_t size = 0;
+  if (size < floats) {
+    size = 0;
+    memory.reset(static_cast<float*>(std::aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64)));
+    if (!memory) throw std::bad_alloc();
+    size = floats;
+  }
+  return memory.get();
+}
+
+}  // namespace ghostfused::cpu

@@ -1,0 +1,51 @@
+// What the binding and the tests see of the CPU kernels. Neither Torch nor an instruction set is needed to include it.
+#pragma once
+
+#include <cstdint>
+
+#include "common/parameters.h"
+
+namespace ghostfused::cpu {
+
+// Calls body(begin, end, context) for ranges that make up [0, count), on any threads, and returns when all are done.
+using Body = void (*)(int64_t begin, int64_t end, void* context);
+using ParallelFor = void (*)(int64_t count, Body body, void* context);
+
+struct Threads {
+  int count;
+  ParallelFor parallel_for;
+};
+
+// One compilation of the kernels.
+struct Kernels {
+  void (*forward)(const GhostForwardParams& params, const Threads& threads);
+  void (*depthwise)(const DepthwiseParams& params, const Threads& threads);
+  void (*squeeze_excite)(const SqueezeExciteParams& params, const Threads& threads);
+  // the means of x over height and width, to out
+  void (*global_pool)(const SqueezeExciteParams& params, const Threads& threads);
+  // nothing but that, in registers, as the path's 1×1 convolution does; returns the operations done
+  double (*multiply_adds)(int64_t count, Path path);
+};
+extern const Kernels kBaseline, kAvx2, kAvx512vl, kAvx512vlBf16, kAvx512,
+    kAvx512Bf16;  // each in the kernel_*.cpp file of its name
+
+struct Isa {
+  const char* name;
+  int lanes;  // floats in a vector
+  bool (*supported)();
+  const Kernels* kernels;
+};
+
+// Every compiled instruction set, slowest first; ends with a null name.
+extern const Isa kIsas[];
+
+// The one named by the environment variable GHOSTFUSED_CPU_ISA, else the fastest that this CPU has. Null, and an
+// explanation in *error, if the named one isn't compiled or this CPU lacks it.
+const Isa* chosen_isa(const char** error);
+
+// This thread's scratch memory, aligned to 64 bytes; valid until its next call. Throws for more than so many floats: on
+// all threads of a machine that might be more than it has.
+constexpr int64_t kMaxScratch = int64_t{1} << 28;
+float* thread_scratch(int64_t floats);
+
+}  // namespace ghostfused::cpu

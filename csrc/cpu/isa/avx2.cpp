@@ -1,0 +1,18 @@
+// AVX2 and FMA.
+#include <cstdint>
+#include <utility>
+#ifdef __x86_64__
+#include <immintrin.h>
+
+#include "cpu/dispatch.h"
+
+#pragma GCC target("avx2,fma,f16c,bmi,bmi2")
+#define GHOSTFUSED_ISA avx2
+#define GHOSTFUSED_LANES 8
+#define GHOSTFUSED_X86_HALVES
+#include "cpu/kernels.h"
+
+namespace ghostfused::cpu {
+const Kernels kAvx2 = avx2::kernels;
+}  // namespace ghostfused::cpu
+#endif  // __x86_64__

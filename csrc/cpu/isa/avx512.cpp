@@ -1,0 +1,19 @@
+// AVX-512 with 512-bit vectors.
+#include <cstdint>
+#include <utility>
+#ifdef __x86_64__
+#include <immintrin.h>
+
+#include "cpu/dispatch.h"
+
+#pragma GCC target("avx2,fma,f16c,bmi,bmi2,avx512f,avx512vl,avx512dq,avx512bw")
+#define GHOSTFUSED_ISA avx512
+#define GHOSTFUSED_LANES 16
+#define GHOSTFUSED_MANY_REGISTERS
+#define GHOSTFUSED_X86_HALVES
+#include "cpu/kernels.h"
+
+namespace ghostfused::cpu {
+const Kernels kAvx512 = avx512::kernels;
+}  // namespace ghostfused::cpu
+#endif  // __x86_64__

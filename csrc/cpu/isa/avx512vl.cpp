@@ -1,0 +1,19 @@
+// AVX-512 with 256-bit vectors, for CPUs whose units are 256 bits wide: twice the registers of AVX2.
+#include <cstdint>
+#include <utility>
+#ifdef __x86_64__
+#include <immintrin.h>
+
+#include "cpu/dispatch.h"
+
+#pragma GCC target("avx2,fma,f16c,bmi,bmi2,avx512f,avx512vl,avx512dq,avx512bw")
+#define GHOSTFUSED_ISA avx512vl
+#define GHOSTFUSED_LANES 8
+#define GHOSTFUSED_MANY_REGISTERS
+#define GHOSTFUSED_X86_HALVES
+#include "cpu/kernels.h"
+
+namespace ghostfused::cpu {
+const Kernels kAvx512vl = avx512vl::kernels;
+}  // namespace ghostfused::cpu
+#endif  // __x86_64__

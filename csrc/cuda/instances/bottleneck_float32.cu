@@ -1,0 +1,3 @@
+#include "cuda/bottleneck/bottleneck.cuh"
+
+GHOSTFUSED_BOTTLENECK_KERNELS(Float32, "float32")

@@ -1,0 +1,3 @@
+#include "cuda/ghost/forward.cuh"
+
+GHOSTFUSED_KERNELS(Float32, "float32")

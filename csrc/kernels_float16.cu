@@ -1,3 +1,0 @@
-#include "ghost_forward.cuh"
-
-GHOSTFUSED_KERNELS(Float16, "float16")

@@ -1,6 +1,0 @@
-#include "training_kernels.cuh"
-#include "training_primary.cuh"
-
-GHOSTFUSED_TRAINING_KERNELS(Float32, "float32")
-GHOSTFUSED_STATISTICS_KERNELS(Float32, "float32")
-GHOSTFUSED_STATISTICS_KERNELS(TF32, "tf32")
