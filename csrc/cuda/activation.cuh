@@ -43,4 +43,32 @@ __device__ __forceinline__ void activate(float (&x)[kCount], Act act, const floa
   }
 }
 
+// grad * act'(z), by PyTorch's conventions at the kinks.
+template <int kCount, bool kExact>
+__device__ __forceinline__ void activate_backward(float (&grad)[kCount], const float (&z)[kCount], Act act,
+                                                  const float (&slope)[kCount]) {
+  if (act == Act::kSiLU) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const float s = kExact ? 1.f / (1.f + expf(-z[i])) : __fdividef(1.f, 1.f + __expf(-z[i]));
+      grad[i] *= s * (1.f + z[i] * (1.f - s));
+    }
+  } else if (act == Act::kHardswish) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const float inner = z[i] < 3.f ? grad[i] * (z[i] * (1.f / 3.f) + 0.5f) : grad[i];
+      grad[i] = z[i] <= -3.f ? 0.f : inner;
+    }
+  } else {
+    const bool zero = act == Act::kReLU || act == Act::kReLU6;  // 0 * inf would be NaN
+    const float cap = act == Act::kReLU6 ? 6.f : __int_as_float(0x7f800000);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const float below = zero ? 0.f : grad[i] * slope[i];
+      grad[i] = z[i] <= 0.f ? below : grad[i];
+      grad[i] = zero && z[i] >= cap ? 0.f : grad[i];
+    }
+  }
+}
+
 }  // namespace ghostfused
