@@ -82,12 +82,12 @@ def update_running_statistics(norm: nn.Module, mean: Tensor, var: Tensor, sample
         return
     if weight is None:  # the mean of all batches
         weight = 0.0 if batches is None else 1 / batches.to(mean.dtype)
-    if isinstance(samples, Tensor):  # all processes' batches may be empty
-        weight = weight * (samples > 0).to(mean.dtype)
     unbiased = var * (samples / (samples - 1))
     for running, new in ((running_mean, mean), (running_var, unbiased)):
         if running is not None:
             new = new.to(running.dtype)
+            if isinstance(samples, Tensor):  # all processes' batches may be empty
+                new = torch.where(samples > 0, new, running)
             running.lerp_(new, weight.to(new.dtype) if isinstance(weight, Tensor) else weight)
 
 

@@ -10,8 +10,10 @@ import argparse
 import collections
 import functools
 import math
+import os
 import random
 import re
+import resource
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +39,10 @@ FLOATS = (math.nan, math.inf, -math.inf, -1.0, -1e-9, 0.0, 1e-5, 0.5, 1e300)
 LONG = (2**31 - 1, 2**31, 2**33, 2**40)
 """Sizes of a dimension that no kernel takes."""
 WORDS = {"code", "numbers", "tensors", "program", *(name for kind in STEPS.values() for name in kind.__annotations__)}
+
+
+_MEMORY = 12 << 30
+"""Bytes of addresses that the command may use: a call that needs more of them has slipped through the bounds."""
 
 
 class Call(NamedTuple):
@@ -365,6 +371,9 @@ def main() -> None:
     parser.add_argument("--backend", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--trace", type=Path)
     options = parser.parse_args()
+    if "libasan" not in os.environ.get("LD_PRELOAD", ""):  # which takes addresses for all the memory there could be
+        # what takes this much has gone wrong, and would take the machine along
+        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     counts = run(options.seed, options.calls, options.backend, options.first, options.trace)
     print(f"{Path(ops.__file__).parent}: {options.backend}, seed {options.seed}, {options.calls} calls: {dict(counts)}")
 

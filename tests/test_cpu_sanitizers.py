@@ -141,7 +141,7 @@ def _malformed_calls(link: list, tmp_path: Path) -> None:
         "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
     }  # fmt: skip
     command = [sys.executable, ROOT / "tests" / "fuzz_raw_ops.py", "--calls", "400", "--seed", "7"]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
     assert run.returncode == 0, f"{run.stdout}{run.stderr[-8000:]}"
     print(run.stdout)
     assert f"{library.parent}" in run.stdout

@@ -6,6 +6,7 @@ import itertools
 import json
 from pathlib import Path
 
+import fuzz_raw_ops
 import pytest
 import torch
 from cuda_runtime import ON_CPU, check, check_args, forward, needs_cuda, planned_for, run_in_order
@@ -322,3 +323,10 @@ def test_function_and_compile():
     for function in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
         with torch.no_grad():
             torch.testing.assert_close(function(on_gpu.x).cpu(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_malformed_calls():
+    """The binding's own checks; more of them run on the CPU: tests/test_raw_ops.py."""
+    counts = fuzz_raw_ops.run(seed=3, calls=60, backend="cuda")
+    assert counts["error"] > 0, counts
+    assert counts["right result"] > 0, counts

@@ -270,6 +270,19 @@ def test_a_map_that_is_given_is_not_cut_into_pieces():
 
 
 @needs_kernel
+def test_a_batch_beyond_the_bounds_is_not_cut_into_pieces():
+    with pytest.raises(RuntimeError, match=r"^x: expected 0 … 1073741824 along a dimension, got 2147483647"):
+        pool(torch.ones(()).expand(2**31 - 1, 3, 2, 2))
+
+
+@needs_kernel
+@pytest.mark.usefixtures("two_threads")
+def test_pieces_of_a_very_large_batch():
+    x = torch.randn(20000, 1, 2, 2)
+    torch.testing.assert_close(pool(x), x.mean((2, 3), keepdim=True))
+
+
+@needs_kernel
 @pytest.mark.parametrize("op", STEPS)
 def test_programs_name_the_step_and_the_argument(op):
     """In the order of the op's fields, whatever the field."""

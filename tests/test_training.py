@@ -17,7 +17,7 @@ from ghostfused.backends import reference_training, training
 from ghostfused.spec import TENSORS, GhostArgs
 from ghostfused.testing import Case, make_args, relative_error
 from ghostfused.testing_training import by_autograd, by_op, judge_training, wanted
-from ghostfused.training import ghost_module_training
+from ghostfused.training import ghost_module_training, update_running_statistics
 
 ACTS = [act.name.lower() for act in Act]
 TRAINED_NORMS = ["bn", "bn+bias", "bn_no_affine"]
@@ -388,3 +388,30 @@ def test_half_precision_module(dtype):
         assert relative_error(p.grad, q.grad) < 20 * torch.finfo(dtype).eps
     for p, q in zip(m.buffers(), exact.buffers(), strict=True):
         assert relative_error(p, q.double()) < 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_an_empty_batch_leaves_the_running_statistics_as_batchnorm_does(momentum):
+    module = FusedGhostModule(4, 6).train()
+    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = momentum
+    module(torch.randn(3, 4, 5, 5))
+    expected = copy.deepcopy(norms)
+    for norm in expected:
+        assert norm(torch.empty(0, norm.num_features, 5, 5)).shape[0] == 0
+    assert module(torch.empty(0, 4, 5, 5)).shape == (0, 6, 5, 5)
+    for norm, other in zip(norms, expected, strict=True):
+        assert norm.num_batches_tracked == 2
+        for name, buffer in norm.named_buffers():
+            assert torch.equal(buffer, other.get_buffer(name)), name
+
+
+def test_empty_batches_of_all_processes_leave_the_running_statistics():
+    """Their joint statistics are 0 / 0."""
+    norm = nn.BatchNorm2d(3)
+    norm.running_mean.fill_(5)
+    before = copy.deepcopy(norm.state_dict())
+    update_running_statistics(norm, torch.full((3,), torch.nan), torch.full((3,), torch.nan), torch.zeros(1))
+    assert torch.equal(norm.running_mean, before["running_mean"])
+    assert torch.equal(norm.running_var, before["running_var"])

@@ -155,7 +155,7 @@ constexpr auto run_steps = &run_program<Forward, Depthwise, SqueezeExcite, Globa
 
 // A program, one that is per image, on a batch: a few images at a time on each thread, so that what is made of them
 // stays in its core's cache, weights are read once for all of them, and no thread waits for another between two ops.
-constexpr int64_t kImages = 4;
+constexpr int64_t kImages = 4, kMaxRounds = 1024;  // of a batch so large that this doesn't do, a piece has more images
 
 class Batch {
  public:
@@ -220,8 +220,10 @@ Tensor run_batch(Tensor x, const Program& program) {
   if (program.per_image && x.dim() == 4) {
     const int64_t batch = x.size(0), threads = torch_threads().count;
     // as many for each thread
-    const int64_t pieces = (batch + kImages * threads - 1) / (kImages * threads) * threads;
+    const int64_t rounds = std::min((batch + kImages * threads - 1) / (kImages * threads), kMaxRounds);
+    const int64_t pieces = rounds * threads;
     if (pieces > 1 && pieces <= batch) {
+      size32("x", batch);
       Checker(x).check("x", x, {batch, x.size(1), x.size(2), x.size(3)});  // before anything else makes pieces of it
       return Batch(x, pieces, program).run();
     }
