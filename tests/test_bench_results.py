@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -136,6 +137,10 @@ def test_report_is_self_contained_and_has_every_module(tmp_path, capsys, paper_l
         "speedup_cpu_float32_b1_nchw.png", "roofline_cpu_float32_b1_nchw.png", "latency_cpu_paper_float32_nchw.png",
     }  # fmt: skip
     assert page.count("data:image/png;base64,") == len(pngs)
+    first, second, *_ = re.findall("<h2>(.*?)</h2>", page)
+    assert first.startswith("Latency against batch")
+    assert second.startswith("Speed-up per module")
+    assert page.index("openvino_default") < page.index(paper_layers[0].name)  # networks' tables too come first
 
 
 def test_speedup_figure_has_a_bar_for_every_module(paper_layers):
