@@ -31,6 +31,7 @@ check: $(VENV)/built
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(VENV)/bin/clang-format --dry-run --Werror $(SOURCES)
+	$(PY) tests/oldest_torch.py $(VENV)/oldest-torch
 
 # The package is read, not imported. The variable silences the notice of Material's makers.
 docs: $(VENV)/installed

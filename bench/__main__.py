@@ -22,11 +22,12 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     for name in COMMANDS:
         module = importlib.import_module(f"bench.{name}")
-        sub = commands.add_parser(name, help=module.main.__doc__, description=module.__doc__)
+        short = (module.main.__doc__ or "").replace("%", "%%")  # argparse formats help, and no description
+        sub = commands.add_parser(name, help=short, description=module.__doc__)
         module.add_arguments(sub)
         sub.set_defaults(main=module.main)
     for name, what in FORWARDED.items():
-        commands.add_parser(name, help=what)
+        commands.add_parser(name, help=what.replace("%", "%%"))
     options = parser.parse_args(argv)
     return options.main(options)
 

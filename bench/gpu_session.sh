@@ -10,15 +10,16 @@
 # The times are limits; a step gets no more than what is left. STEPS, all by default and in this order (those from tests on with
 # 10 minutes only): build info verify module predicted counters full warm compiled tests warm_triton triton nchw batch1 float32
 # network network_compiled training memcheck racecheck launches overhead memory
-#   SECONDS_LEFT=… instead of the minutes   PYTHON=python3   LAUNCH='a command before every python'
-#   REHEARSAL=1  tiny inputs and few samples, tests are collected and not run: to try the script with a GPU that is none
+#   SECONDS_LEFT=… instead of the minutes   PYTHON=python3
+#   REHEARSAL=1  tiny inputs and few samples, tests are collected and not run: to try the script with a GPU that is none.
+#   LAUNCH=…     then runs in PYTHON's place wherever CUDA tensors are used: $PTX_ON_CPU/run-extension _C.so python tests/fake_gpu.py
 #   PRINT=1      prints the commands and runs none
 # shellcheck disable=SC2329  # the steps are called by name
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
 
 if [[ -z ${1:-} || $1 == -* || ! ${2:-3} =~ ^(3|10)$ ]]; then
-  sed -n '2,18s/^# \?//p' "$0"
+  sed -n '2,19s/^# \?//p' "$0"
   exit 2
 fi
 mkdir -p "$1" || exit 2
@@ -28,7 +29,7 @@ shift
 [[ $# -eq 0 ]] || shift
 LEFT=${SECONDS_LEFT:-$((MINUTES * 60 - 20))}
 PYTHON=${PYTHON:-python3}
-REHEARSAL=${REHEARSAL:-}
+REHEARSAL=${REHEARSAL:+1}
 PRINT=${PRINT:-}
 CORES=$(nproc)
 CONFIGS=tests/data/ghost_configs.jsonl
@@ -37,7 +38,7 @@ MOST_BYTES=$((15 << 20)) # of a file that comes back
 W=$(mktemp -d "${TMPDIR:-/tmp}/gpu_session.XXXX") || exit 2
 FAILED=0
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
-read -ra PY <<<"${LAUNCH:-} $PYTHON"
+read -ra PY <<<"${LAUNCH:-$PYTHON}"
 
 QUICK=(build info verify module predicted counters full warm compiled)
 REST=(tests warm_triton triton nchw batch1 float32 network network_compiled training memcheck racecheck launches overhead memory)
@@ -67,7 +68,7 @@ note() {
 
 # step NAME SECONDS COMMAND...: at most SECONDS, and no longer than what is left; its output to NAME.txt, the end of it shown
 step() {
-  local name=$1 limit=$2 start=$SECONDS left=$((LEFT - SECONDS)) code
+  local name=$1 limit=$(($2 * (REHEARSAL ? 4 : 1))) start=$SECONDS left=$((LEFT - SECONDS)) code
   shift 2
   if [[ $PRINT ]]; then
     echo "$name: $*"
@@ -82,7 +83,7 @@ step() {
   tail -n "${TAIL:-8}" "$W/$name.txt" | cut -c1-300
   case $code in
     0) note "$name: ok, $((SECONDS - start)) s" ;;
-    124 | 137) note "$name: stopped after $((SECONDS - start)) s; its files hold what was done" ;;
+    124 | 137) note "$name: ${REHEARSAL:+FAILED, }stopped after $((SECONDS - start)) s; its files hold what was done" ;;
     *) note "$name: FAILED with exit code $code, $((SECONDS - start)) s" ;;
   esac
 }
@@ -107,8 +108,8 @@ NETWORK=(--network paper)
 COUNTS=(--network paper)
 if [[ $REHEARSAL ]]; then
   MODULES=(--network paper:0.1 --size 32 --only blocks.0,blocks.8.0.ghost2 --samples 3 --repeats 2)
-  NETWORK=(--network paper:0.1 --size 32 --samples 3 --repeats 2)
-  COUNTS=(--network paper:0.1 --size 32)
+  NETWORK=(--network tests/small_network.py:small --size 16 --samples 3 --repeats 1)
+  COUNTS=(--network tests/small_network.py:small --size 16)
   HALF=(--dtype float16 --batch 2 --layout nhwc)
 fi
 profiled_modules() { # the arguments of `profile` that choose modules
@@ -208,9 +209,9 @@ warm_up() {
   local name=$1 limit=$2 shards=$((CORES > 8 ? 8 : CORES))
   shift 2
   # shellcheck disable=SC2016
-  step "$name" "$limit" bash -c 'shards=$1; shift; failed=0
-    for ((i = 0; i < shards; i++)); do OMP_NUM_THREADS=2 "$@" --shard $i/$shards & done
-    for ((i = 0; i < shards; i++)); do wait -n || failed=1; done; exit $failed' \
+  step "$name" "$limit" bash -c 'shards=$1; shift; failed=0; pids=()
+    for ((i = 0; i < shards; i++)); do OMP_NUM_THREADS=2 "$@" --shard $i/$shards & pids+=($!); done
+    for pid in "${pids[@]}"; do wait "$pid" || failed=1; done; exit $failed' \
     warm "$shards" "${PY[@]}" -m bench module "$@" --device cuda --samples 3 --repeats 1
 }
 
@@ -226,8 +227,8 @@ step_compiled() {
 
 # ---- with ten minutes
 
-step_tests() { # found by their marker; pytest ends with a code of its own, and so this step FAILED, if that finds none
-  local how=(-m gpu)
+step_tests() { # found by their marks; pytest's code, and so this step, says if that finds none or all of them are skipped
+  local how=(-m "cuda or triton" --some-must-run)
   if [[ ! $PRINT ]] && ! "$PYTHON" -c 'import pytest, hypothesis' 2>/dev/null; then
     note "tests: skipped, pytest or hypothesis can't be imported here; the step verify checks the same kernels"
     return
@@ -237,7 +238,7 @@ step_tests() { # found by their marker; pytest ends with a code of its own, and 
   elif [[ $PRINT ]] || "$PYTHON" -c 'import xdist' 2>/dev/null; then
     how+=(-n "$((CORES > 4 ? CORES / 2 : 2))")
   fi
-  TAIL=20 python_step tests 150 -m pytest -q -rfE --maxfail=40 -p no:cacheprovider "${how[@]}" tests
+  TAIL=20 step tests 150 "$PYTHON" -m pytest -q -rfE --maxfail=40 -p no:cacheprovider "${how[@]}" tests
 }
 
 step_warm_triton() {

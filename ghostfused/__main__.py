@@ -14,7 +14,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m ghostfused", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, module in COMMANDS.items():
-        sub = commands.add_parser(name, help=module.main.__doc__, description=module.__doc__)
+        short = (module.main.__doc__ or "").replace("%", "%%")  # argparse formats help, and no description
+        sub = commands.add_parser(name, help=short, description=module.__doc__)
         module.add_arguments(sub)
         sub.set_defaults(main=module.main)
     options = parser.parse_args(argv)

@@ -19,6 +19,22 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--some-must-run",
+        action="store_true",
+        help="fail if no test ran, each skipped: for machines that have all it takes",
+    )
+
+
+def pytest_sessionfinish(session, exitstatus):
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None or not session.config.getoption("some_must_run") or session.config.option.collectonly:
+        return
+    if exitstatus == pytest.ExitCode.OK and not reporter.stats.get("passed"):
+        session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
+
+
 @pytest.fixture(autouse=True)
 def _fixed_seed_and_settings():
     """Every test starts from one seed, and leaves PyTorch's global settings as it found them."""

@@ -5,6 +5,8 @@ Three environments, since each has to be set before torch or Triton is imported:
 1. as it is: everything that needs no kernel, and on a GPU the kernels too;
 2. Triton's interpreter, where there is no GPU;
 3. the compiled CUDA extension on the CPU, where there is no GPU and PTX_ON_CPU names a ptx-on-cpu folder.
+
+The marks ``triton`` and ``cuda`` tell which tests the last two run; on a GPU, ``-m "cuda or triton"`` are those that use it.
 """
 
 from __future__ import annotations
@@ -17,18 +19,6 @@ from pathlib import Path
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 PYTEST = [sys.executable, "-m", "pytest", "-rfEs", "-p", "no:cacheprovider"]
-INTERPRETED = [
-    "tests/test_triton.py",
-    "tests/test_triton_bottleneck.py",
-    "tests/test_triton_training.py",
-    "tests/test_training_kernels.py",
-]
-ON_CUDA_TENSORS = [
-    "tests/test_cuda.py",
-    "tests/test_cuda_bottleneck.py",
-    "tests/test_cuda_training.py",
-    "tests/test_training_kernels.py",
-]
 
 
 def run(title: str, command: list[str], **environment: str) -> bool:
@@ -53,18 +43,15 @@ def main() -> int:
     if tool:
         os.environ["PTX_ON_CPU"] = tool = str((ROOT / tool).resolve())
     extension = next((ROOT / "ghostfused").glob("_C*.so"), None)
-    later = [] if gpu else [*INTERPRETED, *(ON_CUDA_TENSORS if tool and extension else [])]
-    results = [run("tests", [*PYTEST, *workers, "tests", *(f"--ignore={file}" for file in later)])]
+    pytest = [*PYTEST, *workers, "tests", "-m"]
+    now = "" if gpu else "not triton and not cuda" if tool and extension else "not triton"
+    results = [run("tests", [*pytest, now])]
     if not gpu:
-        results.append(
-            run("Triton kernels in the interpreter", [*PYTEST, *workers, *INTERPRETED], TRITON_INTERPRET="1")
-        )
+        results.append(run("Triton kernels in the interpreter", [*pytest, "triton"], TRITON_INTERPRET="1"))
         if tool and extension:
             runner = [f"{tool}/run-extension", str(extension)]
             translation = os.environ.get("OPT", "-O0")  # of the PTX: more takes longer than all the tests
-            results.append(
-                run("compiled CUDA kernels on the CPU", [*runner, *PYTEST, *workers, *ON_CUDA_TENSORS], OPT=translation)
-            )
+            results.append(run("compiled CUDA kernels on the CPU", [*runner, *pytest, "cuda"], OPT=translation))
     return 0 if all(results) else 1
 
 

@@ -19,7 +19,7 @@ from ghostfused.backends import cuda
 from ghostfused.spec import TENSORS, Act
 from ghostfused.testing import Case, make_args, to_device
 
-pytestmark = needs_cuda
+pytestmark = [pytest.mark.cuda, needs_cuda]
 
 PATHS = {
     "float16": {"dtype": torch.float16},

@@ -19,7 +19,7 @@ from ghostfused.backends import choose, cuda
 from ghostfused.spec import Act, Args
 from ghostfused.testing import Case, DepthwiseCase, SqueezeExciteCase, judge, make, make_args, to_device
 
-pytestmark = needs_cuda
+pytestmark = [pytest.mark.cuda, needs_cuda]
 
 
 def check(*several: cases.Case | Args) -> None:

@@ -21,7 +21,7 @@ from ghostfused.backends import training
 from ghostfused.spec import TENSORS, GhostArgs
 from ghostfused.testing import Case, make_args, to_device
 
-pytestmark = needs_cuda
+pytestmark = [pytest.mark.cuda, needs_cuda]
 
 STEP = Case(2, 20, 9, 11, 39, act_primary="silu", act_cheap="none", **ALL_INPUTS)
 

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from cuda_runtime import ON_CPU
 from networks import KERNEL, assert_same, first, fused_inside, network
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -308,7 +309,8 @@ def test_graphed_copies_inputs_and_outputs(monkeypatch):
             run(x.double(), y)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.cuda
+@pytest.mark.skipif(ON_CPU or not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 @pytest.mark.parametrize("name", ["small", "ghostnet_050", "ghostnetv2_100"])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_graphed_on_a_gpu(name, autocast):

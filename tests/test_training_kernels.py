@@ -18,8 +18,7 @@ from ghostfused.backends import reference_training
 from ghostfused.spec import TENSORS, GhostArgs, memory_format
 from ghostfused.testing import Case, make_args, relative_error
 
-if not BACKENDS:
-    pytest.skip(NEEDS, allow_module_level=True)
+pytestmark = [pytest.mark.cuda, pytest.mark.triton, pytest.mark.skipif(not BACKENDS, reason=NEEDS)]
 
 SMOOTH = ["none", "silu"]
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from draws import ACTS, LAYOUTS, NORMS
 from hypothesis import given, settings
+from triton_runtime import DEVICE, needs_triton
 
 from ghostfused import ghost_module, reference
 from ghostfused.backends import triton
@@ -16,10 +17,7 @@ from ghostfused.backends.triton_configs import run_length
 from ghostfused.ops import forward_op
 from ghostfused.testing import Case, judge, make_args, to_device
 
-if not triton.INTERPRETED and not torch.cuda.is_available():
-    pytest.skip("needs a GPU, or TRITON_INTERPRET=1 before Python starts", allow_module_level=True)
-
-DEVICE = "cuda" if torch.cuda.is_available() and not triton.INTERPRETED else "cpu"
+pytestmark = [pytest.mark.triton, needs_triton]
 BACKENDS = ["triton", "triton_two_kernel"]
 HALVES = [torch.float16, torch.bfloat16]
 ROWS = [json.loads(line) for line in (Path(__file__).parent / "data" / "ghost_configs.jsonl").read_text().splitlines()]

@@ -8,13 +8,15 @@ import pytest
 import torch
 from draws import DTYPES, LAYOUTS
 from hypothesis import given, settings
-from test_triton import DEVICE
+from triton_runtime import DEVICE, needs_triton
 
 from ghostfused import functional
 from ghostfused.backends import triton, triton_bottleneck
 from ghostfused.ops import forward_op
 from ghostfused.spec import Act, Args
 from ghostfused.testing import DepthwiseCase, SqueezeExciteCase, judge, make, to_device
+
+pytestmark = [pytest.mark.triton, needs_triton]
 
 
 @pytest.fixture(autouse=True)

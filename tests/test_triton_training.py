@@ -3,7 +3,8 @@ rest."""
 
 import pytest
 import torch
-from training_runtime import ALL_INPUTS, BACKENDS, NEEDS, device
+from training_runtime import ALL_INPUTS
+from triton_runtime import DEVICE, needs_triton
 
 from ghostfused import FusedGhostModule, ops
 from ghostfused.backends import training, triton_training
@@ -11,10 +12,7 @@ from ghostfused.spec import TENSORS
 from ghostfused.testing import Case, make_args, to_device
 from ghostfused.testing_training import wanted
 
-if "triton" not in BACKENDS:
-    pytest.skip(NEEDS, allow_module_level=True)
-
-DEVICE = device("triton")
+pytestmark = [pytest.mark.triton, needs_triton]
 
 
 def test_only_what_is_asked_for(monkeypatch):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton_runtime
 from cuda_runtime import ON_CPU, planned_for
 from torch import Tensor
 
@@ -20,12 +21,11 @@ NORMS = ["bn", "bn+bias", "bn_no_affine"]
 ALL_INPUTS = {"input_gate": True, "residual": True, "output_gate": True}
 
 BACKENDS = [
-    *(["triton"] if triton.INTERPRETED or (triton.unavailable() is None and not ON_CPU) else []),
+    *(["triton"] if triton_runtime.unavailable is None else []),
     *(["cuda"] if cuda.unavailable() is None else []),
 ]
 NEEDS = (
-    "needs a GPU, or TRITON_INTERPRET=1 before Python starts, or the compiled kernels under "
-    "$PTX_ON_CPU/run-extension ghostfused/_C*.so"
+    f"Triton: {triton_runtime.unavailable}; or the compiled kernels under $PTX_ON_CPU/run-extension ghostfused/_C*.so"
 )
 
 
