@@ -181,7 +181,9 @@ def environment(results: Results) -> str:
     facts = [e for e, _ in results]
     where = sorted({title(e) for e in facts})
     commits = sorted({f"{(e['commit'] or 'unknown')[:10]}{' with changes' if e['dirty'] else ''}" for e in facts})
-    return f"{'; '.join(where)}; commit {', '.join(commits)}; {min(e['time'] for e in facts)[:10]}.\n"
+    wider = sorted({m[1] for e in facts if (m := re.search(r"--others-tolerance (\S+)", e["command"])) and m[1] != "1"})
+    limit = f"; limit of the others' errors: {', '.join(wider)} times ours" if wider else ""
+    return f"{'; '.join(where)}; commit {', '.join(commits)}; {min(e['time'] for e in facts)[:10]}{limit}.\n"
 
 
 BLOCKS: dict[str, Callable[[Results], str]] = {

@@ -369,6 +369,9 @@ def test_the_headline_marks_ties_against_every_peer(tmp_path, monkeypatch):
     assert modules_alone[1:] == ["6.00 ms", "1.50×", "0.70× |"]  # slower is shown as well
     (facts,) = (facts for facts, rows in results if rows[0]["kind"] == "network")
     assert (facts["commit"] or "unknown")[:10] in caption
+    assert "limit of the others' errors" not in caption
+    facts["command"] += " --others-tolerance 4"  # a judgement that was milder to others is told
+    assert "limit of the others' errors: 4 times ours" in readme.headline(results)
     assert "`fuse(model)`, batch 1" in whole[0]
     facts["ghostfused"] = "0.1.0"  # of which the same name meant more
     assert readme.RECORDED in readme.headline(results)
