@@ -7,7 +7,7 @@ SOURCES := $(wildcard csrc/*.* csrc/cpu/*.*)
 # One architecture for local builds: the GPU's if there is one, else sm_80 with PTX, which the CPU runner executes.
 export TORCH_CUDA_ARCH_LIST ?= $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1),8.0+PTX)
 
-.PHONY: demo test check docs format bench readme-figures clean
+.PHONY: demo test check docs format bench readme-figures rehearse clean
 
 $(VENV)/installed: pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
@@ -49,5 +49,10 @@ bench: $(VENV)/built
 readme-figures: $(VENV)/built
 	$(PY) -m bench readme
 
+# A session on a machine with a GPU, without one: see tests/rehearse.sh.
+PYTHON312 ?= python3.12
+rehearse:
+	PYTHON312=$(PYTHON312) tests/rehearse.sh $(VENV)-rehearsal
+
 clean:
-	rm -rf $(VENV) build out *.egg-info ghostfused/*.so
+	rm -rf $(VENV) $(VENV)-rehearsal build out *.egg-info ghostfused/*.so

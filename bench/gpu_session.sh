@@ -12,7 +12,7 @@
 # network network_compiled training memcheck racecheck launches overhead memory
 #   SECONDS_LEFT=… instead of the minutes   PYTHON=python3
 #   REHEARSAL=1  tiny inputs and few samples, tests are collected and not run: to try the script with a GPU that is none.
-#   LAUNCH=…     then runs in PYTHON's place wherever CUDA tensors are used: $PTX_ON_CPU/run-extension _C.so python tests/fake_gpu.py
+#   LAUNCH=tests/on_fake_gpu.sh  stands before PYTHON wherever CUDA tensors are used
 #   PRINT=1      prints the commands and runs none
 # shellcheck disable=SC2329  # the steps are called by name
 set -uo pipefail
@@ -38,7 +38,7 @@ MOST_BYTES=$((15 << 20)) # of a file that comes back
 W=$(mktemp -d "${TMPDIR:-/tmp}/gpu_session.XXXX") || exit 2
 FAILED=0
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
-read -ra PY <<<"${LAUNCH:-$PYTHON}"
+PY=(${LAUNCH:+"$LAUNCH"} "$PYTHON")
 
 QUICK=(build info verify module predicted counters full warm compiled)
 REST=(tests warm_triton triton nchw batch1 float32 network network_compiled training memcheck racecheck launches overhead memory)

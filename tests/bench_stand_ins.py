@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
+import pytest
 import torch
 
 from bench import cases, peers, results
@@ -14,6 +16,9 @@ from ghostfused import FusedGhostModule
 
 QUICK = Method(cache="warm", samples=3, repeats=2, warmup=0)
 SHAPE = (8, 6, 6)
+needs_matplotlib = pytest.mark.skipif(
+    importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed"
+)
 
 
 def small_ghost_module() -> torch.nn.Module:

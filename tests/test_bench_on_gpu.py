@@ -74,6 +74,7 @@ def test_network_and_report(tmp_path):
     rows = bench(results_of / "network.jsonl", "network", *arguments, "--peers", ",".join(PEERS), "--device", "cuda")
     assert statuses(rows, "batch", "peer") == {(batch, peer): "ok" for batch in (1, 2) for peer in PEERS}
     assert {row["clock"] for row in rows if "clock" in row} == {"wall", "events"}
+    pytest.importorskip("matplotlib")
     report = [sys.executable, "-m", "bench", "report", str(results_of), "--output", str(tmp_path / "report")]
     done = subprocess.run(report, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -81,7 +81,8 @@ def demo_rows(demo) -> list:
 
 
 def test_the_demos_table_fits_80_columns():
-    pytest.importorskip("timm"), pytest.importorskip("sklearn")
+    for package in ("timm", "sklearn", "matplotlib", "rich"):
+        pytest.importorskip(package)
     from rich.console import Console
 
     demo = load("demo")
@@ -111,7 +112,8 @@ def test_the_demos_table_fits_80_columns():
 
 
 def test_the_demos_plot_shows_spread(monkeypatch, tmp_path):
-    pytest.importorskip("timm"), pytest.importorskip("sklearn")
+    for package in ("timm", "sklearn", "matplotlib", "rich"):
+        pytest.importorskip(package)
     demo = load("demo")
     figures = []
     monkeypatch.setattr(demo.plt, "close", figures.append)

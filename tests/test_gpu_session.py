@@ -27,7 +27,9 @@ done
 
 
 def session(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    variables = {k: v for k, v in os.environ.items() if k not in ("PRINT", "REHEARSAL", "LAUNCH", "SECONDS_LEFT", "PYTHON")}
+    variables = {
+        k: v for k, v in os.environ.items() if k not in ("PRINT", "REHEARSAL", "LAUNCH", "SECONDS_LEFT", "PYTHON")
+    }
     variables |= {"FAILS": "", "HANGS": "", **environment}
     command = ["bash", str(SCRIPT), str(folder / "out"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=variables, cwd=folder)
