@@ -7,7 +7,7 @@ SOURCES := $(shell find csrc -type f)
 # One architecture for local builds: the GPU's if there is one, else sm_80 with PTX, which the CPU runner executes.
 export TORCH_CUDA_ARCH_LIST ?= $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1),8.0+PTX)
 
-.PHONY: demo test check format bench readme-figures rehearse clean
+.PHONY: demo test check docs format bench readme-figures rehearse clean
 
 $(VENV)/installed: pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
@@ -32,6 +32,11 @@ check: $(VENV)/built
 	$(PY) -m mypy
 	$(VENV)/bin/clang-format --dry-run --Werror $(SOURCES)
 	$(PY) tests/oldest_torch.py $(VENV)/oldest-torch
+
+# The package is read, not imported. The variable silences the notice of Material's makers.
+docs: $(VENV)/installed
+	$(PY) tools/api_pages.py
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict
 
 format: $(VENV)/built
 	$(PY) -m ruff check --fix .

@@ -1,14 +1,15 @@
-"""Fills README's generated blocks from the committed results, so that no number there is typed by hand.
+"""Fills the generated blocks of README and docs from the committed results, so that no number there is typed by hand.
 
 A block is what lies between ``<!-- begin generated: WHAT FOLDER -->`` and ``<!-- end generated -->``; FOLDER is one in
-bench/results, WHAT is modules, network, memory, launches, overhead, environment, or figure:NAME with a PNG's name in
-the report, such as figure:speedup_cpu_float32_b1_nhwc. Figures go to docs/figures.
+bench/results, WHAT is headline, modules, network, memory, launches, overhead, environment, or figure:NAME with a PNG's
+name in the report, such as figure:speedup_cpu_float32_b1_nhwc. Figures go to docs/figures.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,17 @@ README = ROOT / "README.md"
 FIGURES = ROOT / "docs" / "figures"
 BLOCK = re.compile(r"(<!-- begin generated: (\S+) (\S+) -->\n)(.*?)(<!-- end generated -->)", re.DOTALL)
 
+HEADLINE = (
+    ("ghostfused_cpu", 1), ("ghostfused_cpu", 4), ("ghostfused_cpu", 16),
+    ("ghostfused_cpu_module", 1), ("ghostfused_cpu_module", 16),
+)  # fmt: skip
+"""The rows of the table that README begins with: one of ours, and the batch."""
+SETTING = ("float32", "nchw", "inference")
+"""Its dtype, layout and mode: the one that every engine takes."""
+RECORDED = "whole model recorded as one program"
+WHAT_RAN = {"ghostfused_cpu": "`fuse(model)`", "ghostfused_cpu_module": '`fuse(model, level="module")`'}
+"""Ours in a user's words."""
+
 Results = list[tuple[dict, list[dict]]]
 
 
@@ -35,7 +47,7 @@ def _markdown(head: list[str], rows: list[list[str]]) -> str:
 def _rows(results: Results, kind: str) -> list[dict]:
     rows = [row for _, rows in results for row in rows if row["kind"] == kind]
     if not rows:
-        raise SystemExit(f"README has a block for {kind}, of which the results folder has no row")
+        raise SystemExit(f"a page has a block for {kind}, of which the results folder has no row")
     return rows
 
 
@@ -69,6 +81,44 @@ def modules(results: Results) -> str:
     )
 
 
+def _of_kind(results: Results, kind: str) -> Results:
+    """The files that have rows of ``kind``."""
+    found = [(facts, rows) for facts, rows in results if any(row["kind"] == kind for row in rows)]
+    return found or [({}, _rows(results, kind))]
+
+
+def _note(peer: str, results: Results) -> str | None:
+    """What a name of ours meant when its results were made, if it means something else now."""
+    versions = {facts["ghostfused"] for facts, _ in _of_kind(results, "network")}
+    before_capture = all(version.startswith("0.1.") for version in versions)
+    return RECORDED if peer == "ghostfused_cpu" and before_capture else None
+
+
+def headline(results: Results) -> str:
+    """For each of ``HEADLINE``'s rows its time, and its speed-up over everybody else who takes the same input."""
+    timed = [r for r in _rows(results, "network") if (r["dtype"], r["layout"], r["mode"]) == SETTING]
+    timed = [r for r in timed if r["status"] == "ok"]
+    by_case = {(r["peer"], r["batch"]): Timing.from_row(r["ms"]) for r in timed}
+    others = [p for p in dict.fromkeys(p for p, _ in by_case) if not p.startswith("ghostfused")]
+    networks = sorted({f"{r['name']} at {r['size']}²" for r in timed})
+    lines = []
+    for ours, batch in HEADLINE:
+        if (ours, batch) not in by_case:
+            raise SystemExit(f"the headline wants {ours} at batch {batch}, which the results folder has not")
+        own = by_case[ours, batch]
+        cells = [_speedup(by_case.get((p, batch)), own) for p in others]
+        lines.append([f"{_note(ours, results) or WHAT_RAN[ours]}, batch {batch}", f"{own.p50:.2f} ms", *cells])
+    head = [f"{', '.join(networks)}, {SETTING[0]}", "time", *(f"over `{p}`" for p in others)]
+    return _markdown(head, lines) + f"\n*{environment(_of_kind(results, 'network')).strip()}*\n"
+
+
+def _speedup(other: Timing | None, own: Timing) -> str:
+    """``own``'s speed-up over ``other``, and whether it is within the spread."""
+    if other is None:
+        return "–"
+    return f"{other.p50 / own.p50:.2f}×{' (tie)' if verdict(other, own) == 'tie' else ''}"
+
+
 def network(results: Results) -> str:
     """ms per batch, a line for each peer, a column for each batch."""
     rows = _rows(results, "network")
@@ -83,7 +133,8 @@ def network(results: Results) -> str:
         cells = [_network_cell(by_batch.get(b), base.get(b)) for b in batches]
         *what, mode = where
         what += [] if mode == "inference" else [mode.replace("_", " ")]
-        body.append([", ".join(what), f"`{peer}`", *cells])
+        note = _note(peer, results)
+        body.append([", ".join(what), f"`{peer}`{f' ({note})' if note else ''}", *cells])
     return _markdown(["network", "peer", *(f"batch {b}" for b in batches)], body)
 
 
@@ -130,11 +181,13 @@ def environment(results: Results) -> str:
     facts = [e for e, _ in results]
     where = sorted({title(e) for e in facts})
     commits = sorted({f"{(e['commit'] or 'unknown')[:10]}{' with changes' if e['dirty'] else ''}" for e in facts})
-    return f"{'; '.join(where)}; commit {', '.join(commits)}; {min(e['time'] for e in facts)[:10]}.\n"
+    wider = sorted({m[1] for e in facts if (m := re.search(r"--others-tolerance (\S+)", e["command"])) and m[1] != "1"})
+    limit = f"; limit of the others' errors: {', '.join(wider)} times ours" if wider else ""
+    return f"{'; '.join(where)}; commit {', '.join(commits)}; {min(e['time'] for e in facts)[:10]}{limit}.\n"
 
 
 BLOCKS: dict[str, Callable[[Results], str]] = {
-    f.__name__: f for f in (modules, network, memory, launches, overhead, environment)
+    f.__name__: f for f in (headline, modules, network, memory, launches, overhead, environment)
 }
 
 
@@ -145,7 +198,7 @@ def load(folder: str, root: Path = RESULTS) -> Results:
 def find_figure(name: str, results: Results) -> report.Figure:
     known = {f[1]: f for e, rows in results for f in report.figures_of(e, rows)}
     if name not in known:
-        raise SystemExit(f"README wants figure:{name}; the results allow {', '.join(known)}")
+        raise SystemExit(f"a page wants figure:{name}; the results allow {', '.join(known)}")
     return known[name]
 
 
@@ -153,8 +206,14 @@ def figure_path(name: str, folder: str) -> Path:
     return FIGURES / f"{folder}_{name}.png"
 
 
-def fill(text: str, root: Path = RESULTS) -> str:
-    """``text`` with every block made anew; draws nothing."""
+def pages() -> list[Path]:
+    """README and the pages of docs that have a block."""
+    found = [README, *sorted((ROOT / "docs").rglob("*.md"))]
+    return [page for page in found if BLOCK.search(page.read_text(encoding="utf-8"))]
+
+
+def fill(text: str, page: Path = README, root: Path = RESULTS) -> str:
+    """``text``, that of ``page``, with every block made anew; draws nothing."""
 
     def block(match: re.Match) -> str:
         begin, what, folder, _, end = match.groups()
@@ -162,25 +221,27 @@ def fill(text: str, root: Path = RESULTS) -> str:
         if what.startswith("figure:"):
             name = what.removeprefix("figure:")
             heading = find_figure(name, results)[0]
-            content = f"![{heading}]({figure_path(name, folder).relative_to(ROOT)})\n"
+            target = os.path.relpath(figure_path(name, folder), page.parent)
+            content = f"![{heading}]({Path(target).as_posix()})\n"
         elif what in BLOCKS:
             content = BLOCKS[what](results)
         else:
-            raise SystemExit(f"README: no block {what!r}; there are {', '.join(BLOCKS)} and figure:NAME")
+            raise SystemExit(f"{page.name}: no block {what!r}; there are {', '.join(BLOCKS)} and figure:NAME")
         return begin + content + end
 
     return BLOCK.sub(block, text)
 
 
-def drift(text: str, root: Path = RESULTS) -> list[str]:
-    """What in ``text`` and its figures is not what the results say."""
-    wrong = ["the text between the markers"] if fill(text, root) != text else []
+def drift(page: Path, root: Path = RESULTS) -> list[str]:
+    """What in ``page`` and its figures is not what the results say."""
+    text = page.read_text(encoding="utf-8")
+    wrong = [f"{page.name}: the text between the markers"] if fill(text, page, root) != text else []
     for _, what, folder, *_ in BLOCK.findall(text):
         if what.startswith("figure:"):
             name = what.removeprefix("figure:")
             path = figure_path(name, folder)
             if not path.is_file() or source_of(path) != report.digest(find_figure(name, load(folder, root))[2]):
-                wrong.append(str(path.relative_to(ROOT)))
+                wrong.append(f"{page.name}: {path.name}")
     return wrong
 
 
@@ -191,26 +252,29 @@ def source_of(path: Path) -> str | None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if README and results differ")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if pages and results differ")
 
 
 def main(options: argparse.Namespace) -> int:
-    """fill README's generated blocks and figures from bench/results"""
-    text = README.read_text(encoding="utf-8")
-    blocks = BLOCK.findall(text)
-    if not blocks:
-        print("README has no generated blocks")
-        return 2
+    """fill the generated blocks and figures of README and docs from bench/results"""
+    blocks = 0
+    wrong: list[str] = []
+    for page in pages():
+        text = page.read_text(encoding="utf-8")
+        found = BLOCK.findall(text)
+        blocks += len(found)
+        if options.check:
+            wrong += drift(page)
+            continue
+        page.write_text(fill(text, page), encoding="utf-8")
+        for _, what, folder, *_ in found:
+            if what.startswith("figure:"):
+                name = what.removeprefix("figure:")
+                FIGURES.mkdir(parents=True, exist_ok=True)
+                drawn = report.draw(find_figure(name, load(folder)), FIGURES)
+                drawn.rename(figure_path(name, folder))
     if options.check:
-        wrong = drift(text)
-        print("\n".join(f"differs: {w}" for w in wrong) or f"{len(blocks)} blocks agree with the results")
+        print("\n".join(f"differs: {w}" for w in wrong) or f"{blocks} blocks agree with the results")
         return int(bool(wrong))
-    README.write_text(fill(text), encoding="utf-8")
-    for _, what, folder, *_ in blocks:
-        if what.startswith("figure:"):
-            name = what.removeprefix("figure:")
-            FIGURES.mkdir(parents=True, exist_ok=True)
-            drawn = report.draw(find_figure(name, load(folder)), FIGURES)
-            drawn.rename(figure_path(name, folder))
-    print(f"{len(blocks)} blocks filled")
-    return 0
+    print(f"{blocks} blocks filled")
+    return 0 if blocks else 2

@@ -57,6 +57,8 @@ def digest(rows: list[dict]) -> str:
     return hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
 
 
+FIRST = ("latency", "speedup", "roofline", "memory", "launches")
+"""What figures' names begin with, in the order of the page: how long a network takes comes first."""
 Figure = tuple[str, str, list[dict], Callable[[], Any]]
 """Heading, file name without .png, the rows that it shows, and what draws it."""
 
@@ -219,7 +221,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     """make an HTML page and PNGs of results files"""
     results = [read(path) for path in files(options.results)]
-    drawn = [(f[0], draw(f, options.output)) for environment, rows in results for f in figures_of(environment, rows)]
+    results.sort(key=lambda result: not any(row["kind"] == "network" for row in result[1]))
+    figures = [figure for environment, rows in results for figure in figures_of(environment, rows)]
+    figures.sort(key=lambda figure: FIRST.index(figure[1].partition("_")[0]))
+    drawn = [(figure[0], draw(figure, options.output)) for figure in figures]
     target = options.output / "index.html"
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(page(results, drawn), encoding="utf-8")

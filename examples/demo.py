@@ -1,6 +1,7 @@
 """``make demo``: two real GhostNets on a real photo, unfused against fused, on whatever device there is.
 
-For each network: the largest error against float64, the median time per image, a table, and a bar plot (out/demo.png).
+For each network: the largest error against float64, and the time per image with its spread, in a table and a bar plot
+(out/demo.png).
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ import statistics
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
 import timm
 import torch
+from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -24,6 +27,7 @@ import ghostfused
 from ghostfused.fuse_command import time_interleaved
 from ghostfused.info import collect
 from ghostfused.models.seed import GhostNet
+from ghostfused.testing import Verdict
 from ghostfused.verify import calibrate, network_verdict
 
 matplotlib.use("Agg")
@@ -35,6 +39,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "timm ghostnet_100": lambda: timm.create_model("ghostnet_100"),
 }
 SIZE = 224
+TIE = "\ntie"
 
 
 def photo() -> Tensor:
@@ -46,21 +51,66 @@ def photo() -> Tensor:
     return ((x - mean[:, None, None]) / std[:, None, None]).contiguous()
 
 
-def plot(rows: list[dict], device: str) -> Path:
+class Row(NamedTuple):
+    """One network's result."""
+
+    network: str
+    modules: int
+    """Ghost modules fused."""
+    verdict: Verdict
+    unfused: list[float]
+    """Milliseconds of each call, as are those of ``fused``."""
+    fused: list[float]
+
+
+def quartiles(times: list[float]) -> tuple[float, float, float]:
+    low, median, high = statistics.quantiles(times, n=4)
+    return low, median, high
+
+
+def speedup(row: Row) -> str:
+    """How much faster, or that the difference lies within the larger interquartile range."""
+    (low, before, high), (fused_low, after, fused_high) = quartiles(row.unfused), quartiles(row.fused)
+    tie = abs(before - after) <= max(high - low, fused_high - fused_low)
+    return f"{before / after:.2f}×{TIE if tie else ''}"
+
+
+def results_table(rows: list[Row], title: str) -> Table:
+    """All of it, at most 80 columns wide."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), title_justify="left")
+    table.add_column("\nnetwork", no_wrap=True)
+    for column in ("Ghost\nmodules", "error", "PyTorch\nerror", "unfused\nms", "fused\nms", "speed-up", "result"):
+        table.add_column(column if "\n" in column else f"\n{column}", justify="right", no_wrap=True)
+    for r in rows:
+        cells = [r.network, str(r.modules), f"{r.verdict.error:.0e}", f"{r.verdict.torch_error:.0e}"]
+        for low, median, high in (quartiles(r.unfused), quartiles(r.fused)):
+            cells.append(f"{median:.2f}\n± {(high - low) / 2:.2f}")
+        table.add_row(*cells, speedup(r), "[green]same" if r.verdict.ok else "[red]WRONG")
+    return table
+
+
+def plot(rows: list[Row], device: str, folder: Path = OUT) -> Path:
+    """Medians as bars, quartiles as error bars, and every sample as a dot."""
     figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained")
     at = np.arange(len(rows))
     for shift, kind, color in ((-0.2, "unfused", "#9aa5b1"), (0.2, "fused", "#2563eb")):
-        bars = axis.bar(at + shift, [r[kind][0] for r in rows], 0.38, label=kind, color=color)
-        axis.bar_label(bars, fmt="%.2f", padding=2)
-    axis.set_xticks(at, [r["network"] for r in rows])
-    axis.set_ylabel("ms per image (median)")
-    axis.set_title(f"One 224×224 image, {device}")
-    axis.margins(y=0.15)
+        samples = [getattr(r, kind) for r in rows]
+        low, median, high = np.array([quartiles(each) for each in samples]).T
+        spread = np.stack([median - low, high - median])
+        bars = axis.bar(at + shift, median, 0.38, yerr=spread, capsize=4, label=kind, color=color)
+        axis.bar_label(bars, fmt="%.2f", label_type="center", color="white")
+        for x, each in zip(at + shift, samples, strict=True):
+            axis.plot(np.linspace(x - 0.12, x + 0.12, len(each)), each, ".", color="#111827", alpha=0.3, markersize=3)
+    axis.set_xticks(at, [r.network for r in rows])
+    axis.set_ylabel("ms per image: median, quartiles")
+    axis.set_ylim(0, 1.15 * max(quartiles(times)[2] for r in rows for times in (r.unfused, r.fused)))
+    axis.set_title(f"One {SIZE}×{SIZE} image, {device}")
     axis.legend(frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
-    OUT.mkdir(exist_ok=True)
-    path = OUT / "demo.png"
+    folder.mkdir(exist_ok=True)
+    path = folder / "demo.png"
     figure.savefig(path, dpi=150)
+    plt.close(figure)
     return path
 
 
@@ -80,7 +130,7 @@ def main() -> None:
             "GPU kernels; `make test` runs those for correctness.",
             style="yellow",
         )
-    rows = []
+    rows: list[Row] = []
     rounds = 60 if gpu else 20
     x = photo()
     with Progress(console=console) as progress:
@@ -101,41 +151,13 @@ def main() -> None:
                     device,
                     lambda: progress.advance(task),
                 )
-            quartiles = {kind: statistics.quantiles(each, n=4) for kind, each in milliseconds.items()}
-            times = {kind: (q[1], q[2] - q[0]) for kind, q in quartiles.items()}
             count = sum(isinstance(m, ghostfused.FusedGhostModule) for m in fused.modules())
-            rows.append({"network": network, "modules": count, "verdict": verdict, **times})
+            rows.append(Row(network, count, verdict, **milliseconds))
 
-    table = Table(
-        title=f"One {SIZE}×{SIZE} photo, float32, {name}; medians of {rounds}, ± half the interquartile range"
-    )
-    for column in (
-        "network",
-        "Ghost modules fused",
-        "error",
-        "PyTorch's error",
-        "unfused ms",
-        "fused ms",
-        "speed-up",
-        "",
-    ):
-        table.add_column(column, justify="left" if column == "network" else "right")
-    for r in rows:
-        (before, before_iqr), (after, after_iqr) = r["unfused"], r["fused"]
-        tie = abs(before - after) <= max(before_iqr, after_iqr)
-        table.add_row(
-            r["network"],
-            str(r["modules"]),
-            f"{r['verdict'].error:.1e}",
-            f"{r['verdict'].torch_error:.1e}",
-            f"{before:.2f} ± {before_iqr / 2:.2f}",
-            f"{after:.2f} ± {after_iqr / 2:.2f}",
-            f"{before / after:.2f}×{' (tie)' if tie else ''}",
-            "[green]same result" if r["verdict"].ok else "[red]WRONG",
-        )
-    console.print(table)
+    heading = f"One {SIZE}×{SIZE} photo, float32, {name}\nmedians of {rounds} calls, ± half the interquartile range"
+    console.print(results_table(rows, heading))
     console.print(f"Errors are against float64, relative to the largest output. Plot: {plot(rows, name)}")
-    if not all(r["verdict"].ok for r in rows):
+    if not all(r.verdict.ok for r in rows):
         raise SystemExit("a fused network's result differs from the unfused one's")
 
 

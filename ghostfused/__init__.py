@@ -13,7 +13,7 @@ from .graphs import graphed
 from .module import FusedGhostModule
 from .spec import Act, BatchNorm
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "Act",
     "BatchNorm",

@@ -138,7 +138,7 @@ def conv1x1(
         (N, Cout, H, W), a fresh tensor.
 
     Raises:
-        As ``ghost_module``.
+        ValueError, TypeError, RuntimeError: as ``ghost_module``.
     """
     return ghost_module(
         x,
@@ -180,7 +180,7 @@ def depthwise(
         (N, C, H', W'), a fresh tensor, channels_last if x is, else contiguous.
 
     Raises:
-        As ``ghost_module``.
+        ValueError, TypeError, RuntimeError: as ``ghost_module``.
     """
     kind, negative_slope, prelu = activation("act", act, "slope", slope)
     if dtype := _autocast_dtype(x):
@@ -215,7 +215,7 @@ def squeeze_excite(
         (N, C), what ``ghost_module`` takes as ``input_gate``.
 
     Raises:
-        As ``ghost_module``.
+        ValueError, TypeError, RuntimeError: as ``ghost_module``.
     """
     kind = activation("act", act, "slope", None)[0]
     if dtype := _autocast_dtype(x):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -26,6 +26,7 @@ from .twin import original
 
 LEVELS = ("auto", "module", "bottleneck")
 Filter = Callable[[str, nn.Module], bool]
+M = TypeVar("M", bound=nn.Module)
 
 
 class Swap(NamedTuple):
@@ -54,7 +55,7 @@ class Report(list[Swap]):
 
 
 def fuse(
-    model: nn.Module,
+    model: M,
     *,
     inplace: bool = False,
     level: str = "auto",
@@ -62,7 +63,7 @@ def fuse(
     strict: bool = False,
     verbose: bool = False,
     backend: str = "auto",
-) -> nn.Module:
+) -> M:
     """``model`` with everything fused that can be; parameters, state_dict keys, hooks and training flags stay.
 
     Each swap is proved: the module and its fused twin run once in float64 on a random input, in eval and train mode.
@@ -96,14 +97,14 @@ def fuse(
 
 
 def fuse_with_report(
-    model: nn.Module,
+    model: M,
     *,
     inplace: bool = False,
     level: str = "auto",
     filter_fn: Filter | None = None,
     strict: bool = False,
     backend: str = "auto",
-) -> tuple[nn.Module, Report]:
+) -> tuple[M, Report]:
     """As ``fuse``; also says what became of each Ghost module and bottleneck."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
@@ -129,10 +130,10 @@ def fuse_with_report(
         if left:
             unfuse(surgery.model, inplace=True)
             raise ValueError("strict: left unfused: " + "; ".join(left))
-    return surgery.model, surgery.report
+    return surgery.model, surgery.report  # type: ignore[return-value]
 
 
-def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+def unfuse(model: M, *, inplace: bool = False) -> M:
     """``model`` with the modules that ``fuse`` swapped as they were, with the values that their tensors have now.
 
     A ``FusedGhostModule`` that was built as one stays. Modules that were re-parameterized come back in that form.
@@ -153,7 +154,7 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
             return model
         if twin not in restored:
             restored[twin] = original(twin)  # type: ignore[assignment]
-        model = _replace(model, fqn, restored[twin])
+        model = _replace(model, fqn, restored[twin])  # type: ignore[assignment]
 
 
 def _occurrences(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

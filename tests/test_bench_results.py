@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -23,7 +24,7 @@ from bench_stand_ins import (
     write,
 )
 
-from bench import cases, compare, contest, launches, memory, module, peers, readme, report, results, suite, timing
+from bench import cases, compare, contest, launches, memory, module, peers, report, results, suite, timing
 from bench.__main__ import main
 from bench.cases import Setting, Unfused
 from bench.timing import Timing
@@ -147,6 +148,10 @@ def test_report_is_self_contained_and_has_every_module(tmp_path, capsys, paper_l
         "speedup_cpu_float32_b1_nchw.png", "roofline_cpu_float32_b1_nchw.png", "latency_cpu_paper_float32_nchw.png",
     }  # fmt: skip
     assert page.count("data:image/png;base64,") == len(pngs)
+    first, second, *_ = re.findall("<h2>(.*?)</h2>", page)
+    assert first.startswith("Latency against batch")
+    assert second.startswith("Speed-up per module")
+    assert page.index("openvino_default") < page.index(paper_layers[0].name)  # networks' tables too come first
 
 
 @needs_matplotlib
@@ -331,42 +336,3 @@ def test_suite_runs_commands_that_exist():
             with pytest.raises(SystemExit) as stopped:
                 main([*arguments, "--device", device, "--help"])
             assert stopped.value.code == 0
-
-
-@needs_matplotlib
-def test_readme_blocks_follow_the_results(tmp_path, monkeypatch, paper_layers):
-    root = tmp_path / "results"
-    rows = module_rows({"eager": 1.0, "ghostfused_reference": 0.5}, layers=paper_layers)
-    path = write(root / "cpu" / "module.jsonl", rows)
-    write(root / "cpu" / "network.jsonl", network_rows())
-    monkeypatch.setattr(readme, "ROOT", tmp_path)
-    monkeypatch.setattr(readme, "FIGURES", tmp_path / "figures")
-    text = "before\n"
-    for what in ("modules", "network", "environment", "figure:speedup_cpu_float32_b1_nchw"):
-        text += f"<!-- begin generated: {what} cpu -->\nold\n<!-- end generated -->\nbetween\n"
-    filled = readme.fill(text, root)
-    assert "old" not in filled
-    assert filled.count("between") == 4
-    assert "| 2.00× |" in filled
-    assert "18.00 ms (tie)" not in filled
-    assert "figures/cpu_speedup_cpu_float32_b1_nchw.png" in filled
-    assert readme.fill(filled, root) == filled
-
-    name = "speedup_cpu_float32_b1_nchw"
-    assert readme.drift(filled, root) == [f"figures/cpu_{name}.png"]  # not drawn yet
-    drawn = report.draw(readme.find_figure(name, readme.load("cpu", root)), tmp_path / "figures")
-    drawn.rename(readme.figure_path(name, "cpu"))
-    assert readme.drift(filled, root) == []
-
-    changed = module_rows({"eager": 1.0, "ghostfused_reference": 0.8}, layers=paper_layers)
-    write(path, changed)
-    assert readme.drift(filled, root) == ["the text between the markers", f"figures/cpu_{name}.png"]
-    assert "1.25×" in readme.fill(filled, root)
-
-
-@needs_matplotlib
-def test_readme_agrees_with_the_results():
-    text = readme.README.read_text()
-    if not readme.BLOCK.search(text):
-        pytest.skip("README.md has no generated blocks yet: `<!-- begin generated: WHAT FOLDER -->`")
-    assert readme.drift(text) == []

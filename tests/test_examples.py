@@ -3,6 +3,7 @@
 import copy
 import csv
 import importlib.util
+import io
 import json
 import subprocess
 import sys
@@ -63,6 +64,66 @@ def test_yolo_ghost(capsys, monkeypatch, tmp_path):
         assert image.size == photo.size
     monkeypatch.setattr(ghostfused, "fuse_with_report", lambda model: (faulty(faulty(model)), Report()))
     assert example.main(arguments) == 1
+
+
+# ---- the demo
+
+
+def demo_rows(demo) -> list:
+    """As wide as they get: a slow machine, long names, a wrong result."""
+    from ghostfused.testing import Verdict
+
+    slow, fast = [1234.5 + i for i in range(20)], [1000.25 + i / 2 for i in range(20)]
+    return [
+        demo.Row("timm ghostnet_100", 32, Verdict(1.2e-10, 4.2e-10, 8e-10), slow, fast),
+        demo.Row("seed GhostNet", 30, Verdict(1.0, 3.5e-10, 7e-10), slow, [t + 1 for t in slow]),
+    ]
+
+
+def test_the_demos_table_fits_80_columns():
+    for package in ("timm", "sklearn", "matplotlib", "rich"):
+        pytest.importorskip(package)
+    from rich.console import Console
+
+    demo = load("demo")
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(demo.results_table(demo_rows(demo), "a title"))
+    printed = console.export_text()
+    assert "…" not in printed
+    lines = printed.splitlines()
+    assert max(map(len, lines)) <= 80
+    for text in ("network", "modules", "PyTorch", "unfused", "speed-up", "result"):
+        assert text in printed
+    times, spreads = (i for i, line in enumerate(lines) if "timm ghostnet_100" in line or "± 2.62" in line)
+    assert lines[times].split() == [
+        "timm",
+        "ghostnet_100",
+        "32",
+        "1e-10",
+        "4e-10",
+        "1244.00",
+        "1005.00",
+        "1.24×",
+        "same",
+    ]
+    assert lines[spreads].split() == ["±", "5.25", "±", "2.62"]
+    (wrong,) = (i for i, line in enumerate(lines) if "WRONG" in line)
+    assert lines[wrong + 1].split()[-1] == "tie"
+
+
+def test_the_demos_plot_shows_spread(monkeypatch, tmp_path):
+    for package in ("timm", "sklearn", "matplotlib", "rich"):
+        pytest.importorskip(package)
+    demo = load("demo")
+    figures = []
+    monkeypatch.setattr(demo.plt, "close", figures.append)
+    assert demo.plot(demo_rows(demo), "a device", tmp_path).stat().st_size > 0
+    (axis,) = figures[0].axes
+    bars = [c for c in axis.containers if hasattr(c, "errorbar") and c.errorbar is not None]
+    assert len(bars) == 2
+    (segments,) = bars[1].errorbar[2][0].get_segments()[:1]  # of the first network, fused
+    low, _, high = demo.quartiles(demo_rows(demo)[0].fused)
+    assert sorted(segments[:, 1]) == pytest.approx([low, high])
 
 
 # ---- batch inference
