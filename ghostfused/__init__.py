@@ -7,7 +7,7 @@ under it. ``python -m ghostfused info`` says which backends work on this machine
 from . import functional, models
 from .attention import FusedAttentionGhostModule
 from .bottleneck import FusedGhostBottleneck
-from .capture import Captured, NotCaptured, capture, graphed
+from .capture import Captured, NotCaptured, capture, graphed, load
 from .functional import ghost_module
 from .fuse import fuse, fuse_with_report, unfuse
 from .module import FusedGhostModule
@@ -28,6 +28,11 @@ __all__ = [
     "fuse_with_report",
     "ghost_module",
     "graphed",
+    "load",
     "models",
     "unfuse",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

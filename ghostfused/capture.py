@@ -7,6 +7,7 @@ recorded as one CUDA graph (``graphs``). Both read the model's parameters and bu
 from __future__ import annotations
 
 import copy
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -72,7 +73,8 @@ def capture(
         if dynamic_batch:
             raise ValueError("dynamic_batch: expected False on a GPU, where a CUDA graph is for one shape, got True")
         fused = _shared_copy(model)
-        return Captured({_key(inputs): RecordedGraph(fused, inputs, copy_output) for inputs in examples}, device, False)
+        graphs = {_key(inputs): Recorded(fused, inputs, copy_output) for inputs in examples}
+        return Captured(graphs, device, partial, False)
     if device.type != "cpu":
         raise ValueError(f"model: expected it on a CPU or on a GPU, got {device}")
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
@@ -82,14 +84,15 @@ def capture(
             variant = Program(export(fused, inputs, dynamic_batch), inputs, partial)
             _prove(variant, model, inputs, dynamic_batch)
             variants[_key(inputs, dynamic_batch)] = variant
-    return Captured(variants, device, dynamic_batch)
+    return Captured(variants, device, partial, dynamic_batch)
 
 
 class Captured:
     """What ``capture`` returns: a function of the model's inputs for the shapes that it was made for."""
 
-    def __init__(self, variants: dict[Key, Any], device: torch.device, dynamic_batch: bool):
-        self._variants, self._device, self._dynamic_batch = variants, device, dynamic_batch
+    def __init__(self, variants: dict[Key, Any], device: torch.device, partial: bool, dynamic_batch: bool):
+        self._variants, self._device = variants, device
+        self._partial, self._dynamic_batch = partial, dynamic_batch
 
     def __call__(self, *inputs: Tensor) -> Any:
         """What the model returns for ``inputs``: a tensor, or tuples, lists and dicts of tensors, without gradients.
@@ -105,12 +108,26 @@ class Captured:
                 raise ValueError(f"input {i}: expected one that asks for no gradient, got requires_grad=True")
         variant = self._variants.get(_key(inputs, self._dynamic_batch))
         if variant is None:
-            raise ValueError(f"inputs: expected {' or '.join(map(self._shown, self._variants))}, got {_shown(_key(inputs))}")
+            raise ValueError(
+                f"inputs: expected {' or '.join(map(self._shown, self._variants))}, got {_shown(_key(inputs))}"
+            )
         with torch.no_grad():
             if torch.is_autocast_enabled(self._device.type):
                 with torch.autocast(self._device.type, enabled=False):
                     return variant(*inputs)
             return variant(*inputs)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes one file that ``ghostfused.load`` reads in another process, or on another machine: what ``torch.export``
+        sees of the fused model for each shape, with its weights, in ``torch.export``'s own format.
+
+        Raises:
+            ValueError: the model can't be exported.
+        """
+        from . import saved
+
+        exported = [variant.exported for variant in self._variants.values()]
+        saved.write(path, exported, {"partial": self._partial, "dynamic_batch": self._dynamic_batch})
 
     def __repr__(self) -> str:
         lines = [f"{self._shown(key)}: {variant}" for key, variant in self._variants.items()]
@@ -138,7 +155,9 @@ def _examples(example: Any) -> list[Inputs]:
     calls = [(each,) if isinstance(each, Tensor) else each for each in examples]
     for inputs in calls:
         if not isinstance(inputs, tuple) or not inputs or not all(isinstance(x, Tensor) for x in inputs):
-            raise TypeError(f"example: expected a tensor or a tuple of tensors, or a list of these, got {_kinds(example)}")
+            raise TypeError(
+                f"example: expected a tensor or a tuple of tensors, or a list of these, got {_kinds(example)}"
+            )
     if not calls:
         raise TypeError("example: expected a tensor or a tuple of tensors, or a list of these, got an empty list")
     return calls
@@ -146,7 +165,11 @@ def _examples(example: Any) -> list[Inputs]:
 
 def _kinds(example: Any) -> str:
     name = type(example).__name__
-    return f"a {name} of {', '.join(type(x).__name__ for x in example) or 'nothing'}" if isinstance(example, list | tuple) else name
+    return (
+        f"a {name} of {', '.join(type(x).__name__ for x in example) or 'nothing'}"
+        if isinstance(example, list | tuple)
+        else name
+    )
 
 
 def check(model: nn.Module, inputs: Sequence[Tensor]) -> torch.device:
@@ -183,6 +206,15 @@ def export(model: nn.Module, inputs: Inputs, dynamic_batch: bool) -> torch.expor
         raise NotCaptured(f"{what} can't trace {type(model).__name__}: {type(error).__name__}: {error}") from error
 
 
+class Recorded(RecordedGraph):
+    """A CUDA graph that can be saved: by exporting its model."""
+
+    @property
+    def exported(self) -> torch.export.ExportedProgram:
+        with torch.no_grad():
+            return export(self.model, self.inputs, False)
+
+
 class Program:
     """An exported graph, lowered."""
 
@@ -205,7 +237,9 @@ class Program:
 
     def __call__(self, *inputs: Tensor) -> Any:
         # a graph's views hold for the example's memory format
-        outs = self.run(*(x if f is None else x.contiguous(memory_format=f) for x, f in zip(inputs, self.formats, strict=True)))
+        outs = self.run(
+            *(x if f is None else x.contiguous(memory_format=f) for x, f in zip(inputs, self.formats, strict=True))
+        )
         return outs[0] if self.one_tensor else pytree.tree_unflatten(outs, self.structure)  # type: ignore[arg-type]
 
     def __repr__(self) -> str:
@@ -233,7 +267,10 @@ def _prove(program: Program, model: nn.Module, inputs: Inputs, dynamic_batch: bo
         shape = x.shape if batch is None or x.dim() == 0 else (batch, *x.shape[1:])
         return torch.empty(shape, dtype=x.dtype).normal_(generator=generator)
 
-    calls = [inputs, *(tuple(random(x, batch) for x in inputs) for batch in ((None, 1, 3) if dynamic_batch else (None,)))]
+    calls = [
+        inputs,
+        *(tuple(random(x, batch) for x in inputs) for batch in ((None, 1, 3) if dynamic_batch else (None,))),
+    ]
     for call in calls:
         expected = pytree.tree_leaves(model(*(x.clone() for x in call)))
         try:
@@ -270,3 +307,45 @@ def graphed(model: nn.Module, example: Tensor | Inputs, *, copy_output: bool = T
         return capture(model, example, copy_output=copy_output)
     warnings.warn(f"graphed: CUDA graphs need a GPU, and the model is on {device}: it stays as it is", stacklevel=2)
     return model
+
+
+def load(path: str | os.PathLike[str], *, copy_output: bool = True) -> Captured:
+    """What ``Captured.save`` wrote, captured again: on a CPU lowered to programs, on a GPU recorded as graphs.
+
+    The file is data: nothing is unpickled, and no code runs but PyTorch's operators and ours.
+
+    Args:
+        path: of the file.
+        copy_output: as in ``capture``.
+
+    Raises:
+        ValueError: the file is none that ``Captured.save`` wrote, or holds more than data.
+    """
+    from . import saved
+
+    programs, settings = saved.read(path)
+    variants: dict[Key, Any] = {}
+    device = torch.device("cpu")
+    partial, dynamic = bool(settings.get("partial")), bool(settings.get("dynamic_batch"))
+    for exported in programs:
+        inputs = _inputs_like(exported)
+        device = inputs[0].device
+        with torch.no_grad():
+            variants[_key(inputs, dynamic)] = (
+                Recorded(exported.module(check_guards=False), inputs, copy_output)
+                if device.type == "cuda"
+                else Program(exported, inputs, partial)
+            )
+    return Captured(variants, device, partial, dynamic)
+
+
+def _inputs_like(exported: torch.export.ExportedProgram) -> Inputs:
+    """Inputs of the shapes, strides and dtypes that ``exported`` was made for; of any batch, where that is free, two."""
+    values = {node.name: node.meta["val"] for node in exported.graph.nodes if node.op == "placeholder"}
+    inputs = []
+    for name in exported.graph_signature.user_inputs:
+        value = values[name]
+        layout = memory_format(value) if value.dim() == 4 else torch.contiguous_format
+        sizes = [size if isinstance(size, int) else 2 for size in value.shape]
+        inputs.append(torch.zeros(sizes, dtype=value.dtype, device=value.device).contiguous(memory_format=layout))
+    return tuple(inputs)

@@ -19,7 +19,8 @@ class RecordedGraph:
     def __init__(self, model: nn.Module, inputs: tuple[Tensor, ...], copy_output: bool):
         self.copy_output = copy_output
         self.inputs = tuple(x.detach().clone(memory_format=torch.preserve_format) for x in inputs)
-        self.read = (model, *model.parameters(), *model.buffers())  # kept alive: the graph knows their addresses only
+        self.model = model
+        self.read = (*model.parameters(), *model.buffers())  # kept alive: the graph knows their addresses only
         self.graph = torch.cuda.CUDAGraph()
         device = inputs[0].device
         # autocast would keep casts of the weights from before the recording, and free them afterwards

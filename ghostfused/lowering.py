@@ -59,6 +59,9 @@ class _Item:
 
 def lower(exported: torch.export.ExportedProgram) -> Lowered:
     """``exported``'s graph, which must be functional and on the CPU, by our kernels where there are any."""
+    for node in reversed(exported.graph.nodes):  # a loaded graph picks all results, needed or not
+        if node.target is operator.getitem and not node.users:
+            exported.graph.erase_node(node)
     given = _given(exported)
     steps = _Steps(exported.graph, given)
     items, results = steps.live_items()
@@ -164,7 +167,9 @@ class _Steps:
         if not all(isinstance(source, fx.Node) for source in active.values()):
             return False
         weight = bound.get("primary_weight")
-        if isinstance(weight, Tensor) and bound["out_channels"] == weight.shape[0]:  # no ghosts: of this only the shape counts
+        if (
+            isinstance(weight, Tensor) and bound["out_channels"] == weight.shape[0]
+        ):  # no ghosts: of this only the shape counts
             bound["cheap_weight"] = weight[:, :1]
         args = OPS[name](**bound | {n: source.meta["val"] for n, source in active.items()})
         return self._add(node, args, active.values())
@@ -199,10 +204,16 @@ class _Steps:
     def _batch_norm(self, node: fx.Node, a: dict[str, Any]) -> bool:
         """With stored statistics, of the convolution before it."""
         conv = self._conv_before(node)
-        if conv is None or a.get("training") or getattr(conv.args, "primary_mean", getattr(conv.args, "mean", None)) is not None:
+        if (
+            conv is None
+            or a.get("training")
+            or getattr(conv.args, "primary_mean", getattr(conv.args, "mean", None)) is not None
+        ):
             return False
         names = {"mean": "running_mean", "var": "running_var", "gamma": "weight", "beta": "bias", "eps": "eps"}
-        if _packet(node) is not aten.batch_norm and any(n.target is not operator.getitem or n.args[1] for n in node.users):
+        if _packet(node) is not aten.batch_norm and any(
+            n.target is not operator.getitem or n.args[1] for n in node.users
+        ):
             return False
         return self._extend(node, conv, **{ours: a[theirs] for ours, theirs in names.items()})
 
@@ -248,7 +259,9 @@ class _Steps:
             return False
         if sorted(d % 4 for d in dims) != [2, 3] or list(a.get("output_size", [1, 1])) != [1, 1] or a.get("dtype"):
             return False
-        stays = a.get("keepdim", True) or all(_packet(user) is aten.linear and user.args[0] is node for user in node.users)
+        stays = a.get("keepdim", True) or all(
+            _packet(user) is aten.linear and user.args[0] is node for user in node.users
+        )
         return stays and self._add(node, GlobalPoolArgs(source.meta["val"]), [source])
 
     def linear(self, node: fx.Node, a: dict[str, Any]) -> bool:
@@ -355,6 +368,11 @@ class _Writer:
         known = {id(t) for args, _ in calls for t in args.tensors if t is not None} - stand_ins  # type: ignore[union-attr]
         found = program.encode(calls, x, known)  # type: ignore[arg-type]
         assert found is not None
+        if not found.tensors:  # pooling alone, for which no program is needed
+            for item in items:
+                self.written_as[item.node] = self.new.node_copy(item.node, self._new)
+                self.left.append(item.node)
+            return
         kept = ops.KeptProgram("cpu", found, cpu.extension.module.drop_program)  # type: ignore[union-attr]
         self.programs.append(kept)
         call = self.new.call_function(ops.forward_op("cpu", "replay"), (self._new(start), kept.number))
