@@ -20,6 +20,9 @@ class FusedAttentionGhostModule(FusedGhostModule):
     _attention: str
     _runs: tuple[layers.Run, ...]
 
+    def runs_our_ops(self) -> bool:
+        return False  # pooling, and the gate's sigmoid
+
     @staticmethod
     def attributes(module: nn.Module, attention: str) -> dict:
         """What this has beyond a FusedGhostModule, for ``module``, whose child ``attention`` makes the gate."""

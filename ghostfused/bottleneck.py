@@ -52,8 +52,8 @@ class _FusedTwin(replay.Replayed, nn.Module):
     def _run(self, x: Tensor) -> Tensor:
         """As ``forward``, read afresh."""
         if self._is_observed():
-            with replay.unrecorded():
-                return self.__dict__["_original"].kind.forward(self, x)
+            replay.note_others()
+            return self.__dict__["_original"].kind.forward(self, x)
         return self._steps(x)
 
     def _steps(self, x: Tensor) -> Tensor:
@@ -62,6 +62,9 @@ class _FusedTwin(replay.Replayed, nn.Module):
     def runs(self) -> tuple[Run, ...]:
         """The layers that it runs beside Ghost modules and squeeze-and-excite."""
         raise NotImplementedError
+
+    def runs_our_ops(self) -> bool:
+        return all(run.kind(self) is not None for run in self.runs())
 
     def _is_observed(self) -> bool:
         """Whether somebody looks at, or has changed, what the fused forward leaps over: by hooks, another forward, or

@@ -17,14 +17,14 @@ from . import adopt, backends
 from .backends.common import form_refusal
 from .bottleneck import FusedConvNormAct, FusedGhostBottleneck
 from .module import FusedGhostModule
-from .network import make_network, unmake_network
 from .proof import SAME, substituted
-from .sequence import FusedSequential, is_recordable
+from .replay import is_recordable
+from .sequence import FusedSequential
 from .spec import GhostArgs
 from .testing import relative_error
 from .twin import original
 
-LEVELS = ("auto", "module", "bottleneck")
+LEVELS = ("auto", "module")
 Filter = Callable[[str, nn.Module], bool]
 M = TypeVar("M", bound=nn.Module)
 
@@ -73,9 +73,7 @@ def fuse(
         model: any module; Ghost modules and bottlenecks are found by their structure and by what they compute, not by
             name. The models of this package, the official repository, timm and ultralytics are among them.
         inplace: change ``model`` itself, sharing its parameters, rather than a deep copy.
-        level: "module" for Ghost modules alone; "bottleneck" for the bottlenecks around them as well; "auto" also for the
-            whole model, whose inference is one op on a CPU where it can be: ``network.FusedNetwork`` says where, and what
-            that takes for granted.
+        level: "module" for Ghost modules alone; "auto" for the bottlenecks around them as well, and for Sequentials of these.
         filter_fn: given a module's fully qualified name and the module, whether it may be swapped.
         strict: raise if a Ghost module or bottleneck is left unfused, other than by ``filter_fn``.
         verbose: print what became of each, and why.
@@ -120,8 +118,6 @@ def fuse_with_report(
     if level != "module":
         surgery.bottlenecks()
         surgery.sequences()
-    if level == "auto":
-        surgery.network()
     surgery.report.sort(key=lambda swap: order[swap.fqn])
     if strict:
         left = [f"{s.fqn or '(root)'}: {s.reason}" for s in surgery.report if not s.fused and s.reason != _FILTERED]
@@ -145,8 +141,6 @@ def unfuse(model: M, *, inplace: bool = False) -> M:
     """
     if not inplace:
         model = copy.deepcopy(model)
-    for module in list(model.modules()):
-        unmake_network(module)
     restored: dict[nn.Module, nn.Module] = {}
     while True:  # a bottleneck first, then the Ghost modules in it
         fqn, twin = next(((n, m) for n, m in _occurrences(model) if "_original" in m.__dict__), ("", None))
@@ -233,12 +227,6 @@ class _Surgery:
                     self.model = _replace(self.model, fqn, module)
             if isinstance(module, FusedSequential | FusedGhostBottleneck | FusedGhostModule):
                 fused.append(fqn)
-
-    def network(self) -> None:
-        """The model itself, if anything in it is fused and it isn't a fused module as a whole."""
-        fused_inside = any(swap.fused for swap in self.report) and self.model not in self.swapped.values()
-        if fused_inside and self.allowed("", self.model):
-            make_network(self.model)
 
     def _as_recordable(self, member: tuple[str, nn.Module]) -> nn.Module | None:
         """``member``, a module and its name, or its fused twin, if all that it runs is our ops."""

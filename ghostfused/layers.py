@@ -14,6 +14,7 @@ from . import adopt
 from .backends.common import KERNEL_GATE_ACTS, depthwise_form_refusal
 from .functional import conv1x1, depthwise, squeeze_excite
 from .proof import substituted
+from .replay import note_others
 from .spec import Act, Gate
 
 for _name in ("conv1x1", "depthwise", "squeeze_excite"):
@@ -45,6 +46,7 @@ class Run(NamedTuple):
         layers = [get(root, path) for path in self.paths]
         half = adopt.read_layers(layers)
         if isinstance(half, str) or half.batch_statistics or (kind := _kind(half)) is None:
+            note_others()
             out = x if gate is None else x * gate[:, :, None, None]
             for layer in layers:
                 out = layer(out)

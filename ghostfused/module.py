@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from . import adopt, backends, training
 from .functional import ghost_module
 from .proof import prove
-from .replay import Replay, Replayed
+from .replay import Replay, Replayed, note_others
 from .spec import Act
 from .twin import make_twin
 
@@ -261,6 +261,7 @@ class FusedGhostModule(Replayed, nn.Module):
         self, x: Tensor, input_gate: Tensor | None, residual: Tensor | None, output_gate: Tensor | None
     ) -> Tensor:
         """Forward by calling the children, as an unfused Ghost module does."""
+        note_others()
         primary, cheap = (cast(nn.Module, self._modules[name]) for name in self._halves)
         if input_gate is not None:
             x = x * input_gate[:, :, None, None]

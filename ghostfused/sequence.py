@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from typing import Any
+
 from torch import Tensor, nn
 
-from .attention import FusedAttentionGhostModule
-from .bottleneck import FusedConvNormAct, FusedGhostBottleneck
-from .module import FusedGhostModule
-from .replay import Replay, Replayed
+from .replay import Replay, Replayed, is_recordable
 from .twin import make_twin
 
 
 class FusedSequential(Replayed, nn.Sequential):
     """An ``nn.Sequential`` of fused modules, for which inference needs one call of one op (``replay``). Made by ``fuse``."""
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self._replay = Replay()
 
     @classmethod
     def of(cls, sequential: nn.Sequential) -> FusedSequential:
@@ -23,12 +27,11 @@ class FusedSequential(Replayed, nn.Sequential):
         """The modules of x, one after the other."""
         return self._replay(self, x, super().forward)
 
+    def __getitem__(self, index: Any) -> Any:
+        """A member, or those of a slice in a plain ``nn.Sequential``."""
+        if isinstance(index, slice):
+            return nn.Sequential(OrderedDict(list(self._modules.items())[index]))  # type: ignore[arg-type]
+        return super().__getitem__(index)
 
-def is_recordable(module: nn.Module) -> bool:
-    """Whether in inference ``module`` runs our ops and nothing else."""
-    if isinstance(module, FusedGhostBottleneck | FusedConvNormAct):
-        if any(run.kind(module) is None for run in module.runs()):
-            return False
-    elif not isinstance(module, FusedGhostModule):
-        return False
-    return not any(isinstance(m, FusedAttentionGhostModule) for m in module.modules())
+    def runs_our_ops(self) -> bool:
+        return all(map(is_recordable, self))

@@ -171,7 +171,7 @@ def test_levels_and_filter():
     by_module, report = fuse_with_report(model, level="module")
     assert {swap.kind for swap in report} == {"OfficialGhost"}
     assert not any(isinstance(m, FusedGhostBottleneck) for m in by_module.modules())
-    assert sum(isinstance(m, FusedGhostBottleneck) for m in fuse(by_module, level="bottleneck").modules()) == 4
+    assert sum(isinstance(m, FusedGhostBottleneck) for m in fuse(by_module).modules()) == 4
     asked = []
 
     def keep_third(fqn, module):
