@@ -25,7 +25,7 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor, nn
 
-from ghostfused import fuse, ops, program, reference
+from ghostfused import capture, fuse, ops, program, reference
 from ghostfused.backends import BACKENDS
 from ghostfused.models import paper
 from ghostfused.spec import STEPS, Act, Step, tensor_names
@@ -86,38 +86,53 @@ def _case(rng: random.Random, backend: str) -> Case | DepthwiseCase | SqueezeExc
 
 
 class _Net(nn.Module):
-    """A stem, bottlenecks and a classifier; and, if asked for, each image's likeness to all others."""
+    """A stem, bottlenecks and a classifier."""
 
-    def __init__(self, similarity: bool):
+    def __init__(self):
         super().__init__()
         self.body = nn.Sequential(
             paper.ConvBnAct(3, 8),
             paper.GhostBottleneck(8, 17, 12, stride=2, se_ratio=0.25),
             paper.GhostBottleneck(12, 24, 12),
         )
-        self.pool, self.classifier, self.similarity = nn.AdaptiveAvgPool2d(1), nn.Linear(12, 7), similarity
+        self.pool, self.classifier = nn.AdaptiveAvgPool2d(1), nn.Linear(12, 7)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.classifier(self.pool(self.body(x)).flatten(1))
-        return nn.functional.linear(y, y) if self.similarity else y
+        return self.classifier(self.pool(self.body(x)).flatten(1))
+
+
+def compared(kept: program.Program, x: Tensor) -> program.Program:
+    """``kept``, whose result is a matrix, and each image's likeness to all others: a result as another's weight."""
+    steps: list[Step] = []
+    program.run(lambda args: steps.append(args) or args.new_output(), x, *kept)  # type: ignore[func-returns-value]
+    last = 2 * (len(kept.tensors) + len(steps))
+    return kept._replace(code=[*kept.code, list(STEPS).index("linear"), last, last + 1, -1])
 
 
 @functools.cache
 def _programs(backend: str) -> list[tuple[int, program.Program]]:
-    """What fused networks and bottlenecks record of themselves, and the channels of their input."""
+    """What fused bottlenecks record of themselves and what a captured network is, and the channels of their input."""
     torch.manual_seed(3)
-    nets = [calibrate(_Net(similarity), torch.randn(4, 3, 9, 10)) for similarity in (False, True)]
-    models = [(8, nets[0].body[1]), (12, nets[0].body[2])]
-    if backend == "cpu":  # whose programs have the steps of whole networks
-        models += [(3, net) for net in nets]
+    net = calibrate(_Net(), torch.randn(4, 3, 9, 10))
     found = []
-    for channels, model in models:
+    for channels, model in ((8, net.body[1]), (12, net.body[2])):
         fused = fuse(model)
         with torch.no_grad():
             fused(torch.randn(2, channels, 9, 10))
         (kept,) = fused._replay._state.programs.values()
         found.append((channels, kept.program))
+    if backend == "cpu":  # whose programs have the steps of whole networks
+        x = torch.randn(2, 3, 9, 10)
+        whole = program_of(net, x)
+        found += [(3, whole), (3, compared(whole, x))]
     return found
+
+
+def program_of(model: nn.Module, x: Tensor) -> program.Program:
+    """The one program that ``model`` is when it is captured."""
+    (variant,) = capture(model, x)._variants.values()
+    (kept,) = variant.lowered.programs
+    return kept.program
 
 
 def _valid(rng: random.Random, backend: str) -> Call:

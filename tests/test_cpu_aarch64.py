@@ -25,6 +25,17 @@ def cross_compiler() -> list[str] | None:
 @pytest.mark.skipif(cross_compiler() is None, reason="no aarch64-linux-gnu-g++, and ziglang is not installed")
 @pytest.mark.parametrize("source", ["csrc/cpu/dispatch.cpp", "csrc/cpu/isa/baseline.cpp", "tests/cpu_driver.cpp"])
 def test_compiles_for_aarch64(source, tmp_path):
-    command = [*cross_compiler(), "-std=c++20", "-O2", "-Wall", "-Werror", f"-I{ROOT / 'csrc'}", "-c", ROOT / source, "-o", tmp_path / "a.o"]
+    command = [
+        *cross_compiler(),
+        "-std=c++20",
+        "-O2",
+        "-Wall",
+        "-Werror",
+        f"-I{ROOT / 'csrc'}",
+        "-c",
+        ROOT / source,
+        "-o",
+        tmp_path / "a.o",
+    ]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-4000:]

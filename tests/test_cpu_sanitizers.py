@@ -72,7 +72,15 @@ CASES = [  # as tests/cpu_driver.cpp describes them
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
 @pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
 def test_sanitizers_find_nothing(sanitizers, tmp_path):
-    flags = ["-std=c++20", f"-I{ROOT / 'csrc'}", "-O1", "-g1", "-fPIC", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
+    flags = [
+        "-std=c++20",
+        f"-I{ROOT / 'csrc'}",
+        "-O1",
+        "-g1",
+        "-fPIC",
+        f"-fsanitize={sanitizers}",
+        "-fno-sanitize-recover=all",
+    ]
     if subprocess.run(
         ["g++", *flags, "-x", "c++", "-", "-o", tmp_path / "probe"], input=b"int main() {}", capture_output=True
     ).returncode:

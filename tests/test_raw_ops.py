@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -10,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from fuzz_raw_ops import compared, program_of
 from torch import Tensor, nn
 
-from ghostfused import functional, fuse, ops, program
+from ghostfused import functional, ops, program
 from ghostfused.backends import cpu
 from ghostfused.models import paper
 from ghostfused.spec import STEPS, tensor_names
@@ -218,17 +220,14 @@ def test_what_the_kernel_has_no_scratch_memory_for_the_reference_runs(monkeypatc
 # ---- programs
 
 
-class Similar(nn.Module):
-    """How alike the images of a batch are: the result's second size is the batch as well."""
-
+class Embedding(nn.Module):
     def __init__(self):
         super().__init__()
         self.body = nn.Sequential(paper.GhostBottleneck(4, 8, 6), paper.GhostBottleneck(6, 12, 6))
         self.pool, self.embed = nn.AdaptiveAvgPool2d(1), nn.Linear(6, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.embed(self.pool(self.body(x)).flatten(1))
-        return F.linear(y, y)
+        return self.embed(self.pool(self.body(x)).flatten(1))
 
 
 @pytest.fixture
@@ -243,17 +242,18 @@ def two_threads():
 @pytest.mark.parametrize("batch", [3, 16, 1001])
 @pytest.mark.usefixtures("two_threads")
 def test_a_program_that_mixes_images_is_not_cut_into_pieces(batch):
-    model = calibrate(Similar(), torch.randn(4, 4, 5, 5))
-    fused, x = fuse(model), torch.randn(batch, 4, 5, 5)
+    """The result, how alike the images are, has the batch as its second size as well."""
+    model, x = calibrate(Embedding(), torch.randn(4, 4, 5, 5)), torch.randn(batch, 4, 5, 5)
+    found = compared(program_of(model, x), x)
     with torch.no_grad():
-        fused(x)
-        (kept,) = fused._replay._state.programs.values()
-        assert kept is not None
-        out, own = fused(x), model(x)
-        expected = model.double()(x.double())
+        y, exact = model(x), copy.deepcopy(model).double()(x.double())
+        out = ops.forward_op("cpu", "program")(x, *found)
+        kept = ops.KeptProgram("cpu", found, cpu.extension.module.drop_program)
         replayed = kept(x)
+    own, expected = F.linear(y, y), F.linear(exact, exact)
     tolerance = TOLERANCES[torch.float32]
     limit = max(tolerance.factor * relative_error(own, expected), tolerance.floor)
+    assert out.shape == (batch, batch)
     assert relative_error(out, expected) <= limit
     assert torch.equal(out, replayed)
 
