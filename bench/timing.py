@@ -199,8 +199,8 @@ def time_interleaved(
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """GB/s, read and written bytes together, of a copy far larger than the cache."""
-    size = max(16 * cache_bytes(device), 2**28 if device.type == "cpu" else 2**30)
+    """GB/s, read and written bytes together, of a copy whose two sides fill the cache four times, or more."""
+    size = max(2 * cache_bytes(device), 2**28 if device.type == "cpu" else 2**30)
     source = torch.zeros(size // 4, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     method = Method(cache="warm", samples=5, repeats=3)

@@ -200,7 +200,13 @@ def test_predictions_look_different_and_say_so(paper_layers):
     assert all(line.get_markerfacecolor() != "none" for line in measured.lines)
 
 
-def test_module_command_writes_rows_of_the_schema(tmp_path, capsys):
+@pytest.fixture
+def small_cache(monkeypatch):
+    """A copy that measures the bandwidth of a server's memory takes gigabytes."""
+    monkeypatch.setattr(timing, "cache_bytes", lambda device: 2**20)
+
+
+def test_module_command_writes_rows_of_the_schema(tmp_path, capsys, small_cache):
     path = tmp_path / "m.jsonl"
     arguments = ["--peers", "eager,eager+graph,ghostfused_reference", "--only", "blocks.8.0.ghost1", "--device", "cpu"]
     arguments += ["--samples", "3", "--repeats", "2", "--threads", "1", "--output", str(path)]
@@ -236,7 +242,7 @@ def test_a_preliminary_row_stands_until_another_follows(tmp_path, paper_layers):
     assert [(r["batch"], r.get("preliminary")) for r in rows if r["kind"] == "module"] == [(2, True), (1, None)]
 
 
-def test_a_run_that_is_stopped_has_all_modes_of_its_modules(tmp_path):
+def test_a_run_that_is_stopped_has_all_modes_of_its_modules(tmp_path, small_cache):
     path = tmp_path / "out.jsonl"
     command = ["module", "--size", "32", "--only", "blocks.0,blocks.8", "--peers", "eager", "--layout", "nhwc"]
     command += ["--mode", "training_forward,backward", "--batch", "2,3", "--samples", "3", "--repeats", "2"]
@@ -311,6 +317,7 @@ def test_core_runs_without_rich_timm_and_matplotlib():
     """As on a bare machine with a GPU, for bench/gpu_session.sh."""
     code = (
         "import sys; sys.modules.update(dict.fromkeys(('rich', 'timm', 'matplotlib', 'onnx', 'onnxruntime', 'openvino')));"
+        "from bench import timing; timing.cache_bytes = lambda device: 2**20;"
         "from bench.__main__ import main; sys.exit(main(sys.argv[1:]))"
     )
     arguments = ["module", "--only", "blocks.8.0.ghost1", "--peers", "eager,openvino,onnxruntime,ghostfused_reference"]
