@@ -14,9 +14,10 @@ from unittest import mock
 
 import torch
 
-from ghostfused import FusedGhostModule, functional
+from ghostfused import FusedGhostModule, functional, fuse
 from ghostfused.backends import BACKENDS, unavailable_on
 from ghostfused.ops import forward_op
+from ghostfused.replay import Replayed
 from ghostfused.spec import Act, BatchNorm, GhostArgs
 
 from . import contest
@@ -64,6 +65,28 @@ def steps(backend: str, device: torch.device) -> dict[str, Callable[[], object]]
     return path
 
 
+def guard(device: torch.device, repeats: int) -> dict[str, list[float]]:
+    """Host time of what inference asks at every call before it replays, whether a network's modules are as they were: in
+    each repeat, after a walk through more memory than caches hold, as a forward leaves nothing of the modules there."""
+    if BACKENDS[device.type].unavailable():
+        return {}
+    from timm import create_model
+
+    network = fuse(create_model("ghostnet_100").eval().to(device))
+    with torch.no_grad():
+        network(torch.randn(1, 3, 32, 32, device=device))
+    replays = [(m, m._replay._state) for m in network.modules() if isinstance(m, Replayed)]
+    states = [(m, state) for m, state in replays if state is not None and state.recordable]
+    memory, times = torch.zeros(32 << 20), []
+    for _ in range(repeats):
+        memory.add_(1)
+        start = time.perf_counter()
+        held = all(state.holds(module) for module, state in states)
+        times.append((time.perf_counter() - start) * 1e6)
+        assert held
+    return {f"{device.type}|guard of timm:ghostnet_100, a whole forward's": times}
+
+
 def microseconds(functions: dict[str, Callable[[], object]], calls: int, repeats: int) -> dict[str, list[float]]:
     """Host time per call in each repeat; the functions take turns, repeat by repeat."""
     times: dict[str, list[float]] = {name: [] for name in functions}
@@ -95,7 +118,7 @@ def main(options: argparse.Namespace) -> int:
         except RuntimeError as error:
             print(f"absent  {backend}: {str(error).splitlines()[0]}")
     names = {f"{backend}|{step}": f for (backend, step), f in functions.items()}
-    times = microseconds(names, options.calls, options.repeats)
+    times = guard(device, options.repeats) | microseconds(names, options.calls, options.repeats)
     shown = []
     with Writer(options.output, device) as writer:
         medians = {key: statistics.median(t) for key, t in times.items()}
@@ -105,7 +128,12 @@ def main(options: argparse.Namespace) -> int:
             row: dict = {"kind": "overhead", "backend": backend, "step": step, "us": round(medians[key], 3)}
             row["spread_us"] = round(max(times[key]) - min(times[key]), 3)
             row["adds_us"] = None
-            if below is not None and step != REPLAYED and below.partition("|")[0] == backend:
+            if (
+                below is not None
+                and step != REPLAYED
+                and not step.startswith("guard")
+                and below.partition("|")[0] == backend
+            ):
                 row["adds_us"] = round(medians[key] - medians[below], 3)
             writer.write(row)
             adds = "-" if row["adds_us"] is None else f"{row['adds_us']:.1f}"
