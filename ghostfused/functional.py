@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import backends, reference
 from .autograd import call
+from .backends.common import constant_to_dynamo
 from .spec import Act, Args, BatchNorm, DepthwiseArgs, Gate, GhostArgs, SqueezeExciteArgs
 from .validate import activation, gate_kind, validate
 
@@ -251,7 +252,7 @@ def _is_onnx_export() -> bool:
     return tracing and torch.onnx.is_in_onnx_export()
 
 
-@torch.compiler.assume_constant_result  # Dynamo can't trace the getter; its guard on global state covers a change
+@constant_to_dynamo  # it can't trace the getter; its guard on global state covers a change
 def tf32_allowed() -> bool:
     """Whether PyTorch's setting for float32 matrix products allows TF32 (by default it doesn't).
 

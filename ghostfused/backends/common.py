@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 
 from ..spec import Act, Args, DepthwiseArgs, GhostArgs, SqueezeExciteArgs, tensor_names
+
+Function = TypeVar("Function", bound=Callable)
+
+
+def constant_to_dynamo(function: Function) -> Function:
+    """``torch.compiler.assume_constant_result``, which imports all of Dynamo: a second more for ``import ghostfused``."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_PATCH_CHANNELS = 16

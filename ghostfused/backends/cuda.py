@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..ops import forward_op
 from ..spec import Args, GhostArgs, SqueezeExciteArgs
-from .common import kernel_refusal, placement_refusal
+from .common import constant_to_dynamo, kernel_refusal, placement_refusal
 from .extension import Extension
 
 extension = Extension("_C")
@@ -29,7 +29,7 @@ def unavailable() -> str | None:
 _device_refusals: dict[int, str | None] = {}  # asking costs microseconds, and this is on the way of every call
 
 
-@torch.compiler.assume_constant_result
+@constant_to_dynamo
 def _device_refusal(index: int) -> str | None:
     if index not in _device_refusals:
         reason = unavailable()

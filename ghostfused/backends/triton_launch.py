@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import ops
 from ..spec import memory_format
+from .common import constant_to_dynamo
 
 try:
     from triton import knobs
@@ -27,7 +28,7 @@ DEVICES = ("cpu", "cuda") if INTERPRETED else ("cuda",)
 MAX_PROGRAMS = 2**31 - 1
 
 
-@torch.compiler.assume_constant_result  # Dynamo need not trace into the CUDA runtime
+@constant_to_dynamo  # Dynamo need not trace into the CUDA runtime
 @functools.cache
 def unavailable() -> str | None:
     """Why no Triton kernel can run here; None if they can."""
