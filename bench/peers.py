@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ghostfused.backends import BACKENDS, unavailable_on
+from ghostfused.capture import capture
 from ghostfused.fuse import fuse_with_report
 
 from .cases import MODES, Setting
@@ -82,6 +83,28 @@ class Fused(Peer):
         if not any(swap.fused for swap in report):
             raise RuntimeError(f"found nothing to fuse: {report}")
         return fused
+
+
+class Captured(Peer):
+    """Ours: ``ghostfused.capture``, with what no kernel computes left to PyTorch, one for each shape of an input."""
+
+    name = "ghostfused_capture"
+    ours = True
+
+    def unavailable(self, setting: Setting) -> str | None:
+        if setting.device != "cpu":
+            return "on a GPU it is ghostfused_*+graph"
+        return unavailable_on("cpu", "cpu") or super().unavailable(setting)
+
+    def prepare(self, module: nn.Module, x: Tensor) -> Run:
+        captured: dict[torch.Size, Run] = {}
+
+        def run(x: Tensor) -> Tensor:
+            if x.shape not in captured:
+                captured[x.shape] = capture(module, x, partial=True)
+            return captured[x.shape](x)
+
+        return run
 
 
 class Compiled(Peer):
@@ -164,6 +187,7 @@ def all_peers() -> dict[str, Peer]:
         OpenVino("default"),
         TorchTensorRT(),
         *ours,
+        Captured(),
         *(Graphed(p) for p in ours if p.backend in ("cuda", "triton")),
         *(_max_autotune(p) for p in ours if p.backend in ("cuda", "triton", "cpu") and p.level == "auto"),
     ]

@@ -7,9 +7,9 @@ under it. ``python -m ghostfused info`` says which backends work on this machine
 from . import functional, models
 from .attention import FusedAttentionGhostModule
 from .bottleneck import FusedGhostBottleneck
+from .capture import Captured, NotCaptured, capture, graphed, load
 from .functional import ghost_module
 from .fuse import fuse, fuse_with_report, unfuse
-from .graphs import graphed
 from .module import FusedGhostModule
 from .spec import Act, BatchNorm
 
@@ -17,14 +17,22 @@ __version__ = "0.1.0"
 __all__ = [
     "Act",
     "BatchNorm",
+    "Captured",
     "FusedAttentionGhostModule",
     "FusedGhostBottleneck",
     "FusedGhostModule",
+    "NotCaptured",
+    "capture",
     "functional",
     "fuse",
     "fuse_with_report",
     "ghost_module",
     "graphed",
+    "load",
     "models",
     "unfuse",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ghostfused
 from ghostfused import fuse, graphs, unfuse
+from ghostfused.capture import _key
 
 ROOT = Path(ghostfused.__file__).parents[1]
 
@@ -232,24 +233,16 @@ def test_jit_tracing():
 # ---- CUDA graphs
 
 
-def test_graphed_leaves_a_cpu_model_alone_and_says_so():
+def test_graphed_is_deprecated_and_leaves_a_cpu_model_alone():
     fused, x = fuse(network("small")), torch.randn(2, 3, 16, 12)
-    with pytest.warns(UserWarning, match="CUDA graphs need a GPU, and the model is on cpu"):
+    with (
+        pytest.warns(DeprecationWarning, match="use ghostfused.capture"),
+        pytest.warns(UserWarning, match="need a GPU"),
+    ):
         assert ghostfused.graphed(fused, x) is fused
-
-
-def test_graphed_names_what_is_wrong():
-    model, x = network("small"), torch.randn(2, 3, 16, 12)
-    with pytest.raises(TypeError, match=r"model: expected an nn\.Module, got function"):
-        ghostfused.graphed(lambda x: x, x)
     for example in ([x], (), (x, 1), None):
-        with pytest.raises(TypeError, match="example: expected a tensor or a tuple of tensors, got"):
-            ghostfused.graphed(model, example)
-    with pytest.raises(ValueError, match=r"expected the inputs and the model on one device, got \['cpu', 'meta'\]"):
-        ghostfused.graphed(model, x.to("meta"))
-    model[1].ghost1.primary_conv[1].train()
-    with pytest.raises(ValueError, match=r"expected eval mode.*in train mode: 1\.ghost1\.primary_conv\.1"):
-        ghostfused.graphed(model, x)
+        with pytest.raises(TypeError, match="example: expected a tensor or a tuple of tensors"):
+            ghostfused.graphed(fused, example)
 
 
 class Recorder(nn.Module):
@@ -265,7 +258,7 @@ class Recorder(nn.Module):
         return {"sum": x + y, "all": [x * self.weight]}
 
 
-def test_graphed_copies_inputs_and_outputs(monkeypatch):
+def test_a_graph_copies_inputs_and_outputs(monkeypatch):
     """The bookkeeping around the graph, with a stand-in that computes again from the recorded places into the recorded
     output, as a replay does. Recording itself needs a GPU: see the next test."""
     model = Recorder().eval()
@@ -273,14 +266,14 @@ def test_graphed_copies_inputs_and_outputs(monkeypatch):
 
     class Graph:
         def replay(self):
-            (graphed,) = recorded
+            graphed = recorded[-1]
             with torch.no_grad():
                 new = model(*graphed.inputs)
                 graphed.output["sum"].copy_(new["sum"])
                 graphed.output["all"][0].copy_(new["all"][0])
 
     stream = SimpleNamespace(wait_stream=lambda other: None)
-    null = lambda *_: contextlib.nullcontext()  # noqa: E731
+    null = lambda *_, **__: contextlib.nullcontext()  # noqa: E731
     for name, value in {
         "CUDAGraph": Graph, "Stream": lambda device: stream, "current_stream": lambda device: stream,
         "stream": null, "graph": null, "device": null,
@@ -288,9 +281,10 @@ def test_graphed_copies_inputs_and_outputs(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, value)
     x, y = torch.randn(2, 3), torch.randn(2, 3)
     for copy_output in (True, False):
-        recorded[:] = [graphs._Graphed(model, (x, y), torch.device("cpu"), copy_output)]
-        (run,) = recorded
-        for mine, place in zip((x, y), run.inputs, strict=True):
+        graph = graphs.RecordedGraph(model, (x, y), copy_output)
+        recorded[:] = [graph]
+        run = ghostfused.Captured({_key((x, y)): graph}, torch.device("cpu"), False, False)
+        for mine, place in zip((x, y), graph.inputs, strict=True):
             assert place.data_ptr() != mine.data_ptr(), "the example stays the caller's"
         outs, inputs = [], [(torch.randn(2, 3), torch.randn(3, 2).t()) for _ in range(2)]
         for a, b in inputs:
@@ -300,22 +294,24 @@ def test_graphed_copies_inputs_and_outputs(monkeypatch):
         assert (outs[0]["sum"] is outs[1]["sum"]) == (not copy_output)
         if copy_output:
             assert torch.equal(outs[0]["sum"], inputs[0][0] + inputs[0][1]), "the second call left it alone"
-        with pytest.raises(ValueError, match="expected 2 inputs, got 1"):
+        expected = r"inputs: expected \(2, 3\) torch.float32 and \(2, 3\) torch.float32, got "
+        with pytest.raises(ValueError, match=expected + r"\(2, 3\) torch.float32$"):
             run(x)
-        with pytest.raises(ValueError, match=r"input 1: expected \(2, 3\) torch.float32 on cpu.*got \(1, 3\)"):
+        with pytest.raises(ValueError, match=expected + r".* and \(1, 3\)"):
             run(x, y[:1])
-        with pytest.raises(ValueError, match=r"input 0: expected .* got \(2, 3\) torch.float64"):
+        with pytest.raises(ValueError, match=expected + r"\(2, 3\) torch.float64"):
             run(x.double(), y)
+        assert str(run).endswith(": one CUDA graph")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 @pytest.mark.parametrize("name", ["small", "ghostnet_050", "ghostnetv2_100"])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_graphed_on_a_gpu(name, autocast):
+def test_capture_on_a_gpu(name, autocast):
     model = network(name).cuda()
     fused = fuse(model)
     with torch.autocast("cuda", torch.float16, enabled=autocast):
-        run = ghostfused.graphed(fused, torch.zeros(2, 3, 64, 64, device="cuda"))
+        run = ghostfused.capture(fused, torch.zeros(2, 3, 64, 64, device="cuda"))
     for _ in range(2):
         x = torch.randn(2, 3, 64, 64, device="cuda")
         with torch.no_grad(), torch.autocast("cuda", torch.float16, enabled=autocast):
