@@ -119,7 +119,7 @@ def test_whole_networks(name, fused):
 PARTS = {
     "ghostnetv2_100": {"aten.avg_pool2d", "aten.sigmoid"},
     "ghostnetv3_050": {"aten.avg_pool2d", "aten.sigmoid"},
-    "seed": {"aten.conv2d", "aten._native_batch_norm_legit_no_training", "aten.hardtanh"},
+    "seed": {"aten.convolution", "aten._native_batch_norm_legit_no_training", "aten.hardtanh"},
     "yolov8n-ghost": None,
     "backbone": None,
 }
@@ -205,7 +205,7 @@ class Drawn(nn.Module):
         self.results = [draw.randint(0, len(self.layers)) for _ in range(draw.randint(1, 3))] + [len(self.layers)]
 
     def forward(self, x):
-        maps = [x]
+        maps = [x.clone()]
         for (kind, a, b), layer in zip(self.sources, self.layers, strict=True):
             out = layer(maps[a])
             if kind == "add":
@@ -356,13 +356,10 @@ NEVER = {
 
 
 @pytest.mark.parametrize("message", NEVER)
-@pytest.mark.parametrize("partial", [False, True])
-def test_what_can_not_be_captured_at_all(message, partial):
-    if "else" in message and not partial:
-        pytest.skip("is stopped by the op before")
+def test_what_can_not_be_captured_at_all(message):
     model, x = made(NEVER[message])
     with pytest.raises(NotCaptured, match=message):
-        capture(model, x, partial=partial)
+        capture(model, x, partial=True)
 
 
 def test_a_program_that_computes_something_else_is_refused(monkeypatch):

@@ -274,7 +274,7 @@ def test_a_graph_copies_inputs_and_outputs(monkeypatch):
                 graphed.output["all"][0].copy_(new["all"][0])
 
     stream = SimpleNamespace(wait_stream=lambda other: None)
-    null = lambda *_: contextlib.nullcontext()  # noqa: E731
+    null = lambda *_, **__: contextlib.nullcontext()  # noqa: E731
     for name, value in {
         "CUDAGraph": Graph, "Stream": lambda device: stream, "current_stream": lambda device: stream,
         "stream": null, "graph": null, "device": null,
