@@ -102,7 +102,17 @@ def compile_sass(arch: str, source: str) -> tuple[str, str]:
         raise RuntimeError("bench.static_cuda needs nvcc and the cuobjdump of Triton's package")
     with tempfile.TemporaryDirectory() as folder:
         cubin = f"{folder}/{source}.cubin"
-        command = [nvcc, "-std=c++20", "-O3", "-cubin", f"-arch={arch}", "-o", cubin, f"-I{CSRC}", str(CSRC / "cuda" / "instances" / f"{source}.cu")]
+        command = [
+            nvcc,
+            "-std=c++20",
+            "-O3",
+            "-cubin",
+            f"-arch={arch}",
+            "-o",
+            cubin,
+            f"-I{CSRC}",
+            str(CSRC / "cuda" / "instances" / f"{source}.cu"),
+        ]
         run = functools.partial(subprocess.run, capture_output=True, text=True, check=False)
         done = run(command)
         if done.returncode:
