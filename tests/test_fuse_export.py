@@ -273,16 +273,24 @@ def test_a_graph_copies_inputs_and_outputs(monkeypatch):
                 graphed.output["sum"].copy_(new["sum"])
                 graphed.output["all"][0].copy_(new["all"][0])
 
-    stream = SimpleNamespace(wait_stream=lambda other: None)
-    null = lambda *_, **__: contextlib.nullcontext()  # noqa: E731
+    def stream_of(device):
+        return SimpleNamespace(wait_stream=lambda other: None, device=device)
+
+    def on(*objects, stream=None):
+        used.append(stream or objects[0])
+        return contextlib.nullcontext()
+
+    used: list = []  # the device, the warm-up's stream, the recording's
     for name, value in {
-        "CUDAGraph": Graph, "Stream": lambda device: stream, "current_stream": lambda device: stream,
-        "stream": null, "graph": null, "device": null,
+        "CUDAGraph": Graph, "Stream": stream_of, "current_stream": stream_of, "stream": on, "graph": on, "device": on,
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)
     x, y = torch.randn(2, 3), torch.randn(2, 3)
     for copy_output in (True, False):
         graph = graphs.RecordedGraph(model, (x, y), copy_output)
+        device, warmup, recording = used[-3:]
+        assert device == x.device == warmup.device
+        assert recording is warmup, "the default stream of a recording is one for all devices, the first one's"
         recorded[:] = [graph]
         run = ghostfused.Captured({_key((x, y)): graph}, torch.device("cpu"), False, False)
         for mine, place in zip((x, y), graph.inputs, strict=True):
