@@ -78,7 +78,13 @@ def main(folder: Path) -> int:
     kept = folder / "version"
     if not kept.exists() or kept.read_text() != version:
         download(version, folder)
-    includes = [ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include"), folder / "torch" / "include", cuda_headers()]
+    includes = [
+        ROOT / "csrc",
+        pybind11.get_include(),
+        sysconfig.get_path("include"),
+        folder / "torch" / "include",
+        cuda_headers(),
+    ]
     compiler = ["g++", *flags(version), *(f"-I{i}" for i in includes)]
     sources = [file for file in sorted((ROOT / "csrc").rglob("*.cpp")) if includes_torch(compiler, file)]
     failed = sum(subprocess.run([*compiler, "-fsyntax-only", str(file)]).returncode != 0 for file in sources)
