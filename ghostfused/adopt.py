@@ -15,6 +15,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from .proof import substituted
+from .reads import Reads, reads
 from .spec import Act, BatchNorm
 
 ACTIVATIONS: dict[type[nn.Module], Act] = {
@@ -57,6 +58,8 @@ class Adopted(NamedTuple):
     in_channels: int
     out_channels: int
     """Of its output: at most those of both halves together."""
+    reads: Reads
+    """What its forward reads beside tensors and children."""
     attention: str | None = None
     """Name of the child that makes the gate of GhostNetV2's DFC attention."""
 
@@ -232,6 +235,9 @@ def read(module: nn.Module) -> Adopted | str:
     if inner:
         return f"hooks on {', '.join(inner)}"
 
+    read_by_it = reads(module)
+    if isinstance(read_by_it, str):  # before it runs: it might write into a log
+        return read_by_it
     try:
         with substituted(module, halves[primary].conv.in_channels, training=False) as x:
             out = module.forward(x)
@@ -243,7 +249,7 @@ def read(module: nn.Module) -> Adopted | str:
     channels = init_channels + halves[cheap].weight.shape[0]
     if not init_channels <= out.shape[1] <= channels:
         return f"it returns {out.shape[1]} channels, no concatenation of {init_channels} and {channels - init_channels}"
-    return Adopted(primary, cheap, halves[primary].conv.in_channels, out.shape[1], attention)
+    return Adopted(primary, cheap, halves[primary].conv.in_channels, out.shape[1], read_by_it, attention)
 
 
 def _may_make_a_gate(child: nn.Module | None) -> bool:

@@ -17,7 +17,8 @@ from . import adopt, layers, replay
 from .layers import Path, Run, SqueezeExcite, get
 from .module import FusedGhostModule
 from .proof import prove
-from .twin import make_twin
+from .reads import Reads, changed, reads
+from .twin import make_twin, original
 
 
 class Ghost(NamedTuple):
@@ -34,12 +35,18 @@ class _FusedTwin(replay.Replayed, nn.Module):
 
     _layout: dict[Path, dict[str, type]]
     """Names and kinds of the children of each module down to the layers and the Ghost modules, by its path."""
+    _reads: Reads
+    """What the forwards that it leaps over read beside tensors and children."""
     backend: str
 
     @classmethod
     def _prove(cls, module: nn.Module, in_channels: int, backend: str, **attributes: Any) -> Self | str:
         """The twin of ``module``; or how they differ."""
-        attributes |= {"_layout": _layout(module, ()), "backend": "reference", "_replay": replay.Replay()}
+        found = reads(module)
+        if isinstance(found, str):
+            return found
+        attributes |= {"_layout": _layout(module, ()), "_reads": found}
+        attributes |= {"backend": "reference", "_replay": replay.Replay()}
         fused = make_twin(cls, module, **attributes)
         reason = prove(module, fused, in_channels)
         fused.backend = backend
@@ -53,7 +60,7 @@ class _FusedTwin(replay.Replayed, nn.Module):
         """As ``forward``, read afresh."""
         if self._is_observed():
             replay.note_others()
-            return self.__dict__["_original"].kind.forward(self, x)
+            return original(self).forward(x)  # type: ignore[union-attr]
         return self._steps(x)
 
     def _steps(self, x: Tensor) -> Tensor:
@@ -67,8 +74,10 @@ class _FusedTwin(replay.Replayed, nn.Module):
         return all(run.kind(self) is not None for run in self.runs())
 
     def _is_observed(self) -> bool:
-        """Whether somebody looks at, or has changed, what the fused forward leaps over: by hooks, another forward, or
-        layers added, removed or of another kind. Only norms may have gone, folded into their convolutions."""
+        """Whether somebody looks at, or has changed, what the fused forward leaps over: by hooks, another forward, an
+        attribute, or layers added, removed or of another kind. Only norms may have gone, folded into their convolutions."""
+        if changed(self, self._reads, get):
+            return True
         for path, kinds in self._layout.items():
             children: dict[str, nn.Module | None] = get(self, path).__dict__["_modules"]
             for name, child in children.items():
@@ -237,6 +246,8 @@ def _trace(module: nn.Module) -> tuple[object, fx.Node, _Tracer] | str:
     """What ``module`` returns and what it takes, as torch.fx sees it; or why that fails."""
     if reason := adopt.unusual(module):
         return reason
+    if isinstance(found := reads(module), str):  # before it runs: it might write into a log
+        return found
     tracer = _Tracer(module)
     try:
         graph = tracer.trace(module)

@@ -14,6 +14,7 @@ from . import adopt
 from .backends.common import KERNEL_GATE_ACTS, depthwise_form_refusal
 from .functional import conv1x1, depthwise, squeeze_excite
 from .proof import substituted
+from .reads import reads
 from .replay import note_others
 from .spec import Act, Gate
 
@@ -146,6 +147,8 @@ def read_squeeze_excite(block: nn.Module, path: Path) -> SqueezeExcite | None:
     """``block`` as a squeeze-and-excite block, if it computes x times such a gate: tried on a random input."""
     matrices = _matrices(block)
     if not matrices or adopt.unusual(block) or any(adopt.has_hooks(m) for m in block.modules()):
+        return None
+    if isinstance(reads(block), str):
         return None
     (reduce, first), (expand, _) = matrices
     channels = first._parameters["weight"].shape[1]  # type: ignore[union-attr]

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from . import adopt, backends, training
 from .functional import ghost_module
+from .layers import get
 from .proof import prove
+from .reads import changed
 from .replay import Replay, Replayed, note_others
 from .spec import Act
-from .twin import make_twin
+from .twin import make_twin, original
 
 torch.fx.wrap("ghost_module")  # torch.fx's symbolic tracing records the call and doesn't look inside
 
@@ -168,6 +170,7 @@ class FusedGhostModule(Replayed, nn.Module):
             "out_channels": adopted.out_channels,
             "backend": "reference",
             "_replay": Replay(),
+            "_reads": adopted.reads,
         }
         if adopted.attention is not None:
             from .attention import FusedAttentionGhostModule  # it derives from this class
@@ -181,6 +184,8 @@ class FusedGhostModule(Replayed, nn.Module):
 
     def _read(self) -> tuple[adopt.Half, adopt.Half] | str:
         """Both halves as they are now; or why the fused function can't stand for them."""
+        if self._is_changed():
+            return "an attribute that its own forward reads has changed"
         modules = self.__dict__["_modules"]  # torch.export's stand-in for self has another self._modules
         primary = adopt.read_half(modules[self._halves[0]])  # type: ignore[arg-type]
         if isinstance(primary, str):
@@ -191,6 +196,10 @@ class FusedGhostModule(Replayed, nn.Module):
         if (primary.batch_norm is None) != (cheap.batch_norm is None):
             return "one half's BatchNorm uses batch statistics, the other's doesn't"
         return adopt.mismatch(primary, cheap) or (primary, cheap)
+
+    def _is_changed(self) -> bool:
+        """Whether an attribute that the forward of the module that this was made from reads isn't as it was."""
+        return changed(self, self.__dict__.get("_reads", {}), get)
 
     def forward(
         self,
@@ -260,14 +269,17 @@ class FusedGhostModule(Replayed, nn.Module):
     def _run_children(
         self, x: Tensor, input_gate: Tensor | None, residual: Tensor | None, output_gate: Tensor | None
     ) -> Tensor:
-        """Forward by calling the children, as an unfused Ghost module does."""
+        """Forward by calling the children, as an unfused Ghost module does; or as the one did that this was made from."""
         note_others()
-        primary, cheap = (cast(nn.Module, self._modules[name]) for name in self._halves)
         if input_gate is not None:
             x = x * input_gate[:, :, None, None]
-        x1 = primary(x)
-        # cut before the concatenation: the output is no view of a larger tensor
-        out = torch.cat([x1, cheap(x1)[:, : self.out_channels - x1.shape[1]]], dim=1)
+        if self._is_changed():
+            out = original(self).forward(x)  # type: ignore[union-attr]
+        else:
+            primary, cheap = (cast(nn.Module, self._modules[name]) for name in self._halves)
+            x1 = primary(x)
+            # cut before the concatenation: the output is no view of a larger tensor
+            out = torch.cat([x1, cheap(x1)[:, : self.out_channels - x1.shape[1]]], dim=1)
         if output_gate is not None:
             out = out * F.interpolate(output_gate, size=out.shape[2:], mode="nearest")
         return out if residual is None else out + residual

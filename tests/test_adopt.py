@@ -377,7 +377,7 @@ def test_bad_arguments():
 
 
 def test_read_says_where_the_halves_are():
-    assert adopt.read(paper.GhostModule(6, 13)) == adopt.Adopted("primary_conv", "cheap_operation", 6, 13)
+    assert adopt.read(paper.GhostModule(6, 13)) == adopt.Adopted("primary_conv", "cheap_operation", 6, 13, {})
     assert isinstance(adopt.read(nn.ReLU()), str)
 
 
