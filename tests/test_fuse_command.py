@@ -34,13 +34,13 @@ def run(*argv: str) -> int:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("level", ["module", "bottleneck"])
+@pytest.mark.parametrize("level", ["module", "auto"])
 def test_report_error_and_speed(file, capsys, dtype, level):
     assert run(f"{file}:net", "--dtype", dtype, "--level", level) == 0
     printed = capsys.readouterr().out
     fused = re.findall(r"^(\S+) +(\w+) +yes", printed, re.MULTILINE)
     modules = [("0.ghost1", "GhostModule"), ("0.ghost2", "GhostModule"), ("1", "GhostModule")]
-    assert fused == ([("0", "GhostBottleneck")] if level == "bottleneck" else []) + modules
+    assert fused == ([("0", "GhostBottleneck")] if level == "auto" else []) + modules
     assert re.search(r"error against float64.*: \S+e\S+ fused, \S+e\S+ unfused, limit \S+: ok", printed)
     assert f"(2, 3, 9, 8) {dtype} on" in printed
     median, low, high = map(float, re.search(r"speed-up +(\S+) \[(\S+)–(\S+)\]", printed).groups())
