@@ -207,7 +207,7 @@ def from_json_lines(path: Path) -> list[dict]:
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl"])
 def test_batch_inference(folder, tmp_path, suffix, capsys):
-    pytest.importorskip("timm")
+    pytest.importorskip("timm"), pytest.importorskip("rich")
     output = tmp_path / "out" / f"predictions.{suffix}"
     load("batch_inference").main([str(folder), str(output), *SETTINGS])
     check((from_csv if suffix == "csv" else from_json_lines)(output), folder)
@@ -216,7 +216,7 @@ def test_batch_inference(folder, tmp_path, suffix, capsys):
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl"])
 def test_batch_inference_under_torchrun(folder, tmp_path, suffix):
-    pytest.importorskip("timm")
+    pytest.importorskip("timm"), pytest.importorskip("rich")
     output = tmp_path / f"predictions.{suffix}"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*torchrun, str(EXAMPLES / "batch_inference.py"), str(folder), str(output), *SETTINGS]
@@ -227,7 +227,7 @@ def test_batch_inference_under_torchrun(folder, tmp_path, suffix):
 
 
 def test_batch_inference_by_ray_data(folder, tmp_path):
-    pytest.importorskip("timm")
+    pytest.importorskip("timm"), pytest.importorskip("rich")
     ray = pytest.importorskip("ray", reason="Ray is not installed")
     output = tmp_path / "predictions.jsonl"
     ray.init(num_cpus=3, include_dashboard=False)
@@ -239,7 +239,7 @@ def test_batch_inference_by_ray_data(folder, tmp_path):
 
 
 def test_batch_inference_names_what_is_wrong(folder, capsys):
-    pytest.importorskip("timm")
+    pytest.importorskip("timm"), pytest.importorskip("rich")
     main = load("batch_inference").main
     for arguments, message in (
         ([str(folder), "predictions.txt"], "expected a name ending in .jsonl or .csv, got predictions.txt"),
