@@ -88,10 +88,10 @@ def reads(module: nn.Module) -> Reads | str:
 
 
 def _strangers(module: nn.Module, path: Path) -> Iterator[tuple[Path, nn.Module]]:
-    root = type(module).__module__.partition(".")[0]
-    if root == __package__ and "backend" in module.__dict__:
-        return  # a fused one watches its own
-    if root not in ("torch", __package__):
+    ours = any(base.__module__.partition(".")[0] == __package__ for base in type(module).__mro__)
+    if ours and "backend" in module.__dict__:
+        return  # a fused one, or somebody's subclass of one: nobody leaps over its forward
+    if type(module).__module__.partition(".")[0] not in ("torch", __package__):
         yield path, module
     for name, child in module._modules.items():
         if child is not None:
