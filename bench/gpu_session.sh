@@ -16,14 +16,14 @@
 #   PRINT=1      prints the commands and runs none
 # shellcheck disable=SC2329  # the steps are called by name
 set -uo pipefail
+HERE=$PWD
 cd "$(dirname "$0")/.." || exit 2
 
 if [[ -z ${1:-} || $1 == -* || ! ${2:-3} =~ ^(3|10)$ ]]; then
   sed -n '2,19s/^# \?//p' "$0"
   exit 2
 fi
-mkdir -p "$1" || exit 2
-OUT=$(cd "$1" && pwd)
+OUT=$(cd "$HERE" && mkdir -p "$1" && cd "$1" && pwd) || exit 2
 MINUTES=${2:-3}
 shift
 [[ $# -eq 0 ]] || shift
@@ -45,11 +45,20 @@ REST=(tests warm_triton triton nchw batch1 float32 network network_compiled trai
 
 has() { [[ $PRINT ]] || command -v "$1" >/dev/null; }
 
-# Everything into one file; without the profiler's reports where they make it too large. If tar fails, what matters most as it is.
+# Whoever stops the script gets what the running step has written.
+stopped() {
+  [[ -z $RUNNING ]] || kill "$RUNNING" 2>/dev/null
+  note "stopped by a signal: FAILED"
+  exit 1
+}
+RUNNING=
+trap stopped TERM INT HUP
+
+# Everything into one file; without the profiler's reports and long texts where they make it too large. If tar fails, what matters most as it is.
 pack() {
   cp "$W/steps.txt" "$OUT/steps.txt"
   tar -czf "$OUT/results.part" -C "$W" . && ((MOST_BYTES > $(stat -c %s "$OUT/results.part"))) ||
-    { tar -czf "$OUT/results.part" -C "$W" --exclude='*.ncu-rep' . && echo "pack: left out the profiler's reports" >>"$OUT/steps.txt"; } ||
+    { tar -czf "$OUT/results.part" -C "$W" --exclude='*.ncu-rep' $(find "$W" -size +2M -name '*.txt' -printf '--exclude=./%f ') . && echo "pack: left out the profiler's reports and texts of over 2 MB" >>"$OUT/steps.txt"; } ||
     {
       FAILED=1
       echo "pack: FAILED, what matters most is copied as it is" >>"$OUT/steps.txt"
@@ -78,8 +87,11 @@ step() {
     note "$name: skipped, no time left"
     return
   fi
-  timeout --kill-after=3 "$((limit < left ? limit : left))" "$@" >"$W/$name.txt" 2>&1
+  timeout --kill-after=3 "$((limit < left ? limit : left))" "$@" >"$W/$name.txt" 2>&1 &
+  RUNNING=$!
+  wait $RUNNING # in the background: a signal to this script is heard at once
   code=$?
+  RUNNING=
   tail -n "${TAIL:-8}" "$W/$name.txt" | cut -c1-300
   case $code in
     0) note "$name: ok, $((SECONDS - start)) s" ;;

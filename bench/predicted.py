@@ -69,8 +69,8 @@ def predictions(path: Path) -> dict[tuple, dict]:
             raise SystemExit(
                 f"{path}:{number}: expected the fields {', '.join(MODULE_KEY)}; missing: {', '.join(missing)}"
             )
-        if not times(row):
-            raise SystemExit(f"{path}:{number}: expected predicted times, in fields that end in _us")
+        if not times(row) or not all(isinstance(us, int | float) and us > 0 for us in times(row).values()):
+            raise SystemExit(f"{path}:{number}: expected predicted times, positive numbers in fields that end in _us")
         found[module_key(row)] = row
     if not found:
         raise SystemExit(f"{path}: no predictions of modules")

@@ -101,9 +101,18 @@ class Writer:
             self._file.close()
 
 
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except json.JSONDecodeError:
+        return False
+    return True
+
+
 def read(path: Path) -> tuple[dict, list[dict]]:
     """(environment, rows) of a results file."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    *whole, last = path.read_text(encoding="utf-8").split("\n")  # a run that was stopped may leave a part of a line
+    rows = [json.loads(line) for line in [*whole, last] if line.strip() and (line is not last or _is_json(line))]
     for number, row in enumerate(rows, 1):
         try:
             check(row)
@@ -111,5 +120,8 @@ def read(path: Path) -> tuple[dict, list[dict]]:
             raise SystemExit(f"{path}:{number}: {error}") from None
     if not rows or rows[0]["kind"] != "environment":
         raise SystemExit(f"{path}: expected a results file of python -m bench, whose first line is the environment")
+    timed = {key(row) for row in rows if row.get("preliminary") and row["status"] == "ok"}
+    # a peer that broke while all were timed together took the others' final times along: their first ones stand
+    rows = [row for row in rows if row.get("preliminary") or row.get("status") != "error" or key(row) not in timed]
     final = {key(row) for row in rows if not row.get("preliminary")}
     return rows[0], [row for row in rows[1:] if not row.get("preliminary") or key(row) not in final]

@@ -242,6 +242,22 @@ def test_a_preliminary_row_stands_until_another_follows(tmp_path, paper_layers):
     assert [(r["batch"], r.get("preliminary")) for r in rows if r["kind"] == "module"] == [(2, True), (1, None)]
 
 
+def test_first_times_outlive_a_peer_that_broke_later(tmp_path, paper_layers):
+    (row,) = module_rows({"eager": 1.0}, layers=paper_layers[:1])
+    broken = {k: v for k, v in row.items() if k != "ms"} | {"status": "error", "reason": "RuntimeError: out of memory"}
+    path = write(tmp_path / "a.jsonl", [row | {"preliminary": True}, broken])
+    assert [r["status"] for r in results.read(path)[1] if r["kind"] == "module"] == ["ok"]
+    path = write(tmp_path / "b.jsonl", [broken | {"preliminary": True}, broken])
+    assert [r["status"] for r in results.read(path)[1] if r["kind"] == "module"] == ["error"]
+
+
+def test_a_line_that_was_cut_off_is_left_out(tmp_path, paper_layers):
+    path = write(tmp_path / "a.jsonl", module_rows({"eager": 1.0}, layers=paper_layers[:2]))
+    text = path.read_text().rstrip()
+    path.write_text(text[: text.rindex("\n") + 20])
+    assert [r["kind"] for r in results.read(path)[1]] == ["module", "module"]
+
+
 def test_a_run_that_is_stopped_has_all_modes_of_its_modules(tmp_path, small_cache):
     path = tmp_path / "out.jsonl"
     command = ["module", "--size", "32", "--only", "blocks.0,blocks.8", "--peers", "eager", "--layout", "nhwc"]

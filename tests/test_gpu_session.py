@@ -5,6 +5,7 @@ import os
 import shlex
 import subprocess
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
@@ -155,6 +156,29 @@ def test_a_step_that_hangs_is_stopped_and_what_came_before_is_there(tmp_path, st
     assert outcomes["predicted"].startswith("stopped after")
     assert outcomes["compiled"] == "skipped, no time left"
     assert "module.jsonl" in packed(tmp_path)
+
+
+def test_a_signal_packs_what_the_running_step_has_written(tmp_path, stand_in):
+    stand_in(
+        "python3",
+        PYTHON.replace("while (($#))", "echo begun >&2\nwhile (($#))").replace(
+            "sleep 100", "{ echo part; sleep 100; }"
+        ),
+    )
+    variables = {k: v for k, v in os.environ.items() if k not in ("PRINT", "REHEARSAL", "LAUNCH", "PYTHON")}
+    variables |= {"FAILS": "", "HANGS": "predicted", "PATH": stand_in.path}
+    running = subprocess.Popen(
+        ["bash", str(SCRIPT), "out", "3"], env=variables, cwd=tmp_path, stdout=subprocess.DEVNULL
+    )
+    for _ in range(200):
+        time.sleep(0.1)
+        if (tmp_path / "out/steps.txt").exists() and "module: ok" in (tmp_path / "out/steps.txt").read_text():
+            break
+    time.sleep(1)
+    running.terminate()
+    assert running.wait(20) == 1
+    assert "stopped by a signal" in (tmp_path / "out/steps.txt").read_text()
+    assert {"module.jsonl", "predicted.txt"} <= packed(tmp_path)
 
 
 def test_where_nothing_can_be_packed_the_rows_come_as_they_are(tmp_path, stand_in):
