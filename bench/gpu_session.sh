@@ -129,9 +129,11 @@ profiled_modules() { # the arguments of `profile` that choose modules
 }
 
 # Limits. Measured with no GPU, in CPU seconds: build 227, verify 190, a Triton kernel 0.57; the GPU machine has 16 cores.
-step_build() { # unless a built extension was carried along and loads
-  if [[ ! $PRINT ]] && "${PY[@]}" -c 'import torch; from ghostfused import _C' >/dev/null 2>&1; then
-    note "build: skipped, ghostfused._C is there and loads"
+step_build() { # unless an extension was carried along that loads and was built for this GPU, not for another and its driver
+  local there='import torch; from ghostfused import _C; built = _C.build_info()["architectures"].replace("+PTX", "").split()
+assert "%d.%d" % torch.cuda.get_device_capability() in built, built'
+  if [[ ! $PRINT ]] && "${PY[@]}" -c "$there" >/dev/null 2>&1; then
+    note "build: skipped, ghostfused._C is there, for this GPU, and loads"
     return
   fi
   local arch=9.0

@@ -361,7 +361,7 @@ def one(seed: int, number: int, backend: str) -> str:
     try:
         _check_call(out, call, backend)
     except Exception as error:
-        if "eps must be positive" in str(error):  # torch 2.11's batch_norm, which the comparison runs; the kernels take 0
+        if "eps must be positive" in str(error):  # says the batch_norm of torch 2.11; the kernels take 0
             return "error"
         raise AssertionError(f"not what PyTorch makes of it: {error}\n{describe(call)}") from error
     return "right result"

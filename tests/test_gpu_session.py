@@ -113,7 +113,7 @@ def test_all_steps_and_what_they_wrote_come_back(tmp_path, stand_in):
     done = session(tmp_path, "10", PATH=stand_in.path)
     assert done.returncode == 0, done.stdout + done.stderr
     outcomes = steps(tmp_path)
-    assert outcomes.pop("build") == "skipped, ghostfused._C is there and loads"
+    assert outcomes.pop("build") == "skipped, ghostfused._C is there, for this GPU, and loads"
     assert all(outcome.startswith("ok") for outcome in outcomes.values()), outcomes
     assert {"verify.txt", "module.jsonl", "network.jsonl", "training.jsonl", "versions.txt", "steps.txt"} <= packed(
         tmp_path
