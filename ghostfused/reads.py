@@ -170,9 +170,13 @@ class _Reader:
                 return f"reads its attribute {name}, a {type(value).__name__}, whose contents may change"
             self.values[name] = value
             return self._function(value) if not _is_library(getattr(value, "__module__", None)) else None
-        value = next((vars(base)[name] for base in self.kind.__mro__ if name in vars(base)), _GONE)
-        if value is _GONE or getattr(nn.Module, name, _GONE) is value:
-            return None
+        for base in self.kind.__mro__:  # all that have it: super() may mean any of them
+            theirs = name in vars(base) and base.__module__.partition(".")[0] not in ("torch", "builtins")
+            if theirs and (reason := self._of_class(name, vars(base)[name])):
+                return reason
+        return None
+
+    def _of_class(self, name: str, value: Any) -> str | None:
         for function in (value, getattr(value, "fget", None), getattr(value, "__func__", None)):
             if isinstance(function, FunctionType):
                 return self._function(function)

@@ -121,7 +121,21 @@ def set_flag(value):
     globals()["FLAG"] = value
 
 
+def inherited(self, x):
+    return super(Inherits, self).forward(x)
+
+
+class Flagged(Kind):
+    def forward(self, x):
+        return flag(self, x)
+
+
+class Inherits(Flagged):
+    forward = inherited
+
+
 WATCHED = {
+    "a base class's": (inherited, lambda m: setattr(m, "skip", False)),
     "a flag": (flag, lambda m: setattr(m, "skip", False)),
     "a number": (number, lambda m: setattr(m, "times", 2)),
     "one is not True": (number, lambda m: setattr(m, "times", True)),
@@ -149,7 +163,7 @@ def globals_as_they_were():
 
 
 def made(how) -> nn.Module:
-    kind = type("Made", (Kind,), {"forward": how})
+    kind = type("Made", (Inherits if how is inherited else Kind,), {"forward": how})
     return calibrate(nn.Sequential(kind()), torch.randn(4, 6, 9, 8))
 
 
