@@ -67,7 +67,7 @@ def module_key(row: dict) -> tuple:
 
 class Writer:
     """Writes rows as they come; a file of a run that broke off lacks the "end" line. A row marked "preliminary" stands until
-    one of the same key follows."""
+    one of the same key follows; one with times outlives an error."""
 
     def __init__(self, path: Path | None, device: torch.device):
         self.start = time.perf_counter()
