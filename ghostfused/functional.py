@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import backends, reference
-from .autograd import call
-from .backends.common import constant_to_dynamo
+from . import backends
+from .backends import reference
+from .ops.autograd import call
 from .spec import Act, Args, BatchNorm, DepthwiseArgs, Gate, GhostArgs, SqueezeExciteArgs
-from .validate import activation, gate_kind, validate
+from .spec.checks import activation, gate_kind, validate
+from .spec.kernels import constant_to_dynamo
 
 _NO_NORM = BatchNorm(None, None)  # type: ignore[arg-type]
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import torch
 from draws import ACTS, DTYPES, GATES, LAYOUTS
 
-from ghostfused import reference
-from ghostfused.backends.common import KERNEL_DEPTHWISE
+from ghostfused.backends import reference
 from ghostfused.spec import Act, Args, DepthwiseArgs, tensor_names
+from ghostfused.spec.kernels import KERNEL_DEPTHWISE
 from ghostfused.testing import DepthwiseCase, SqueezeExciteCase, make
 
 Case = DepthwiseCase | SqueezeExciteCase

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from hypothesis import strategies as st
 
-from ghostfused.backends.common import KERNEL_DEPTHWISE, KERNEL_GATE_ACTS
 from ghostfused.spec import Act, Gate
+from ghostfused.spec.kernels import KERNEL_DEPTHWISE, KERNEL_GATE_ACTS
 from ghostfused.testing import Case, DepthwiseCase, SqueezeExciteCase
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

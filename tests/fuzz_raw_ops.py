@@ -25,13 +25,15 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor, nn
 
-from ghostfused import capture, fuse, ops, program, reference
-from ghostfused.backends import BACKENDS
+from ghostfused import capture, fuse, ops
+from ghostfused.backends import BACKENDS, reference
+from ghostfused.cli.verify import calibrate
 from ghostfused.models import paper
+from ghostfused.numerics import TOLERANCES, relative_error
+from ghostfused.ops import encoding
 from ghostfused.spec import STEPS, Act, Step, tensor_names
-from ghostfused.testing import TOLERANCES, Case, DepthwiseCase, SqueezeExciteCase, convert, make, relative_error
-from ghostfused.validate import absent_memory, check_memory
-from ghostfused.verify import calibrate
+from ghostfused.spec.checks import absent_memory, check_memory
+from ghostfused.testing import Case, DepthwiseCase, SqueezeExciteCase, convert, make
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INTS = (-(2**63), -(2**31), -7, -1, 0, 1, 2, 3, 4, 5, 8, 31, 2**20, 2**31 - 1, 2**31, 2**40, 2**62, 2**63 - 1)
@@ -101,16 +103,16 @@ class _Net(nn.Module):
         return self.classifier(self.pool(self.body(x)).flatten(1))
 
 
-def compared(kept: program.Program, x: Tensor) -> program.Program:
+def compared(kept: encoding.Program, x: Tensor) -> encoding.Program:
     """``kept``, whose result is a matrix, and each image's likeness to all others: a result as another's weight."""
     steps: list[Step] = []
-    program.run(lambda args: steps.append(args) or args.new_output(), x, *kept)  # type: ignore[func-returns-value]
+    encoding.run(lambda args: steps.append(args) or args.new_output(), x, *kept)  # type: ignore[func-returns-value]
     last = 2 * (len(kept.tensors) + len(steps))
     return kept._replace(code=[*kept.code, list(STEPS).index("linear"), last, last + 1, -1])
 
 
 @functools.cache
-def _programs(backend: str) -> list[tuple[int, program.Program]]:
+def _programs(backend: str) -> list[tuple[int, encoding.Program]]:
     """What fused bottlenecks record of themselves and what a captured network is, and the channels of their input."""
     torch.manual_seed(3)
     net = calibrate(_Net(), torch.randn(4, 3, 9, 10))
@@ -119,7 +121,7 @@ def _programs(backend: str) -> list[tuple[int, program.Program]]:
         fused = fuse(model)
         with torch.no_grad():
             fused(torch.randn(2, channels, 9, 10))
-        (kept,) = fused._replay._state.programs.values()
+        (kept,) = fused._cache._state.programs.values()
         found.append((channels, kept.program))
     if backend == "cpu":  # whose programs have the steps of whole networks
         x = torch.randn(2, 3, 9, 10)
@@ -128,7 +130,7 @@ def _programs(backend: str) -> list[tuple[int, program.Program]]:
     return found
 
 
-def program_of(model: nn.Module, x: Tensor) -> program.Program:
+def program_of(model: nn.Module, x: Tensor) -> encoding.Program:
     """The one program that ``model`` is when it is captured."""
     (variant,) = capture(model, x)._variants.values()
     (kept,) = variant.lowered.programs
@@ -279,7 +281,7 @@ def _run(call: Call, backend: str) -> Tensor:
             return ops.forward_op(backend, call.op)(*arguments).cpu()
         x, *rest = arguments
         drop = BACKENDS[backend].extension.module.drop_program
-        return ops.KeptProgram(backend, program.Program(*rest), drop)(x).cpu()
+        return ops.KeptProgram(backend, encoding.Program(*rest), drop)(x).cpu()
     finally:
         torch.set_num_threads(1)  # PyTorch's small convolutions would wait for each other
 
@@ -323,7 +325,7 @@ def _check_call(out: Tensor, call: Call, backend: str) -> None:
     """A program makes bit for bit what its steps make one by one."""
     if call.op in STEPS:
         return _check(out, STEPS[call.op](*call.arguments))
-    expected = program.run(functools.partial(_checked_step, backend), *call.arguments)
+    expected = encoding.run(functools.partial(_checked_step, backend), *call.arguments)
     assert out.shape == expected.shape, f"shape {tuple(out.shape)}, expected {tuple(expected.shape)}"
     assert torch.equal(out.nan_to_num(), expected.nan_to_num()), "not what the program's steps make"
     return None

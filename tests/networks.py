@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ghostfused import FusedGhostBottleneck, FusedGhostModule, backends
+from ghostfused.cli.verify import calibrate
 from ghostfused.models import paper
-from ghostfused.testing import TOLERANCES, relative_error
-from ghostfused.verify import calibrate
+from ghostfused.numerics import TOLERANCES, relative_error
 
 KERNEL = "reference" if backends.BACKENDS["cpu"].unavailable() else "cpu"
 """What runs a fused module on this machine's CPU."""

@@ -9,8 +9,9 @@ from families import half
 from test_module import FLOAT64, randomize, runs_fused
 from torch import nn
 
-from ghostfused import FusedGhostModule, adopt
+from ghostfused import FusedGhostModule
 from ghostfused.models import paper, seed
+from ghostfused.recognize import ghost
 
 
 class LeakyNoSlice(nn.Module):
@@ -377,8 +378,8 @@ def test_bad_arguments():
 
 
 def test_read_says_where_the_halves_are():
-    assert adopt.read(paper.GhostModule(6, 13)) == adopt.Adopted("primary_conv", "cheap_operation", 6, 13, {})
-    assert isinstance(adopt.read(nn.ReLU()), str)
+    assert ghost.read(paper.GhostModule(6, 13)) == ghost.Adopted("primary_conv", "cheap_operation", 6, 13, {})
+    assert isinstance(ghost.read(nn.ReLU()), str)
 
 
 def test_half_registered_in_the_other_order():

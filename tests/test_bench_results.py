@@ -29,7 +29,7 @@ from bench.__main__ import main
 from bench.cases import Setting, Unfused
 from bench.timing import Timing
 from ghostfused import FusedGhostModule
-from ghostfused.testing import relative_error
+from ghostfused.numerics import relative_error
 
 ROOT = Path(__file__).parent.parent
 

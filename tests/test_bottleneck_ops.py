@@ -32,7 +32,7 @@ def test_op_and_its_backward_pass_opcheck(args):
 
 @pytest.mark.parametrize("args", CASES, ids=lambda args: args.op)
 def test_gradients_of_the_function(args):
-    from ghostfused.autograd import FusedFunction
+    from ghostfused.ops.autograd import FusedFunction
 
     args = convert(args, torch.float64)
     tensors = [t if t is None or name in STATISTICS else t.requires_grad_() for name, t in named(args)]

@@ -13,9 +13,9 @@ from torch import nn
 
 import ghostfused
 from ghostfused import NotCaptured, capture, fuse
+from ghostfused.cli.verify import calibrate
 from ghostfused.models import paper, seed
-from ghostfused.testing import TOLERANCES, relative_error
-from ghostfused.verify import calibrate
+from ghostfused.numerics import TOLERANCES, relative_error
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -15,12 +15,13 @@ from draws import DTYPES, LAYOUTS
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ghostfused import functional, reference
-from ghostfused.autograd import call
-from ghostfused.backends import cpu
-from ghostfused.backends.common import MAX_PATCH_CHANNELS
-from ghostfused.ops import forward_op
+from ghostfused import functional
+from ghostfused.backends import cpu, reference
+from ghostfused.cli.verify import read_cases
+from ghostfused.ops.autograd import call
+from ghostfused.ops.schemas import forward_op
 from ghostfused.spec import TENSORS, Act
+from ghostfused.spec.kernels import MAX_PATCH_CHANNELS
 from ghostfused.testing import (
     Case,
     DepthwiseCase,
@@ -32,7 +33,6 @@ from ghostfused.testing import (
     make_depthwise,
     make_squeeze_excite,
 )
-from ghostfused.verify import read_cases
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 

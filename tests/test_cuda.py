@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ghostfused
-from ghostfused import ops, reference
-from ghostfused.backends import cuda
+from ghostfused import ops
+from ghostfused.backends import cuda, reference
 from ghostfused.spec import TENSORS, Act
 from ghostfused.testing import Case, make_args, to_device
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from bench.launches import calls_of
 from ghostfused import FusedGhostModule, fuse
+from ghostfused.cli.verify import calibrate
 from ghostfused.models import paper
-from ghostfused.testing import TOLERANCES, relative_error
-from ghostfused.verify import calibrate
+from ghostfused.numerics import TOLERANCES, relative_error
 
 pytestmark = [pytest.mark.cuda, needs_cuda]
 

@@ -22,8 +22,8 @@ from documents import PAGES, ROOT, Block
 import bench.__main__ as bench_commands
 import ghostfused
 import ghostfused.__main__ as commands
-from ghostfused.backends.common import KERNEL_DEPTHWISE, KERNEL_DW_SIZES, MAX_PATCH_CHANNELS
 from ghostfused.spec import Act
+from ghostfused.spec.kernels import KERNEL_DEPTHWISE, KERNEL_DW_SIZES, MAX_PATCH_CHANNELS
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 import ghostfused
+from ghostfused.cli.verify import calibrate
 from ghostfused.fuse import Report
-from ghostfused.verify import calibrate
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

@@ -6,10 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from ghostfused import Act, BatchNorm, functional, ghost_module, reference
-from ghostfused.autograd import call
+from ghostfused import Act, BatchNorm, functional, ghost_module
+from ghostfused.backends import reference
+from ghostfused.numerics import relative_error
+from ghostfused.ops.autograd import call
 from ghostfused.spec import TENSORS, GhostArgs
-from ghostfused.testing import Case, convert, judge, make_args, relative_error
+from ghostfused.testing import Case, convert, judge, make_args
 
 NORMS = ["bn", "bias", "bn+bias", "bn_no_affine", "none"]
 ACTS = [act.name.lower() for act in Act]

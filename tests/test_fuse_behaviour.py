@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from test_replay import Ops, pytestmark, replays  # noqa: F401
 from torch import nn
 
-from ghostfused import FusedGhostBottleneck, FusedGhostModule, fuse, replay, unfuse
+from ghostfused import FusedGhostBottleneck, FusedGhostModule, fuse, unfuse
+from ghostfused.cli.verify import calibrate
 from ghostfused.models import paper
-from ghostfused.verify import calibrate
+from ghostfused.nn import cache
 
 FLAG = 1.0
 """A setting that a forward below reads."""
@@ -244,7 +245,7 @@ def test_what_can_not_be_remembered_still_runs(part, monkeypatch):
     def fails(*_):
         raise MemoryError
 
-    monkeypatch.setattr(replay, part, fails)
+    monkeypatch.setattr(cache, part, fails)
     with torch.no_grad(), Ops() as called:
         for _ in range(3):
             assert torch.equal(module(x), expected)
@@ -252,13 +253,13 @@ def test_what_can_not_be_remembered_still_runs(part, monkeypatch):
 
 
 def test_the_oldest_program_goes_first(monkeypatch):
-    monkeypatch.setattr(replay, "_MOST_PROGRAMS", 2)
-    monkeypatch.setattr(replay, "_kind", lambda x: (x.shape[2],))
+    monkeypatch.setattr(cache, "_MOST_PROGRAMS", 2)
+    monkeypatch.setattr(cache, "_kind", lambda x: (x.shape[2],))
     module = FusedGhostModule(4, 8).eval()
     with torch.no_grad():
         for height in (1, 2, 3):
             module(torch.randn(1, 4, height, 3))
-        assert list(module._replay._state.programs) == [(2,), (3,)]
+        assert list(module._cache._state.programs) == [(2,), (3,)]
         assert replays(module, torch.randn(1, 4, 2, 3))
 
 

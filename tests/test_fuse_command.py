@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ghostfused import __main__ as cli
-from ghostfused import fuse_command
+from ghostfused.cli import fuse as fuse_command
 
 NET = """
 import torch

@@ -20,8 +20,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ghostfused
-from ghostfused import fuse, graphs, unfuse
-from ghostfused.capture import _key
+from ghostfused import fuse, unfuse
+from ghostfused.capture import _key, graphs
 
 ROOT = Path(ghostfused.__file__).parents[1]
 

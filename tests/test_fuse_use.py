@@ -12,8 +12,8 @@ from torch import nn
 
 import ghostfused
 from ghostfused import fuse, fuse_with_report, unfuse
-from ghostfused.testing import TOLERANCES, relative_error
-from ghostfused.verify import network_verdict
+from ghostfused.cli.verify import network_verdict
+from ghostfused.numerics import TOLERANCES, relative_error
 
 # ---- copies and files
 

@@ -10,7 +10,7 @@ from test_module import FLOAT64, example, runs_fused, unfused
 from torch import nn
 from torch.nn.utils import prune as pruning
 
-from ghostfused.testing import TOLERANCES, relative_error
+from ghostfused.numerics import TOLERANCES, relative_error
 
 # ---- nothing goes stale
 

@@ -5,9 +5,11 @@ import torch
 import torch.nn.functional as F
 from test_replay import pytestmark  # noqa: F401
 
-from ghostfused import FusedGhostModule, ops, program, reference
+from ghostfused import FusedGhostModule, ops
+from ghostfused.backends import reference
+from ghostfused.numerics import TOLERANCES, relative_error
+from ghostfused.ops import encoding
 from ghostfused.spec import GlobalPoolArgs, LinearArgs
-from ghostfused.testing import TOLERANCES, relative_error
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -20,12 +22,12 @@ def test_pooling_and_linear_steps(dtype):
                 y = torch.empty(0)
                 calls = [(GlobalPoolArgs(x), pooled := torch.empty(n, c, 1, 1)), (LinearArgs(pooled, matrix, b), y)]
                 known = {id(matrix), id(b)}
-                out = ops.forward_op("cpu", "program")(x, *program.encode(calls, x, known))
+                out = ops.forward_op("cpu", "program")(x, *encoding.encode(calls, x, known))
                 exact = F.linear(x.double().mean((2, 3)), matrix.double(), None if b is None else b.double())
                 own = F.linear(x.mean((2, 3)), matrix, b)
                 tolerance = TOLERANCES[dtype]
                 assert relative_error(out, exact) <= tolerance.factor * relative_error(own, exact) + tolerance.floor
-                pool = program.encode(calls[:1], x, known)
+                pool = encoding.encode(calls[:1], x, known)
                 out = ops.forward_op("cpu", "program")(x, *pool)
                 assert out.shape == (n, c, 1, 1)
                 exact = reference.run(GlobalPoolArgs(x.double()))
@@ -48,17 +50,17 @@ def test_pooling_and_linear_steps(dtype):
 def test_steps_name_what_does_not_fit(step, message):
     known = {id(t) for t in step.tensors}
     with pytest.raises(RuntimeError, match=message):
-        ops.forward_op("cpu", "program")(step.x, *program.encode([(step, torch.empty(0))], step.x, known))
+        ops.forward_op("cpu", "program")(step.x, *encoding.encode([(step, torch.empty(0))], step.x, known))
 
 
 def test_replay_is_an_op_with_a_fake():
     module, x = FusedGhostModule(4, 8).eval(), torch.randn(1, 4, 5, 5)
     with torch.no_grad():
         module(x)
-        (kept,) = module._replay._state.programs.values()
+        (kept,) = module._cache._state.programs.values()
         torch.library.opcheck(ops.forward_op("cpu", "replay"), (x, kept.number))
         number = kept.number
         del kept
-        module._replay.forget()
+        module._cache.forget()
         with pytest.raises(RuntimeError, match=f"program: there is none of number {number}"):
             ops.forward_op("cpu", "replay")(x, number)

@@ -14,20 +14,14 @@ import torch.nn.functional as F
 from fuzz_raw_ops import compared, program_of
 from torch import Tensor, nn
 
-from ghostfused import functional, ops, program
+from ghostfused import functional, ops
 from ghostfused.backends import cpu
+from ghostfused.cli.verify import calibrate
 from ghostfused.models import paper
+from ghostfused.numerics import TOLERANCES, relative_error
+from ghostfused.ops import encoding
 from ghostfused.spec import STEPS, tensor_names
-from ghostfused.testing import (
-    TOLERANCES,
-    Case,
-    DepthwiseCase,
-    SqueezeExciteCase,
-    make,
-    make_args,
-    relative_error,
-)
-from ghostfused.verify import calibrate
+from ghostfused.testing import Case, DepthwiseCase, SqueezeExciteCase, make, make_args
 
 needs_kernel = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 BACKENDS = [pytest.param("cpu", marks=needs_kernel), "reference"]
@@ -122,13 +116,13 @@ def test_a_negative_view_is_not_kept():
     """The dispatcher would hand a copy of it to the op, and what is written later would be missed."""
     args = make(CASES["squeeze_excite"])
     out = functional.run(args, "cpu")
-    found = program.encode([(args, out)], args.x, {id(t) for t in args.tensors})
+    found = encoding.encode([(args, out)], args.x, {id(t) for t in args.tensors})
     assert found is not None
     tensors = [found.tensors[0], torch._neg_view(found.tensors[1]), *found.tensors[2:]]
     with pytest.raises(RuntimeError, match=r"tensors\[1\]: expected no negative view"):
         ops.KeptProgram("cpu", found._replace(tensors=tensors), cpu.extension.module.drop_program)
     negative = args._replace(reduce_bias=torch._neg_view(args.reduce_bias))
-    assert program.encode([(negative, out)], args.x, {id(t) for t in negative.tensors}) is None
+    assert encoding.encode([(negative, out)], args.x, {id(t) for t in negative.tensors}) is None
 
 
 @needs_kernel
@@ -264,7 +258,7 @@ def test_a_map_that_is_given_is_not_cut_into_pieces():
     """A residual among the tensors belongs to all images at once."""
     args = make_args(Case(33, 6, 5, 7, 6, residual=True))
     out = ops.forward_op("cpu")(*args)
-    found = program.encode([(args, out)], args.x, {id(t) for t in args.tensors})
+    found = encoding.encode([(args, out)], args.x, {id(t) for t in args.tensors})
     assert found is not None
     assert torch.equal(ops.forward_op("cpu", "program")(args.x, *found), out)
 

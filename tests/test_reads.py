@@ -9,9 +9,9 @@ from networks import assert_same
 from torch import nn
 
 from ghostfused import FusedGhostModule, fuse, fuse_with_report
-from ghostfused.bottleneck import FusedGhostBottleneck
+from ghostfused.cli.verify import calibrate
 from ghostfused.models import paper
-from ghostfused.verify import calibrate
+from ghostfused.nn.bottleneck import FusedGhostBottleneck
 
 FLAG, TABLE = True, {"scale": 1.0}
 

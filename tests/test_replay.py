@@ -13,12 +13,13 @@ import torch.nn.utils.parametrizations
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ghostfused import FusedGhostBottleneck, FusedGhostModule, backends, fuse, ops, program, unfuse
-from ghostfused.bottleneck import FusedConvNormAct
+from ghostfused import FusedGhostBottleneck, FusedGhostModule, backends, fuse, ops, unfuse
+from ghostfused.cli.verify import calibrate
 from ghostfused.models import paper
-from ghostfused.sequence import FusedSequential
+from ghostfused.nn.bottleneck import FusedConvNormAct
+from ghostfused.nn.sequential import FusedSequential
+from ghostfused.ops import encoding
 from ghostfused.spec import Act
-from ghostfused.verify import calibrate
 
 pytestmark = pytest.mark.skipif(
     backends.BACKENDS["cpu"].unavailable() is not None,
@@ -343,7 +344,7 @@ def test_a_sequence_with_anything_else_in_it_stays():
 def calls_of(module: nn.Module, x: torch.Tensor) -> tuple:
     with torch.no_grad():
         module(x)
-    (kept,) = module._replay._state.programs.values()
+    (kept,) = module._cache._state.programs.values()
     return x, *kept.program
 
 
@@ -357,7 +358,7 @@ def test_opcheck(backend):
 def test_the_op_equals_its_calls():
     x, *arguments = calls_of(bottlenecks()[0], torch.randn(2, 6, 9, 8))
     out = ops.forward_op("cpu", "program")(x, *arguments)
-    by_steps = program.run(lambda args: ops.forward_op("cpu", args.op)(*args), x, *arguments)
+    by_steps = encoding.run(lambda args: ops.forward_op("cpu", args.op)(*args), x, *arguments)
     assert torch.equal(out, by_steps)
     reference = ops.forward_op("reference", "program")(x, *arguments)
     torch.testing.assert_close(out, reference, rtol=1e-4, atol=1e-5)
@@ -369,15 +370,15 @@ def test_a_result_read_twice_by_its_last_reader():
     encoded = []
     with torch.no_grad():
         y = module(x)
-        ghost = program.run(lambda a: encoded.append(a) or a.new_output(), *args) is not None and encoded[0]
+        ghost = encoding.run(lambda a: encoded.append(a) or a.new_output(), *args) is not None and encoded[0]
         calls = [(ghost._replace(x=x), y)]
         z = ops.forward_op("cpu")(*ghost._replace(x=y, residual=y))
         calls.append((ghost._replace(x=y, residual=y), z))
         known = {id(t) for t in (*module.parameters(), *module.buffers())}
-        assert torch.equal(ops.forward_op("cpu", "program")(x, *program.encode(calls, x, known)), z)
+        assert torch.equal(ops.forward_op("cpu", "program")(x, *encoding.encode(calls, x, known)), z)
         foreign = [(ghost._replace(x=x, residual=torch.randn(1, 4, 5, 5)), y)]
-        assert program.encode(foreign, x, known) is None, "a tensor that is nobody's"
-        assert program.encode([], x, known) is None
+        assert encoding.encode(foreign, x, known) is None, "a tensor that is nobody's"
+        assert encoding.encode([], x, known) is None
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ghostfused import Act, FusedGhostModule, ops, reference
-from ghostfused.autograd import call, call_with_batch_statistics
-from ghostfused.backends import reference_training, training
+from ghostfused import Act, FusedGhostModule, ops
+from ghostfused.backends import reference, reference_training, training
+from ghostfused.nn.batch_statistics import ghost_module_training, update_running_statistics
+from ghostfused.numerics import relative_error
+from ghostfused.ops.autograd import call, call_with_batch_statistics
 from ghostfused.spec import TENSORS, GhostArgs
-from ghostfused.testing import Case, make_args, relative_error
-from ghostfused.testing_training import by_autograd, by_op, judge_training, wanted
-from ghostfused.training import ghost_module_training, update_running_statistics
+from ghostfused.testing import Case, make_args
+from ghostfused.testing.training import by_autograd, by_op, judge_training, wanted
 
 ACTS = [act.name.lower() for act in Act]
 TRAINED_NORMS = ["bn", "bn+bias", "bn_no_affine"]

@@ -15,8 +15,9 @@ from training_runtime import ALL_INPUTS, BACKENDS, NEEDS, NORMS, check_args, ker
 
 from ghostfused import ops
 from ghostfused.backends import reference_training
+from ghostfused.numerics import relative_error
 from ghostfused.spec import TENSORS, GhostArgs, memory_format
-from ghostfused.testing import Case, make_args, relative_error
+from ghostfused.testing import Case, make_args
 
 pytestmark = [pytest.mark.cuda, pytest.mark.triton, pytest.mark.skipif(not BACKENDS, reason=NEEDS)]
 

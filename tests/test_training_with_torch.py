@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ghostfused import FusedGhostModule, fuse
 from ghostfused.models import seed
-from ghostfused.testing import relative_error
+from ghostfused.numerics import relative_error
 
 
 def network(**kwargs) -> nn.Sequential:

@@ -11,10 +11,10 @@ from draws import ACTS, LAYOUTS, NORMS
 from hypothesis import given, settings
 from triton_runtime import DEVICE, needs_triton
 
-from ghostfused import ghost_module, reference
-from ghostfused.backends import triton
-from ghostfused.backends.triton_configs import run_length
-from ghostfused.ops import forward_op
+from ghostfused import ghost_module
+from ghostfused.backends import reference, triton
+from ghostfused.backends.triton.configs import run_length
+from ghostfused.ops.schemas import forward_op
 from ghostfused.testing import Case, judge, make_args, to_device
 
 pytestmark = [pytest.mark.triton, needs_triton]

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from triton_runtime import DEVICE, needs_triton
 
 from ghostfused import functional
-from ghostfused.backends import triton, triton_bottleneck
-from ghostfused.ops import forward_op
+from ghostfused.backends import triton
+from ghostfused.backends.triton import bottleneck as triton_bottleneck
+from ghostfused.ops.schemas import forward_op
 from ghostfused.spec import Act, Args
 from ghostfused.testing import DepthwiseCase, SqueezeExciteCase, judge, make, to_device
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from triton_compiler import compiled_on_cpu, launch_on_cpu, spilled  # noqa: F401 (a fixture)
 
-from ghostfused.backends import triton_bottleneck
-from ghostfused.backends.triton_bottleneck_kernels import depthwise_kernel, excite_kernel, squeeze_kernel
-from ghostfused.backends.triton_compile import compile_launch
+from ghostfused.backends.triton import bottleneck as triton_bottleneck
+from ghostfused.backends.triton.bottleneck_kernels import depthwise_kernel, excite_kernel, squeeze_kernel
+from ghostfused.backends.triton.compile import compile_launch
 from ghostfused.spec import DepthwiseArgs
 from ghostfused.testing import DepthwiseCase, SqueezeExciteCase, judge, make
 

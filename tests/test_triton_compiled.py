@@ -13,8 +13,8 @@ from triton_compiler import SHARED_LIMIT, compiled_on_cpu, launch_on_cpu, spille
 
 from ghostfused import ghost_module
 from ghostfused.backends import triton
-from ghostfused.backends.triton_compile import compile_launch
-from ghostfused.backends.triton_kernels import ghost_kernel
+from ghostfused.backends.triton.compile import compile_launch
+from ghostfused.backends.triton.kernels import ghost_kernel
 from ghostfused.testing import Case, judge, make_args
 
 TARGETS = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx942"]

@@ -7,10 +7,11 @@ from training_runtime import ALL_INPUTS
 from triton_runtime import DEVICE, needs_triton
 
 from ghostfused import FusedGhostModule, ops
-from ghostfused.backends import training, triton_training
+from ghostfused.backends import training
+from ghostfused.backends.triton import training as triton_training
 from ghostfused.spec import TENSORS
 from ghostfused.testing import Case, make_args, to_device
-from ghostfused.testing_training import wanted
+from ghostfused.testing.training import wanted
 
 pytestmark = [pytest.mark.triton, needs_triton]
 

@@ -12,10 +12,11 @@ import pytest
 import torch
 from triton_compiler import SHARED_LIMIT, compiled_on_cpu, launch_on_cpu, spilled  # noqa: F401 (a fixture)
 
-from ghostfused.backends import training, triton_training
-from ghostfused.backends.triton_compile import compile_launch
+from ghostfused.backends import training
+from ghostfused.backends.triton import training as triton_training
+from ghostfused.backends.triton.compile import compile_launch
 from ghostfused.testing import Case, make_args
-from ghostfused.testing_training import by_kernels, judge_training
+from ghostfused.testing.training import by_kernels, judge_training
 
 ALL_KERNELS = [
     "primary_statistics_kernel", "cheap_statistics_kernel", "normalize_kernel",

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from ghostfused import __main__ as cli
-from ghostfused import reference, verify
+from ghostfused.backends import reference
+from ghostfused.cli import verify
 
 CONFIGS = Path(__file__).parent / "data" / "ghost_configs.jsonl"
 

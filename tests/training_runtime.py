@@ -12,10 +12,11 @@ import triton_runtime
 from cuda_runtime import ON_CPU, planned_for
 from torch import Tensor
 
-from ghostfused.backends import cuda, training, triton, triton_training
+from ghostfused.backends import cuda, training, triton
+from ghostfused.backends.triton import training as triton_training
 from ghostfused.spec import GhostArgs
 from ghostfused.testing import Case, make_args, to_device
-from ghostfused.testing_training import by_kernels, by_op, judge_training
+from ghostfused.testing.training import by_kernels, by_op, judge_training
 
 NORMS = ["bn", "bn+bias", "bn_no_affine"]
 ALL_INPUTS = {"input_gate": True, "residual": True, "output_gate": True}

@@ -23,7 +23,7 @@ if importlib.util.find_spec("triton") is None:
 if triton.INTERPRETED:
     pytest.skip("compiles, so TRITON_INTERPRET must not be set", allow_module_level=True)
 
-from ghostfused.backends.triton_compile import describe
+from ghostfused.backends.triton.compile import describe
 
 SHARED_LIMIT = 99 * 1024  # of sm_86 and sm_89
 ORDERS = ("asc", "desc", "rand:7")

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops import forward_op
 from ..spec import Args
-from .common import KERNEL_DTYPES, kernel_refusal, placement_refusal
-from .extension import Extension
+from ..spec.kernels import KERNEL_DTYPES, kernel_refusal, placement_refusal
+from .extension import Extension, op
 
 extension = Extension("_cpu")
 build_info = extension.build_info
@@ -49,4 +48,4 @@ def forward(args: Args) -> Tensor:
     Raises:
         RuntimeError: an argument doesn't fit, named in the message.
     """
-    return forward_op("cpu", args.op)(*args)
+    return op(f"{args.op}_cpu")(*args)

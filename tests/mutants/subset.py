@@ -22,7 +22,7 @@ from ghostfused.testing import (
     make_depthwise,
     make_squeeze_excite,
 )
-from ghostfused.testing_training import judge_training
+from ghostfused.testing.training import judge_training
 
 SM_COUNTS = (1, 132)
 """Few SMs mean large tiles, many mean many small blocks."""
