@@ -7,7 +7,7 @@ A backend is a module with three functions:
 ``supports(args) -> str | None``
     Why it can't run this call; None if it can. Used to choose and to explain a refusal.
 ``forward(args) -> Tensor``
-    Runs it. ``ops.py`` wraps this in a registered op.
+    Runs it. ``ops`` registers it.
 
 and ``DEVICES``, the types of the devices whose tensors it takes, or None if it takes all.
 

@@ -56,7 +56,7 @@ class _FusedTwin(cache.CachesPrograms, nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The module of x."""
-        return self._cache(self, x, self._run)
+        return self._cache(self, x, self._run) if cache.may_replay(x) else self._run(x)
 
     def _run(self, x: Tensor) -> Tensor:
         """As ``forward``, read afresh."""

@@ -63,7 +63,8 @@ def _attributes(module: nn.Module) -> dict:
 _CALL = nn.Module.__call__
 
 
-def _may_replay(x: Tensor) -> bool:
+def may_replay(x: Tensor) -> bool:
+    """Whether a forward on x may be recorded, or replayed if it has been."""
     return (
         not torch.compiler.is_compiling()
         and type(x) is Tensor
@@ -101,9 +102,7 @@ class ProgramCache:
         return type(self), ()
 
     def __call__(self, module: nn.Module, x: Tensor, forward: Callable[[Tensor], Tensor]) -> Tensor:
-        """``forward(x)``, ``module``'s: replayed where it can be."""
-        if not _may_replay(x):
-            return forward(x)
+        """``forward(x)``, ``module``'s, of an x that ``may_replay`` takes: replayed if nothing has changed."""
         state, kind = self._state, _kind(x)
         if state is None or kind not in state.programs or not state.holds(module):
             return self._record(state, kind, module, x, forward)

@@ -17,7 +17,7 @@ from ..recognize.reads import changed
 from ..recognize.swap import make_twin, original
 from ..spec import Act
 from . import batch_statistics
-from .cache import CachesPrograms, ProgramCache
+from .cache import CachesPrograms, ProgramCache, may_replay
 from .layers import get
 
 torch.fx.wrap("ghost_module")  # torch.fx's symbolic tracing records the call and doesn't look inside
@@ -166,7 +166,7 @@ class FusedGhostModule(CachesPrograms, nn.Module):
 
     @classmethod
     def from_adopted(cls, module: nn.Module, adopted: ghost.Adopted, backend: str) -> FusedGhostModule | str:
-        """As ``from_module``, for what ``adopt.read`` has read; returns how the two differ where that raises."""
+        """As ``from_module``, for what ``ghost.read`` has read; returns how the two differ where that raises."""
         kind, halves = cls, (adopted.primary, adopted.cheap)
         attributes = {
             "_halves": halves,
@@ -223,7 +223,7 @@ class FusedGhostModule(CachesPrograms, nn.Module):
         Returns:
             (N, out_channels, H', W'), a fresh tensor.
         """
-        if input_gate is None and residual is None and output_gate is None:
+        if input_gate is None and residual is None and output_gate is None and may_replay(x):
             return self._cache(self, x, self._run)
         return self._run(x, input_gate, residual, output_gate)
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..recognize.swap import make_twin
-from .cache import CachesPrograms, ProgramCache, is_recordable
+from .cache import CachesPrograms, ProgramCache, is_recordable, may_replay
 
 
 class FusedSequential(CachesPrograms, nn.Sequential):
@@ -25,7 +25,7 @@ class FusedSequential(CachesPrograms, nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """The modules of x, one after the other."""
-        return self._cache(self, x, super().forward)
+        return self._cache(self, x, super().forward) if may_replay(x) else super().forward(x)
 
     def __getitem__(self, index: Any) -> Any:
         """A member, or those of a slice in a plain ``nn.Sequential``."""

@@ -2,7 +2,7 @@
 
 ``read_half`` says what one half (conv → norm → activation) holds at this moment, or why it can't be read; the
 forward of FusedGhostModule asks it at every call, so nothing goes stale. ``read`` finds the two halves of
-somebody's module; ``proof`` then runs that module beside its fused twin.
+somebody's module; ``equivalence.py`` then runs that module beside its fused twin.
 """
 
 from __future__ import annotations
