@@ -9,7 +9,7 @@ namespace ghostfused {
 // How the numbers are stored and multiplied. Sums are fp32 on every path.
 enum class Path : int { kFloat16, kBFloat16, kTF32, kFloat32 };
 
-// The values of ghostfused/spec/arguments.py's Act. The kernels have no GELU.
+// The values of ghostfused/spec/activations.py's Act. The kernels have no GELU.
 enum class Act : int { kNone, kReLU, kReLU6, kSiLU, kHardswish, kLeakyReLU, kPReLU };
 
 // A (N, C, H, W) tensor with any strides, in elements.

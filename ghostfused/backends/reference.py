@@ -5,11 +5,15 @@ Every backend is tested against these functions in float64.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..spec import Act, Args, DepthwiseArgs, Gate, GhostArgs, GlobalPoolArgs, LinearArgs, SqueezeExciteArgs, Step
+from ..spec.activations import TABLE
 
 DEVICES = None
 
@@ -24,24 +28,15 @@ def supports(args: Args) -> str | None:
 
 def activate(x: Tensor, act: int, negative_slope: float = 0.01, slope: Tensor | None = None) -> Tensor:
     """The activation ``act`` (an ``Act``) of x; ``slope`` is PReLU's weight."""
-    if act == Act.NONE:
-        return x
-    if act == Act.RELU:
-        return F.relu(x)
-    if act == Act.RELU6:
-        return F.relu6(x)
-    if act == Act.SILU:
-        return F.silu(x)
-    if act == Act.HARDSWISH:
-        return F.hardswish(x)
-    if act == Act.LEAKY_RELU:
-        return F.leaky_relu(x, negative_slope)
-    if act == Act.PRELU:
-        assert slope is not None
-        return F.prelu(x, slope)
-    if act == Act.GELU:
-        return F.gelu(x)
-    raise ValueError(f"act: expected a member of Act, got {act!r}")
+    return x if act == Act.NONE else TABLE[Act(act)].function(x, negative_slope, slope)
+
+
+@contextlib.contextmanager
+def differentiable() -> Iterator[None]:
+    """Autograd inside an op's kernel: under a TorchDispatchMode that runs with the autograd keys excluded."""
+    key = torch._C.DispatchKey.AutogradFunctionality
+    with torch._C._SetExcludeDispatchKeyGuard(key, False), torch.enable_grad():
+        yield
 
 
 def normalize(

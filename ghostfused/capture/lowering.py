@@ -18,13 +18,10 @@ from .. import ops
 from ..backends import cpu
 from ..ops import encoding
 from ..spec import OPS, Act, Args, DepthwiseArgs, GhostArgs, GlobalPoolArgs, LinearArgs, Step
+from ..spec.activations import BY_OP
 from ..spec.kernels import KERNEL_DTYPES, kernel_refusal
 
 aten = torch.ops.aten
-_ACTIVATIONS = {
-    aten.relu: Act.RELU, aten.hardtanh: Act.RELU6, aten.relu6: Act.RELU6, aten.silu: Act.SILU,
-    aten.hardswish: Act.HARDSWISH, aten.leaky_relu: Act.LEAKY_RELU,
-}  # fmt: skip
 _NORMS = (aten._native_batch_norm_legit_no_training, aten.batch_norm)
 _COPIES = (aten.clone, aten.contiguous, aten.alias, aten.detach, aten.lift_fresh_copy)
 _VIEWS = (aten.view, aten._unsafe_view, aten.reshape, aten.flatten, aten.squeeze)
@@ -117,8 +114,8 @@ class _Steps:
         if getattr(node.target, "namespace", None) == "ghostfused":
             return self._our_op(node)
         arguments = self._bound(node)
-        if packet in _ACTIVATIONS:
-            return self._activation(node, _ACTIVATIONS[packet], arguments)
+        if packet in BY_OP:
+            return self._activation(node, BY_OP[packet], arguments)
         if packet in _NORMS:
             return self._batch_norm(node, arguments)
         method = _LAYERS.get(packet)

@@ -16,6 +16,7 @@ from ..recognize.equivalence import prove
 from ..recognize.reads import changed
 from ..recognize.swap import make_twin, original
 from ..spec import Act
+from ..spec.activations import BY_MODULE, TABLE
 from . import batch_statistics
 from .cache import CachesPrograms, ProgramCache, may_replay
 from .layers import get
@@ -28,8 +29,6 @@ KEYS = {
     "ultralytics": ("cv1", "cv2"),
 }
 """Names of the two halves in each layout of state_dict keys."""
-
-_MODULES = {act: kind for kind, act in ghost.ACTIVATIONS.items()}
 
 
 class FusedGhostModule(CachesPrograms, nn.Module):
@@ -306,10 +305,9 @@ class _ConvNormAct(nn.Sequential):
 def _activation(name: str, act: str | Act | nn.Module, channels: int, to: dict) -> nn.Module:
     """The activation module for ``act``; ``name`` is the argument's, for errors."""
     if isinstance(act, nn.Module):
-        if type(act) not in ghost.ACTIVATIONS and not isinstance(act, nn.Identity):
+        if type(act) not in BY_MODULE and not isinstance(act, nn.Identity):
             raise ValueError(
-                f"{name}: expected a module among {sorted(k.__name__ for k in ghost.ACTIVATIONS)}, "
-                f"got {type(act).__name__}"
+                f"{name}: expected a module among {sorted(k.__name__ for k in BY_MODULE)}, got {type(act).__name__}"
             )
         if isinstance(act, nn.PReLU) and act.num_parameters not in (1, channels):
             raise ValueError(f"{name}: expected a PReLU of 1 or {channels} parameters, got {act.num_parameters}")
@@ -324,8 +322,8 @@ def _activation(name: str, act: str | Act | nn.Module, channels: int, to: dict) 
     if kind == Act.PRELU:
         return nn.PReLU(**to)
     if kind in (Act.RELU, Act.RELU6):
-        return _MODULES[kind](inplace=True)
-    return _MODULES[kind]()
+        return TABLE[kind].module(inplace=True)
+    return TABLE[kind].module()
 
 
 def _check_int(name: str, value: int, least: int, hint: str = "") -> None:

@@ -16,6 +16,7 @@ from ..recognize import ghost
 from ..recognize.equivalence import substituted
 from ..recognize.reads import reads
 from ..spec import Act, Gate
+from ..spec.activations import BY_MODULE
 from ..spec.kernels import KERNEL_GATE_ACTS, depthwise_form_refusal
 
 for _name in ("conv1x1", "depthwise", "squeeze_excite"):
@@ -152,7 +153,7 @@ def read_squeeze_excite(block: nn.Module, path: Path) -> SqueezeExcite | None:
         return None
     (reduce, first), (expand, _) = matrices
     channels = first._parameters["weight"].shape[1]  # type: ignore[union-attr]
-    acts = {ghost.ACTIVATIONS[type(m)] for m in block.modules() if type(m) in ghost.ACTIVATIONS} or {Act.RELU}
+    acts = {BY_MODULE[type(m)] for m in block.modules() if type(m) in BY_MODULE} or {Act.RELU}
     try:
         with substituted(block, channels, training=False) as x:
             expected = block.forward(x)

@@ -15,19 +15,11 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from ..spec import Act, BatchNorm
+from ..spec.activations import BY_MODULE as ACTIVATIONS
 from .equivalence import substituted
 from .reads import Reads, reads
 from .swap import PACKAGE
 
-ACTIVATIONS: dict[type[nn.Module], Act] = {
-    nn.ReLU: Act.RELU,
-    nn.ReLU6: Act.RELU6,
-    nn.SiLU: Act.SILU,
-    nn.Hardswish: Act.HARDSWISH,
-    nn.LeakyReLU: Act.LEAKY_RELU,
-    nn.PReLU: Act.PRELU,
-    nn.GELU: Act.GELU,
-}
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 

@@ -1,10 +1,10 @@
 """What a call of an op consists of, what fits together, and what each kernel takes."""
 
+from .activations import Act
 from .arguments import (
     OPS,
     STEPS,
     TENSORS,
-    Act,
     Args,
     BatchNorm,
     DepthwiseArgs,

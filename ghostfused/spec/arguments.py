@@ -18,19 +18,6 @@ import torch
 from torch import Tensor
 
 
-class Act(enum.IntEnum):
-    """Activation after either half. The numbers are the kernels' (``csrc/common/parameters.h``)."""
-
-    NONE = 0
-    RELU = 1
-    RELU6 = 2
-    SILU = 3
-    HARDSWISH = 4
-    LEAKY_RELU = 5
-    PRELU = 6
-    GELU = 7
-
-
 class Gate(enum.IntEnum):
     """What makes a squeeze-and-excite block's gate of the last 1×1 convolution."""
 

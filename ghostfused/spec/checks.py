@@ -7,8 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from .activations import Act
 from .arguments import (
-    Act,
     Args,
     DepthwiseArgs,
     Gate,

@@ -7,7 +7,8 @@ from typing import TypeVar
 
 import torch
 
-from .arguments import Act, Args, DepthwiseArgs, GhostArgs, SqueezeExciteArgs, tensor_names
+from .activations import Act
+from .arguments import Args, DepthwiseArgs, GhostArgs, SqueezeExciteArgs, tensor_names
 
 Function = TypeVar("Function", bound=Callable)
 

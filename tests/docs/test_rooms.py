@@ -112,3 +112,15 @@ def test_the_call_path_is_what_runs(monkeypatch):
     inside = [path.relative_to(PACKAGE.parent) for path in reversed(stacks[0]) if PACKAGE in path.parents]
     files = [str(path) for path, _ in itertools.groupby(inside)]
     assert files == [file for _, _, file in hops if file.startswith("ghostfused/")][:-1]
+
+
+def test_an_activation_goes_to_five_places():
+    """Those that docs/development.md names: of an activation with a formula of its own, nothing else has any code."""
+    text = (documents.ROOT / "docs" / "development.md").read_text()
+    table = text[text.index("An **activation** goes") : text.index("A **dtype** is")]
+    named = re.findall(r"^\| `(\S+)` \|", table, re.MULTILINE)
+    code = re.compile(r"HARDSWISH|kHardswish|\b(nn|F|aten)\.[Hh]ardswish")
+    folders = (documents.ROOT / folder for folder in ("ghostfused", "csrc"))
+    files = [p for folder in folders for p in folder.rglob("*") if p.suffix in (".py", ".h", ".cuh", ".cpp", ".cu")]
+    assert {str(p.relative_to(documents.ROOT)) for p in files if code.search(p.read_text())} == set(named)
+    assert len(named) <= 5

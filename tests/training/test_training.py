@@ -15,6 +15,7 @@ from ghostfused import Act, FusedGhostModule, ops
 from ghostfused.backends import reference, training
 from ghostfused.nn.batch_statistics import ghost_module_training, update_running_statistics
 from ghostfused.numerics import relative_error
+from ghostfused.ops import autograd
 from ghostfused.ops.autograd import call, call_with_batch_statistics
 from ghostfused.spec import TENSORS, GhostArgs
 from ghostfused.testing import Case, make_args
@@ -212,7 +213,9 @@ def test_nothing_is_computed_that_is_not_asked_for(asked, batch_statistics, expe
     leaves = [getattr(a, name).requires_grad_() for name in asked]
     op = ops.training_op
     spied = lambda grad, *args: training.backward(spying(calls), grad, GhostArgs(*args[:-3]), *args[-3:])  # noqa: E731
-    monkeypatch.setattr(ops, "training_op", lambda kind, backend: spied if kind == "backward" else op(kind, backend))
+    monkeypatch.setattr(
+        autograd, "training_op", lambda kind, backend: spied if kind == "backward" else op(kind, backend)
+    )
     products: list = []
     conv_backward = training._primary_conv_backward
     monkeypatch.setattr(training, "_primary_conv_backward", lambda *args: products.append(1) or conv_backward(*args))

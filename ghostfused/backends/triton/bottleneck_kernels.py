@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 
 from ...spec import Gate
-from .kernels import NAN, _activate, _multiple, _offset, _pixel_offset, _round, _scale_shift, _sum_products, _wide
+from .activations import NAN, _activate
+from .kernels import _multiple, _offset, _pixel_offset, _round, _scale_shift, _sum_products, _wide
 
 SIGMOID = tl.constexpr(int(Gate.SIGMOID))
 HARDSIGMOID = tl.constexpr(int(Gate.HARDSIGMOID))

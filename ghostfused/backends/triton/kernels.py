@@ -25,15 +25,8 @@ import triton
 import triton.language as tl
 from triton import knobs
 
-from ...spec import Act
+from .activations import _activate
 
-RELU = tl.constexpr(int(Act.RELU))
-RELU6 = tl.constexpr(int(Act.RELU6))
-SILU = tl.constexpr(int(Act.SILU))
-HARDSWISH = tl.constexpr(int(Act.HARDSWISH))
-LEAKY_RELU = tl.constexpr(int(Act.LEAKY_RELU))
-PRELU = tl.constexpr(int(Act.PRELU))
-NAN = tl.constexpr(tl.PropagateNan.ALL)
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 BFLOAT16 = tl.constexpr(tl.bfloat16)
 
@@ -47,26 +40,6 @@ def _multiple(size, ALIGN: tl.constexpr):
 @triton.jit
 def _wide(size):
     return size.to(tl.int64)
-
-
-@triton.jit
-def _activate(y, channel, mask, act, ACT: tl.constexpr):
-    """The activation of y (pixels, channels); NaN stays NaN, as in PyTorch."""
-    slope_ptr, slope_stride, negative_slope = act
-    if ACT == RELU:
-        y = tl.maximum(y, 0.0, NAN)
-    elif ACT == RELU6:
-        y = tl.minimum(tl.maximum(y, 0.0, NAN), 6.0, NAN)
-    elif ACT == SILU:
-        y = y / (1.0 + tl.exp(-y))
-    elif ACT == HARDSWISH:
-        y = y * tl.minimum(tl.maximum(y + 3.0, 0.0, NAN), 6.0, NAN) * (1.0 / 6.0)
-    elif ACT == LEAKY_RELU:
-        y = tl.where(y > 0.0, y, y * negative_slope)
-    elif ACT == PRELU:
-        slope = tl.load(slope_ptr + channel * slope_stride, mask=mask, other=0.0).to(tl.float32)
-        y = tl.where(y > 0.0, y, y * slope[None, :])
-    return y
 
 
 @triton.jit

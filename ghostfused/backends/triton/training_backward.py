@@ -9,29 +9,9 @@ Device code only; triton_training_device.py says what a program does. Rows of pa
 import triton
 import triton.language as tl
 
-from .kernels import HARDSWISH, LEAKY_RELU, PRELU, RELU, RELU6, SILU, _activate, _gate, _offset, _round, _sum_products
+from .activations import _activate, _activate_backward
+from .kernels import _gate, _offset, _round, _sum_products
 from .training_device import _center_rstd, _depthwise, _row, _scale_shift, _tile
-
-
-@triton.jit
-def _activate_backward(grad, z, channel, mask, act, ACT: tl.constexpr):
-    """grad * act'(z), by PyTorch's conventions at the kinks."""
-    slope_ptr, slope_stride, negative_slope = act
-    if ACT == RELU:
-        grad = tl.where(z <= 0.0, 0.0, grad)
-    elif ACT == RELU6:
-        grad = tl.where((z <= 0.0) | (z >= 6.0), 0.0, grad)
-    elif ACT == SILU:
-        sigmoid = 1.0 / (1.0 + tl.exp(-z))
-        grad = grad * sigmoid * (1.0 + z * (1.0 - sigmoid))
-    elif ACT == HARDSWISH:
-        grad = tl.where(z <= -3.0, 0.0, tl.where(z < 3.0, grad * (z * (1.0 / 3.0) + 0.5), grad))
-    elif ACT == LEAKY_RELU:
-        grad = tl.where(z > 0.0, grad, grad * negative_slope)
-    elif ACT == PRELU:
-        slope = tl.load(slope_ptr + channel * slope_stride, mask=mask, other=0.0).to(tl.float32)
-        grad = tl.where(z > 0.0, grad, grad * slope[None, :])
-    return grad
 
 
 @triton.jit

@@ -12,7 +12,8 @@ As in triton_kernels.py pixels are flat indices, and arguments that belong toget
 import triton
 import triton.language as tl
 
-from .kernels import _activate, _offset, _round, _rsqrt
+from .activations import _activate
+from .kernels import _offset, _round, _rsqrt
 
 
 @triton.jit

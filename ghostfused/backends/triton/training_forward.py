@@ -10,7 +10,8 @@ last of its channel block.
 import triton
 import triton.language as tl
 
-from .kernels import _activate, _dot, _offset, _pixel_offset, _round, _store, _sum_products
+from .activations import _activate
+from .kernels import _dot, _offset, _pixel_offset, _round, _store, _sum_products
 from .training_device import _center_rstd, _depthwise, _row, _scale_shift, _tile
 
 
