@@ -8,10 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fuzz_raw_ops
 import pytest
 import torch
 import torch.nn.functional as F
-from fuzz_raw_ops import compared, program_of
 from torch import Tensor, nn
 
 from ghostfused import functional, ops
@@ -238,7 +238,7 @@ def two_threads():
 def test_a_program_that_mixes_images_is_not_cut_into_pieces(batch):
     """The result, how alike the images are, has the batch as its second size as well."""
     model, x = calibrate(Embedding(), torch.randn(4, 4, 5, 5)), torch.randn(batch, 4, 5, 5)
-    found = compared(program_of(model, x), x)
+    found = fuzz_raw_ops.compared(fuzz_raw_ops.program_of(model, x), x)
     with torch.no_grad():
         y, exact = model(x), copy.deepcopy(model).double()(x.double())
         out = ops.forward_op("cpu", "program")(x, *found)
@@ -365,7 +365,7 @@ def test_means_keep_infinities_and_nan(layout):
 # ---- malformed calls by the thousand
 
 
-FUZZ = Path(__file__).parent / "fuzz_raw_ops.py"
+FUZZ = Path(fuzz_raw_ops.__file__)
 
 
 @needs_kernel
