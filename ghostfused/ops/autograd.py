@@ -16,7 +16,7 @@ from ..backends import reference, training
 from ..spec import OPS, TENSORS, Args, GhostArgs, tensor_names
 from .recording import note
 from .schemas import STATISTICS, TRAIN_FIELDS, backward_op, forward_op, train_args, training_op
-from .transforms import transformed
+from .transforms import batched_backward, transformed
 
 _COUNTS = {op: len(tensor_names(args)) for op, args in OPS.items()}
 """How many tensors each op's arguments begin with."""
@@ -25,7 +25,7 @@ _RESIDUAL = TENSORS.index("residual")
 
 def _is_differentiated() -> bool:
     """Whether somebody differentiates or transforms the gradients that are being computed."""
-    return not torch.compiler.is_compiling() and (torch.is_grad_enabled() or transformed())
+    return not torch.compiler.is_compiling() and (torch.is_grad_enabled() or transformed() or batched_backward())
 
 
 def _reference_gradients(

@@ -21,6 +21,13 @@ def transformed() -> bool:
     return forward_ad._current_level >= 0 or _interpreter() is not None
 
 
+def batched_backward() -> bool:
+    """Whether ``torch.autograd.grad(is_grads_batched=True)``, which has a vmap of its own, computes several gradients at once."""
+    level = torch._C._vmapmode_increment_nesting()  # there is no way but this to ask for the level
+    torch._C._vmapmode_decrement_nesting()
+    return level > 1
+
+
 def undisturbed() -> bool:
     """Whether nobody else takes an op's call, nor traces it: one program may stand for several."""
     modes = _dispatch_modes() > 0 or _has_user_function_mode()
