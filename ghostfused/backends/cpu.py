@@ -30,7 +30,7 @@ def supports(args: Args) -> str | None:
 
 def may_try(args: Args) -> bool:
     """Whether just calling the op tells as much as ``supports``, at a fraction of its host time: the binding refuses
-    whatever the kernel can't run. Not so where the call is recorded rather than run."""
+    whatever the kernel can't run. Not so where the call is compiled rather than run."""
     x = args.x
     return (
         extension.failure is None
@@ -38,7 +38,6 @@ def may_try(args: Args) -> bool:
         and x.is_cpu
         and x.dtype in KERNEL_DTYPES
         and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
     )
 
 

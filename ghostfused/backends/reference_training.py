@@ -76,7 +76,7 @@ def _depthwise(a: GhostArgs, y1: Tensor) -> Tensor:
 
 def _statistics(y: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     if y.numel() == 0:
-        return torch.zeros(y.shape[1], dtype=dtype), torch.zeros(y.shape[1], dtype=dtype)
+        return y.new_zeros(y.shape[1], dtype=dtype), y.new_zeros(y.shape[1], dtype=dtype)
     var, mean = torch.var_mean(y.to(dtype), (0, 2, 3), correction=0)
     return mean, var
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.transforms import runs_plain
 from ..recognize import ghost
 from . import layers
 from .ghost_module import FusedGhostModule
@@ -47,7 +48,7 @@ class FusedAttentionGhostModule(FusedGhostModule):
         """
         if output_gate is not None:
             raise ValueError("output_gate: expected None, since this module makes its own, got a tensor")
-        if self._is_changed():  # its own forward makes the gate as well
+        if self._is_changed() or runs_plain(self.backend):  # its own forward makes the gate as well
             return self._run_children(x, input_gate, residual, None)
         if input_gate is not None:
             x = x * input_gate[:, :, None, None]

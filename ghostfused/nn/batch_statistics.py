@@ -11,6 +11,7 @@ from .. import backends
 from ..backends import training
 from ..functional import arguments
 from ..ops.autograd import call_with_batch_statistics
+from ..ops.transforms import refuse_transforms
 from ..spec import GhostArgs
 from ..spec.checks import validate
 
@@ -53,6 +54,7 @@ def ghost_module_training(
     samples = n * height * width
     if samples == 1 and not group_name:
         raise ValueError(f"x: expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
+    refuse_transforms(backend)
     name = training.choose(backends.choose(args, backend), args)
     out, *statistics, count = call_with_batch_statistics(name, args, group_name)
     return TrainingResult(out, *statistics, count if group_name else samples)  # type: ignore[call-arg]

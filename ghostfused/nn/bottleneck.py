@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..ops.recording import note_others
+from ..ops.transforms import runs_plain
 from ..recognize import ghost
 from ..recognize.equivalence import prove
 from ..recognize.reads import Reads, changed, reads
@@ -60,7 +61,7 @@ class _FusedTwin(cache.CachesPrograms, nn.Module):
 
     def _run(self, x: Tensor) -> Tensor:
         """As ``forward``, read afresh."""
-        if self._is_observed():
+        if self._is_observed() or runs_plain(self.backend):
             note_others()
             return original(self).forward(x)  # type: ignore[union-attr]
         return self._steps(x)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..backends import BACKENDS
 from ..ops import KeptProgram, encoding
 from ..ops.recording import Recording, is_recording, recording
+from ..ops.transforms import undisturbed
 from ..recognize import ghost
 from ..recognize.swap import is_ours
 from ..spec.kernels import KERNEL_DTYPES
@@ -72,7 +73,7 @@ def may_replay(x: Tensor) -> bool:
         and x.dtype in KERNEL_DTYPES
         and (x.is_cpu or x.is_cuda)
         and not is_recording()
-        and torch._C._get_tracing_state() is None
+        and undisturbed()
         and not torch.is_autocast_enabled(x.device.type)
         # these see every module's call
         and not nn.modules.module._has_any_global_hook()

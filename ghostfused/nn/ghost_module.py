@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .. import backends
 from ..functional import ghost_module
 from ..ops.recording import note_others
+from ..ops.transforms import runs_plain
 from ..recognize import ghost
 from ..recognize.equivalence import prove
 from ..recognize.reads import changed
@@ -235,7 +236,7 @@ class FusedGhostModule(CachesPrograms, nn.Module):
     ) -> Tensor:
         """As ``forward``, read afresh."""
         halves = self._read()
-        if isinstance(halves, str):
+        if isinstance(halves, str) or runs_plain(self.backend):
             return self._run_children(x, input_gate, residual, output_gate)
         primary, cheap = halves
         conv = primary.conv
@@ -277,8 +278,9 @@ class FusedGhostModule(CachesPrograms, nn.Module):
         note_others()
         if input_gate is not None:
             x = x * input_gate[:, :, None, None]
-        if self._is_changed():
-            out = original(self).forward(x)  # type: ignore[union-attr]
+        module = original(self) if self._is_changed() or runs_plain(self.backend) else None
+        if module is not None:
+            out = module.forward(x)
         else:
             primary, cheap = (cast(nn.Module, self._modules[name]) for name in self._halves)
             x1 = primary(x)

@@ -1,7 +1,7 @@
 """The registered ops ``torch.ops.ghostfused.*``, their derivatives, and programs of several."""
 
 from ..spec import OPS
-from . import implementations, recording
+from . import flops, implementations, recording
 from .programs import KeptProgram
 from .schemas import STATISTICS, TRAIN_FIELDS, backward_op, forward_op, training_op
 
@@ -11,6 +11,7 @@ __all__ = [
     "TRAIN_FIELDS",
     "KeptProgram",
     "backward_op",
+    "flops",
     "forward_op",
     "implementations",
     "recording",

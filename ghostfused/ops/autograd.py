@@ -1,25 +1,51 @@
-"""The autograd.Functions, over any op and backend. None is twice differentiable.
+"""The autograd.Functions, over any op and backend.
 
-Those of a Ghost module save its inputs and one number per channel and statistic, so no map but x: docs/training.md says
+A gradient that is to be differentiated again (``create_graph=True``), or that a transform takes, comes from the reference,
+of which PyTorch knows all derivatives; the kernels give the others. Those of a Ghost module save its inputs and one number per channel and statistic, so no map but x: docs/training.md says
 why not the output.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ..backends import training
+from ..backends import reference, training
 from ..spec import OPS, TENSORS, Args, GhostArgs, tensor_names
 from .recording import note
 from .schemas import STATISTICS, TRAIN_FIELDS, backward_op, forward_op, train_args, training_op
+from .transforms import batched_backward, transformed
 
 _COUNTS = {op: len(tensor_names(args)) for op, args in OPS.items()}
 """How many tensors each op's arguments begin with."""
 _RESIDUAL = TENSORS.index("residual")
+
+
+def _is_differentiated() -> bool:
+    """Whether somebody differentiates or transforms the gradients that are being computed."""
+    return not torch.compiler.is_compiling() and (torch.is_grad_enabled() or transformed() or batched_backward())
+
+
+def _reference_gradients(
+    function: Callable[..., Tensor], grad_output: Tensor, tensors: Sequence[Tensor | None], needs_grad: list[bool]
+) -> list[Tensor | None]:
+    """Gradients of ``tensors``, what ``function`` takes, by operations that can be differentiated and transformed in turn."""
+    places = [i for i, (t, need) in enumerate(zip(tensors, needs_grad, strict=True)) if need and t is not None]
+
+    def of_wanted(*wanted: Tensor) -> Tensor:
+        given = list(tensors)
+        for place, t in zip(places, wanted, strict=True):
+            given[place] = t
+        return function(*given)
+
+    result: list[Tensor | None] = [None] * len(tensors)
+    with torch.autocast(grad_output.device.type, enabled=False):
+        _, gradients = torch.func.vjp(of_wanted, *(tensors[i] for i in places))  # type: ignore[misc]
+        for place, grad in zip(places, gradients(grad_output), strict=True):
+            result[place] = grad
+    return result
 
 
 class FusedFunction(torch.autograd.Function):
@@ -33,9 +59,14 @@ class FusedFunction(torch.autograd.Function):
         return forward_op(backend, op)(*args)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_output: Tensor):
         needs_grad = list(ctx.needs_input_grad[2 : 2 + _COUNTS[ctx.op]])
+        if _is_differentiated():
+            kind, settings = OPS[ctx.op], ctx.settings
+            gradients = _reference_gradients(
+                lambda *tensors: reference.run(kind(*tensors, *settings)), grad_output, ctx.saved_tensors, needs_grad
+            )
+            return None, None, *gradients, *(None for _ in ctx.settings)
         grads = iter(backward_op(ctx.op)(grad_output, *ctx.saved_tensors, *ctx.settings, needs_grad))
         return None, None, *(next(grads) if need else None for need in needs_grad), *(None for _ in ctx.settings)
 
@@ -53,7 +84,20 @@ def _backward(ctx, grad_output: Tensor, needs_grad: list[bool]) -> list[Tensor |
     asked = list(needs_grad)
     asked[_RESIDUAL] = False  # it is grad_output
     grads: Iterator[Tensor] = iter(())
-    if any(asked):
+    if any(asked) and _is_differentiated():
+        _, batch_statistics, group_name = ctx.training_settings
+        if group_name:
+            raise RuntimeError(
+                "create_graph: expected False with the statistics of several processes (SyncBatchNorm), which have no "
+                "second derivatives"
+            )
+        settings = ctx.settings
+
+        def recomputed(*tensors: Tensor) -> Tensor:
+            return reference.ghost_module(GhostArgs(*tensors, *settings), batch_statistics)  # type: ignore[arg-type]
+
+        grads = (g for g in _reference_gradients(recomputed, grad_output, ctx.saved_tensors, asked) if g is not None)
+    elif any(asked):
         op = training_op("backward", backend)
         grads = iter(op(grad_output, *ctx.saved_tensors, *ctx.settings, *training_settings, asked))
     result: list[Tensor | None] = [next(grads) if need else None for need in asked]
@@ -63,7 +107,7 @@ def _backward(ctx, grad_output: Tensor, needs_grad: list[bool]) -> list[Tensor |
 
 
 class GhostFunction(torch.autograd.Function):
-    """One Ghost module with stored statistics. Not twice differentiable."""
+    """One Ghost module with stored statistics."""
 
     @staticmethod
     def forward(ctx, backend: str, *args) -> Tensor:
@@ -72,14 +116,13 @@ class GhostFunction(torch.autograd.Function):
         return forward_op(backend)(*args)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_output: Tensor):
         grads = _backward(ctx, grad_output, list(ctx.needs_input_grad[1 : 1 + len(TENSORS)]))
         return None, *grads, *(None for _ in ctx.settings)
 
 
 class BatchGhostFunction(torch.autograd.Function):
-    """One Ghost module with the batch's statistics, which it returns too. Not twice differentiable."""
+    """One Ghost module with the batch's statistics, which it returns too."""
 
     @staticmethod
     def forward(ctx, backend: str, group_name: str, *fields) -> tuple[Tensor, ...]:
@@ -90,7 +133,6 @@ class BatchGhostFunction(torch.autograd.Function):
         return out, *statistics, count
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_output: Tensor, *_):
         fields = iter(ctx.needs_input_grad[2:])
         needs_grad = [name not in STATISTICS and next(fields) for name in TENSORS]

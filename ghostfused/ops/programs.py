@@ -17,7 +17,9 @@ from ..spec.checks import check_memory
 from . import encoding
 from .schemas import define_op, fake_output, forward_op, library
 
-for _backend in ("cuda", "cpu", "reference"):
+PROGRAM_BACKENDS, REPLAY_BACKENDS = ("cuda", "cpu", "reference"), ("cuda", "cpu")
+
+for _backend in PROGRAM_BACKENDS:
     define_op(
         f"program_{_backend}",
         "(Tensor x, Tensor[] tensors, int[] code, float[] numbers) -> Tensor",
@@ -51,14 +53,19 @@ class KeptProgram:
 _kept_programs: weakref.WeakValueDictionary[tuple[str, int], KeptProgram] = weakref.WeakValueDictionary()
 
 
-def _fake_replay(backend: str, x: Tensor, number: int) -> Tensor:
+def kept_program(backend: str, number: int) -> encoding.Program:
+    """The program that the extension of ``backend`` keeps under ``number``."""
     kept = _kept_programs.get((backend, number))
     if kept is None:
         raise RuntimeError(f"program: there is none of number {number}")
-    return encoding.run(fake_output, x, *kept.program)
+    return kept.program
 
 
-for _backend in ("cuda", "cpu"):
+def _fake_replay(backend: str, x: Tensor, number: int) -> Tensor:
+    return encoding.run(fake_output, x, *kept_program(backend, number))
+
+
+for _backend in REPLAY_BACKENDS:
     define_op(f"keep_program_{_backend}", "(Tensor[] tensors, int[] code, float[] numbers) -> int", None)
     define_op(
         f"replay_{_backend}",
