@@ -124,3 +124,9 @@ def test_an_activation_goes_to_five_places():
     files = [p for folder in folders for p in folder.rglob("*") if p.suffix in (".py", ".h", ".cuh", ".cpp", ".cu")]
     assert {str(p.relative_to(documents.ROOT)) for p in files if code.search(p.read_text())} == set(named)
     assert len(named) <= 5
+
+
+def test_no_test_is_imported_by_another():
+    for path in (documents.ROOT / "tests").rglob("*.py"):
+        names = re.findall(r"^(?:from|import) (\w+)", path.read_text(), re.MULTILINE)
+        assert not [name for name in names if name.startswith("test_")], path

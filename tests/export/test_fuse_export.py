@@ -16,7 +16,7 @@ import pytest
 import torch
 from cuda_runtime import ON_CPU
 from networks import KERNEL, assert_same, first, fused_inside, network
-from test_replay import Ops
+from spies import Ops
 from torch import nn
 
 import ghostfused
