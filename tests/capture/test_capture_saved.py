@@ -12,14 +12,14 @@ import networks
 import pytest
 import torch
 from capture_network import made
+from spies import needs_cpu_kernels
 
 import ghostfused
 
+pytestmark = needs_cpu_kernels
 ROOT = Path(__file__).parents[2]
 RUN = """
 import sys, torch, ghostfused
-
-pytestmark = needs_cpu_kernels
 captured = ghostfused.load(sys.argv[1])
 inputs = torch.load(sys.argv[2], weights_only=True)
 torch.save([captured(x) for x in inputs], sys.argv[3])
