@@ -1,0 +1,177 @@
+"""Runs the launches of our ops as machine code, checks their results against float64, and says what they cost."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ghostfused import ops, reference
+from ghostfused.spec import Args
+from ghostfused.testing import Case, convert, judge, make_args, to_device
+
+from .costs import DRAM, TIMES, LaunchCost, cost_of
+from .device import device
+from .machine import Launch, execute
+
+DTYPES = {
+    "float16": (torch.float16, False),
+    "bfloat16": (torch.bfloat16, False),
+    "float32": (torch.float32, False),
+    "tf32": (torch.float32, True),
+}
+PER_IMAGE = ("x", "input_gate", "residual", "output_gate")
+
+
+@dataclasses.dataclass
+class Row:
+    """One module."""
+
+    module: str
+    count: int
+    issue_us: float
+    issue_mean_us: float
+    shared_us: float
+    shared_mean_us: float
+    hmma_us: float
+    dram_us: float
+    store_sector_ratio: float
+    error: float
+    """The largest difference from the float64 reference over the largest value."""
+    limit: float
+    """What the table of tolerances allows."""
+    images_checked: float
+    """Numbers that were checked, in images."""
+    parts: dict[str, float]
+    launches: list[dict[str, Any]]
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.limit and self.images_checked > 0
+
+
+def case_of(config: dict[str, Any], batch: int, dtype: str, layout: str) -> Case:
+    """The case of a line of ghost_configs.jsonl."""
+    names = ("in_channels", "out_channels", "height", "width", "kernel_size", "stride", "dw_size", "ratio")
+    kind, tf32 = DTYPES[dtype]
+    return Case(
+        batch=batch, dtype=kind, layout=layout, allow_tf32=tf32,
+        act_primary=config["act_primary"], act_cheap=config["act_cheap"], **{n: config[n] for n in names},
+    )  # fmt: skip
+
+
+def name_of(config: dict[str, Any]) -> str:
+    c = config
+    extra = "" if c["dw_size"] == 3 else f" dw{c['dw_size']}"
+    extra += "" if c["kernel_size"] == 1 else f" k{c['kernel_size']}"
+    extra += "" if c["stride"] == 1 else f" s{c['stride']}"
+    return f"{c['in_channels']}->{c['out_channels']} {c['height']}x{c['width']} {c['act_primary']}{extra}"
+
+
+def nbytes(tensors: Iterable[Tensor | None]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def sample(launch: Launch, batch: int) -> range:
+    """One image's blocks if they divide among images, else as many."""
+    return range(math.ceil(launch.blocks / batch))
+
+
+def judge_forward(config: dict[str, Any], batch: int, dtype: str, layout: str) -> Row:
+    args = make_args(case_of(config, batch, dtype, layout))
+    return judge_args(args, name_of(config), config.get("count", 1))
+
+
+def judge_args(args: Args, name: str, count: int = 1) -> Row:
+    """Judges one call of an op whose kernel fills the output's images each by blocks of its own."""
+    dev, batch = device(), args.x.shape[0]
+    costs: list[LaunchCost] = []
+
+    def on_launch(launch: Launch) -> None:
+        dev.memory.forget()
+        counts = execute(launch, sample(launch, batch), dev.memory)
+        costs.append(cost_of(launch, counts, dev.memory))
+
+    there = to_device(args, "cuda")
+    with dev.launching(on_launch):
+        out = ops.forward_op("cuda", args.op)(*there)
+    written = dev.memory.written.get(out.data_ptr())
+    error, limit, checked = check(args, out, written)
+    moved = nbytes(args.tensors) + nbytes([out])
+    return row(name, count, costs, moved / DRAM * 1e6, error, limit, checked)
+
+
+def row(
+    name: str, count: int, costs: list[LaunchCost], dram_us: float, error: float, limit: float, checked: float
+) -> Row:
+    total = sum(c.instructions for c in costs)
+    parts: dict[str, float] = {}
+    for c in costs:
+        for part, share in c.parts.items():
+            parts[part] = parts.get(part, 0) + share * c.issue_us
+    issue = sum(c.issue_us for c in costs)
+    assert total > 0
+    return Row(
+        module=name,
+        count=count,
+        issue_us=issue,
+        issue_mean_us=sum(c.issue_mean_us for c in costs),
+        shared_us=sum(c.shared_us for c in costs),
+        shared_mean_us=sum(c.shared_mean_us for c in costs),
+        hmma_us=sum(c.hmma_us for c in costs),
+        dram_us=dram_us,
+        store_sector_ratio=sum(c.stored_sectors for c in costs) / max(1, sum(c.ideal_sectors for c in costs)),
+        error=error,
+        limit=limit,
+        images_checked=checked,
+        parts={part: round(us / issue, 4) for part, us in sorted(parts.items(), key=lambda item: -item[1])},
+        launches=[{k: v for k, v in dataclasses.asdict(c).items() if k != "parts"} for c in costs],
+    )
+
+
+def check(args: Args, out: Tensor, written: np.ndarray | None) -> tuple[float, float, float]:
+    """Error, limit and how many images' worth of numbers, of what was written of the output."""
+    if written is None:
+        return math.inf, 0.0, 0.0
+    batch = out.shape[0]
+    per_element = out.element_size() // 2
+    elements = torch.from_numpy(written[::per_element][: out.numel()].copy())
+    mask = torch.empty(0, dtype=torch.bool).set_(elements.untyped_storage(), 0, out.shape, out.stride())
+    error = limit = 0.0
+    for n in torch.nonzero(mask.flatten(1).any(1)).flatten().tolist():
+        own = out[n : n + 1].cpu()
+        alone = one_image(args, n)
+        if not bool(mask[n].all()):
+            expected = reference.run(convert(alone, torch.float64)).to(own.dtype)
+            own = torch.where(mask[n : n + 1], own, expected)
+        verdict = judge(own, alone)
+        error, limit = max(error, verdict.error), max(limit, verdict.limit)
+    return error, limit, int(mask.sum()) / (out.numel() / batch)
+
+
+def one_image(args: Args, n: int) -> Args:
+    def own(t: Tensor) -> Tensor:
+        return t[n : n + 1].clone(memory_format=torch.preserve_format)
+
+    names = [name for name in PER_IMAGE if getattr(args, name, None) is not None]
+    return args._replace(**{name: own(getattr(args, name)) for name in names})  # type: ignore[return-value, arg-type]
+
+
+def totals(rows: list[Row]) -> dict[str, Any]:
+    """Sums over the modules, each as often as it occurs."""
+    sums: dict[str, Any] = {name: sum(r.count * getattr(r, name) for r in rows) for name in TIMES}
+    slowest = [max(r.issue_us, r.shared_us, r.dram_us) for r in rows]
+    return {
+        "modules": sum(r.count for r in rows),
+        **sums,
+        "slowest_us": sum(r.count * us for r, us in zip(rows, slowest, strict=True)),
+        "worst_over_dram": max(us / r.dram_us for r, us in zip(rows, slowest, strict=True)),
+        "store_sector_ratio": max(r.store_sector_ratio for r in rows),
+        "error_over_limit": max(r.error / r.limit if r.limit else math.inf for r in rows),
+        "ok": all(r.ok for r in rows),
+    }
