@@ -29,7 +29,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16", "float32", "tf32"))
     parser.add_argument("--layout", default="nhwc", choices=("nhwc", "nchw"))
-    parser.add_argument("--mode", default="forward", choices=("forward",))
+    parser.add_argument("--mode", default="forward", choices=("forward", "training"))
     parser.add_argument("--json", action="store_true", help="JSON lines instead of a table")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     return parser.parse_args(argv)
@@ -43,12 +43,6 @@ def configs(path: Path, source: str | None, only: str) -> list[dict[str, Any]]:
     if not rows:
         raise SystemExit(f"--source, --only: no line of {path} has source {source!r} and a name with {only!r}")
     return rows
-
-
-def judge_one(config: dict[str, Any], options: argparse.Namespace):
-    from .judge import judge_forward
-
-    return judge_forward(config, options.batch, options.dtype, options.layout)
 
 
 def provenance() -> dict[str, str]:
@@ -69,7 +63,7 @@ def main() -> int:
     if reason := build.missing():
         raise SystemExit(f"tools.sass: {reason}")
     device.enter("tools.sass")
-    from .judge import totals
+    from .judge import judge_config, totals
 
     work = configs(options.configs, options.source, options.only)
     rows = []
@@ -78,8 +72,8 @@ def main() -> int:
             "module                        issue   shared    hmma    DRAM stores     error   (µs counted, not measured)"
         )
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-        results = pool.map(judge_one, work, [options] * len(work)) if options.jobs > 1 else (
-            judge_one(config, options) for config in work
+        results = pool.map(judge_config, work, [options] * len(work)) if options.jobs > 1 else (
+            judge_config(config, options) for config in work
         )  # fmt: skip
         for row in results:
             rows.append(row)

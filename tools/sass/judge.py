@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import math
 from collections.abc import Iterable
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ghostfused import ops, reference
-from ghostfused.spec import Args
+from ghostfused.spec import Args, GhostArgs
 from ghostfused.testing import Case, convert, judge, make_args, to_device
 
 from .costs import DRAM, TIMES, LaunchCost, cost_of
@@ -82,9 +83,33 @@ def sample(launch: Launch, batch: int) -> range:
     return range(math.ceil(launch.blocks / batch))
 
 
-def judge_forward(config: dict[str, Any], batch: int, dtype: str, layout: str) -> Row:
-    args = make_args(case_of(config, batch, dtype, layout))
-    return judge_args(args, name_of(config), config.get("count", 1))
+def judge_config(config: dict[str, Any], options: argparse.Namespace) -> Row:
+    """Judges a line of ghost_configs.jsonl as the command's options say."""
+    case = case_of(config, options.batch, options.dtype, options.layout)
+    name, count = name_of(config), config.get("count", 1)
+    if options.mode == "training":
+        from .training import judge_training_step
+
+        return judge_training_step(case, name, count)
+    return judge_args(repeated(make_args(dataclasses.replace(case, batch=min(2, case.batch))), case.batch), name, count)
+
+
+def repeated(args: GhostArgs, batch: int) -> GhostArgs:
+    """``args`` for so many images, which are those of ``args`` in turn: random numbers for all take longer than the
+    simulation of one."""
+
+    def more(t: Tensor) -> Tensor:
+        new = torch.empty((batch, *t.shape[1:]), dtype=t.dtype, memory_format=memory_format(t))
+        for n in range(batch):
+            new[n] = t[n % t.shape[0]]
+        return new
+
+    return args._replace(**{n: more(t) for n in PER_IMAGE if (t := getattr(args, n)) is not None})  # type: ignore[arg-type]
+
+
+def memory_format(t: Tensor) -> torch.memory_format:
+    nhwc = t.dim() == 4 and not t.is_contiguous()
+    return torch.channels_last if nhwc else torch.contiguous_format
 
 
 def judge_args(args: Args, name: str, count: int = 1) -> Row:
