@@ -31,6 +31,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--layout", default="nhwc", choices=("nhwc", "nchw"))
     parser.add_argument("--mode", default="forward", choices=("forward", "training"))
     parser.add_argument("--json", action="store_true", help="JSON lines instead of a table")
+    parser.add_argument("--race", action="store_true", help="look for races for shared memory instead, in all blocks")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     return parser.parse_args(argv)
 
@@ -63,9 +64,24 @@ def main() -> int:
     if reason := build.missing():
         raise SystemExit(f"tools.sass: {reason}")
     device.enter("tools.sass")
+    work = configs(options.configs, options.source, options.only)
+    return print_races(work, options) if options.race else print_costs(work, options)
+
+
+def print_races(work: list[dict[str, Any]], options: argparse.Namespace) -> int:
+    from .judge import name_of, races
+
+    failed = False
+    for config in work:
+        found = races(config, options)
+        failed |= bool(found)
+        print("\n".join([f"{name_of(config)}: {len(found) or 'no'} races", *found]), flush=True)
+    return int(failed)
+
+
+def print_costs(work: list[dict[str, Any]], options: argparse.Namespace) -> int:
     from .judge import judge_config, totals
 
-    work = configs(options.configs, options.source, options.only)
     rows = []
     if not options.json:
         print(

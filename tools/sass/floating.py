@@ -132,11 +132,13 @@ def from_integer(i: Instruction) -> Action:
     return act
 
 
+_ROUNDINGS: dict[str, Callable[[Array], Array]] = {"TRUNC": np.trunc, "FLOOR": np.floor, "CEIL": np.ceil}
+
+
 @opcode("F2I")
 def to_integer(i: Instruction) -> Action:
     d, a, unsigned = write(i.operands[0]), read_float(i.operands[1]), "U32" in i.modifiers
-    roundings = {"TRUNC": np.trunc, "FLOOR": np.floor, "CEIL": np.ceil}
-    rounding = next((f for name, f in roundings.items() if name in i.modifiers), np.rint)
+    rounding = next((f for name, f in _ROUNDINGS.items() if name in i.modifiers), np.rint)
 
     def act(g: Gang, m: Array) -> None:
         x = np.nan_to_num(rounding(a(g).astype(F64)))
@@ -146,6 +148,15 @@ def to_integer(i: Instruction) -> Action:
             d(g, m, np.clip(x, -(2**31), 2**31 - 1).astype(I64).astype(I32))
 
     return act
+
+
+@opcode("FRND")
+def round_to_integer(i: Instruction) -> Action:
+    if set(i.modifiers) - {"FTZ", *_ROUNDINGS}:
+        raise unknown(i)
+    d, a = write(i.operands[0]), read_float(i.operands[1])
+    rounding = next((f for name, f in _ROUNDINGS.items() if name in i.modifiers), np.rint)
+    return lambda g, m: d(g, m, rounding(a(g)))
 
 
 @opcode("F2FP")

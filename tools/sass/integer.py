@@ -88,17 +88,24 @@ def multiply_add(i: Instruction) -> Action:
     signed = "U32" not in i.modifiers
     outs, k = carries(i.operands)
     a, b = read(i.operands[k]), read(i.operands[k + 1])
-    if "WIDE" in i.modifiers or "HI" in i.modifiers:
-        if outs or "X" in i.modifiers:
-            raise unknown(i)
-        c = read_wide(i.operands[k + 2])
-        if "WIDE" in i.modifiers:
-            pair = write_wide(i.operands[0])
-            return lambda g, m: pair(g, m, _product(a(g), b(g), signed) + c(g))
-        high = write(i.operands[0])
-        return lambda g, m: high(g, m, ((_product(a(g), b(g), signed) + c(g)) >> U64(32)).astype(U32))
-    d, addend = write(i.operands[0]), read(i.operands[k + 2])
     carry = [read_predicate(t) for t in i.operands[k + 3 :]] if "X" in i.modifiers else []
+    if "WIDE" in i.modifiers or "HI" in i.modifiers:
+        c, high = read_wide(i.operands[k + 2]), "HI" in i.modifiers
+        d = write(i.operands[0]) if high else write_wide(i.operands[0])
+
+        def wide(g: Gang, m: Array) -> None:
+            x = _product(a(g), b(g), signed)
+            v = x + c(g)
+            over = v < x
+            for p in carry:
+                v = v + p(g)
+                over = over | ((v == 0) & p(g))
+            d(g, m, (v >> U64(32)).astype(U32) if high else v)
+            for out in outs:
+                out(g, m, over)
+
+        return wide
+    d, addend = write(i.operands[0]), read(i.operands[k + 2])
     if not outs and not carry:
         return lambda g, m: d(g, m, a(g) * b(g) + addend(g))
 

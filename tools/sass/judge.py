@@ -19,6 +19,7 @@ from ghostfused.testing import Case, convert, judge, make_args, to_device
 from .costs import DRAM, TIMES, LaunchCost, cost_of
 from .device import device
 from .machine import Launch, execute
+from .race import check_races
 
 DTYPES = {
     "float16": (torch.float16, False),
@@ -129,6 +130,29 @@ def judge_args(args: Args, name: str, count: int = 1) -> Row:
     error, limit, checked = check(args, out, written)
     moved = nbytes(args.tensors) + nbytes([out])
     return row(name, count, costs, moved / DRAM * 1e6, error, limit, checked)
+
+
+def races(config: dict[str, Any], options: argparse.Namespace) -> list[str]:
+    """Runs all blocks of a line's launches for a batch of ``options.batch``, and describes the races."""
+    case = case_of(config, options.batch, options.dtype, options.layout)
+    dev, found = device(), list[str]()
+
+    def on_launch(launch: Launch) -> None:
+        found.extend(check_races(launch, range(launch.blocks), dev.memory))
+
+    if options.mode == "training":
+        from .training import checked
+
+        error, limit = checked(case, on_launch)
+    else:
+        args = make_args(case)
+        there = to_device(args, "cuda")
+        with dev.launching(on_launch):
+            out = ops.forward_op("cuda", args.op)(*there)
+        error, _, limit = judge(out.cpu(), args)
+    if not error <= limit:
+        found.append(f"{name_of(config)}: error {error:.1e}, limit {limit:.1e}")
+    return found
 
 
 def row(

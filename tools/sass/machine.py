@@ -18,7 +18,7 @@ from .kernel import PARAMETERS_AT, Instruction, Kernel
 from .memory import Array, Fault, Memory
 
 if TYPE_CHECKING:
-    from .race import RaceCheck
+    from .race import RaceCheck  # which imports this
 
 Action = Callable[["Gang", Array], object]
 """Executes an instruction for the lanes of a mask."""
@@ -74,9 +74,10 @@ class Counts:
 class Gang:
     """The state of the warps of ``blocks`` (indices in the grid) of a launch."""
 
-    def __init__(self, launch: Launch, blocks: Iterable[int], memory: Memory, race: RaceCheck | None = None) -> None:
+    def __init__(self, launch: Launch, blocks: Iterable[int], memory: Memory) -> None:
         kernel = launch.kernel
-        self.launch, self.kernel, self.memory, self.race = launch, kernel, memory, race
+        self.launch, self.kernel, self.memory = launch, kernel, memory
+        self.race: RaceCheck | None = None
         self.blocks = np.array(list(blocks), np.int64)
         per_block = (launch.threads + 31) // 32
         self.warps_per_block = per_block
@@ -124,6 +125,8 @@ class Gang:
         self.waiting: dict[tuple[int, int], Array] = {}
         self.arrived: dict[int, Array] = {}
         """By barrier, how many threads of each block have arrived."""
+        self.counted: set[int] = set()
+        """Barriers that are of a number of threads, not of the whole block."""
 
     def constant(self, bank: int, at: int) -> Array:
         """A 32-bit word of a constant bank."""
@@ -153,6 +156,7 @@ class Gang:
         else:
             self.go_on(pc, mask)
         if threads is not None:
+            self.counted.add(barrier)
             self.release(barrier, self.arrived[barrier] >= threads)
 
     def release(self, barrier: int, blocks: Array) -> None:
@@ -172,7 +176,7 @@ class Gang:
     def release_whole_blocks(self) -> None:
         """When nobody runs: barriers at which all living threads of a block have arrived."""
         idle = True
-        for barrier in {key[0] for key in self.waiting}:
+        for barrier in {key[0] for key in self.waiting} - self.counted:
             waits = np.zeros_like(self.alive)
             for key, mask in self.waiting.items():
                 if key[0] == barrier:

@@ -8,14 +8,14 @@ its group: until then nobody may touch those bytes, its own warp included.
 from __future__ import annotations
 
 import collections
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
 
 import numpy as np
 
-from .memory import Array
-
-if TYPE_CHECKING:
-    from .machine import Gang
+from .costs import part
+from .kernel import Kernel
+from .machine import Gang, Launch, compiled
+from .memory import Array, Memory
 
 _PENDING = 1 << 30
 
@@ -23,6 +23,22 @@ _PENDING = 1 << 30
 def _active(m: Array) -> list[int]:
     """Warps with a lane in ``m``."""
     return np.flatnonzero(m.any(axis=1)).tolist()
+
+
+def check_races(launch: Launch, blocks: Iterable[int], memory: Memory) -> list[str]:
+    """Runs ``blocks`` one by one, and describes each pair of instructions that race."""
+    program, found = compiled(launch.kernel), set[tuple[str, int, int]]()
+    for block in blocks:
+        gang = Gang(launch, [block], memory)
+        gang.race = race = RaceCheck(gang.warps, len(gang.shared8))
+        gang.run(program)
+        found |= set(race.found)
+    return [_describe(launch.kernel, *race) for race in sorted(found)]
+
+
+def _describe(kernel: Kernel, kind: str, pc: int, earlier: int) -> str:
+    here, there = kernel.instructions[pc], kernel.instructions[earlier]
+    return f"{kernel}: {kind}: {here.text} ({part(here)}) at {pc:#x}, {there.text} ({part(there)}) at {earlier:#x}"
 
 
 class RaceCheck:

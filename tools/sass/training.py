@@ -19,7 +19,7 @@ from ghostfused.testing import Case, make_args, to_device
 from ghostfused.testing_training import by_kernels, judge_training
 
 from .costs import LaunchCost, cost_of
-from .device import device
+from .device import Handler, device
 from .judge import PER_IMAGE, Row, memory_format, row
 from .machine import Launch, execute
 from .stand_in import TorchOperations
@@ -44,7 +44,7 @@ def counted(case: Case) -> list[LaunchCost]:
         first = (launch.blocks - share) // 2
         costs.append(cost_of(launch, execute(launch, range(first, first + share), dev.memory), dev.memory))
 
-    a = to_device(make_args(dataclasses.replace(case, batch=1)), "cuda")
+    a = _on_device(make_args(dataclasses.replace(case, batch=1)))
     dev.fill(_SMALL)
     try:
         maps = {n: _of_batch(t, case.batch) for n in PER_IMAGE if (t := getattr(a, n)) is not None}
@@ -56,26 +56,31 @@ def counted(case: Case) -> list[LaunchCost]:
     return costs
 
 
+def _on_device(a: GhostArgs) -> GhostArgs:
+    return to_device(a, "cuda")  # type: ignore[return-value]
+
+
 def _of_batch(t: Tensor, batch: int) -> Tensor:
     return torch.empty((batch, *t.shape[1:]), dtype=t.dtype, device=t.device, memory_format=memory_format(t))
 
 
-def checked(case: Case) -> tuple[float, float]:
-    """Error and limit of the result that comes closest to its limit."""
+def checked(case: Case, handler: Handler | None = None) -> tuple[float, float]:
+    """Error and limit of the result that comes closest to its limit; ``handler`` runs all blocks of a launch."""
     dev = device()
     a = away_from_kinks(make_args(case))
     grad = torch.randn(a.output_shape(), generator=torch.Generator().manual_seed(case.seed)).to(a.x.dtype)
     grad = grad.contiguous(memory_format=memory_format(a.x))
 
-    def on_launch(launch: Launch) -> None:
-        execute(launch, range(launch.blocks), dev.memory)
-
-    there, grad_there = to_device(a, "cuda"), to_device(a._replace(x=grad), "cuda").x
-    with dev.launching(on_launch), TorchOperations(compute=True):
+    there, grad_there = _on_device(a), _on_device(a._replace(x=grad)).x
+    with dev.launching(handler or run_all), TorchOperations(compute=True):
         results = by_kernels(KERNELS["cuda"], there, grad_there, batch_statistics=True)
     verdicts = judge_training({name: t.cpu() for name, t in results.items()}, a, grad, batch_statistics=True)
     worst = max(verdicts.values(), key=lambda v: v.error / v.limit)
     return worst.error, worst.limit
+
+
+def run_all(launch: Launch) -> None:
+    execute(launch, range(launch.blocks), device().memory)
 
 
 def away_from_kinks(a: GhostArgs) -> GhostArgs:

@@ -317,8 +317,8 @@ def store_global(i: Instruction) -> Action:
 
 @opcode("LDGSTS")
 def copy_to_shared(i: Instruction) -> Action:
-    """cp.async. With ZFILL, lanes whose predicate is false write zeros, and so do the last bytes of those whose global
-    address has its low bits set."""
+    """cp.async. Lanes whose predicate is false write zeros; with ZFILL so do the last bytes of those whose global address
+    has its low bits set."""
     size, to, source = access_size(i), shared_address(i.operands[0]), global_address(i.operands[1])
     predicate = read_predicate(i.operands[2]) if len(i.operands) > 2 else None
     fill = "ZFILL" in i.modifiers
@@ -329,7 +329,7 @@ def copy_to_shared(i: Instruction) -> Action:
         copies = m & predicate(g) if predicate is not None else m
         count_shared(g, at, m, size)
         if g.race:
-            g.race.copy(g, place, m if fill else copies, size)
+            g.race.copy(g, place, m, size)
         if copies.any():
             low = global_at[copies] % size
             if low.any() and not fill:
@@ -348,7 +348,7 @@ def copy_to_shared(i: Instruction) -> Action:
                 for k in range(size):
                     there = np.where(k < valid, offset + k, offset)
                     g.shared8[target + k] = np.where(k < valid, g.memory.u8[there], 0)
-        if fill and (empty := m & ~copies).any():
+        if (empty := m & ~copies).any():
             for k in range(size):
                 g.shared8[place[empty] + k] = 0
 
