@@ -1,4 +1,5 @@
-// Small kernels for test_sass.py: each has one thing that the simulator must get right, or a planted fault that it must find.
+// Small kernels for test_sass.py: each has one thing that the simulator must get right, or a planted fault that it must
+// find.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -51,6 +52,18 @@ __global__ void divergence(const int* trips, int* out) {
   int sum = 0;
   for (int k = 0; k < trips[threadIdx.x]; ++k) sum += k & 1 ? 3 : threadIdx.x;
   for (int d = 16; d > 0; d >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, d);
+  out[threadIdx.x] = sum;
+}
+
+// Some lanes of a warp leave for a slow division, whose code lies behind all else; then the warp goes on together, with
+// a loop whose counter is the warp's own.
+__global__ void slow_division(const float* a, const float* b, float* out, int n) {
+  float sum = 0.f;
+#pragma unroll 1
+  for (int k = 0; k < n; ++k) {
+    sum += a[k * 32 + threadIdx.x] / b[k * 32 + threadIdx.x];
+    __syncwarp();
+  }
   out[threadIdx.x] = sum;
 }
 

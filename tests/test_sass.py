@@ -85,7 +85,9 @@ def test_integers(run, memory):
     ones = np.array([bin(int(v) & 0xFFFFFFFF).count("1") for v in a])
     zeros = np.array([32 - (int(v) & 0xFFFFFFFF).bit_length() for v in b])
     assert (got[:, 4] == np.minimum(np.maximum(x, -5), y) + ones + zeros).all()
-    assert (got[:, 5] == np.array([int(abs(v) // 7) * (1 if v >= 0 else -1) for v in (x * y + n)]).astype(np.int32)).all()
+    assert (
+        got[:, 5] == np.array([int(abs(v) // 7) * (1 if v >= 0 else -1) for v in (x * y + n)]).astype(np.int32)
+    ).all()
 
 
 def test_floats(run, memory):
@@ -125,6 +127,19 @@ def test_divergent_lanes_meet_again(run, memory):
     assert (memory.get(out, np.int32, (32,)) == want).all()
     shuffles = [pc for pc, n in counts.lanes.items() if n == 32 * counts.instructions[pc]]
     assert len(shuffles) >= 10  # all lanes are there after the loop
+
+
+def test_lanes_wait_for_those_in_a_call(run, memory):
+    """A function's code lies behind its caller's: that others are at a lower address doesn't mean that they may go on."""
+    rng = np.random.default_rng(4)
+    a, b = rng.standard_normal((8, 32)).astype(np.float32), rng.uniform(1, 2, (8, 32)).astype(np.float32)
+    b[:, 5::7] = 1e-40
+    a[:, 5::7] *= 1e-41
+    out = nothing(memory, 32)
+    counts = run("slow_division", memory.put(a), memory.put(b), out, 8)
+    np.testing.assert_allclose(memory.get(out, np.float32, (32,)), (a / b).sum(0), rtol=1e-5)
+    together = [n for pc, n in counts.instructions.items() if counts.lanes[pc] == 32 * n]
+    assert max(together) == 8  # no part of the loop runs twice
 
 
 def test_tensor_cores(run, memory):
@@ -264,7 +279,9 @@ def test_every_family_on_the_stand_in_device():
     """Runs sass_on_device.py in a process that has the device."""
     build.extension()
     command = [sys.executable, "-m", "pytest", str(HERE / "sass_on_device.py"), "-p", "no:cacheprovider"]
-    done = subprocess.run(command, env=device.environment(), capture_output=True, text=True, check=False, cwd=build.ROOT)
+    done = subprocess.run(
+        command, env=device.environment(), capture_output=True, text=True, check=False, cwd=build.ROOT
+    )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 

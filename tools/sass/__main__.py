@@ -9,7 +9,6 @@ is compared with the float64 reference. Times are counts at an H100's rates, of 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import subprocess
 import sys
@@ -31,7 +30,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--layout", default="nhwc", choices=("nhwc", "nchw"))
     parser.add_argument("--mode", default="forward", choices=("forward", "training"))
     parser.add_argument("--json", action="store_true", help="JSON lines instead of a table")
-    parser.add_argument("--race", action="store_true", help="look for races for shared memory instead, in all blocks")
+    parser.add_argument("--race", action="store_true", help="instead, look for races for shared memory")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     return parser.parse_args(argv)
 
@@ -80,7 +79,7 @@ def print_races(work: list[dict[str, Any]], options: argparse.Namespace) -> int:
 
 
 def print_costs(work: list[dict[str, Any]], options: argparse.Namespace) -> int:
-    from .judge import judge_config, totals
+    from .judge import judge_config, line_of, totals
 
     rows = []
     if not options.json:
@@ -91,13 +90,13 @@ def print_costs(work: list[dict[str, Any]], options: argparse.Namespace) -> int:
         results = pool.map(judge_config, work, [options] * len(work)) if options.jobs > 1 else (
             judge_config(config, options) for config in work
         )  # fmt: skip
-        for row in results:
+        for config, row in zip(work, results, strict=True):
             rows.append(row)
-            line = json.dumps(dataclasses.asdict(row) | {"ok": row.ok}) if options.json else show(row)
+            line = json.dumps(line_of(row, config, options)) if options.json else show(row)
             print(line, flush=True)
     sums = totals(rows)
     if options.json:
-        print(json.dumps(sums | provenance()))
+        print(json.dumps({"kind": "sums", **sums, **provenance()}))
     else:
         print("  ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}" for k, v in sums.items()))
     return 0 if sums["ok"] else 1

@@ -31,13 +31,87 @@ SHARED_WINDOW = 0x7E0000000000
 """Where generic addresses of shared memory start."""
 
 
-@opcode(
-    *("NOP", "BSSY", "BSYNC", "WARPSYNC", "MEMBAR", "BREAK", "ERRBAR", "CCTL", "YIELD", "BMOV"),
-    *("ACQBULK", "PREEXIT", "NANOSLEEP", "CGAERRBAR", "WARPSYNC"),
-)
+@opcode("NOP", "MEMBAR", "ERRBAR", "CCTL", "YIELD", "ACQBULK", "PREEXIT", "NANOSLEEP", "CGAERRBAR")
 def nothing(i: Instruction) -> Action:
-    """Lanes meet again by their addresses, and memory is in order."""
+    """Memory is in order here, and nothing takes time."""
     return lambda g, m: None
+
+
+def _barrier_register(text: str) -> int:
+    if not re.fullmatch(r"B\d+", text):
+        raise NotImplementedError(f"operand {text}")
+    return int(text[1:])
+
+
+@opcode("BSSY")
+def will_meet(i: Instruction) -> Action:
+    """The lanes that are here will meet at the register's BSYNC."""
+    number = _barrier_register(i.operands[0])
+
+    def act(g: Gang, m: Array) -> None:
+        np.copyto(g.convergence[number], m, where=m.any(axis=1, keepdims=True))
+
+    return act
+
+
+@opcode("BSYNC")
+def meet(i: Instruction) -> Action:
+    number = _barrier_register(i.operands[0])
+    return lambda g, m: g.meet(i.pc + 16, m, g.convergence[number])
+
+
+@opcode("BREAK")
+def will_not_meet(i: Instruction) -> Action:
+    number = _barrier_register(i.operands[-1])
+    conditions = [read_predicate(t) for t in i.operands[:-1]]
+
+    def act(g: Gang, m: Array) -> None:
+        leaving = m
+        for condition in conditions:
+            leaving = leaving & condition(g)
+        g.convergence[number] &= ~leaving
+        g.let_meet(leaving)
+        g.go_on(i.pc + 16, m)
+
+    return act
+
+
+@opcode("WARPSYNC")
+def meet_all(i: Instruction) -> Action:
+    """Of the lanes that a mask names, or all."""
+    names = read(i.operands[0]) if i.operands else None
+
+    def act(g: Gang, m: Array) -> None:
+        expected = g.alive
+        if names is not None:
+            expected = expected & (first_lane(names(g), m) >> g.lane & U32(1)).astype(bool)
+        g.meet(i.pc + 16, m, expected)
+
+    return act
+
+
+@opcode("BMOV")
+def move_barrier_register(i: Instruction) -> Action:
+    """To or from a register, as a mask of lanes."""
+    to, source = i.operands
+    clears = "CLEAR" in i.modifiers
+    if to.startswith("B"):
+        number, a = _barrier_register(to), read(source)
+
+        def restore(g: Gang, m: Array) -> None:
+            lanes = (first_lane(a(g), m) >> g.lane & U32(1)).astype(bool)
+            np.copyto(g.convergence[number], lanes, where=m.any(axis=1, keepdims=True))
+
+        return restore
+    d, number = write(to), _barrier_register(source)
+
+    def save(g: Gang, m: Array) -> None:
+        bits = (g.convergence[number].astype(U32) << g.lane).sum(axis=1, keepdims=True).astype(U32)
+        d(g, m, bits)
+        if clears:
+            g.convergence[number] &= ~m.any(axis=1, keepdims=True)
+
+    return save
 
 
 @opcode("LDGDEPBAR")
@@ -92,6 +166,8 @@ def call(i: Instruction) -> Action:
 def leave(i: Instruction) -> Action:
     def act(g: Gang, m: Array) -> None:
         g.alive &= ~m
+        if g.meeting:
+            g.let_meet()
 
     return act
 

@@ -9,6 +9,8 @@ import math
 import re
 from pathlib import Path
 
+import numpy as np
+
 from .kernel import Instruction, Kernel
 from .machine import Counts, Launch
 from .memory import Memory
@@ -35,14 +37,19 @@ class LaunchCost:
     """Clocks of shared memory, of the busiest block in that respect."""
     shared_mean_us: float
     hmma_us: float
-    dram_us: float
-    """Bytes that the launch touches, each once."""
+    read_bytes: int
+    written_bytes: int
+    """That the launch touches, each once."""
     stored_sectors: int
     ideal_sectors: int
     instructions: int
-    """Of the blocks that were run."""
+    """Warp instructions of the whole grid, by the mean of the blocks that were run."""
     parts: dict[str, float]
     """Shares of the instructions."""
+
+    @property
+    def dram_us(self) -> float:
+        return (self.read_bytes + self.written_bytes) / DRAM * 1e6
 
 
 def cost_of(launch: Launch, counts: Counts, memory: Memory) -> LaunchCost:
@@ -66,23 +73,20 @@ def cost_of(launch: Launch, counts: Counts, memory: Memory) -> LaunchCost:
         shared_us=max(counts.block_shared) * waves / CLOCK * 1e6,
         shared_mean_us=sum(counts.block_shared) / run * waves / CLOCK * 1e6,
         hmma_us=max(counts.block_tensor) * waves / CLOCK * 1e6,
-        dram_us=_touched(launch, run, memory) / DRAM * 1e6,
+        read_bytes=_touched(launch, run, memory, memory.read),
+        written_bytes=_touched(launch, run, memory, memory.written),
         stored_sectors=stored,
         ideal_sectors=math.ceil(written / 32),
-        instructions=instructions,
+        instructions=round(instructions / run * launch.blocks),
         parts=parts(kernel, counts),
     )
 
 
-def _touched(launch: Launch, run: int, memory: Memory) -> float:
-    """Bytes that all blocks read and write: those that the blocks which were run did, for all, but no more than a tensor
-    has."""
+def _touched(launch: Launch, run: int, memory: Memory, seen: dict[int, np.ndarray]) -> int:
+    """Bytes that all blocks touch: those that the blocks which were run did, for all, but no more than a tensor has."""
     sizes = dict(zip(memory.starts.tolist(), (memory.ends - memory.starts).tolist(), strict=True))
-    return sum(
-        min(sizes.get(start, 0), 2 * int(pairs.sum()) * launch.blocks / run)
-        for seen in (memory.read, memory.written)
-        for start, pairs in seen.items()
-    )
+    touched = (min(sizes[start], 2 * int(pairs.sum()) * launch.blocks / run) for start, pairs in seen.items())
+    return round(sum(touched))
 
 
 def parts(kernel: Kernel, counts: Counts) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """Executes a kernel's machine code: the warps of some of its blocks in lockstep, as arrays over warps and lanes.
 
-A warp's lanes that are at different addresses go on at the lowest one, and meet again there; so do warps, which only makes
-each step of Python's cover many of them. Counts are a GPU's all the same: an instruction counts once for each warp that has
+A warp's lanes that are at different addresses go on at the lowest one, and wait for each other where the code says so
+(BSYNC, WARPSYNC); warps do the same, which only makes each step of Python's cover many of them. Counts are a GPU's all the same: an instruction counts once for each warp that has
 a lane at it. Memory is real: the results can be compared with a reference, without which no count is worth anything.
 """
 
@@ -118,6 +118,10 @@ class Gang:
         self.issued = np.zeros(warps, np.int64)
         self.shared_clocks = np.zeros(warps, np.int64)
         self.tensor_clocks = np.zeros(warps, np.int64)
+        self.convergence = np.zeros((16, warps, 32), bool)
+        """The lanes that each of a warp's barrier registers names (BSSY)."""
+        self.meeting: dict[int, tuple[Array, Array]] = {}
+        """By the address where they go on: lanes that wait for others of their warp, and all that are to meet there."""
         # Lanes that run, by address, and those that wait: by (barrier, address after it).
         started = self.thread < launch.threads
         self.alive = started.copy()
@@ -140,6 +144,26 @@ class Gang:
         """Lanes of ``mask`` continue at ``pc``."""
         if mask.any():
             self.groups[pc] = self.groups[pc] | mask if pc in self.groups else mask
+
+    # Lanes of a warp
+
+    def meet(self, pc: int, mask: Array, expected: Array) -> None:
+        """Lanes of ``mask`` go on at ``pc`` when all ``expected`` ones of their warp have come, or left the kernel."""
+        waiting, all_expected = self.meeting.pop(pc, (np.zeros_like(mask), np.zeros_like(mask)))
+        self.meeting[pc] = waiting | mask, all_expected | (expected & mask.any(axis=1, keepdims=True))
+        self.let_meet()
+
+    def let_meet(self, left: Array | None = None) -> None:
+        """Lets warps go on whose lanes have all come; those of ``left`` aren't waited for any more."""
+        for pc, (waiting, expected) in list(self.meeting.items()):
+            expected = expected & self.alive if left is None else expected & ~left
+            complete = ~(expected & ~waiting).any(axis=1, keepdims=True)
+            rest = waiting & ~complete
+            self.go_on(pc, waiting & complete)
+            if rest.any():
+                self.meeting[pc] = rest, expected & ~complete
+            else:
+                del self.meeting[pc]
 
     # Barriers
 
@@ -197,7 +221,7 @@ class Gang:
 
     def _run(self, program: dict[int, tuple[Instruction, Action]], limit: int) -> None:
         groups = self.groups
-        while groups or self.waiting:
+        while groups or self.waiting or self.meeting:
             if not groups:
                 self.release_whole_blocks()
                 continue
@@ -243,7 +267,7 @@ class Gang:
         )
 
 
-CONTROL = {"BRA", "BRX", "JMP", "CALL", "RET", "EXIT", "BAR"}
+CONTROL = {"BRA", "BRX", "JMP", "CALL", "RET", "EXIT", "BAR", "BSYNC", "WARPSYNC", "BREAK"}
 """These say where lanes go on; the rest goes on at the next instruction."""
 
 
