@@ -17,7 +17,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from . import build, device
+from . import build, costs, device
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -46,10 +46,19 @@ def configs(path: Path, source: str | None, only: str) -> list[dict[str, Any]]:
 
 
 def provenance() -> dict[str, str]:
+    """What was run. ``sources`` is of the extension alone, so that it tells whether a file of counts is of these kernels."""
     git = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     commit = subprocess.run(git, cwd=build.ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    rates = f"{costs.SMS} SMs, {costs.CLOCK / 1e9} GHz, {costs.DRAM / 1e12} TB/s"
     command = " ".join(["python -m tools.sass", *(f"'{a}'" if " " in a or ">" in a else a for a in sys.argv[1:])])
-    return {"evidence": "counted, not measured", "commit": commit, "nvcc": build.nvcc_version(), "command": command}
+    return {
+        "evidence": "counted, not measured",
+        "rates": rates,
+        "commit": commit,
+        "sources": build.sources_hash(),
+        "nvcc": build.nvcc_version(),
+        "command": command,
+    }
 
 
 def show(row: Any) -> str:
