@@ -7,7 +7,9 @@ import argparse
 from typing import Any
 
 import pytest
+import torch
 
+from ghostfused.testing import Case, DepthwiseCase, SqueezeExciteCase, make
 from tools.sass import device, judge
 
 pytestmark = pytest.mark.skipif(
@@ -37,6 +39,23 @@ def test_forward_has_no_races(dtype, layout):
     """And the results are right: ``races`` lists what isn't."""
     for changes in FAMILIES.values() if dtype in ("float16", "float32") else [FAMILIES["5x5, odd sizes, silu"]]:
         assert judge.races(config(changes), options(dtype=dtype, layout=layout)) == []
+
+
+ALL_INPUTS = {"input_gate": True, "residual": True, "output_gate": True}
+OPS = {
+    "optional inputs": Case(1, 16, 9, 14, 24, dtype=torch.float16, layout="nhwc", **ALL_INPUTS),
+    "1x1 conv": Case(1, 16, 9, 14, 24, init_channels=24, dtype=torch.float16),
+    "depthwise": DepthwiseCase(1, kernel=(5, 5), dtype=torch.float16, layout="nhwc"),
+    "depthwise of stride 1": DepthwiseCase(1, stride=1),
+    "squeeze-excite": SqueezeExciteCase(2, dtype=torch.float16, layout="nhwc"),
+    "squeeze-excite of planes": SqueezeExciteCase(2),
+}
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_other_ops_have_no_races(name):
+    args = make(OPS[name])
+    assert judge.races_of(args, name) == []
 
 
 @pytest.mark.parametrize(("dtype", "layout"), [("float16", "nhwc"), ("float32", "nchw")])

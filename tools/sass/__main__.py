@@ -22,7 +22,12 @@ from . import build, costs, device
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tools.sass", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--configs", type=Path, required=True, help="JSON lines as in tests/data/ghost_configs.jsonl")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--configs", type=Path, help="modules: JSON lines as in tests/data/ghost_configs.jsonl")
+    what.add_argument(
+        "--network", help="a whole network, fused: 'paper' (GhostNet 1.0×) or as `bench network` takes it"
+    )
+    parser.add_argument("--size", type=int, default=224, help="of the network's input")
     parser.add_argument("--source", help="only lines of this source")
     parser.add_argument("--only", default="", help="only modules whose name contains this, as in '24->72'")
     parser.add_argument("--batch", type=int, default=64)
@@ -72,8 +77,23 @@ def main() -> int:
     if reason := build.missing():
         raise SystemExit(f"tools.sass: {reason}")
     device.enter("tools.sass")
+    if options.network:
+        return print_network(options)
     work = configs(options.configs, options.source, options.only)
     return print_races(work, options) if options.race else print_costs(work, options)
+
+
+def print_network(options: argparse.Namespace) -> int:
+    from .networks import judge_network
+
+    *lines, sums = judge_network(options)
+    for line in lines if options.json else []:
+        print(json.dumps(line))
+    for line in [] if options.json else lines:
+        times = " ".join(f"{line.get(name, 0):8.2f}" for name in ("issue_us", "shared_us", "dram_us"))
+        print(f"{line.get('kernel', line.get('op')):48s} ×{line['count']:<3d} {times}")
+    print(json.dumps(sums | provenance()) if options.json else ", ".join(f"{k} {v}" for k, v in sums.items()))
+    return 0 if sums["ok"] else 1
 
 
 def print_races(work: list[dict[str, Any]], options: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 import numpy as np
 
@@ -31,6 +32,32 @@ SHARED_WINDOW = 0x7E0000000000
 """Where generic addresses of shared memory start."""
 
 
+def conditional(*names: str) -> Callable:
+    """Registers a maker for instructions that decide where lanes go on. Their first operands may be predicates: the lanes
+    for which one is false go on behind the instruction."""
+
+    def register(maker: Callable[[Instruction, list[str]], Action]) -> Callable:
+        def make(i: Instruction) -> Action:
+            count = next((k for k, t in enumerate(i.operands) if not is_predicate(t)), len(i.operands))
+            conditions = [read_predicate(t) for t in i.operands[:count]]
+            action = maker(i, i.operands[count:])
+            if not conditions:
+                return action
+
+            def act(g: Gang, m: Array) -> None:
+                taken = m
+                for condition in conditions:
+                    taken = taken & condition(g)
+                g.go_on(i.pc + 16, m & ~taken)
+                action(g, taken)
+
+            return act
+
+        return opcode(*names)(make)
+
+    return register
+
+
 @opcode("NOP", "MEMBAR", "ERRBAR", "CCTL", "YIELD", "ACQBULK", "PREEXIT", "NANOSLEEP", "CGAERRBAR")
 def nothing(i: Instruction) -> Action:
     """Memory is in order here, and nothing takes time."""
@@ -54,32 +81,28 @@ def will_meet(i: Instruction) -> Action:
     return act
 
 
-@opcode("BSYNC")
-def meet(i: Instruction) -> Action:
-    number = _barrier_register(i.operands[0])
+@conditional("BSYNC")
+def meet(i: Instruction, operands: list[str]) -> Action:
+    number = _barrier_register(operands[0])
     return lambda g, m: g.meet(i.pc + 16, m, g.convergence[number])
 
 
-@opcode("BREAK")
-def will_not_meet(i: Instruction) -> Action:
-    number = _barrier_register(i.operands[-1])
-    conditions = [read_predicate(t) for t in i.operands[:-1]]
+@conditional("BREAK")
+def will_not_meet(i: Instruction, operands: list[str]) -> Action:
+    number = _barrier_register(operands[0])
 
     def act(g: Gang, m: Array) -> None:
-        leaving = m
-        for condition in conditions:
-            leaving = leaving & condition(g)
-        g.convergence[number] &= ~leaving
-        g.let_meet(leaving)
+        g.convergence[number] &= ~m
+        g.let_meet(m)
         g.go_on(i.pc + 16, m)
 
     return act
 
 
-@opcode("WARPSYNC")
-def meet_all(i: Instruction) -> Action:
+@conditional("WARPSYNC")
+def meet_all(i: Instruction, operands: list[str]) -> Action:
     """Of the lanes that a mask names, or all."""
-    names = read(i.operands[0]) if i.operands else None
+    names = read(operands[0]) if operands else None
 
     def act(g: Gang, m: Array) -> None:
         expected = g.alive
@@ -125,18 +148,22 @@ def wait_for_copies(i: Instruction) -> Action:
     return lambda g, m: g.race.wait(g, m, pending) if g.race else None
 
 
-@opcode("BRA", "JMP")
-def branch(i: Instruction) -> Action:
-    target = int(i.operands[-1], 16)
-    conditions = [read_predicate(t) for t in i.operands[:-1]]
+@conditional("BRA", "JMP", "CALL")
+def branch(i: Instruction, operands: list[str]) -> Action:
+    """A call's return address is in a register. With DIV, warps go there of which other lanes are active than a mask
+    names."""
+    if set(i.modifiers) - {"U", "DIV", "REL", "ABS", "NOINC"}:
+        raise unknown(i)
+    target = int(operands[-1], 16)
+    if "DIV" not in i.modifiers:
+        return lambda g, m: g.go_on(target, m)
+    names = read(operands[0])
 
     def act(g: Gang, m: Array) -> None:
-        taken = m
-        for condition in conditions:
-            taken = taken & condition(g)
-        g.go_on(target, taken)
-        if taken is not m:
-            g.go_on(i.pc + 16, m & ~taken)
+        named = (names(g) >> g.lane & U32(1)).astype(bool)
+        diverged = m & (m != named).any(axis=1, keepdims=True)
+        g.go_on(target, diverged)
+        g.go_on(i.pc + 16, m & ~diverged)
 
     return act
 
@@ -146,9 +173,9 @@ def _scatter(g: Gang, m: Array, targets: Array) -> None:
         g.go_on(int(target), m & (targets == target))
 
 
-@opcode("BRX", "RET")
-def indirect(i: Instruction) -> Action:
-    match = re.match(r"(R\d+)(?:\.\w+)? (-?0x[0-9a-f]+)", i.operands[-1])
+@conditional("BRX", "RET")
+def indirect(i: Instruction, operands: list[str]) -> Action:
+    match = re.match(r"(R\d+)(?:\.\w+)? (-?0x[0-9a-f]+)", operands[0])
     if match is None:
         raise unknown(i)
     source = read(match[1])
@@ -156,14 +183,8 @@ def indirect(i: Instruction) -> Action:
     return lambda g, m: _scatter(g, m, source(g).view(I32).astype(I64) + base)
 
 
-@opcode("CALL")
-def call(i: Instruction) -> Action:
-    target = int(i.operands[-1], 16)
-    return lambda g, m: g.go_on(target, m)
-
-
-@opcode("EXIT")
-def leave(i: Instruction) -> Action:
+@conditional("EXIT")
+def leave(i: Instruction, operands: list[str]) -> Action:
     def act(g: Gang, m: Array) -> None:
         g.alive &= ~m
         if g.meeting:

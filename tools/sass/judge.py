@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -144,29 +145,41 @@ def line_of(row: Row, config: dict[str, Any], options: argparse.Namespace) -> di
 
 
 def races(config: dict[str, Any], options: argparse.Namespace) -> list[str]:
-    """Runs all blocks of a line's launches, and describes the races in the first, a middle and the last one; and a wrong
-    result, of which a race may be the reason."""
-    case = case_of(config, options.batch, options.dtype, options.layout)
-    dev, found = device(), list[str]()
+    """``races_of`` a line of ghost_configs.jsonl."""
+    case, name = case_of(config, options.batch, options.dtype, options.layout), name_of(config)
+    if options.mode == "forward":
+        return races_of(make_args(case), name)
+    from .training import checked
 
-    def on_launch(launch: Launch) -> None:
+    found, on_launch = list[str](), _race_handler()
+    error, limit = checked(case, functools.partial(on_launch, found))
+    return found + _wrong(name, error, limit)
+
+
+def races_of(args: Args, name: str) -> list[str]:
+    """Runs all blocks of an op's launches, and describes the races in the first, a middle and the last one of each; and a
+    wrong result, of which a race may be the reason."""
+    found, on_launch = list[str](), _race_handler()
+    there = to_device(args, "cuda")
+    with device().launching(functools.partial(on_launch, found)):
+        out = ops.forward_op("cuda", args.op)(*there)
+    verdict = judge(out.cpu(), args)
+    return found + _wrong(name, verdict.error, verdict.limit)
+
+
+def _race_handler() -> Callable[[list[str], Launch], None]:
+    memory = device().memory
+
+    def on_launch(found: list[str], launch: Launch) -> None:
         some = sorted({0, launch.blocks // 2, launch.blocks - 1})
-        found.extend(check_races(launch, some, dev.memory))
-        execute(launch, sorted(set(range(launch.blocks)) - set(some)), dev.memory)
+        found.extend(check_races(launch, some, memory))
+        execute(launch, sorted(set(range(launch.blocks)) - set(some)), memory)
 
-    if options.mode == "training":
-        from .training import checked
+    return on_launch
 
-        error, limit = checked(case, on_launch)
-    else:
-        args = make_args(case)
-        there = to_device(args, "cuda")
-        with dev.launching(on_launch):
-            out = ops.forward_op("cuda", args.op)(*there)
-        error, _, limit = judge(out.cpu(), args)
-    if not error <= limit:
-        found.append(f"{name_of(config)}: error {error:.1e}, limit {limit:.1e}")
-    return found
+
+def _wrong(name: str, error: float, limit: float) -> list[str]:
+    return [] if error <= limit else [f"{name}: error {error:.1e}, limit {limit:.1e}"]
 
 
 def row(

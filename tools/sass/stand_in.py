@@ -35,6 +35,8 @@ class TorchOperations(TorchDispatchMode):
     def __init__(self, compute: bool) -> None:
         super().__init__()
         self.compute = compute
+        self.made: list[tuple[str, int]] = []
+        """Of each operation, its name and the bytes of the tensors it takes and gives."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -58,6 +60,7 @@ class TorchOperations(TorchDispatchMode):
 
         there_args, there_kwargs = tree_map(away, (args, kwargs))
         result = func(*there_args, **there_kwargs)
+        is_nhwc = any(own.dim() == 4 and not own.is_contiguous() for own, _ in twins.values())  # meta tensors forget it
         owners = {id(twin): own for own, twin in twins.values()}
 
         def back(v: Any) -> Any:
@@ -65,9 +68,14 @@ class TorchOperations(TorchDispatchMode):
                 return v
             if id(v) in owners:
                 return owners[id(v)]
-            new = torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device="cuda")
             if self.compute:
+                new = torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device="cuda")
                 on_cpu(new).copy_(v)
-            return new
+                return new
+            layout = torch.channels_last if v.dim() == 4 and is_nhwc else torch.contiguous_format
+            return torch.empty(v.shape, dtype=v.dtype, device="cuda", memory_format=layout)
 
-        return tree_map(back, result)
+        given = tree_map(back, result)
+        tensors = {id(t): t for t in tree_leaves((args, kwargs, given)) if isinstance(t, Tensor)}
+        self.made.append((str(func), sum(t.numel() * t.element_size() for t in tensors.values())))
+        return given

@@ -24,7 +24,7 @@ from .judge import PER_IMAGE, Row, memory_format, row
 from .machine import Launch, execute
 from .stand_in import TorchOperations
 
-_SMALL = 0x3C
+SMALL = 0x3C
 """Memory of this byte is 1.06 in half precision and 0.01 in float32."""
 
 
@@ -45,7 +45,7 @@ def counted(case: Case) -> list[LaunchCost]:
         costs.append(cost_of(launch, execute(launch, range(first, first + share), dev.memory), dev.memory))
 
     a = _on_device(make_args(dataclasses.replace(case, batch=1)))
-    dev.fill(_SMALL)
+    dev.fill(SMALL)
     try:
         maps = {n: _of_batch(t, case.batch) for n in PER_IMAGE if (t := getattr(a, n)) is not None}
         a = a._replace(**maps)  # type: ignore[arg-type]
