@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tools.sass import build, costs, device, kernel, machine, race
+from tools.sass import build, costs, device, kernel, machine, race, tables
 from tools.sass.memory import Arena, Fault
 
 HERE = Path(__file__).parent
@@ -270,6 +270,19 @@ def test_a_barrier_of_some_warps_orders_them(races, memory):
     source, out = memory.put(np.ones(64, np.float32)), nothing(memory, 32)
     assert races("hand_over", source, out, 1) == []
     assert races("hand_over", source, out, 0) != []
+
+
+def test_the_docs_have_the_tables():
+    text = (build.ROOT / "docs" / "counts.md").read_text()
+    assert [table for table in tables.tables() if table not in text] == []
+
+
+def test_all_counts_are_of_right_results():
+    for path in tables.files():
+        rows, sums = tables.read(path)
+        assert sums["ok"]
+        assert all(r["ok"] and r["images_checked"] >= 1 for r in rows)
+        assert sums["issue_us"] == pytest.approx(sum(r["count"] * r["issue_us"] for r in rows))
 
 
 # The kernels of the extension

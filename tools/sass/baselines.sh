@@ -17,3 +17,4 @@ for setting in "${settings[@]}"; do
   mv "$out.part" "$out"
   tail -n 1 "$out"
 done
+[[ $# -gt 0 ]] || "$python" -m tools.sass --network paper --batch 64 --json >bench/results/sass_network.jsonl
