@@ -30,7 +30,9 @@ def config(changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def options(**given: Any) -> argparse.Namespace:
-    return argparse.Namespace(**{"batch": 1, "dtype": "float16", "layout": "nhwc", "mode": "forward"} | given)
+    return argparse.Namespace(
+        **{"batch": 1, "dtype": "float16", "layout": "nhwc", "mode": "forward", "backend": "cuda"} | given
+    )
 
 
 @pytest.mark.parametrize("layout", ["nhwc", "nchw"])
@@ -72,3 +74,13 @@ def test_costs(mode):
     assert row.images_checked == 1
     assert 0 < row.issue_mean_us <= row.issue_us
     assert len(row.launches) == (1 if mode == "forward" else 6)
+
+
+@pytest.mark.parametrize("layout", ["nhwc", "nchw"])
+def test_triton(layout):
+    """What Triton compiles for sm_90, whose products are wgmma's."""
+    row = judge.judge_config(
+        config({"in_channels": 32, "height": 14}), options(batch=2, backend="triton", layout=layout)
+    )
+    assert row.ok
+    assert row.images_checked == 1

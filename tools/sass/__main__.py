@@ -35,6 +35,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--layout", default="nhwc", choices=("nhwc", "nchw"))
     parser.add_argument("--mode", default="forward", choices=("forward", "training"))
     parser.add_argument("--json", action="store_true", help="JSON lines instead of a table")
+    parser.add_argument("--backend", default="cuda", choices=("cuda", "triton"), help="of modules, forward")
     parser.add_argument("--race", action="store_true", help="instead, look for races for shared memory")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     return parser.parse_args(argv)

@@ -58,7 +58,9 @@ def conditional(*names: str) -> Callable:
     return register
 
 
-@opcode("NOP", "MEMBAR", "ERRBAR", "CCTL", "YIELD", "ACQBULK", "PREEXIT", "NANOSLEEP", "CGAERRBAR")
+@opcode(
+    "NOP", "MEMBAR", "ERRBAR", "CCTL", "YIELD", "ACQBULK", "PREEXIT", "NANOSLEEP", "CGAERRBAR", "FENCE", "WARPGROUP"
+)
 def nothing(i: Instruction) -> Action:
     """Memory is in order here, and nothing takes time."""
     return lambda g, m: None

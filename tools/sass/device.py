@@ -77,18 +77,22 @@ class Device:
         self._runtime.sass_allocations(ctypes.c_size_t(count), starts, sizes)
         self.memory.set_spans(list(starts), list(sizes))
 
+    def take(self, launch: Launch) -> None:
+        """Gives a launch to the handler."""
+        if self._handler is None:
+            raise RuntimeError(f"a launch of {launch.kernel} that nobody runs")
+        self.note_allocations()
+        self._handler(launch)
+
     def _on_launch(self, name: bytes, grid, block, shared: int, arguments) -> None:
         if self._failure is not None:
             return
         try:
-            if self._handler is None:
-                raise RuntimeError(f"a launch of {name.decode()} that nobody runs")
             code = kernel.load(self._kernels[name.decode()], name.decode())
             raw = bytearray(max(offset + size for offset, size in code.parameters))
             for (offset, size), pointer in zip(code.parameters, arguments, strict=False):
                 raw[offset : offset + size] = ctypes.string_at(pointer, size)
-            self.note_allocations()
-            self._handler(Launch(code, tuple(grid[0]), tuple(block[0]), shared, bytes(raw)))
+            self.take(Launch(code, tuple(grid[0]), tuple(block[0]), shared, bytes(raw)))
         except BaseException as error:  # it can't pass through the extension
             self._failure = error
 

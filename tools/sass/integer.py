@@ -48,6 +48,13 @@ def add3(i: Instruction) -> Action:
     outs, k = carries(i.operands)
     sources = [(read(t.lstrip("-~")), t.startswith("-"), t.startswith("~")) for t in i.operands[k : k + 3]]
     carry = [read_predicate(t) for t in i.operands[k + 3 :]] if "X" in i.modifiers else []
+    if "64" in i.modifiers:
+        if outs or carry or any(inverted for _, _, inverted in sources):
+            raise unknown(i)
+        wide = [(read_wide(t.lstrip("-")), t.startswith("-")) for t in i.operands[k : k + 3]]
+        pair = write_wide(i.operands[0])
+        zero = np.zeros((1, 1), U64)
+        return lambda g, m: pair(g, m, sum(((zero - v(g)) if negated else v(g) for v, negated in wide), zero))
     plain = not outs and not carry
     if plain:  # the usual case, in 32 bits
         terms = [read(t) for t in i.operands[k : k + 3]]
@@ -260,6 +267,23 @@ def min_max(i: Instruction) -> Action:
             x, y = x.view(I32), y.view(I32)
         v = np.where(p(g), np.minimum(x, y), np.maximum(x, y))
         d(g, m, np.maximum(v, I32(0)) if relu else v)
+
+    return act
+
+
+@opcode("SGXT", "USGXT")
+def extend(i: Instruction) -> Action:
+    """The lowest bits, with their sign or with zeros."""
+    if set(i.modifiers) - {"U32"}:
+        raise unknown(i)
+    d, a, count = write(i.operands[0]), read(i.operands[1]), read(i.operands[2])
+    signed = "U32" not in i.modifiers
+
+    def act(g: Gang, m: Array) -> None:
+        up = (U32(32) - np.minimum(count(g), U32(32))).astype(U64)
+        v = (a(g).astype(U64) << up & LOW).astype(U32)
+        down = np.minimum(up, U64(31)).astype(U32)
+        d(g, m, (v.view(I32) >> down.astype(I32)).view(U32) if signed else (v.astype(U64) >> up).astype(U32))
 
     return act
 

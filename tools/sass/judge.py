@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import math
@@ -21,6 +22,7 @@ from .costs import DRAM, TIMES, LaunchCost, cost_of
 from .device import device
 from .machine import Launch, execute
 from .race import check_races
+from .triton_launches import intercepted
 
 DTYPES = {
     "float16": (torch.float16, False),
@@ -97,7 +99,8 @@ def judge_config(config: dict[str, Any], options: argparse.Namespace) -> Row:
         from .training import judge_training_step
 
         return judge_training_step(case, name, count)
-    return judge_args(repeated(make_args(dataclasses.replace(case, batch=min(2, case.batch))), case.batch), name, count)
+    args = repeated(make_args(dataclasses.replace(case, batch=min(2, case.batch))), case.batch)
+    return judge_args(args, name, count, options.backend)
 
 
 def repeated(args: GhostArgs, batch: int) -> GhostArgs:
@@ -118,7 +121,7 @@ def memory_format(t: Tensor) -> torch.memory_format:
     return torch.channels_last if nhwc else torch.contiguous_format
 
 
-def judge_args(args: Args, name: str, count: int = 1) -> Row:
+def judge_args(args: Args, name: str, count: int = 1, backend: str = "cuda") -> Row:
     """Judges one call of an op whose kernel fills the output's images each by blocks of its own."""
     dev, batch = device(), args.x.shape[0]
     costs: list[LaunchCost] = []
@@ -129,8 +132,8 @@ def judge_args(args: Args, name: str, count: int = 1) -> Row:
         costs.append(cost_of(launch, counts, dev.memory))
 
     there = to_device(args, "cuda")
-    with dev.launching(on_launch):
-        out = ops.forward_op("cuda", args.op)(*there)
+    with dev.launching(on_launch), intercepted(dev) if backend == "triton" else contextlib.nullcontext():
+        out = ops.forward_op(backend, args.op)(*there)
     written = dev.memory.written.get(out.data_ptr())
     error, limit, checked = check(args, out, written)
     moved = nbytes(args.tensors) + nbytes([out])

@@ -13,7 +13,7 @@ from . import build
 
 PARAMETERS_AT = 0x210
 """Where sm_90 has a kernel's parameters in constant bank 0."""
-_LINE = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ )?\s*([A-Z][A-Z0-9_.]*)\s*([^;]*);")
+_LINE = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ )?\s*([A-Z][A-Z0-9_.x]*)\s*([^;]*);")
 _SOURCE = re.compile(r'//## File "([^"]*)", line (\d+)')
 _KPARAM_INFO, _KPARAM_INFO_V2 = 0x17, 0x45
 
