@@ -29,7 +29,7 @@ def unknown(i: Instruction) -> NotImplementedError:
 
 def action_of(i: Instruction) -> Action:
     """What ``i`` does. An instruction or a variant that isn't known raises when it is executed."""
-    from . import control, floating, integer, tensor, transfer  # noqa: F401 (they fill MAKERS)
+    from . import control, floating, integer, spills, tensor, transfer  # noqa: F401 (they fill MAKERS)
 
     try:
         maker = MAKERS.get(i.name)

@@ -13,7 +13,7 @@ from .build import ROOT
 
 RESULTS = ROOT / "bench" / "results"
 TIMES = ("issue_us", "shared_us", "hmma_us", "dram_us")
-NAMES = {"forward": "forward", "training": "training step"}
+NAMES = {"forward": "forward", "triton": "forward by Triton", "training": "training step"}
 
 
 def read(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -23,7 +23,7 @@ def read(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
 
 
 def files() -> list[Path]:
-    order = ["float16", "float32", "tf32", "nhwc", "nchw", "forward", "training"]
+    order = ["float16", "float32", "tf32", "nhwc", "nchw", "forward", "triton", "training"]
 
     def place(path: Path) -> list[int]:
         dtype, layout, mode = path.stem.removeprefix("sass_").split("_")

@@ -71,8 +71,8 @@ _SWIZZLE = {0: 0, 1: 7, 2: 3, 3: 1}
 def _described(g: Gang, m: Array, first: int, rows: Array, k: int, transposed: bool) -> Array:
     """(warps, rows, k) halves of shared memory that the descriptor in two uniform registers says, K adjacent or, if
     transposed, rows."""
-    active = m.any(axis=1)[:, None, None]
-    one = active.argmax()  # other warps' registers may hold anything
+    active = np.asarray(m.any(axis=1)).reshape(-1, 1, 1)
+    one = int(active.argmax())  # other warps' registers may hold anything
     low, high = (np.where(active, v[:, :, None], v[one]).astype(np.int64) for v in (g.UR[first], g.UR[first + 1]))
     code = int(high[0, 0, 0]) >> 30
     if code == 0:
