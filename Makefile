@@ -7,7 +7,7 @@ SOURCES := $(shell find csrc -type f)
 # One architecture for local builds: the GPU's if there is one, else sm_80 with PTX, which the CPU runner executes.
 export TORCH_CUDA_ARCH_LIST ?= $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1),8.0+PTX)
 
-.PHONY: demo test check docs format bench readme-figures rehearse clean
+.PHONY: demo test check docs format bench readme-figures counts rehearse clean
 
 $(VENV)/installed: pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
@@ -48,6 +48,11 @@ bench: $(VENV)/built
 
 readme-figures: $(VENV)/built
 	$(PY) -m bench readme
+
+# Counts of the machine code, with no GPU: bench/results/sass_*.jsonl and the tables of docs/counts.md.
+counts: $(VENV)/built
+	tools/sass/baselines.sh $(PY)
+	$(PY) -m tools.sass.tables
 
 # A session on a machine with a GPU, without one: see tests/rehearse.sh.
 PYTHON312 ?= python3.12

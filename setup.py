@@ -160,4 +160,5 @@ def main() -> None:
     setup(ext_modules=modules, cmdclass={"build_ext": build_command(required)} if modules else {})
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,6 @@
 """Predicted against measured, module by module: how far each time lies above its bound, and whether both order the modules alike.
 
-PREDICTED holds a JSON object a line, as the static judges write it: a module's shape, dtype, layout and batch, and predicted
+PREDICTED holds a JSON object a line, as `python -m tools.sass --json` writes it (or bench/results/static_cuda.jsonl): a module's shape, dtype, layout and batch, and predicted
 times in fields that end in ``_us``, the largest of which is the bound. MEASURED is what ``module`` writes. With --counters also
 the profiler's instructions and bytes against the predicted ones.
 """
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def times(row: dict) -> dict[str, float]:
     """The predicted times, in µs, by what takes them."""
-    return {name.removesuffix("_us"): us for name, us in row.items() if name.endswith("_us")}
+    return {name.removesuffix("_us"): us for name, us in row.items() if name.endswith("_us") and us != 0}
 
 
 def bound(row: dict) -> tuple[str, float]:

@@ -60,6 +60,17 @@ def test_a_graph_is_taken_before_a_call_and_marks_are_shown(tmp_path, capsys, la
     assert "below the bound" not in capsys.readouterr().out
 
 
+def test_files_of_the_judge_are_predictions():
+    """The counts of the simulator join measurements of the same modules; what takes no time limits none."""
+    found = predicted.predictions(CONFIGS.parents[2] / "bench/results/sass_float32_nhwc_forward.jsonl")
+    assert len(found) == 22
+    setting = {"dtype": "float32", "layout": "nhwc", "batch": 64, "mode": "inference"}
+    for layer in layers_from_rows(CONFIGS, "timm/ghostnet_100@224"):
+        row = found[results.module_key({**layer.as_row(), **setting})]
+        assert predicted.bound(row)[0] == "issue"
+        assert "hmma" not in predicted.times(row)  # no tensor cores in float32
+
+
 @pytest.mark.parametrize(
     ("a", "b", "expected"),
     [([1, 2, 3], [10, 20, 30], 1), ([1, 2, 3], [3, 2, 1], -1), ([1, 1, 2, 3], [5, 5, 6, 7], 1), ([1, 2], [1, 2], None),

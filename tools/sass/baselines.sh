@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# tools/sass/baselines.sh PYTHON [SETTING...]: counts GhostNet 1.0×'s 32 Ghost modules in each setting (dtype_layout_mode)
+# and writes bench/results/sass_SETTING.jsonl; about ten minutes of one core for all of them.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+python=$1
+shift
+settings=("$@")
+if [[ $# -eq 0 ]]; then
+  settings=({float16,float32,tf32}_{nhwc,nchw}_forward float16_{nhwc,nchw}_training float32_nhwc_training float16_{nhwc,nchw}_triton)
+fi
+for setting in "${settings[@]}"; do
+  IFS=_ read -r dtype layout mode <<<"$setting"
+  out=bench/results/sass_$setting.jsonl
+  what=(--mode "$mode")
+  [[ $mode != triton ]] || what=(--backend triton)
+  "$python" -m tools.sass --configs tests/data/ghost_configs.jsonl --source timm/ghostnet_100@224 --batch 64 \
+    --dtype "$dtype" --layout "$layout" "${what[@]}" --json >"$out.part"
+  mv "$out.part" "$out"
+  tail -n 1 "$out"
+done
+[[ $# -gt 0 ]] || "$python" -m tools.sass --network paper --batch 64 --json >bench/results/sass_network.jsonl

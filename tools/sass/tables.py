@@ -1,0 +1,86 @@
+"""Prints the tables of docs/counts.md from bench/results/sass_*.jsonl.
+
+python -m tools.sass.tables
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .build import ROOT
+
+RESULTS = ROOT / "bench" / "results"
+TIMES = ("issue_us", "shared_us", "hmma_us", "dram_us")
+NAMES = {"forward": "forward", "triton": "forward by Triton", "training": "training step"}
+
+
+def read(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The modules' lines of a file, and its sums."""
+    *rows, sums = (json.loads(line) for line in path.read_text().splitlines())
+    return rows, sums
+
+
+def files() -> list[Path]:
+    order = ["float16", "float32", "tf32", "nhwc", "nchw", "forward", "triton", "training"]
+
+    def place(path: Path) -> list[int]:
+        dtype, layout, mode = path.stem.removeprefix("sass_").split("_")
+        return [order.index(mode), order.index(dtype), order.index(layout)]
+
+    return sorted(RESULTS.glob("sass_*_*_*.jsonl"), key=place)
+
+
+def sums_table() -> str:
+    """A line for each setting: sums over the 32 modules of GhostNet 1.0×."""
+    lines = [
+        "| setting | issue | issue, mean block | shared | HMMA | DRAM | Σ largest | stores, × ideal | commit |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for path in files():
+        rows, s = read(path)
+        dtype, layout, mode = path.stem.removeprefix("sass_").split("_")
+        values = (s[name] for name in ("issue_us", "issue_mean_us", "shared_us", "hmma_us", "dram_us", "slowest_us"))
+        cells = [f"{NAMES[mode]}, {dtype}, {layout}", *(f"{v:.0f}" for v in values)]
+        lines.append(f"| {' | '.join(cells)} | ≤ {max(r['store_sector_ratio'] for r in rows):.2f} | {s['commit']} |")
+    return "\n".join(lines)
+
+
+def modules_table(path: Path) -> str:
+    """A line for each module of a file, with the three largest parts of its instructions."""
+    lines = [
+        "| module | × | issue | shared | HMMA | DRAM | stores, × ideal | error / limit | of the instructions |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in read(path)[0]:
+        parts = ", ".join(f"{name} {share:.0%}" for name, share in list(r["parts"].items())[:3])
+        values = [f"{r[name]:.1f}" for name in ("issue_us", "shared_us", "hmma_us", "dram_us")]
+        values += [f"{r['store_sector_ratio']:.2f}", f"{r['error'] / r['limit']:.2f}", parts]
+        lines.append(f"| {' | '.join([r['module'], str(r['count']), *values])} |")
+    return "\n".join(lines)
+
+
+def network_table(path: Path) -> str:
+    """A line for each kernel of a network: the sums over its launches."""
+    rows, sums = read(path)
+    kernels: dict[str, list[float]] = {}
+    for r in rows:
+        if r["kind"] == "launch":
+            us = [r[name] for name in ("issue_us", "shared_us", "hmma_us", "dram_us")]
+            total = kernels.setdefault(r["kernel"], [0.0] * 6)
+            for k, v in enumerate([1.0, *us, max(us)]):
+                total[k] += r["count"] * v
+    kernels["all of ours"] = [sums["launches"], *(sums[n] for n in TIMES), sums["slowest_us"]]
+    lines = ["| kernel | launches | issue | shared | HMMA | DRAM | Σ largest |", "|---|---|---|---|---|---|---|"]
+    lines += [f"| {name} | {' | '.join(f'{v:.0f}' for v in total)} |" for name, total in kernels.items()]
+    return "\n".join(lines)
+
+
+def tables() -> list[str]:
+    modules = modules_table(RESULTS / "sass_float16_nhwc_forward.jsonl")
+    return [sums_table(), modules, network_table(RESULTS / "sass_network.jsonl")]
+
+
+if __name__ == "__main__":
+    print("\n\n".join(tables()))
