@@ -82,7 +82,8 @@ def _backward(kind: type[Args], grad_output: Tensor, *args) -> list[Tensor]:
     check_memory(["grad_output", *tensor_names(kind)], [grad_output, *fields[:count]])
     # under a TorchDispatchMode an op's kernel runs with autograd keys excluded: take them back in
     key = torch._C.DispatchKey.AutogradFunctionality
-    with torch._C._SetExcludeDispatchKeyGuard(key, False), torch.enable_grad():
+    autocast_off = torch.autocast(grad_output.device.type, enabled=False)
+    with torch._C._SetExcludeDispatchKeyGuard(key, False), torch.enable_grad(), autocast_off:
         tensors = [
             t.detach().requires_grad_(need) if t is not None else None
             for t, need in zip(fields[:count], needs_grad, strict=True)
