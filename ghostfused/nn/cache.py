@@ -155,15 +155,16 @@ class CachesPrograms:
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What ``torch.jit.script`` compiles in place of this, and puts in its place."""
-        if not is_ours(self):
-            return self
+        module: Any = self
+        if not is_ours(module):
+            return module
         warnings.warn(
             "torch.jit.script: the fused modules of the model that it is given become unfused ones; "
             "script copy.deepcopy(model) to keep them",
             stacklevel=2,
         )
-        module = original(self)
-        return self.unfused() if module is None else module
+        plain = original(module)
+        return self.unfused() if plain is None else plain
 
     def unfused(self) -> nn.Module:
         """The plain module of the same children, where this was made from none."""

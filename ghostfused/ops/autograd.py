@@ -42,7 +42,7 @@ def _reference_gradients(
 
     result: list[Tensor | None] = [None] * len(tensors)
     with torch.autocast(grad_output.device.type, enabled=False):
-        _, gradients = torch.func.vjp(of_wanted, *(tensors[i] for i in places))
+        _, gradients = torch.func.vjp(of_wanted, *(tensors[i] for i in places))  # type: ignore[misc]
         for place, grad in zip(places, gradients(grad_output), strict=True):
             result[place] = grad
     return result
@@ -94,7 +94,7 @@ def _backward(ctx, grad_output: Tensor, needs_grad: list[bool]) -> list[Tensor |
         settings = ctx.settings
 
         def recomputed(*tensors: Tensor) -> Tensor:
-            return reference.ghost_module(GhostArgs(*tensors, *settings), batch_statistics)
+            return reference.ghost_module(GhostArgs(*tensors, *settings), batch_statistics)  # type: ignore[arg-type]
 
         grads = (g for g in _reference_gradients(recomputed, grad_output, ctx.saved_tensors, asked) if g is not None)
     elif any(asked):
