@@ -89,10 +89,17 @@ def depthwise(a: DepthwiseArgs) -> Tensor:
     return activate(normalize(y, a.mean, a.var, a.gamma, a.beta, a.eps), a.act, a.negative_slope, a.slope)
 
 
+def _matrix(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A fully connected layer of x, (N, C); or a 1×1 convolution, whose derivatives autocast treats in another way."""
+    if weight.dim() == 2:
+        return F.linear(x, weight, bias)
+    return F.conv2d(x[:, :, None, None], weight, bias).flatten(1)
+
+
 def squeeze_excite(a: SqueezeExciteArgs) -> Tensor:
     """The gate of ``a``, shape (N, C)."""
-    hidden = activate(F.linear(a.x.mean((2, 3)), a.reduce_weight.flatten(1), a.reduce_bias), a.act)
-    gate = F.linear(hidden, a.expand_weight.flatten(1), a.expand_bias)
+    hidden = activate(_matrix(a.x.mean((2, 3)), a.reduce_weight, a.reduce_bias), a.act)
+    gate = _matrix(hidden, a.expand_weight, a.expand_bias)
     if a.gate == Gate.SIGMOID:
         return gate.sigmoid()
     return F.hardsigmoid(gate) if a.gate == Gate.HARDSIGMOID else F.relu6(gate)

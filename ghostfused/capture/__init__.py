@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from ..fuse import fuse
 from ..numerics import relative_error
+from ..ops.transforms import transformed
 from ..spec import memory_format
 from .graphs import RecordedGraph
 from .lowering import Lowered, lower
@@ -98,8 +99,13 @@ class Captured:
         """What the model returns for ``inputs``: a tensor, or tuples, lists and dicts of tensors, without gradients.
 
         Raises:
-            ValueError: there is no program for inputs of these shapes, dtypes and devices, or they ask for gradients.
+            ValueError: there is no program for inputs of these shapes, dtypes and devices; or they ask for gradients, or
+                are under one of ``torch.func``'s transforms.
         """
+        if transformed():
+            raise ValueError(
+                "inputs: expected no transform (torch.func) and no dual level, which a captured model doesn't take"
+            )
         for i, x in enumerate(inputs):
             if not isinstance(x, Tensor) or x.device != self._device:
                 got = f"one on {x.device}" if isinstance(x, Tensor) else type(x).__name__

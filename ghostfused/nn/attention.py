@@ -4,12 +4,14 @@ NeurIPS 2022, section 3): its gate is made at half the size and goes into the fu
 from __future__ import annotations
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ..ops.transforms import runs_plain
 from ..recognize import ghost
 from . import layers
-from .ghost_module import FusedGhostModule
+from .ghost_module import FusedGhostModule, _gated
+
+fx.wrap("_gated")
 
 
 class FusedAttentionGhostModule(FusedGhostModule):
@@ -46,12 +48,12 @@ class FusedAttentionGhostModule(FusedGhostModule):
         Raises:
             ValueError: an ``output_gate`` is given.
         """
-        if output_gate is not None:
+        if output_gate is not None and not isinstance(output_gate, fx.Proxy):  # torch.fx can't say that it is None
             raise ValueError("output_gate: expected None, since this module makes its own, got a tensor")
         if self._is_changed() or runs_plain(self.backend):  # its own forward makes the gate as well
             return self._run_children(x, input_gate, residual, None)
         if input_gate is not None:
-            x = x * input_gate[:, :, None, None]
+            x = _gated(x, input_gate)
         gate = F.avg_pool2d(x, kernel_size=2, stride=2)
         block = self._modules[self._attention]
         if not self._runs or ghost.has_hooks(block) or ghost.forward_replaced(block):  # type: ignore[arg-type]

@@ -11,6 +11,7 @@ Only forwards of this package are recorded, of which that copy is all they depen
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,7 @@ from ..ops import KeptProgram, encoding
 from ..ops.recording import Recording, is_recording, recording
 from ..ops.transforms import undisturbed
 from ..recognize import ghost
-from ..recognize.swap import is_ours
+from ..recognize.swap import is_ours, original
 from ..spec.kernels import KERNEL_DTYPES
 
 
@@ -150,6 +151,23 @@ class CachesPrograms:
     def runs_our_ops(self) -> bool:
         """Whether in inference its forward runs our ops and nothing else."""
         return True
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What ``torch.jit.script`` compiles in place of this, and puts in its place."""
+        module: Any = self
+        if not is_ours(module):
+            return module
+        warnings.warn(
+            "torch.jit.script: the fused modules of the model that it is given become unfused ones; "
+            "script copy.deepcopy(model) to keep them",
+            stacklevel=2,
+        )
+        plain = original(module)
+        return self.unfused() if plain is None else plain
+
+    def unfused(self) -> nn.Module:
+        """The plain module of the same children, where this was made from none."""
+        raise NotImplementedError
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self._cache.forget()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any, cast
 
 import torch
@@ -277,7 +278,7 @@ class FusedGhostModule(CachesPrograms, nn.Module):
         """Forward by calling the children, as an unfused Ghost module does; or as the one did that this was made from."""
         note_others()
         if input_gate is not None:
-            x = x * input_gate[:, :, None, None]
+            x = _gated(x, input_gate)
         module = original(self) if self._is_changed() or runs_plain(self.backend) else None
         if module is not None:
             out = module.forward(x)
@@ -286,9 +287,13 @@ class FusedGhostModule(CachesPrograms, nn.Module):
             x1 = primary(x)
             # cut before the concatenation: the output is no view of a larger tensor
             out = torch.cat([x1, cheap(x1)[:, : self.out_channels - x1.shape[1]]], dim=1)
-        if output_gate is not None:
-            out = out * F.interpolate(output_gate, size=out.shape[2:], mode="nearest")
-        return out if residual is None else out + residual
+        return out if output_gate is None and residual is None else _finished(out, output_gate, residual)
+
+    def unfused(self) -> nn.Module:
+        halves = OrderedDict((name, self._modules[name]) for name in self._halves)
+        module = _Halves(halves, self.out_channels)  # type: ignore[arg-type]
+        module.training = self.training
+        return module
 
     def extra_repr(self) -> str:
         text = f"out_channels={self.out_channels}, backend={self.backend!r}"
@@ -298,6 +303,35 @@ class FusedGhostModule(CachesPrograms, nn.Module):
         primary, cheap = halves
         ratio = cheap.weight.shape[0] // primary.weight.shape[0] + 1
         return f"{text}, ratio={ratio}, act_primary={primary.act.name.lower()}, act_cheap={cheap.act.name.lower()}"
+
+
+# torch.fx's symbolic tracing doesn't know which of these are None: the graph asks as it runs
+torch.fx.wrap("_gated")
+torch.fx.wrap("_finished")
+
+
+def _gated(x: Tensor, input_gate: Tensor | None) -> Tensor:
+    return x if input_gate is None else x * input_gate[:, :, None, None]
+
+
+def _finished(out: Tensor, output_gate: Tensor | None, residual: Tensor | None) -> Tensor:
+    if output_gate is not None:
+        out = out * F.interpolate(output_gate, size=out.shape[2:], mode="nearest")
+    return out if residual is None else out + residual
+
+
+class _Halves(nn.Sequential):
+    """A Ghost module's halves, for TorchScript."""
+
+    def __init__(self, halves: OrderedDict[str, nn.Module], out_channels: int):
+        super().__init__(halves)
+        self.out_channels = out_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = [x]
+        for half in self:
+            maps.append(half(maps[-1]))
+        return torch.cat(maps[1:], 1)[:, : self.out_channels]
 
 
 class _ConvNormAct(nn.Sequential):

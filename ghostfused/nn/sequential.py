@@ -33,5 +33,8 @@ class FusedSequential(CachesPrograms, nn.Sequential):
             return nn.Sequential(OrderedDict(list(self._modules.items())[index]))  # type: ignore[arg-type]
         return super().__getitem__(index)
 
+    def unfused(self) -> nn.Module:
+        return self[:]
+
     def runs_our_ops(self) -> bool:
         return all(map(is_recordable, self))

@@ -80,7 +80,7 @@ def _backward(kind: type[Args], grad_output: Tensor, *args) -> list[Tensor]:
     if len(needs_grad) != count:
         raise RuntimeError(f"needs_grad: expected {count} bools, one for each tensor, got {len(needs_grad)}")
     check_memory(["grad_output", *tensor_names(kind)], [grad_output, *fields[:count]])
-    with reference.differentiable():
+    with reference.differentiable(), torch.autocast(grad_output.device.type, enabled=False):
         tensors = [
             t.detach().requires_grad_(need) if t is not None else None
             for t, need in zip(fields[:count], needs_grad, strict=True)

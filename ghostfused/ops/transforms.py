@@ -8,6 +8,8 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from ..spec.kernels import constant_to_dynamo
+
 # looked up once: they are on every call's way
 _interpreter = torch._C._functorch.peek_interpreter_stack
 _tracing_state = torch._C._get_tracing_state
@@ -18,7 +20,12 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 def transformed() -> bool:
     """Whether forward-mode differentiation or a function transform (``torch.func``'s vmap, grad, jvp, …) is at work: our
     ops have no rule for either."""
-    return forward_ad._current_level >= 0 or _interpreter() is not None
+    return forward_ad._current_level >= 0 or _has_interpreter()
+
+
+@constant_to_dynamo  # which has the same transforms at work while it traces, and guards on them
+def _has_interpreter() -> bool:
+    return _interpreter() is not None
 
 
 def batched_backward() -> bool:
@@ -46,7 +53,9 @@ def runs_plain(backend: str = "auto") -> bool:
     A ``backend`` that was asked for by name runs, or says why it can't.
     """
     if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+        return (torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()) or (
+            backend == "auto" and transformed()
+        )
     if _tracing_state() is not None:
         return backend == "auto" or torch.onnx.is_in_onnx_export()
     if backend != "auto":
@@ -60,7 +69,7 @@ def runs_plain(backend: str = "auto") -> bool:
 
 def refuse_transforms(backend: str) -> None:
     """Raises RuntimeError where only PyTorch's operations give the right result, and ``backend`` was asked for by name."""
-    if not torch.compiler.is_compiling() and transformed():
+    if transformed():
         raise RuntimeError(
             f"backend={backend!r} can't run under torch.func's transforms or forward-mode differentiation (backend='auto' can)"
         )

@@ -132,6 +132,11 @@ class Graph(TorchDispatchMode):
         super().__init__()
         self.calls: list[tuple[Callable, tuple, dict, Any]] | None = None
 
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """A capture is no mode, and what runs takes no notice of it."""
+        return True
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         read = [v for v in tree_leaves((args, kwargs)) if _memory(v)]
