@@ -299,9 +299,8 @@ def _deployed(module: nn.Module) -> nn.Module | None:
     if _deploy_method(module) is None or module.training or conv is None:
         return None
     try:
-        with substituted(module, conv.in_channels, training=False) as x:
-            expected = module.forward(x)
-            twin = copy.deepcopy(module)
+        with substituted(module, conv.in_channels, training=False) as (twin, x):
+            expected = twin.forward(x)
             _deploy_method(twin)()  # type: ignore[misc]
             if relative_error(twin.forward(x), expected) >= SAME:
                 return None
@@ -315,12 +314,12 @@ def _deployed(module: nn.Module) -> nn.Module | None:
 
 def _example(fused: FusedGhostModule) -> GhostArgs:
     """A call of ``fused`` on a small input, for what a backend says to it; norms are left out."""
-    primary, cheap = (ghost.read_half(fused._modules[name]) for name in fused._halves)  # type: ignore[arg-type]
+    primary, cheap = (ghost.read_place(fused, place) for place in fused._halves)
     assert not isinstance(primary, str)
     assert not isinstance(cheap, str)
     conv, weight = primary.conv, primary.weight
     x = torch.empty(1, conv.in_channels, 8, 8, dtype=weight.dtype, device=weight.device)
-    settings = fused.out_channels, conv.stride[0], conv.dilation[0], conv.groups, False
+    settings = fused._channels(primary, cheap), conv.stride[0], conv.dilation[0], conv.groups, False
     acts = 1e-5, int(primary.act), 0.0, 1e-5, int(cheap.act), 0.0
     none = [None] * 6
     return GhostArgs(x, weight, *none, cheap.weight, *none, None, None, None, *acts, *settings)  # type: ignore[arg-type,call-arg]

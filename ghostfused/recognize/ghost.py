@@ -8,16 +8,19 @@ somebody's module; ``proof`` then runs that module beside its fused twin.
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Iterable, Iterator
 from types import MethodType
 from typing import NamedTuple
 
-from torch import Tensor, nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
 
 from ..spec import Act, BatchNorm
-from .equivalence import substituted
-from .reads import Reads, reads
 from .swap import PACKAGE
+from .trace import Traced, is_fused, is_look, trace, unused
+from .watch import Path, Watched, get
 
 ACTIVATIONS: dict[type[nn.Module], Act] = {
     nn.ReLU: Act.RELU,
@@ -49,20 +52,32 @@ class Half(NamedTuple):
         return self.batch_norm is not None
 
 
+Place = str | tuple[Path, ...]
+"""Where a half is: the name of the child that is conv → norm → activation, or the paths of these in the order they run."""
+
+
 class Adopted(NamedTuple):
     """Where a Ghost module keeps its halves."""
 
-    primary: str
-    """Name of the child that is conv → norm → activation."""
-    cheap: str
-    """Name of the child that is depthwise conv → norm → activation."""
+    primary: Place
+    cheap: Place
+    """Depthwise over the primary's maps."""
     in_channels: int
-    out_channels: int
-    """Of its output: at most those of both halves together."""
-    reads: Reads
+    cut: int | None
+    """How many channels it gives out at most."""
+    watched: Watched
     """What its forward reads beside tensors and children."""
     attention: str | None = None
     """Name of the child that makes the gate of GhostNetV2's DFC attention."""
+
+    def out_channels(self, module: nn.Module) -> int:
+        """Of the output of ``module``, as its tensors are."""
+        channels = 0
+        for place in (self.primary, self.cheap):
+            half = read_place(module, place)
+            assert not isinstance(half, str)
+            channels += half.weight.shape[0]
+        return channels if self.cut is None else min(self.cut, channels)
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -74,12 +89,22 @@ def has_hooks(module: nn.Module) -> bool:
 def forward_replaced(block: nn.Module) -> bool:
     """Whether a block's forward is no method of its class but one put on the instance, as offloading tools do.
 
-    Switching to another method of the class (ultralytics' ``forward_fuse``) is the class's own business.
+    ultralytics switches to another method of its class, ``forward_fuse``, when it folds norms into convolutions.
     """
     forward = block.__dict__.get("forward")
     return forward is not None and not (
-        isinstance(forward, MethodType) and getattr(type(block), forward.__name__, None) is forward.__func__
+        type(block).__module__.partition(".")[0] == "ultralytics"
+        and isinstance(forward, MethodType)
+        and getattr(type(block), forward.__name__, None) is forward.__func__
     )
+
+
+def read_place(root: nn.Module, place: Place) -> Half | str:
+    """The half of ``root`` at ``place``."""
+    if isinstance(place, str):
+        # torch.export's stand-in for a module has another _modules
+        return read_half(root.__dict__["_modules"].get(place) or nn.Identity())
+    return read_layers(get(root, path) for path in place)
 
 
 def read_half(block: nn.Module) -> Half | str:
@@ -141,8 +166,10 @@ def read_layers(layers: Iterable[nn.Module | None]) -> Half | str:
 
 
 def _has_activation(layer: nn.Module | None) -> bool:
-    """Whether ``layer`` may be a norm with the activation as its child, such as timm's BatchNormAct2d."""
-    return isinstance(layer, nn.BatchNorm2d) and type(layer) not in NORMS and len(layer._modules) > 0
+    """Whether ``layer`` is a norm with the activation as its child, timm's BatchNormAct2d."""
+    if type(layer) in NORMS or not isinstance(layer, nn.BatchNorm2d) or not layer._modules:
+        return False
+    return type(layer).__module__.partition(".")[0] == "timm"  # whose forward is known
 
 
 def _with_activations(layers: Iterable[nn.Module | None]) -> Iterator[nn.Module | None]:
@@ -197,60 +224,170 @@ def unusual(module: nn.Module) -> str | None:
     return "its forward is replaced on the instance" if "forward" in module.__dict__ else None
 
 
-def read(module: nn.Module) -> Adopted | str:
-    """Where ``module``'s halves are and how many channels it gives out; or why it is no Ghost module that can be fused.
+def forward_is_known(module: nn.Module) -> bool:
+    """Whether all that is unusual about ``module`` is ultralytics' switch to ``forward_fuse``."""
+    return not has_hooks(module) and "forward" in module.__dict__ and not forward_replaced(module)
 
-    Runs ``module.forward`` once, on a small random input with random weights in place of its own.
-    """
+
+def read(module: nn.Module) -> Adopted | str:
+    """Where ``module``'s halves are and how many channels it gives out; or why it is no Ghost module that can be fused."""
     if reason := unusual(module):
         return reason
-    halves: dict[str, Half] = {}
-    refusals = []
-    for name, child in module._modules.items():
-        if child is None:
-            continue
-        half = read_half(child)
-        if not isinstance(half, str):
-            halves[name] = half
-        elif child._modules or child._parameters:
-            refusals.append(f"{name}: {half}")
-    pairs = [(p, c) for p in halves for c in halves if p != c and mismatch(halves[p], halves[c]) is None]
-    if not pairs:
-        if len(halves) >= 2:
-            first, second, *_ = halves
-            refusals.append(f"{first}, {second}: {mismatch(halves[first], halves[second])}")
-        found = f"{len(halves)} children of the form conv, BatchNorm, activation; a Ghost module has 2"
-        return "; ".join(refusals) or found
-    primary, cheap = pairs[0]  # where both orders fit, the order of registration: ``prove`` tells if that is wrong
+    if is_fused(module) and "_halves" in module.__dict__:
+        return _of_fused(module)
+    halves = {n: read_half(child) for n, child in module._modules.items() if child is not None}
+    reason = _by_structure(module, halves)
+    convs = sum(isinstance(m, nn.Conv2d) for m in module.modules())
+    if reason is not None and convs not in (2, 5):  # 3 are those of DFC attention
+        return reason
+    inner = [name for name, child in module.named_modules() if child is not module and has_hooks(child)]
+    if inner:
+        return reason or f"hooks on {', '.join(inner)}"
+    attention = next((name for name, m in module._modules.items() if _may_make_a_gate(m)), None)
+    traced = trace(module)
+    if isinstance(traced, str):
+        return reason or traced
+    chains = _chains(traced, attention)
+    if isinstance(chains, str):
+        return reason or chains
+    first, second, cut = chains
+    primary, cheap = (_place(module, chain, halves) for chain in (first, second))
+    both = [read_place(module, place) for place in (primary, cheap)]
+    for name, half in zip((first, second), both, strict=True):
+        if isinstance(half, str):
+            return reason or f"{'.'.join(name[0])}: {half}"
+    one, two = both
+    assert isinstance(one, Half)
+    assert isinstance(two, Half)
+    if refusal := mismatch(one, two):
+        return f"{_name(primary)}, {_name(cheap)}: {refusal}"
 
-    known = [primary, cheap]
-    attention = next((name for name, m in module._modules.items() if name not in known and _may_make_a_gate(m)), None)
-    if attention is not None:
-        known.append(attention)
-    blocks = nn.ModuleList([module._modules[name] for name in known])  # type: ignore[misc]
+    layers = [get(module, path) for path in (*first, *second)]
+    blocks = nn.ModuleList(layers if attention is None else [*layers, module._modules[attention]])  # type: ignore[list-item]
     ids = {id(t) for t in (*blocks.parameters(), *blocks.buffers())}
     further = [n for n, t in (*module.named_parameters(), *module.named_buffers()) if id(t) not in ids]
     if further:
-        return f"it has tensors beside {' and '.join(known)}: {', '.join(further[:3])}"
-    inner = [name for name, child in module.named_modules() if child is not module and has_hooks(child)]
-    if inner:
-        return f"hooks on {', '.join(inner)}"
+        names = [_name(place) for place in (primary, cheap)] + ([] if attention is None else [attention])
+        return f"it has tensors beside {' and '.join(names)}: {', '.join(further[:3])}"
+    if attention is not None and not (isinstance(primary, str) and isinstance(cheap, str)):
+        return f"{_name(primary)}, {_name(cheap)}: beside attention each half has to be one child"
+    channels = one.weight.shape[0], two.weight.shape[0]
+    if cut is not None and not channels[0] <= cut <= sum(channels):
+        return f"it returns {cut} channels, no concatenation of {channels[0]} and {channels[1]}"
+    return Adopted(primary, cheap, one.conv.in_channels, cut, traced.watched, attention)
 
-    read_by_it = reads(module)
-    if isinstance(read_by_it, str):  # before it runs: it might write into a log
-        return read_by_it
-    try:
-        with substituted(module, halves[primary].conv.in_channels, training=False) as x:
-            out = module.forward(x)
-    except Exception as error:
-        return f"it doesn't run on a float64 tensor on the CPU: {type(error).__name__}: {error}"
-    if not isinstance(out, Tensor) or out.dim() != 4:
-        return "it doesn't return one 4-dimensional tensor"
-    init_channels = halves[primary].weight.shape[0]
-    channels = init_channels + halves[cheap].weight.shape[0]
-    if not init_channels <= out.shape[1] <= channels:
-        return f"it returns {out.shape[1]} channels, no concatenation of {init_channels} and {channels - init_channels}"
-    return Adopted(primary, cheap, halves[primary].conv.in_channels, out.shape[1], read_by_it, attention)
+
+def _of_fused(module: nn.Module) -> Adopted | str:
+    """The same of one of ours."""
+    state = module.__dict__
+    primary, cheap = state["_halves"]
+    half = read_place(module, primary)
+    if isinstance(half, str):
+        return f"{_name(primary)}: {half}"
+    cut, attention = state.get("_cut", state["out_channels"]), state.get("_attention")
+    return Adopted(primary, cheap, half.conv.in_channels, cut, state.get("_watched", Watched()), attention)
+
+
+def _by_structure(module: nn.Module, halves: dict[str, Half | str]) -> str | None:
+    """Why no two children read as the halves of a Ghost module; None if two do."""
+    found = {name: half for name, half in halves.items() if not isinstance(half, str)}
+    if any(mismatch(found[p], found[c]) is None for p in found for c in found if p != c):
+        return None
+    refusals = [
+        f"{name}: {half}"
+        for name, half in halves.items()
+        if isinstance(half, str) and (child := module._modules[name]) and (child._modules or child._parameters)
+    ]
+    if len(found) >= 2:
+        first, second, *_ = found
+        refusals.append(f"{first}, {second}: {mismatch(found[first], found[second])}")
+    return "; ".join(refusals) or f"{len(found)} children of the form conv, BatchNorm, activation; a Ghost module has 2"
+
+
+_CAT = (torch.cat, torch.concat, torch.concatenate)
+_GATING = (F.avg_pool2d, torch.sigmoid, F.sigmoid, F.interpolate, operator.mul, operator.imul, torch.mul)
+
+
+def _chains(traced: Traced, attention: str | None) -> tuple[tuple[Path, ...], tuple[Path, ...], int | None] | str:
+    """The paths of the layers of both halves, in the order they run, and where the output is cut; or why it isn't such."""
+    if (node := unused(traced)) is not None:
+        return f"{node.target} is called, but its result is not used"
+    cats = [node for node in traced.nodes if node.op == "call_function" and node.target in _CAT]
+    given = cats[0].args[0] if len(cats) == 1 and cats[0].args else None
+    if not isinstance(given, list | tuple) or len(given) != 2 or not all(isinstance(n, fx.Node) for n in given):
+        return "its output is no concatenation of two tensors"
+    cat, (one, two) = cats[0], given
+    dim = cat.args[1] if len(cat.args) == 2 else cat.kwargs.get("dim", cat.kwargs.get("axis", 0))
+    if dim not in (1, -3) or len(cat.args) + len(cat.kwargs) > 2:
+        return f"it concatenates along dimension {dim}, not 1"
+    first, second = _chain(one, traced.start), _chain(two, one)
+    if isinstance(first, str) or isinstance(second, str):
+        return first if isinstance(first, str) else str(second)
+    known = {traced.start, cat, *first, *second}
+    cuts: list[int] = []
+    for node in traced.nodes:
+        if node in known or is_look(node):
+            continue
+        gates = node.op == "call_function" and node.target in _GATING
+        gates |= node.op == "call_method" and node.target in ("sigmoid", "mul", "mul_")
+        # the proof tells whether a layer of torch's beside the halves is a sigmoid
+        gates |= node.op == "call_module" and (
+            str(node.target).partition(".")[0] == attention or "." not in str(node.target)
+        )
+        if node.op == "call_function" and node.target is operator.getitem and (cut := _cut(node.args[1])):
+            cuts.append(cut)
+        elif attention is None or not gates:
+            return f"{node.name} ({node.op.removeprefix('call_')}) is no step of a Ghost module"
+    if len(cuts) > 1:
+        return "its output is cut more than once"
+    paths = (tuple(tuple(str(n.target).split(".")) for n in chain) for chain in (first, second))
+    return *paths, cuts[0] if cuts else None  # type: ignore[return-value]
+
+
+def _chain(node: fx.Node, start: fx.Node) -> list[fx.Node] | str:
+    """The calls of layers from ``start`` to ``node``, each on the result of the one before."""
+    chain: list[fx.Node] = []
+    while node is not start:
+        if node.op != "call_module" or len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], fx.Node):
+            return f"{node.name} is no layer that is called on the result of one other"
+        if chain and sum(not is_look(user) for user in node.users) > 1:
+            return f"the result of {node.target} is used more than once"
+        chain.insert(0, node)
+        node = node.args[0]
+    return chain or f"one of the tensors that it concatenates is {start.name} itself"
+
+
+def _cut(index: object) -> int | None:
+    """n of an index ``[:, :n]``."""
+    if (
+        not isinstance(index, tuple)
+        or len(index) < 2
+        or not all(isinstance(i, slice) and i.step is None for i in index)
+    ):
+        return None
+    whole = all(i.start is None and i.stop is None for i in (index[0], *index[2:]))
+    stop = index[1].stop
+    return stop if whole and index[1].start in (None, 0) and isinstance(stop, int) and stop > 0 else None
+
+
+def _place(module: nn.Module, chain: tuple[Path, ...], halves: dict[str, Half | str]) -> Place:
+    """The child whose layers are these in the order of registration, or else the layers."""
+    name = chain[0][0]
+    if isinstance(halves[name], str) or {path[0] for path in chain} != {name}:
+        return chain
+    registered = module._modules[name]._modules.values()  # type: ignore[union-attr]
+    layers = [
+        [m for m in ms if m is not None and not is_nothing(m)] for ms in (registered, [get(module, p) for p in chain])
+    ]
+    return name if [*map(id, layers[0])] == [*map(id, layers[1])] else chain
+
+
+def is_nothing(layer: nn.Module) -> bool:
+    return type(layer) is nn.Identity or (type(layer) is nn.Sequential and not layer._modules)
+
+
+def _name(place: Place) -> str:
+    return place if isinstance(place, str) else ".".join(place[0])
 
 
 def _may_make_a_gate(child: nn.Module | None) -> bool:
