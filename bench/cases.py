@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ghostfused import FusedGhostModule
-from ghostfused.cli.verify import DTYPES, calibrate, load_model
+from ghostfused.cli.inputs import load_model
+from ghostfused.cli.verify import DTYPES, calibrate
 from ghostfused.recognize import ghost
 
 ROOT = Path(__file__).parent.parent

@@ -316,15 +316,18 @@ def set_item(half, index, module):
 REFUSED = {
     "rep": (Rep, "its output is no concatenation of two tensors"),
     "rep_deployed": (lambda: RepDeployed(6, 12), "its output is no concatenation of two tensors"),
-    "timm_v3": (lambda: timm_ghost("GhostModuleV3", 6, 12), "primary_rpr_conv: ConvBnAct at a place"),
-    "conv_subclass": (ConvSubclass, "ConvSubclass overrides __setstate__"),
+    "timm_v3": (lambda: timm_ghost("GhostModuleV3", 6, 12), "primary_rpr_conv: ConvBnAct is no layer that a kernel"),
+    "conv_subclass": (ConvSubclass, "tensors beside primary_conv and cheap_operation: weight"),
     "no_cheap": (NoCheap, "1 children of the form"),
-    "plain_conv": (lambda: nn.Conv2d(6, 12, 1), "Conv2d overrides"),
-    "bottleneck": (lambda: seed.GhostBottleneck(6, 6, 6, 3, 1, True), "bottleneck: GhostModule at a place"),
-    "empty": (nn.Module, "0 children of the form"),
-    "unknown_act": (set_item("primary_conv", 2, nn.Tanh()), "primary_conv: Tanh at a place"),
+    "plain_conv": (lambda: nn.Conv2d(6, 12, 1), "Conv2d is one layer"),
+    "bottleneck": (
+        lambda: seed.GhostBottleneck(6, 6, 6, 3, 1, True),
+        "bottleneck: GhostModule is no layer that a kernel",
+    ),
+    "empty": (nn.Module, "Module is one layer"),
+    "unknown_act": (set_item("primary_conv", 2, nn.Tanh()), "primary_conv: Tanh is no layer that a kernel"),
     "gelu_tanh": (set_item("cheap_op", 2, nn.GELU("tanh")), "GELU with approximate='tanh'"),
-    "group_norm": (set_item("cheap_op", 1, nn.GroupNorm(2, 6)), "cheap_op: GroupNorm at a place"),
+    "group_norm": (set_item("cheap_op", 1, nn.GroupNorm(2, 6)), "cheap_op: GroupNorm is no layer that a kernel"),
     "not_depthwise": (set_item("cheap_op", 0, nn.Conv2d(6, 6, 3, padding=1)), "not depthwise over the 6 maps"),
     "reflection": (
         set_item("cheap_op", 0, nn.Conv2d(6, 6, 3, padding=1, groups=6, padding_mode="reflect")),
@@ -336,7 +339,7 @@ REFUSED = {
     "hook_on_half": (with_(lambda m: m.cheap_op.register_full_backward_hook(print)), "cheap_op: Sequential has hooks"),
     "parametrized": (
         with_(lambda m: torch.nn.utils.parametrizations.weight_norm(m.primary_conv[0])),
-        "primary_conv: ParametrizedConv2d at a place",
+        "primary_conv: ParametrizedConv2d is no layer that a kernel",
     ),
     "forward_on_instance": (with_(lambda m: setattr(m, "forward", lambda x: x)), "forward is replaced"),
     "forward_of_conv": (
@@ -350,7 +353,7 @@ REFUSED = {
     "clamped": (lambda: Clamped(6, 12, use_relu=False), "clamp .* is no step of a Ghost module"),
     "zero_at_first": (Residual, "reads primary_conv.0.weight, a tensor whose values may change"),
     "dropout": (lambda: DropoutInTraining(6, 12), "does something else in train mode than in eval mode"),
-    "act_before_norm": (lambda: ActBeforeNorm(6, 12), "BatchNorm2d at a place"),
+    "act_before_norm": (lambda: ActBeforeNorm(6, 12), "BatchNorm2d after the activation"),
     "two_inputs": (lambda: TwoInputs(6, 12), "can't be traced: TypeError: .*'y'"),
     "train_overridden": (lambda: FreezesNorms(6, 12), "FreezesNorms overrides train of nn.Module"),
 }

@@ -15,10 +15,12 @@ from torch import Tensor, fx, nn
 
 from ..ops.recording import note_others
 from ..recognize import ghost
+from ..recognize.activations import Activations, Known
 from ..recognize.equivalence import prove
 from ..recognize.swap import make_twin, original
-from ..recognize.trace import Traced, is_fused, is_layer, is_look, trace, unused
+from ..recognize.trace import Traced, is_fused, is_layer, trace, unused
 from ..recognize.watch import Path, Watched, get
+from ..spec import Act
 from . import cache, layers
 from .ghost_module import FusedGhostModule
 from .layers import Run, SqueezeExcite
@@ -171,9 +173,14 @@ class FusedConvNormAct(_FusedTwin):
 
 def _in_channels(module: nn.Module, main: tuple[Step, ...]) -> int:
     first = main[0]
-    layer = get(module, first.path if isinstance(first, Ghost) else first.paths[0])
+    place = first.path if isinstance(first, Ghost) else first.paths[0]
+    layer = module if isinstance(place, Act) else ghost.layer_at(module, place)
+    if isinstance(layer, Known):
+        layer = module
     if isinstance(layer, FusedGhostModule):
-        layer = layer._modules[layer._halves[0]]  # type: ignore[assignment]
+        half = ghost.read_place(layer, layer._halves[0])
+        assert not isinstance(half, str)
+        return half.conv.in_channels
     matrix = next(m for m in layer.modules() if isinstance(m, nn.Conv2d | nn.Linear))
     return matrix.in_channels if isinstance(matrix, nn.Conv2d) else matrix.in_features
 
@@ -193,13 +200,14 @@ class _Steps:
     def __init__(self, root: nn.Module) -> None:
         self.squeeze_excites: dict[Path, tuple[SqueezeExcite, Watched]] = {}
         self.opaque: set[Path] = set()
+        self.own = Activations.of(root)
         self._find(root, ())
 
     def _find(self, module: nn.Module, path: Path) -> None:
         for name, child in module._modules.items():
-            if child is None or is_layer(child):
-                continue
             at = (*path, name)
+            if child is None or is_layer(child) or at in self.own.acts:
+                continue
             found = layers.read_squeeze_excite(child, at)
             if found is not None:
                 self.squeeze_excites[at] = found
@@ -209,12 +217,13 @@ class _Steps:
                 self._find(child, at)
 
     def __call__(self, module: nn.Module, path: Path) -> bool:
-        return is_layer(module) or path in self.squeeze_excites or path in self.opaque
+        return is_layer(module) or path in self.squeeze_excites or path in self.opaque or path in self.own.acts
 
     def watched(self, traced: Traced) -> Watched:
         """What the whole reads."""
         result = Watched()
         result.update(traced.watched)
+        result.update(self.own.watched)
         for _, watched in self.squeeze_excites.values():
             result.update(watched)
         return result
@@ -226,7 +235,9 @@ def _is_chain(module: nn.Module) -> bool:
         return False
     traced = trace(module)
     return (
-        not isinstance(traced, str) and isinstance(_calls(traced.result, traced.start), list) and unused(traced) is None
+        not isinstance(traced, str)
+        and isinstance(ghost.chain(traced.result, traced.start), list)
+        and unused(traced) is None
     )
 
 
@@ -271,34 +282,23 @@ def _trace(module: nn.Module) -> tuple[Traced, _Steps] | str:
     return traced, steps
 
 
-def _calls(node: object, start: fx.Node) -> list[Path] | str:
-    """The layers from ``start`` to ``node``, each called on the result of the one before."""
-    calls: list[Path] = []
-    while node is not start:
-        if not isinstance(node, fx.Node) or node.op != "call_module" or len(node.args) != 1 or node.kwargs:
-            return f"{node} is no layer that is called on the result of one other"
-        if sum(not is_look(user) for user in node.users) > 1:
-            return f"the result of {node.target} is used more than once"
-        calls.insert(0, tuple(str(node.target).split(".")))
-        node = node.args[0]
-    return calls
-
-
 def _branch(node: object, start: fx.Node, known: _Steps, root: nn.Module) -> list[Step] | str:
     """The steps from ``start`` to ``node``."""
-    calls = _calls(node, start)
+    calls = ghost.chain(node, start)
     if isinstance(calls, str):
         return calls
-    if calls and calls[0] in known.opaque:
-        return f"{'.'.join(calls[0])}, which comes first, might change its input"
+    at = [ghost.layer_of(call, known.own.acts) for call in calls]
+    if at and at[0] in known.opaque:
+        return f"{calls[0].target}, which comes first, might change its input"
     steps: list[Step] = []
-    run: list[tuple[Path, nn.Module]] = []
-    for path in calls:
-        layer = get(root, path)
-        if isinstance(layer, FusedGhostModule) or path in known.squeeze_excites:
+    run: list[tuple[ghost.Layer, nn.Module | Known]] = []
+    for place in at:
+        layer = ghost.layer_at(root, place)
+        gate = known.squeeze_excites.get(place)  # type: ignore[arg-type]
+        if isinstance(layer, FusedGhostModule) or gate is not None:
             steps += layers.split(run)
             run = []
-            steps.append(Ghost(path) if isinstance(layer, FusedGhostModule) else known.squeeze_excites[path][0])
+            steps.append(gate[0] if gate is not None else Ghost(place))  # type: ignore[arg-type]
         else:
-            run.append((path, layer))
+            run.append((place, layer))
     return steps + layers.split(run)

@@ -209,7 +209,7 @@ class FusedGhostModule(CachesPrograms, nn.Module):
         if watched is None:
             return False
         by_name = all(isinstance(place, str) for place in self._halves)  # then both halves' layers are read as they are
-        return watched.changed(self) or not (by_name or self._layout.holds(self))
+        return watched.changed(self) or not (by_name or self.__dict__["_layout"].holds(self))
 
     def _is_foreign(self, name: str) -> bool:
         """Whether the child of that name has a forward that may do anything: it isn't the kind that it was."""

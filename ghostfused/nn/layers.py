@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from ..functional import conv1x1, depthwise, squeeze_excite
 from ..ops.recording import note_others
 from ..recognize import ghost
+from ..recognize.activations import Known, watch_settings
 from ..recognize.equivalence import substituted
 from ..recognize.trace import Traced, is_fused, is_look, trace
-from ..recognize.watch import Path, Watched, get, is_immutable
+from ..recognize.watch import Path, Watched, get
 from ..spec import Act, Gate
 from ..spec.kernels import KERNEL_GATE_ACTS, depthwise_form_refusal
 
@@ -65,13 +66,13 @@ def _kinds(module: nn.Module, path: Path, beside: Collection[Path]) -> dict[Path
 class Run(NamedTuple):
     """conv → norm → activation, of which the last two may be missing; or a single layer of any other kind."""
 
-    paths: tuple[Path, ...]
+    paths: tuple[ghost.Layer, ...]
 
     def __call__(
         self, root: nn.Module, x: Tensor, backend: str, gate: Tensor | None = None, residual: Tensor | None = None
     ) -> Tensor:
         """This of x * gate, plus residual: in one kernel where there is one, else layer by layer."""
-        layers = [get(root, path) for path in self.paths]
+        layers = [ghost.layer_at(root, layer) for layer in self.paths]
         half = ghost.read_layers(layers)
         if isinstance(half, str) or half.batch_statistics or (kind := _kind(half)) is None:
             note_others()
@@ -90,7 +91,7 @@ class Run(NamedTuple):
 
     def kind(self, root: nn.Module) -> str | None:
         """Which function computes this in a kernel, whatever the norm's mode: "conv1x1", "depthwise" or none."""
-        half = ghost.read_layers([get(root, path) for path in self.paths])
+        half = ghost.read_layers([ghost.layer_at(root, layer) for layer in self.paths])
         return None if isinstance(half, str) else _kind(half)
 
 
@@ -110,11 +111,11 @@ def _kind(half: ghost.Half) -> str | None:
     return None if depthwise_form_refusal((kh, kw), conv.stride[0], half.act) else "depthwise"
 
 
-def split(layers: Sequence[tuple[Path, nn.Module]]) -> list[Run]:
+def split(layers: Sequence[tuple[ghost.Layer, nn.Module | Known]]) -> list[Run]:
     """Groups layers that follow each other into runs; a layer that begins no conv and continues none stands alone."""
-    runs: list[list[tuple[Path, nn.Module]]] = []
+    runs: list[list[tuple[ghost.Layer, nn.Module | Known]]] = []
     for path, layer in layers:
-        if isinstance(layer, nn.Identity) or (isinstance(layer, nn.Sequential) and not layer._modules):
+        if isinstance(layer, nn.Module) and ghost.is_nothing(layer):
             continue
         if runs and not isinstance(ghost.read_layers(m for _, m in (*runs[-1], (path, layer))), str):
             runs[-1].append((path, layer))
@@ -196,18 +197,11 @@ def read_squeeze_excite(block: nn.Module, path: Path) -> tuple[SqueezeExcite, Wa
                     watched.update(traced.watched, path)
                     for name, m in block.named_modules():
                         if m is not block:
-                            _watch_settings(m, path + tuple(name.split(".")), watched)
+                            watch_settings(m, path + tuple(name.split(".")), watched)
                     return found._replace(reduce=path + reduce, expand=path + expand), watched
     except Exception:  # whatever it does, it isn't this
         return None
     return None
-
-
-def _watch_settings(layer: nn.Module, path: Path, watched: Watched) -> None:
-    """The kernel size of a convolution, the size that is pooled to, …: a forward reads them when it runs."""
-    for name, value in layer.__dict__.items():
-        if name != "training" and is_immutable(value):
-            watched.attribute(path, name, value)
 
 
 _VIEWS = ("view", "reshape", "flatten", "squeeze", "unsqueeze", "expand_as")

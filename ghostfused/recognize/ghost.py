@@ -11,15 +11,16 @@ import inspect
 import operator
 from collections.abc import Iterable, Iterator
 from types import MethodType
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ..spec import Act, BatchNorm
+from .activations import Activations, Known, called
 from .swap import PACKAGE
-from .trace import Traced, is_fused, is_look, trace, unused
+from .trace import Traced, is_fused, is_layer, is_look, trace, unused
 from .watch import Path, Watched, get
 
 ACTIVATIONS: dict[type[nn.Module], Act] = {
@@ -52,8 +53,19 @@ class Half(NamedTuple):
         return self.batch_norm is not None
 
 
-Place = str | tuple[Path, ...]
-"""Where a half is: the name of the child that is conv → norm → activation, or the paths of these in the order they run."""
+Layer = Path | tuple[Path, Act] | Act
+"""Where a layer is; with the activation that somebody's own layer computes; or an activation that is no layer."""
+Place = str | tuple[Layer, ...]
+"""Where a half is: the name of the child that is conv → norm → activation, or the layers in the order they run."""
+
+
+def layer_at(root: nn.Module, layer: Layer) -> nn.Module | Known:
+    """The layer of ``root`` that is there now."""
+    if isinstance(layer, Act):
+        return Known(layer, None)
+    if len(layer) == 2 and isinstance(layer[1], Act):
+        return Known(layer[1], get(root, cast(Path, layer[0])))
+    return get(root, cast(Path, layer))
 
 
 class Adopted(NamedTuple):
@@ -104,7 +116,7 @@ def read_place(root: nn.Module, place: Place) -> Half | str:
     if isinstance(place, str):
         # torch.export's stand-in for a module has another _modules
         return read_half(root.__dict__["_modules"].get(place) or nn.Identity())
-    return read_layers(get(root, path) for path in place)
+    return read_layers(layer_at(root, layer) for layer in place)
 
 
 def read_half(block: nn.Module) -> Half | str:
@@ -114,10 +126,10 @@ def read_half(block: nn.Module) -> Half | str:
     """
     if has_hooks(block) or forward_replaced(block):
         return f"{type(block).__name__} has hooks or another forward"
-    return read_layers(block._modules.values())
+    return read_layers([block] if type(block) is nn.Conv2d else block._modules.values())
 
 
-def read_layers(layers: Iterable[nn.Module | None]) -> Half | str:
+def read_layers(layers: Iterable[nn.Module | Known | None]) -> Half | str:
     """What ``layers``, run one after the other, hold; or why they can't be taken apart.
 
     Every call of a fused module comes through here: this reads instance dictionaries, since ``nn.Module.__getattr__``
@@ -131,6 +143,11 @@ def read_layers(layers: Iterable[nn.Module | None]) -> Half | str:
     normed = False
     for child in _with_activations(layers):
         if child is None:
+            continue
+        if isinstance(child, Known):
+            if conv is None or act is not None:
+                return f"{child.act.name.lower()} {_misplaced(conv, act)}"
+            act = child.act
             continue
         kind = type(child)
         if has_hooks(child) or "forward" in child.__dict__:
@@ -155,7 +172,8 @@ def read_layers(layers: Iterable[nn.Module | None]) -> Half | str:
             elif kind is nn.GELU and child.approximate != "none":
                 return f"GELU with approximate={child.approximate!r}"
         elif kind is not nn.Identity and (kind is not nn.Sequential or child._modules):
-            return f"{kind.__name__} at a place where it is not understood"
+            known = kind is nn.Conv2d or kind in NORMS or kind in ACTIVATIONS
+            return f"{kind.__name__} {_misplaced(conv, act) if known else 'is no layer that a kernel computes'}"
     if conv is None:
         return "no Conv2d"
     parameters = conv._parameters
@@ -165,17 +183,23 @@ def read_layers(layers: Iterable[nn.Module | None]) -> Half | str:
     return Half(conv, weight, parameters["bias"], norm, Act.NONE if act is None else act, slope, batch_norm)
 
 
-def _has_activation(layer: nn.Module | None) -> bool:
+def _misplaced(conv: nn.Module | None, act: Act | None) -> str:
+    if conv is None:
+        return "before any Conv2d"
+    return "after the Conv2d and its norm" if act is None else "after the activation"
+
+
+def _has_activation(layer: object) -> bool:
     """Whether ``layer`` is a norm with the activation as its child, timm's BatchNormAct2d."""
     if type(layer) in NORMS or not isinstance(layer, nn.BatchNorm2d) or not layer._modules:
         return False
     return type(layer).__module__.partition(".")[0] == "timm"  # whose forward is known
 
 
-def _with_activations(layers: Iterable[nn.Module | None]) -> Iterator[nn.Module | None]:
+def _with_activations(layers: Iterable[nn.Module | Known | None]) -> Iterator[nn.Module | Known | None]:
     for layer in layers:
         yield layer
-        if _has_activation(layer):
+        if isinstance(layer, nn.Module) and _has_activation(layer):
             yield from layer._modules.values()  # type: ignore[union-attr]
 
 
@@ -210,15 +234,22 @@ _MAY_OVERRIDE = {"__init__", "__repr__", "__dir__", "extra_repr", "forward"}
 _METHODS = {name for name, value in vars(nn.Module).items() if inspect.isfunction(value)} - _MAY_OVERRIDE
 
 
-def _is_torchs_or_ours(kind: type[nn.Module], name: str) -> bool:
-    method = getattr(kind, name)
-    return method is getattr(nn.Module, name) or method.__module__.partition(".")[0] == PACKAGE
+_COPIES = {
+    "__deepcopy__",
+    "__copy__",
+    "__reduce__",
+    "__reduce_ex__",
+    "__getnewargs__",
+    "__getnewargs_ex__",
+    "__getstate__",
+}
 
 
 def unusual(module: nn.Module) -> str | None:
     """Why ``module`` is more than its children and its class's forward; None if it isn't."""
     kind = type(module)
-    overridden = sorted(name for name in _METHODS if not _is_torchs_or_ours(kind, name))
+    theirs = [base for base in kind.__mro__ if base.__module__.partition(".")[0] not in ("torch", "builtins", PACKAGE)]
+    overridden = sorted({name for base in theirs for name in vars(base).keys() & (_METHODS | _COPIES)})
     if overridden:
         return f"{kind.__name__} overrides {', '.join(overridden)} of nn.Module"
     return "its forward is replaced on the instance" if "forward" in module.__dict__ else None
@@ -235,6 +266,8 @@ def read(module: nn.Module) -> Adopted | str:
         return reason
     if is_fused(module) and "_halves" in module.__dict__:
         return _of_fused(module)
+    if is_layer(module):
+        return f"{type(module).__name__} is one layer"
     halves = {n: read_half(child) for n, child in module._modules.items() if child is not None}
     reason = _by_structure(module, halves)
     convs = sum(isinstance(m, nn.Conv2d) for m in module.modules())
@@ -244,37 +277,53 @@ def read(module: nn.Module) -> Adopted | str:
     if inner:
         return reason or f"hooks on {', '.join(inner)}"
     attention = next((name for name, m in module._modules.items() if _may_make_a_gate(m)), None)
-    traced = trace(module)
+    own = Activations.of(module)
+    traced = trace(module, lambda m, path: is_layer(m) or path in own.acts)
     if isinstance(traced, str):
-        return reason or traced
-    chains = _chains(traced, attention)
+        return traced if reason is None else f"{reason}; {traced}"
+    traced.watched.update(own.watched)
+    chains = _chains(traced, attention, own.acts)
     if isinstance(chains, str):
         return reason or chains
     first, second, cut = chains
+    names = {layer[0] for layer in (*first, *second) if isinstance(layer, tuple) and isinstance(layer[0], str)}
+    if len(names) == 1 and not any(isinstance(layer, Act) for layer in (*first, *second)):
+        return f"all that it runs is inside {names.pop()}"
     primary, cheap = (_place(module, chain, halves) for chain in (first, second))
     both = [read_place(module, place) for place in (primary, cheap)]
     for name, half in zip((first, second), both, strict=True):
         if isinstance(half, str):
-            return reason or f"{'.'.join(name[0])}: {half}"
+            return reason or f"{_name(name)}: {half}"
     one, two = both
     assert isinstance(one, Half)
     assert isinstance(two, Half)
     if refusal := mismatch(one, two):
         return f"{_name(primary)}, {_name(cheap)}: {refusal}"
 
-    layers = [get(module, path) for path in (*first, *second)]
+    layers = [m for layer in (*first, *second) if isinstance(m := layer_at(module, layer), nn.Module)]
     blocks = nn.ModuleList(layers if attention is None else [*layers, module._modules[attention]])  # type: ignore[list-item]
     ids = {id(t) for t in (*blocks.parameters(), *blocks.buffers())}
     further = [n for n, t in (*module.named_parameters(), *module.named_buffers()) if id(t) not in ids]
     if further:
-        names = [_name(place) for place in (primary, cheap)] + ([] if attention is None else [attention])
-        return f"it has tensors beside {' and '.join(names)}: {', '.join(further[:3])}"
+        known = [_name(place) for place in (primary, cheap)] + ([] if attention is None else [attention])
+        return f"it has tensors beside {' and '.join(known)}: {', '.join(further[:3])}"
     if attention is not None and not (isinstance(primary, str) and isinstance(cheap, str)):
         return f"{_name(primary)}, {_name(cheap)}: beside attention each half has to be one child"
     channels = one.weight.shape[0], two.weight.shape[0]
     if cut is not None and not channels[0] <= cut <= sum(channels):
         return f"it returns {cut} channels, no concatenation of {channels[0]} and {channels[1]}"
     return Adopted(primary, cheap, one.conv.in_channels, cut, traced.watched, attention)
+
+
+def claims_to_be_one(module: nn.Module) -> bool:
+    """For reports only: whether somebody would expect ``module`` to be fused, by its name or by its halves."""
+    if next(module.parameters(), None) is None:
+        return False
+    if any("ghost" in kind.__name__.lower() for kind in type(module).__mro__):
+        return True
+    halves = {n: read_half(child) for n, child in module._modules.items() if child is not None}
+    names = getattr(getattr(type(module).forward, "__code__", None), "co_names", ())
+    return not {"cat", "concat"}.isdisjoint(names) and len(halves) < 9 and _by_structure(module, halves) is None
 
 
 def _of_fused(module: nn.Module) -> Adopted | str:
@@ -308,21 +357,25 @@ _CAT = (torch.cat, torch.concat, torch.concatenate)
 _GATING = (F.avg_pool2d, torch.sigmoid, F.sigmoid, F.interpolate, operator.mul, operator.imul, torch.mul)
 
 
-def _chains(traced: Traced, attention: str | None) -> tuple[tuple[Path, ...], tuple[Path, ...], int | None] | str:
-    """The paths of the layers of both halves, in the order they run, and where the output is cut; or why it isn't such."""
+def _chains(
+    traced: Traced, attention: str | None, acts: dict[Path, Act]
+) -> tuple[tuple[Layer, ...], tuple[Layer, ...], int | None] | str:
+    """The layers of both halves, in the order they run, and where the output is cut; or why it isn't such."""
     if (node := unused(traced)) is not None:
         return f"{node.target} is called, but its result is not used"
     cats = [node for node in traced.nodes if node.op == "call_function" and node.target in _CAT]
     given = cats[0].args[0] if len(cats) == 1 and cats[0].args else None
     if not isinstance(given, list | tuple) or len(given) != 2 or not all(isinstance(n, fx.Node) for n in given):
         return "its output is no concatenation of two tensors"
-    cat, (one, two) = cats[0], given
+    cat, one, two = cats[0], cast(fx.Node, given[0]), cast(fx.Node, given[1])
     dim = cat.args[1] if len(cat.args) == 2 else cat.kwargs.get("dim", cat.kwargs.get("axis", 0))
     if dim not in (1, -3) or len(cat.args) + len(cat.kwargs) > 2:
         return f"it concatenates along dimension {dim}, not 1"
-    first, second = _chain(one, traced.start), _chain(two, one)
+    first, second = chain(one, traced.start), chain(two, one)
     if isinstance(first, str) or isinstance(second, str):
         return first if isinstance(first, str) else str(second)
+    if not first or not second:
+        return "one of the tensors that it concatenates is not the result of a convolution"
     known = {traced.start, cat, *first, *second}
     cuts: list[int] = []
     for node in traced.nodes:
@@ -340,21 +393,34 @@ def _chains(traced: Traced, attention: str | None) -> tuple[tuple[Path, ...], tu
             return f"{node.name} ({node.op.removeprefix('call_')}) is no step of a Ghost module"
     if len(cuts) > 1:
         return "its output is cut more than once"
-    paths = (tuple(tuple(str(n.target).split(".")) for n in chain) for chain in (first, second))
-    return *paths, cuts[0] if cuts else None  # type: ignore[return-value]
+    places = [tuple(layer_of(node, acts) for node in chain) for chain in (first, second)]
+    return places[0], places[1], cuts[0] if cuts else None
 
 
-def _chain(node: fx.Node, start: fx.Node) -> list[fx.Node] | str:
-    """The calls of layers from ``start`` to ``node``, each on the result of the one before."""
-    chain: list[fx.Node] = []
+def layer_of(node: fx.Node, acts: dict[Path, Act]) -> Layer:
+    """Where the layer is that a step calls."""
+    if node.op != "call_module":
+        act = called(node)
+        assert act is not None
+        return act
+    path = tuple(str(node.target).split("."))
+    return (path, acts[path]) if path in acts else path
+
+
+def chain(node: object, start: fx.Node) -> list[fx.Node] | str:
+    """The calls of layers and activations from ``start`` to ``node``, each on the result of the one before."""
+    calls: list[fx.Node] = []
     while node is not start:
-        if node.op != "call_module" or len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], fx.Node):
+        if not isinstance(node, fx.Node):
+            return f"{node} is no tensor that is computed from its input"
+        layer = node.op == "call_module" and len(node.args) == 1 and not node.kwargs
+        if not (layer or called(node) is not None) or not isinstance(node.args[0], fx.Node):
             return f"{node.name} is no layer that is called on the result of one other"
-        if chain and sum(not is_look(user) for user in node.users) > 1:
+        if calls and sum(not is_look(user) for user in node.users) > 1:
             return f"the result of {node.target} is used more than once"
-        chain.insert(0, node)
+        calls.insert(0, node)
         node = node.args[0]
-    return chain or f"one of the tensors that it concatenates is {start.name} itself"
+    return calls
 
 
 def _cut(index: object) -> int | None:
@@ -370,16 +436,18 @@ def _cut(index: object) -> int | None:
     return stop if whole and index[1].start in (None, 0) and isinstance(stop, int) and stop > 0 else None
 
 
-def _place(module: nn.Module, chain: tuple[Path, ...], halves: dict[str, Half | str]) -> Place:
+def _place(module: nn.Module, chain: tuple[Layer, ...], halves: dict[str, Half | str]) -> Place:
     """The child whose layers are these in the order of registration, or else the layers."""
-    name = chain[0][0]
-    if isinstance(halves[name], str) or {path[0] for path in chain} != {name}:
+    found = [layer_at(module, layer) for layer in chain]
+    names = {layer[0] for layer in chain if isinstance(layer, tuple)}
+    name = names.pop()
+    if names or any(isinstance(m, Known) for m in found) or not isinstance(name, str) or isinstance(halves[name], str):
         return chain
-    registered = module._modules[name]._modules.values()  # type: ignore[union-attr]
-    layers = [
-        [m for m in ms if m is not None and not is_nothing(m)] for ms in (registered, [get(module, p) for p in chain])
-    ]
-    return name if [*map(id, layers[0])] == [*map(id, layers[1])] else chain
+    registered = list(_with_activations(module._modules[name]._modules.values()))  # type: ignore[union-attr]
+    if any(map(_has_activation, registered)):  # the graph has it as one layer, with its activation
+        registered = list(module._modules[name]._modules.values())  # type: ignore[union-attr]
+    sides = ([id(m) for m in ms if isinstance(m, nn.Module) and not is_nothing(m)] for ms in (registered, found))
+    return name if next(sides) == next(sides) else chain
 
 
 def is_nothing(layer: nn.Module) -> bool:
@@ -387,7 +455,10 @@ def is_nothing(layer: nn.Module) -> bool:
 
 
 def _name(place: Place) -> str:
-    return place if isinstance(place, str) else ".".join(place[0])
+    """A half's for people."""
+    first = place if isinstance(place, str) else next(layer for layer in place if isinstance(layer, tuple))
+    path = first[0] if isinstance(first[0], tuple) else first
+    return path if isinstance(path, str) else ".".join(map(str, path))
 
 
 def _may_make_a_gate(child: nn.Module | None) -> bool:
