@@ -45,6 +45,8 @@ class _State:
         for m in modules:
             if isinstance(watched_by_it := m.__dict__.get("_watched"), Watched):
                 self.shared.update(watched_by_it.shared)
+        self.weights = [p for m in modules for p in m._parameters.values() if p is not None and p.dim() == 4]
+        self.sizes = [p.numel() for p in self.weights]
         self.seen = [d.copy() for d in self.states]  # the guard borrows what is in them
         self.guard = extension.Guard(self.states, self.modules)
         watched = any(ghost.has_hooks(m) or "forward" in m.__dict__ for m in modules[1:])
@@ -59,6 +61,7 @@ class _State:
                 and self.guard.holds()
                 and _same_attributes(_attributes(module), self.attributes)
                 and not any_changed(self.shared.values())
+                and [p.numel() for p in self.weights] == self.sizes  # another kernel size, by ``.data``
             )
         except Exception:  # two tensors, say, whose ``==`` is no bool
             return False

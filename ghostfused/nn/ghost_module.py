@@ -169,13 +169,14 @@ class FusedGhostModule(CachesPrograms, nn.Module):
         kind, halves = cls, (adopted.primary, adopted.cheap)
         attributes = {
             "_halves": halves,
-            "out_channels": adopted.out_channels(module),
             "backend": "reference",
             "_cache": ProgramCache(),
             "_cut": adopted.cut,
             "_watched": adopted.watched,
             "_layout": Layout.of(module),
         }
+        if "out_channels" not in module.__dict__:  # else it is the module's own, which its forward may read
+            attributes["out_channels"] = adopted.out_channels(module)
         if adopted.attention is not None:
             from .attention import FusedAttentionGhostModule  # it derives from this class
 

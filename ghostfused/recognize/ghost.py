@@ -7,6 +7,7 @@ somebody's module; ``proof`` then runs that module beside its fused twin.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import operator
 from collections.abc import Iterable, Iterator
@@ -126,6 +127,8 @@ def read_half(block: nn.Module) -> Half | str:
     """
     if has_hooks(block) or forward_replaced(block):
         return f"{type(block).__name__} has hooks or another forward"
+    if type(block).forward is nn.Sequential.forward and None in block._modules.values():
+        return f"{type(block).__name__} has a child that is None"
     return read_layers([block] if type(block) is nn.Conv2d else block._modules.values())
 
 
@@ -150,7 +153,7 @@ def read_layers(layers: Iterable[nn.Module | Known | None]) -> Half | str:
             act = child.act
             continue
         kind = type(child)
-        if has_hooks(child) or "forward" in child.__dict__:
+        if has_hooks(child) or not _methods(kind).isdisjoint(child.__dict__):
             return f"{kind.__name__} has hooks or another forward"
         if kind is nn.Conv2d and conv is None:
             conv = child  # type: ignore[assignment]
@@ -159,6 +162,8 @@ def read_layers(layers: Iterable[nn.Module | Known | None]) -> Half | str:
             affine, buffers = child._parameters, child._buffers
             if "weight" not in affine or "bias" not in affine:
                 return f"{kind.__name__}, whose weight or bias is no parameter of it"
+            if type(child.eps) is not float and type(child.eps) is not int:
+                return f"{kind.__name__}, whose eps is a {type(child.eps).__name__}"
             mean, var = buffers["running_mean"], buffers["running_var"]
             if child.training or mean is None or var is None:
                 batch_norm, mean, var = child, None, None
@@ -167,6 +172,8 @@ def read_layers(layers: Iterable[nn.Module | Known | None]) -> Half | str:
             act = ACTIVATIONS[kind]
             if kind is nn.LeakyReLU:
                 slope = child.negative_slope  # type: ignore[assignment]
+                if type(slope) is not float and type(slope) is not int:
+                    return f"LeakyReLU, whose slope is a {type(slope).__name__}"
             elif kind is nn.PReLU:
                 slope = child._parameters["weight"]
             elif kind is nn.GELU and child.approximate != "none":
@@ -181,6 +188,12 @@ def read_layers(layers: Iterable[nn.Module | Known | None]) -> Half | str:
         return "Conv2d, whose weight or bias is no parameter of it"
     weight: Tensor = parameters["weight"]  # type: ignore[assignment]
     return Half(conv, weight, parameters["bias"], norm, Act.NONE if act is None else act, slope, batch_norm)
+
+
+@functools.cache
+def _methods(kind: type[nn.Module]) -> frozenset[str]:
+    """Names that, on an instance, hide a method of its class, such as ``_conv_forward``, which people replace."""
+    return frozenset(n for base in kind.__mro__ for n, value in vars(base).items() if inspect.isfunction(value))
 
 
 def _misplaced(conv: nn.Module | None, act: Act | None) -> str:

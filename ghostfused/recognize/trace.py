@@ -124,6 +124,11 @@ def _trace(module: nn.Module, is_leaf: IsLeaf, training: bool) -> Traced | str:
     except Exception as error:
         return f"{name} can't be traced: {type(error).__name__}: {error}"
     result = out.node if isinstance(out, fx.Proxy) else out
+    for _, m in _inside(root, ()):
+        if isinstance(m.__dict__.get("forward"), Step):
+            for method in ("forward", "_conv_forward"):  # of its class, which somebody may replace later
+                if hasattr(type(m), method):
+                    observer.watched.of(type(m), method)
     return Traced(start, result, list(recorder.graph.nodes), observer.watched)
 
 
