@@ -17,13 +17,15 @@ from ghostfused import fuse_with_report
 from ghostfused.cli.verify import calibrate
 
 SOURCE = '''
-import enum, functools, math, operator, random, sys
+import enum, functools, logging, math, operator, random, sys
 import torch
 import torch.nn.functional as F
 from torch import nn
 from ghostfused.models import paper
 
 FLAG, TABLE = True, {{"on": True}}
+LOGGER = logging.getLogger("somebodys")
+LOGGER.setLevel("ERROR")
 class Kind(enum.Enum):
     A, B = 1, 2
 class CFG:
@@ -137,6 +139,7 @@ WATCHED = {
     "passed()": lambda m, space: setattr(space.passed, "__defaults__", (False,)),
     "told()  ": lambda m, space: setattr(space.told, "__code__", (lambda: False).__code__),
     "self.__class__.__name__ != 'x'": nothing,
+    "LOGGER.debug('x') is None": lambda m, space: space.LOGGER.setLevel("DEBUG"),
     "math.sqrt(self.pair[0]) == 1": attribute("pair", (4, 0)),
 }
 """What decides, and what changes it: these are fused."""
@@ -176,6 +179,8 @@ REFUSED = {
     "isinstance(x, torch.Tensor)": nothing,
     "hasattr(x, 'no_such_thing')": nothing,
     "sys.maxsize == 1": nothing,
+    "LOGGER.critical('x') is None": nothing,
+    "LOGGER.level == 40": lambda m, space: space.LOGGER.setLevel("DEBUG"),
     "self.training": nothing,
     "__import__('sys').maxsize": nothing,
     "setattr(self, 'extra', 1) is None": nothing,

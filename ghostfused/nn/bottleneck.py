@@ -18,7 +18,7 @@ from ..recognize import ghost
 from ..recognize.activations import Activations, Known
 from ..recognize.equivalence import prove
 from ..recognize.swap import make_twin, original
-from ..recognize.trace import Traced, is_fused, is_layer, trace, unused
+from ..recognize.trace import Traced, is_fused, is_layer, scripted, trace, unused
 from ..recognize.watch import Path, Watched, get
 from ..spec import Act
 from . import cache, layers
@@ -271,7 +271,7 @@ def read(module: nn.Module) -> _Found | str:
 
 def _trace(module: nn.Module) -> tuple[Traced, _Steps] | str:
     """The graph of what ``module`` does, and what its steps are; or why there is none."""
-    if reason := ghost.unusual(module):
+    if reason := scripted(module) or ghost.unusual(module):
         return reason
     steps = _Steps(module)
     traced = trace(module, steps)

@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from ..spec import Act, BatchNorm
 from .activations import Activations, Known, called
 from .swap import PACKAGE
-from .trace import Traced, is_fused, is_layer, is_look, trace, unused
+from .trace import Traced, is_fused, is_layer, is_look, scripted, trace, unused
 from .watch import Path, Watched, get
 
 ACTIVATIONS: dict[type[nn.Module], Act] = {
@@ -127,7 +127,7 @@ def read_half(block: nn.Module) -> Half | str:
     """
     if has_hooks(block) or forward_replaced(block):
         return f"{type(block).__name__} has hooks or another forward"
-    if type(block).forward is nn.Sequential.forward and None in block._modules.values():
+    if getattr(type(block), "forward", None) is nn.Sequential.forward and None in block._modules.values():
         return f"{type(block).__name__} has a child that is None"
     return read_layers([block] if type(block) is nn.Conv2d else block._modules.values())
 
@@ -275,7 +275,7 @@ def forward_is_known(module: nn.Module) -> bool:
 
 def read(module: nn.Module) -> Adopted | str:
     """Where ``module``'s halves are and how many channels it gives out; or why it is no Ghost module that can be fused."""
-    if reason := unusual(module):
+    if reason := scripted(module) or unusual(module):
         return reason
     if is_fused(module) and "_halves" in module.__dict__:
         return _of_fused(module)
@@ -335,7 +335,7 @@ def claims_to_be_one(module: nn.Module) -> bool:
     if any("ghost" in kind.__name__.lower() for kind in type(module).__mro__):
         return True
     halves = {n: read_half(child) for n, child in module._modules.items() if child is not None}
-    names = getattr(getattr(type(module).forward, "__code__", None), "co_names", ())
+    names = getattr(getattr(getattr(type(module), "forward", None), "__code__", None), "co_names", ())
     return not {"cat", "concat"}.isdisjoint(names) and len(halves) < 9 and _by_structure(module, halves) is None
 
 

@@ -12,6 +12,7 @@ import dis
 import enum
 import functools
 import itertools
+import logging
 import math
 import operator
 import sys
@@ -24,7 +25,7 @@ import torch
 from torch import fx, nn
 
 from .swap import PACKAGE
-from .watch import Absent, Path, Present, Watched, cell_of, is_immutable
+from .watch import Absent, Level, Path, Present, Watched, cell_of, is_immutable
 
 _UNKNOWN = object()
 _MODELS = f"{PACKAGE}.models"
@@ -105,6 +106,7 @@ class Observer:
         call = nn.Module.__call__  # somebody may have replaced it by Python code of theirs, as tracers do
         self.plain = {getattr(call, "__code__", None)}
         before = sys.gettrace()
+        sys._getframe().f_trace_opcodes = True  # Python 3.12 looks for one such frame when tracing begins
         sys.settrace(self._enter)
         try:
             out = function()
@@ -122,7 +124,8 @@ class Observer:
 
     def _enter(self, frame: FrameType, event: str, argument: Any) -> Any:
         code = frame.f_code
-        if event != "call" or not is_strangers(frame.f_globals.get("__name__")) or code in self.plain:
+        where = frame.f_globals.get("__name__")
+        if event != "call" or not is_strangers(where) or code in self.plain or (where, code.co_name) in _HARMLESS:
             return None
         if code.co_argcount:
             first = frame.f_locals.get(code.co_varnames[0])
@@ -140,8 +143,8 @@ class Observer:
             if place is not None:
                 known = self._instruction(frame, instructions, place)
                 self.tops[frame] = known
-        elif event == "return":
-            self.tops.pop(frame, None)
+        elif event == "return" and self.tops.pop(frame, None) is None:
+            self.refuse(f"runs {frame.f_code.co_name} without being seen by sys.settrace")
         return self._step
 
     def _instruction(self, frame: FrameType, instructions: list[dis.Instruction], place: int) -> tuple[Any, str]:
@@ -220,6 +223,12 @@ class Observer:
             if name.startswith("__"):
                 self.refuse(f"reads {name} of a tensor")
             return _UNKNOWN
+        if isinstance(top, logging.Logger) and name in _LEVELS:
+            if self.watched.of(Level(top, _LEVELS[name]), "enabled"):
+                self.refuse(f"writes into a log by {text}")
+            return _UNKNOWN
+        if isinstance(top, logging.Logger):
+            self.refuse(f"reads {text}")
         if isinstance(top, FunctionType) and name not in _CONSTANTS_OF_CLASSES:
             self.refuse(f"reads {text}, an attribute of a function")
         if top is _UNKNOWN:  # it may be a module's
@@ -328,6 +337,8 @@ class Observer:
                 return
             if root_of(value.__module__) == "torch":
                 self.refuse(f"calls {what}")
+            elif (value.__module__, value.__name__) in _HARMLESS:
+                return
             elif is_strangers(value.__module__) or value.__module__ is None:
                 self._function(value, what)
             elif sys.modules.get(value.__module__) not in _PURE:
@@ -347,8 +358,8 @@ class Observer:
             pure = getattr(value, "__module__", None) in {m.__name__ for m in _PURE} | {"_operator", "_functools"}
             if value not in _on_tensors() and not (pure and what.rpartition(".")[2] not in _BY_NAME):
                 self.refuse(f"calls {what}")
-        elif type(value) in _DISPATCHED:
-            pass
+        elif isinstance(value, logging.Logger):
+            pass  # of which only the entries that it doesn't take are let through
         elif not is_immutable(value):
             self.refuse(f"reads {what}, a {type(value).__name__}, whose contents may change")
 
@@ -395,7 +406,9 @@ _UNSTEADY = {
     "pathlib",
 }
 """Python modules whose functions give something else at every call, or do more than compute."""
-_DISPATCHED = (type(torch.finfo(torch.float32)),)
+_HARMLESS = {("torchvision.utils", "_log_api_usage_once")}
+"""Functions that count calls for their makers."""
+_LEVELS = {name: getattr(logging, name.upper()) for name in ("debug", "info", "warning", "error", "critical")}
 
 
 def _in_class(kind: type, name: str) -> Any:

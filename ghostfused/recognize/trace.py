@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from types import MethodType
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, fx, nn
 
 from .observe import Observer, Refused, Step, root_of
@@ -91,12 +92,22 @@ def trace(module: nn.Module, is_leaf: IsLeaf = lambda module, path: is_layer(mod
 
 def hidden(module: nn.Module) -> str | None:
     """Why the attributes of ``module`` or of one inside it can't be told by looking; None if they can."""
+    if reason := scripted(module):
+        return reason
     for m in module.modules():
         for base in type(m).__mro__:
             if "__getattribute__" in vars(base) and base is not object:
                 return f"{type(m).__name__} has a __getattribute__ of its own"
             if root_of(base.__module__) not in ("torch", PACKAGE, "builtins") and _slots(base):
                 return f"{type(m).__name__} keeps attributes in __slots__"
+    return None
+
+
+def scripted(module: nn.Module) -> str | None:
+    """Which module, of ``module`` and those inside it, is no Python code; None if all are."""
+    for name, m in module.named_modules():
+        if isinstance(m, torch.jit.ScriptModule):
+            return f"{name or 'it'} is compiled by TorchScript"
     return None
 
 

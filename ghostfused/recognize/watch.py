@@ -7,7 +7,9 @@ forward itself where anything differs.
 from __future__ import annotations
 
 import enum
-import sys
+import functools
+import importlib
+import logging
 from collections.abc import Iterable
 from types import BuiltinFunctionType, CellType, FunctionType, MethodType
 from typing import Any
@@ -112,13 +114,13 @@ def _load(attributes: dict[Path, dict[str, Any]], shared: list[tuple[str, tuple[
     watched = Watched()
     watched.attributes = attributes
     for name, (module, qualified), value in shared:
-        owner: Any = vars(sys.modules[module]) if module in sys.modules else None
-        if owner is not None and qualified:
-            owner = sys.modules[module]
-            for part in qualified.split("."):
-                owner = getattr(owner, part, None)
-        if owner is None:  # then nothing holds: the module's own forward runs
-            owner, value = {}, Absent if value is Present else value
+        try:
+            owner: Any = importlib.import_module(module)
+            owner = functools.reduce(getattr, qualified.split("."), owner) if qualified else vars(owner)
+        except (ImportError, AttributeError, ValueError):  # then nothing holds, and the module's own forward runs
+            owner = {}
+            watched.shared[id(owner), name] = owner, name, Present
+            continue
         found = watched.of(owner, name)
         if value is not Present:
             watched.shared[id(owner), name] = owner, name, value
@@ -174,6 +176,17 @@ def any_changed(shared: Iterable[tuple[Any, str, Any]]) -> bool:
         if now is not value and not same(now, value):
             return True
     return False
+
+
+class Level:
+    """Whether a logger takes entries of a level, as something to be watched."""
+
+    def __init__(self, logger: logging.Logger, level: int):
+        self.logger, self.level = logger, level
+
+    @property
+    def enabled(self) -> bool:
+        return self.logger.isEnabledFor(self.level)
 
 
 def cell_of(cell: CellType) -> Any:
