@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ghostfused import FusedGhostModule
-from ghostfused.cli.verify import DTYPES, calibrate, load_model
+from ghostfused.cli.inputs import load_model
+from ghostfused.cli.verify import DTYPES, calibrate
 from ghostfused.recognize import ghost
 
 ROOT = Path(__file__).parent.parent
@@ -103,13 +104,13 @@ def layer(name: str, module: nn.Module, shape: tuple[int, int, int], count: int 
     adopted = ghost.read(module)
     if isinstance(adopted, str):
         raise ValueError(f"{name} is no Ghost module: {adopted}")
-    primary, cheap = (ghost.read_half(getattr(module, child)) for child in (adopted.primary, adopted.cheap))
+    primary, cheap = (ghost.read_place(module, place) for place in (adopted.primary, adopted.cheap))
     assert not isinstance(primary, str)
     assert not isinstance(cheap, str)
     in_channels, height, width = shape
     stride = primary.conv.stride[0]
     return Layer(
-        name, (name,) * count, module, in_channels, primary.weight.shape[0], adopted.out_channels, height, width,
+        name, (name,) * count, module, in_channels, primary.weight.shape[0], adopted.out_channels(module), height, width,
         -(-height // stride), -(-width // stride), primary.weight.shape[2], stride, cheap.weight.shape[2],
         primary.act.name.lower(), cheap.act.name.lower(),
     )  # fmt: skip

@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import sys
 
+from . import __version__
 from .cli import fuse, info, verify
+from .cli.inputs import BadInput
 
 COMMANDS = {"info": info, "verify": verify, "fuse": fuse}
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m ghostfused", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"ghostfused {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, module in COMMANDS.items():
         short = (module.main.__doc__ or "").replace("%", "%%")  # argparse formats help, and no description
@@ -19,7 +22,11 @@ def main(argv: list[str] | None = None) -> int:
         module.add_arguments(sub)
         sub.set_defaults(main=module.main)
     options = parser.parse_args(argv)
-    return options.main(options)
+    try:
+        return options.main(options)
+    except BadInput as error:
+        print(f"python -m ghostfused {options.command}: error: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

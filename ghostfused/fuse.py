@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import warnings
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, TypeVar
 
@@ -45,7 +46,7 @@ class Swap(NamedTuple):
 
 
 class Report(list[Swap]):
-    """What became of each Ghost module and bottleneck; prints as a table."""
+    """What became of each Ghost module and bottleneck, and of each Sequential of these; prints as a table."""
 
     def __str__(self) -> str:
         rows = [("name", "class", "fused", "backend", "reason")]
@@ -92,6 +93,7 @@ def fuse(
     )
     if verbose:
         print(report)
+    _warn(fused, report, backend)
     return fused
 
 
@@ -104,7 +106,7 @@ def fuse_with_report(
     strict: bool = False,
     backend: str = "auto",
 ) -> tuple[M, Report]:
-    """As ``fuse``; also says what became of each Ghost module and bottleneck."""
+    """As ``fuse``, but returns what became of each Ghost module and bottleneck, where that warns."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     if level not in LEVELS:
@@ -121,13 +123,32 @@ def fuse_with_report(
         surgery.sequences()
     surgery.report.sort(key=lambda swap: order[swap.fqn])
     if strict:
-        left = [f"{s.fqn or '(root)'}: {s.reason}" for s in surgery.report if not s.fused and s.reason != _FILTERED]
+        unfused = [(s.fqn or "(root)", s.reason or "") for s in surgery.report if not s.fused and s.reason != _FILTERED]
+        left = [f"{fqn}: {reason}" for fqn, reason in unfused if not reason.startswith(_NO_SINGLE_OP)]
         if not any(isinstance(m, FusedGhostModule) for m in surgery.model.modules()):
             left.append("the model has no Ghost module that can be fused")
         if left:
             unfuse(surgery.model, inplace=True)
             raise ValueError("strict: left unfused: " + "; ".join(left))
     return surgery.model, surgery.report  # type: ignore[return-value]
+
+
+def _warn(fused: nn.Module, report: Report, backend: str) -> None:
+    """Says so if ``fuse`` was of no use."""
+    ours = [m for m in fused.modules() if isinstance(m, FusedGhostModule)]
+    if not ours:
+        reasons = list(dict.fromkeys(f"{s.fqn or '(root)'}: {s.reason}" for s in report if s.reason))
+        found = "; ".join(reasons[:3]) + ("; …" if len(reasons) > 3 else "") or "no Ghost module was found"
+        warnings.warn(f"fuse: nothing is fused: {found}", stacklevel=3)
+    elif backend == "auto" and all(_backend(m) == "reference" for m in ours):
+        example = _example(ours[0])
+        reasons = [
+            f"{name}: {reason}"
+            for name in backends.AUTO.get(example.x.device.type, ())
+            if (reason := backends.BACKENDS[name].supports(example))
+        ]
+        found = "; ".join(reasons) or f"no kernel takes tensors on {example.x.device}"
+        warnings.warn(f"fuse: all fused modules run on the slow reference: {found}", stacklevel=3)
 
 
 def unfuse(model: M, *, inplace: bool = False) -> M:
@@ -176,6 +197,7 @@ def _replace(model: nn.Module, fqn: str, module: nn.Module) -> nn.Module:
 
 
 _FILTERED = "filter_fn says no"
+_NO_SINGLE_OP = "its members are not one op: "
 _TRAINING_FORM = "in its training form: fuse a copy (inplace=False) in eval mode, which is re-parameterized first"
 
 
@@ -192,7 +214,7 @@ class _Surgery:
             deployed, adopted = module, ghost.read(module)
             if isinstance(adopted, str):
                 # a container is no Ghost module that failed, if there is one in it
-                if not _claims_to_be_ghost(module) or self._handled_inside(fqn):
+                if not ghost.claims_to_be_one(module) or self._handled_inside(fqn):
                     continue
                 deployed, reason = self._deployed(module), adopted
                 if deployed is not module:
@@ -221,11 +243,18 @@ class _Surgery:
             # the model itself stays the object that it is
             if fqn and type(module) is nn.Sequential and self.allowed(fqn, module):
                 members = [(f"{fqn}.{name}", m) for name, m in _members(module)]
-                if sum(is_recordable(m) for _, m in members) >= 2 and all(map(self._as_recordable, members)):
+                if sum(is_recordable(m) for _, m in members) < 2:
+                    continue
+                other = next((member for member in members if self._as_recordable(member) is None), None)
+                if other is not None:
+                    self._leave(
+                        fqn, module, f"{_NO_SINGLE_OP}{other[0]}, a {type(other[1]).__name__}, runs other ops than ours"
+                    )
+                else:
                     for name, m in members:
                         self.model = _replace(self.model, name, self.swapped.get(m, m))
-                    module = self.swapped.setdefault(module, FusedSequential.of(module))
-                    self.model = _replace(self.model, fqn, module)
+                    original, module = module, self.swapped.get(module) or FusedSequential.of(module)
+                    self._swap(fqn, original, module)
             if isinstance(module, FusedSequential | FusedGhostBottleneck | FusedGhostModule):
                 fused.append(fqn)
 
@@ -250,8 +279,11 @@ class _Surgery:
 
     def _ghost_module(self, module: nn.Module, adopted: ghost.Adopted) -> nn.Module | str:
         fused = FusedGhostModule.from_adopted(module, adopted, self.backend)
-        if not isinstance(fused, str) and (reason := form_refusal(_example(fused))):
-            return f"no kernel for {reason}"
+        if not isinstance(fused, str):
+            example = _example(fused)
+            on_cpu = example.x.is_cpu and self.backend in ("auto", "cpu")
+            if reason := form_refusal(example, any_primary=on_cpu):
+                return f"no kernel for {reason}"
         return fused
 
     def _bottleneck(self, module: nn.Module) -> nn.Module | str:
@@ -283,12 +315,6 @@ class _Surgery:
         self.report.append(Swap(fqn, type(module).__name__, True, _backend(ghost)))
 
 
-def _claims_to_be_ghost(module: nn.Module) -> bool:
-    """For the report only: whether somebody would expect this module to be fused."""
-    has_tensors = next(module.parameters(), None) is not None
-    return has_tensors and any("ghost" in kind.__name__.lower() for kind in type(module).__mro__)
-
-
 def _deploy_method(module: nn.Module) -> Callable[[], None] | None:
     return getattr(module, "reparameterize", None) or getattr(module, "switch_to_deploy", None)
 
@@ -299,9 +325,8 @@ def _deployed(module: nn.Module) -> nn.Module | None:
     if _deploy_method(module) is None or module.training or conv is None:
         return None
     try:
-        with substituted(module, conv.in_channels, training=False) as x:
-            expected = module.forward(x)
-            twin = copy.deepcopy(module)
+        with substituted(module, conv.in_channels, training=False) as (twin, x):
+            expected = twin.forward(x)
             _deploy_method(twin)()  # type: ignore[misc]
             if relative_error(twin.forward(x), expected) >= SAME:
                 return None
@@ -315,12 +340,12 @@ def _deployed(module: nn.Module) -> nn.Module | None:
 
 def _example(fused: FusedGhostModule) -> GhostArgs:
     """A call of ``fused`` on a small input, for what a backend says to it; norms are left out."""
-    primary, cheap = (ghost.read_half(fused._modules[name]) for name in fused._halves)  # type: ignore[arg-type]
+    primary, cheap = (ghost.read_place(fused, place) for place in fused._halves)
     assert not isinstance(primary, str)
     assert not isinstance(cheap, str)
     conv, weight = primary.conv, primary.weight
     x = torch.empty(1, conv.in_channels, 8, 8, dtype=weight.dtype, device=weight.device)
-    settings = fused.out_channels, conv.stride[0], conv.dilation[0], conv.groups, False
+    settings = fused._channels(primary, cheap), conv.stride[0], conv.dilation[0], conv.groups, False
     acts = 1e-5, int(primary.act), 0.0, 1e-5, int(cheap.act), 0.0
     none = [None] * 6
     return GhostArgs(x, weight, *none, cheap.weight, *none, None, None, None, *acts, *settings)  # type: ignore[arg-type,call-arg]

@@ -18,7 +18,9 @@ import torch
 
 from .. import backends
 from ..fuse import LEVELS, fuse_with_report
-from .verify import DTYPES, calibrate, load_model, network_verdict
+from . import inputs
+from .inputs import load_model, positive
+from .verify import DTYPES, calibrate, network_verdict
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,16 +28,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--level", default="auto", choices=LEVELS)
     parser.add_argument("--backend", default="auto", choices=["auto", *backends.BACKENDS])
     parser.add_argument("--dtype", default="float32", choices=list(DTYPES))
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--size", type=int, default=224, help="height and width of the input (default 224)")
+    parser.add_argument("--batch", type=positive, default=1)
+    parser.add_argument("--size", type=positive, default=224, help="height and width of the input (default 224)")
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
-    parser.add_argument("--rounds", type=int, default=30, help="timed calls of each, taking turns (default 30)")
+    parser.add_argument("--rounds", type=_rounds, default=30, help="timed calls of each, taking turns (default 30)")
     parser.add_argument("--seed", type=int, default=0)
+
+
+def _rounds(text: str) -> int:
+    if positive(text) < 2:
+        raise argparse.ArgumentTypeError("expected at least 2: quartiles of one call say nothing")
+    return int(text)
 
 
 def main(options: argparse.Namespace) -> int:
     """fuse a network; print the report, the error and the speed here"""
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = inputs.device(options.device)
     dtype = DTYPES[options.dtype]
     if options.dtype == "tf32":
         torch.set_float32_matmul_precision("high")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,9 +22,15 @@ from ..fuse import fuse_with_report
 from ..nn.bottleneck import FusedGhostBottleneck
 from ..nn.ghost_module import FusedGhostModule
 from ..numerics import TOLERANCES, relative_error
+from ..spec import Act
 from ..testing import Case, Verdict, judge, make_args, to_device
+from . import inputs
+from .inputs import BadInput, load_model, positive
 
+_LAYOUTS = {"nchw": "nchw", "nhwc": "nhwc", "contiguous_format": "nchw", "channels_last": "nhwc"}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "tf32": torch.float32}
+_LABELS = ("source", "count")
+"""What a row may say beside; nothing is computed of it."""
 _ROW_FIELDS = ("in_channels", "out_channels", "kernel_size", "stride", "dw_size", "ratio", "act_primary", "act_cheap")
 
 
@@ -35,17 +40,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--model", metavar="seed|paper|timm:NAME|file.py:function", help="check a whole network")
     parser.add_argument("--backend", default="auto", choices=["auto", *backends.BACKENDS])
     parser.add_argument("--dtype", default="float32", choices=list(DTYPES))
-    parser.add_argument("--layout", default="nchw", choices=["nchw", "nhwc"])
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--max-size", type=int, help="cut height and width to this, keeping odd sizes odd")
-    parser.add_argument("--size", type=int, default=224, help="height and width of a network's input (default 224)")
+    parser.add_argument("--layout", default="nchw", choices=list(_LAYOUTS))
+    parser.add_argument("--batch", type=positive, default=2)
+    parser.add_argument("--max-size", type=positive, help="cut height and width to this, keeping odd sizes odd")
+    parser.add_argument(
+        "--size", type=positive, default=224, help="height and width of a network's input (default 224)"
+    )
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     parser.add_argument("--seed", type=int, default=0)
 
 
 def main(options: argparse.Namespace) -> int:
     """compare modules or networks with float64; exit code 1 on any miss"""
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = str(inputs.device(options.device))
+    options.layout = _LAYOUTS[options.layout]
     cases = _modules(options, device) if options.configs else _network(options, device)
     total = missed = 0
     for name, verdict, note in cases:
@@ -63,18 +71,33 @@ def main(options: argparse.Namespace) -> int:
 def read_cases(path: Path, max_size: int | None = None, **settings) -> list[Case]:
     """The distinct Ghost modules of a JSON Lines file as Cases; ``settings`` are further fields of Case."""
     cases: dict[Case, None] = {}
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(inputs.text_of("--configs", path).splitlines(), 1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-            fields = {k: row[k] for k in _ROW_FIELDS if k in row}
-            fields |= {side: cut(row[side], max_size) for side in ("height", "width")}
-            case = Case(**fields, **settings)
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise SystemExit(f"{path}:{number}: expected a JSON object with {_ROW_FIELDS}, got {error!r}") from None
+        case = _read_case(f"{path}:{number}", line, max_size, settings)
         cases[case] = None
     return list(cases)
+
+
+def _read_case(where: str, line: str, max_size: int | None, settings: dict) -> Case:
+    try:
+        row = json.loads(line)
+        sides = {side: row[side] for side in ("height", "width")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{where}: expected a JSON object with {_ROW_FIELDS}, height and width, got {error!r}") from None
+    fields = {k: row[k] for k in _ROW_FIELDS if k in row}
+    for name, value in (fields | sides).items():
+        if name.startswith("act_"):
+            if str(value).upper() not in Act.__members__ or not isinstance(value, str):
+                raise BadInput(f"{where}: {name}: expected one of {[a.name.lower() for a in Act]}, got {value!r}")
+        elif type(value) is not int or value < 1:
+            raise BadInput(f"{where}: {name}: expected a whole number of at least 1, got {value!r}")
+    if unknown := sorted(row.keys() - {*_ROW_FIELDS, *sides, *_LABELS}):
+        raise BadInput(f"{where}: expected no fields beside {_ROW_FIELDS}, height and width, got {unknown}")
+    try:
+        return Case(height=cut(sides["height"], max_size), width=cut(sides["width"], max_size), **fields, **settings)
+    except TypeError as error:
+        raise BadInput(f"{where}: expected {_ROW_FIELDS}, height and width: {error}") from None
 
 
 def cut(size: int, max_size: int | None) -> int:
@@ -108,34 +131,12 @@ def _modules(options: argparse.Namespace, device: str) -> Iterator[tuple[str, Ve
         backend, note = options.backend, ""
         if backend != "auto" and (reason := backends.BACKENDS[backend].supports(on_device)):
             if unavailable := backends.unavailable_on(backend, torch.device(device).type):
-                raise SystemExit(f"--backend {backend}: {unavailable}")
+                raise BadInput(f"--backend {backend}: {unavailable}")
             backend, note = "auto", f"by another path, since {backend} doesn't take {reason}"
             on_device = on_device if torch_runs else args
         with torch.inference_mode():
             out = functional.run(on_device, backend)
         yield str(case), judge(out, args), note
-
-
-def load_model(name: str) -> tuple[nn.Module, Tensor | None]:
-    """The network that a command's ``model`` names, and its input where the name's function gives one."""
-    if name in ("seed", "paper"):
-        from .. import models
-
-        return getattr(models, name).GhostNet(), None
-    if name.startswith("timm:"):
-        import timm
-
-        return timm.create_model(name.removeprefix("timm:")), None
-    path, _, function = name.rpartition(":")
-    if not path:
-        raise SystemExit(f"model: expected seed, paper, timm:NAME or file.py:function, got {name!r}")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    if spec is None or spec.loader is None or not Path(path).is_file():
-        raise SystemExit(f"model: {path!r} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    made = getattr(module, function)()
-    return made if isinstance(made, tuple) else (made, None)
 
 
 @torch.no_grad()
@@ -197,7 +198,7 @@ def _network(options: argparse.Namespace, device: str) -> Iterator[tuple[str, Ve
         sum(isinstance(m, kind) for m in fused.modules()) for kind in (FusedGhostModule, FusedGhostBottleneck)
     )
     if not modules:
-        raise SystemExit(f"--model: found no Ghost module to fuse in {options.model}: {report}")
+        raise BadInput(f"--model: found no Ghost module to fuse in {options.model}: {report}")
     memory_format = torch.channels_last if options.layout == "nhwc" else torch.contiguous_format
     x = x.to(device).contiguous(memory_format=memory_format)
     if options.dtype == "tf32":

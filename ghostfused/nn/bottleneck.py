@@ -16,12 +16,15 @@ from torch import Tensor, fx, nn
 from ..ops.recording import note_others
 from ..ops.transforms import runs_plain
 from ..recognize import ghost
+from ..recognize.activations import Activations, Known
 from ..recognize.equivalence import prove
-from ..recognize.reads import Reads, changed, reads
 from ..recognize.swap import make_twin, original
+from ..recognize.trace import Traced, is_fused, is_layer, scripted, trace, unused
+from ..recognize.watch import Path, Watched, get
+from ..spec import Act
 from . import cache, layers
 from .ghost_module import FusedGhostModule
-from .layers import Path, Run, SqueezeExcite, get
+from .layers import Run, SqueezeExcite
 
 
 class Ghost(NamedTuple):
@@ -36,19 +39,15 @@ Step = Ghost | Run | SqueezeExcite
 class _FusedTwin(cache.CachesPrograms, nn.Module):
     """Somebody's module that runs as ``_steps``, unless what lies inside it is looked at or changed."""
 
-    _layout: dict[Path, dict[str, type]]
-    """Names and kinds of the children of each module down to the layers and the Ghost modules, by its path."""
-    _reads: Reads
+    _layout: layers.Layout
+    _watched: Watched
     """What the forwards that it leaps over read beside tensors and children."""
     backend: str
 
     @classmethod
-    def _prove(cls, module: nn.Module, in_channels: int, backend: str, **attributes: Any) -> Self | str:
+    def _prove(cls, module: nn.Module, in_channels: int, backend: str, found: _Found, **attributes: Any) -> Self | str:
         """The twin of ``module``; or how they differ."""
-        found = reads(module)
-        if isinstance(found, str):
-            return found
-        attributes |= {"_layout": _layout(module, ()), "_reads": found}
+        attributes |= {"_layout": layers.Layout.of(module, found.beside), "_watched": found.watched}
         attributes |= {"backend": "reference", "_cache": cache.ProgramCache()}
         fused = make_twin(cls, module, **attributes)
         reason = prove(module, fused, in_channels)
@@ -78,20 +77,8 @@ class _FusedTwin(cache.CachesPrograms, nn.Module):
 
     def _is_observed(self) -> bool:
         """Whether somebody looks at, or has changed, what the fused forward leaps over: by hooks, another forward, an
-        attribute, or layers added, removed or of another kind. Only norms may have gone, folded into their convolutions."""
-        if changed(self, self._reads, get):
-            return True
-        for path, kinds in self._layout.items():
-            children: dict[str, nn.Module | None] = get(self, path).__dict__["_modules"]
-            for name, child in children.items():
-                if child is None or type(child) is nn.Identity:
-                    continue
-                if kinds.get(name) is not type(child) or ghost.has_hooks(child) or ghost.forward_replaced(child):
-                    return True
-            for name, kind in kinds.items():
-                if name not in children and kind not in ghost.NORMS:
-                    return True
-        return False
+        attribute, or layers added, removed or of another kind."""
+        return self._watched.changed(self) or not self._layout.holds(self)
 
     def extra_repr(self) -> str:
         return f"backend={self.backend!r}"
@@ -129,8 +116,8 @@ class FusedGhostBottleneck(_FusedTwin):
         found = read(module)
         if isinstance(found, str):
             return found
-        main, shortcut = found
-        return cls._prove(module, _in_channels(module, main), backend, _main=main, _shortcut=shortcut)
+        main, shortcut = found.branches
+        return cls._prove(module, _in_channels(module, main), backend, found, _main=main, _shortcut=shortcut)
 
     def runs(self) -> tuple[Run, ...]:
         return (*self._shortcut, *(step for step in self._main if isinstance(step, Run)))
@@ -169,13 +156,14 @@ class FusedConvNormAct(_FusedTwin):
         found = _trace(module)
         if isinstance(found, str):
             return found
-        result, start, tracer = found
-        branch = _branch(result, start, tracer, module)
+        traced, steps = found
+        branch = _branch(traced.result, traced.start, steps, module)
         if isinstance(branch, str):
             return branch
         if len(branch) != 1 or not isinstance(branch[0], Run) or branch[0].kind(module) != "conv1x1":
             return "not one 1×1 conv with what follows it"
-        return cls._prove(module, _in_channels(module, tuple(branch)), backend, _layers=branch[0])
+        result = _Found(((branch[0],), ()), steps.watched(traced), frozenset(steps.opaque))
+        return cls._prove(module, _in_channels(module, tuple(branch)), backend, result, _layers=branch[0])
 
     def runs(self) -> tuple[Run, ...]:
         return (self._layers,)
@@ -184,50 +172,86 @@ class FusedConvNormAct(_FusedTwin):
         return self._layers(self, x, self.backend)
 
 
-def _layout(module: nn.Module, path: Path) -> dict[Path, dict[str, type]]:
-    if isinstance(module, FusedGhostModule) or not module._modules:
-        return {}
-    children = {name: m for name, m in module._modules.items() if m is not None}
-    layout = {path: {name: type(m) for name, m in children.items() if type(m) is not nn.Identity}}
-    for name, child in children.items():
-        layout |= _layout(child, (*path, name))
-    return layout
-
-
 def _in_channels(module: nn.Module, main: tuple[Step, ...]) -> int:
     first = main[0]
-    layer = get(module, first.path if isinstance(first, Ghost) else first.paths[0])
+    place = first.path if isinstance(first, Ghost) else first.paths[0]
+    layer = module if isinstance(place, Act) else ghost.layer_at(module, place)
+    if isinstance(layer, Known):
+        layer = module
     if isinstance(layer, FusedGhostModule):
-        layer = layer._modules[layer._halves[0]]  # type: ignore[assignment]
+        half = ghost.read_place(layer, layer._halves[0])
+        assert not isinstance(half, str)
+        return half.conv.in_channels
     matrix = next(m for m in layer.modules() if isinstance(m, nn.Conv2d | nn.Linear))
     return matrix.in_channels if isinstance(matrix, nn.Conv2d) else matrix.in_features
 
 
-class _Tracer(fx.Tracer):
-    """Sees fused Ghost modules, squeeze-and-excite blocks and torch's own layers as one call each."""
+class _Found(NamedTuple):
+    """What ``read`` finds."""
+
+    branches: tuple[tuple[Step, ...], tuple[Run, ...]]
+    watched: Watched
+    beside: frozenset[Path]
+    """Modules that run themselves, as one step."""
+
+
+class _Steps:
+    """What is one step of a module's graph: layers, fused modules, squeeze-and-excite, and what no graph can be made of."""
 
     def __init__(self, root: nn.Module) -> None:
-        super().__init__()
-        self.squeeze_excites = {
-            name: found
-            for name, m in root.named_modules()
-            if (found := layers.read_squeeze_excite(m, tuple(name.split(".")))) is not None
-        }
+        self.squeeze_excites: dict[Path, tuple[SqueezeExcite, Watched]] = {}
+        self.opaque: set[Path] = set()
+        self.own = Activations.of(root)
+        self._find(root, ())
 
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        ours = isinstance(m, FusedGhostModule) or module_qualified_name in self.squeeze_excites
-        return ours or isinstance(m, nn.BatchNorm2d) or super().is_leaf_module(m, module_qualified_name)
+    def _find(self, module: nn.Module, path: Path) -> None:
+        for name, child in module._modules.items():
+            at = (*path, name)
+            if child is None or is_layer(child) or at in self.own.acts:
+                continue
+            found = layers.read_squeeze_excite(child, at)
+            if found is not None:
+                self.squeeze_excites[at] = found
+            elif not any(map(is_fused, child.modules())) and not ghost.is_nothing(child) and not _is_chain(child):
+                self.opaque.add(at)
+            else:
+                self._find(child, at)
+
+    def __call__(self, module: nn.Module, path: Path) -> bool:
+        return is_layer(module) or path in self.squeeze_excites or path in self.opaque or path in self.own.acts
+
+    def watched(self, traced: Traced) -> Watched:
+        """What the whole reads."""
+        result = Watched()
+        result.update(traced.watched)
+        result.update(self.own.watched)
+        for _, watched in self.squeeze_excites.values():
+            result.update(watched)
+        return result
+
+
+def _is_chain(module: nn.Module) -> bool:
+    """Whether it runs layers one after the other and does nothing else."""
+    if ghost.unusual(module) and not ghost.forward_is_known(module):
+        return False
+    traced = trace(module)
+    return (
+        not isinstance(traced, str)
+        and isinstance(ghost.chain(traced.result, traced.start), list)
+        and unused(traced) is None
+    )
 
 
 _ADD = (operator.add, operator.iadd, torch.add)
 
 
-def read(module: nn.Module) -> tuple[tuple[Step, ...], tuple[Run, ...]] | str:
+def read(module: nn.Module) -> _Found | str:
     """The steps of ``module``'s main branch, which ends in a Ghost module, and of its shortcut; or why it has none."""
     found = _trace(module)
     if isinstance(found, str):
         return found
-    total, start, tracer = found
+    traced, steps = found
+    total = traced.result
     if (
         not isinstance(total, fx.Node)
         or total.target not in (*_ADD, "add", "add_")
@@ -235,50 +259,47 @@ def read(module: nn.Module) -> tuple[tuple[Step, ...], tuple[Run, ...]] | str:
         or total.kwargs
     ):
         return "its output is not the sum of a branch and a shortcut"
-    branches = [_branch(node, start, tracer, module) for node in total.args]
+    branches = [_branch(node, traced.start, steps, module) for node in total.args]
     if errors := [branch for branch in branches if isinstance(branch, str)]:
         return errors[0]
     with_ghosts = [branch for branch in branches if branch and isinstance(branch[-1], Ghost)]
     without = [branch for branch in branches if all(isinstance(step, Run) for step in branch)]
     if not with_ghosts or not without:
         return "not one branch that ends in a Ghost module and one without any"
-    return tuple(with_ghosts[0]), tuple(without[0])  # type: ignore[arg-type]
+    both = tuple(with_ghosts[0]), tuple(without[0])
+    return _Found(both, steps.watched(traced), frozenset(steps.opaque))  # type: ignore[arg-type]
 
 
-def _trace(module: nn.Module) -> tuple[object, fx.Node, _Tracer] | str:
-    """What ``module`` returns and what it takes, as torch.fx sees it; or why that fails."""
-    if reason := ghost.unusual(module):
+def _trace(module: nn.Module) -> tuple[Traced, _Steps] | str:
+    """The graph of what ``module`` does, and what its steps are; or why there is none."""
+    if reason := scripted(module) or ghost.unusual(module):
         return reason
-    if isinstance(found := reads(module), str):  # before it runs: it might write into a log
-        return found
-    tracer = _Tracer(module)
-    try:
-        graph = tracer.trace(module)
-    except Exception as error:
-        return f"torch.fx can't trace it: {type(error).__name__}: {error}"
-    start = next(node for node in graph.nodes if node.op == "placeholder")
-    return next(node for node in graph.nodes if node.op == "output").args[0], start, tracer
+    steps = _Steps(module)
+    traced = trace(module, steps)
+    if isinstance(traced, str):
+        return traced
+    if (node := unused(traced)) is not None:
+        return f"{node.target} is called, but its result is not used"
+    return traced, steps
 
 
-def _branch(node: object, start: fx.Node, tracer: _Tracer, root: nn.Module) -> list[Step] | str:
-    """The steps from ``start`` to ``node``, each of which must be a layer's call on the result of the one before."""
-    calls: list[str] = []
-    while node is not start:
-        if not isinstance(node, fx.Node) or node.op != "call_module" or len(node.args) != 1 or node.kwargs:
-            return f"{node} is no layer that is called on the result of one other"
-        if len(node.users) > 1:
-            return f"the result of {node.target} is used more than once"
-        calls.insert(0, str(node.target))
-        node = node.args[0]
+def _branch(node: object, start: fx.Node, known: _Steps, root: nn.Module) -> list[Step] | str:
+    """The steps from ``start`` to ``node``."""
+    calls = ghost.chain(node, start)
+    if isinstance(calls, str):
+        return calls
+    at = [ghost.layer_of(call, known.own.acts) for call in calls]
+    if at and at[0] in known.opaque:
+        return f"{calls[0].target}, which comes first, might change its input"
     steps: list[Step] = []
-    run: list[tuple[Path, nn.Module]] = []
-    for name in calls:
-        path = tuple(name.split("."))
-        layer = get(root, path)
-        if isinstance(layer, FusedGhostModule) or name in tracer.squeeze_excites:
+    run: list[tuple[ghost.Layer, nn.Module | Known]] = []
+    for place in at:
+        layer = ghost.layer_at(root, place)
+        gate = known.squeeze_excites.get(place)  # type: ignore[arg-type]
+        if isinstance(layer, FusedGhostModule) or gate is not None:
             steps += layers.split(run)
             run = []
-            steps.append(Ghost(path) if isinstance(layer, FusedGhostModule) else tracer.squeeze_excites[name])
+            steps.append(gate[0] if gate is not None else Ghost(place))  # type: ignore[arg-type]
         else:
-            run.append((path, layer))
+            run.append((place, layer))
     return steps + layers.split(run)

@@ -24,6 +24,7 @@ from ..ops.recording import Recording, is_recording, recording
 from ..ops.transforms import undisturbed
 from ..recognize import ghost
 from ..recognize.swap import is_ours, original
+from ..recognize.watch import Watched, any_changed, same
 from ..spec.kernels import KERNEL_DTYPES
 
 
@@ -42,6 +43,12 @@ class _State:
         self.states: list[dict] = [m.__dict__ for m in modules[1:]]
         for m in modules:
             self.states += m._parameters, m._buffers, m._modules, m._forward_hooks, m._forward_pre_hooks  # type: ignore[arg-type]
+        self.shared: dict = {}
+        for m in modules:
+            if isinstance(watched_by_it := m.__dict__.get("_watched"), Watched):
+                self.shared.update(watched_by_it.shared)
+        self.weights = [p for m in modules for p in m._parameters.values() if p is not None and p.dim() == 4]
+        self.sizes = [p.numel() for p in self.weights]
         self.seen = [d.copy() for d in self.states]  # the guard borrows what is in them
         self.guard = extension.Guard(self.states, self.modules)
         watched = any(ghost.has_hooks(m) or "forward" in m.__dict__ for m in modules[1:])
@@ -50,10 +57,22 @@ class _State:
 
     def holds(self, module: nn.Module) -> bool:
         """Whether everything is as it was."""
-        try:  # identical entries are equal, so the comparison goes on to ``==`` only for what has changed
-            return type(module) is self.kind and self.guard.holds() and _attributes(module) == self.attributes
+        try:
+            return (
+                type(module) is self.kind
+                and self.guard.holds()
+                and _same_attributes(_attributes(module), self.attributes)
+                and not any_changed(self.shared.values())
+                and [p.numel() for p in self.weights] == self.sizes  # another kernel size, by ``.data``
+            )
         except Exception:  # two tensors, say, whose ``==`` is no bool
             return False
+
+
+def _same_attributes(now: dict, then: dict) -> bool:
+    return now.keys() == then.keys() and all(
+        value is then[name] or same(value, then[name]) for name, value in now.items()
+    )
 
 
 def _attributes(module: nn.Module) -> dict:

@@ -15,13 +15,12 @@ from ..ops.recording import note_others
 from ..ops.transforms import runs_plain
 from ..recognize import ghost
 from ..recognize.equivalence import prove
-from ..recognize.reads import changed
 from ..recognize.swap import make_twin, original
 from ..spec import Act
 from ..spec.activations import BY_MODULE, TABLE
 from . import batch_statistics
 from .cache import CachesPrograms, ProgramCache, may_replay
-from .layers import get
+from .layers import Layout
 
 torch.fx.wrap("ghost_module")  # torch.fx's symbolic tracing records the call and doesn't look inside
 
@@ -136,7 +135,7 @@ class FusedGhostModule(CachesPrograms, nn.Module):
         )
         if act_primary is None:
             act_primary = Act.RELU if use_relu else Act.NONE
-        self._halves = KEYS[keys]
+        self._halves: tuple[ghost.Place, ghost.Place] = KEYS[keys]  # type: ignore[assignment]
         self.out_channels = out_channels
         self.backend = backend
         self._cache = ProgramCache()
@@ -171,11 +170,14 @@ class FusedGhostModule(CachesPrograms, nn.Module):
         kind, halves = cls, (adopted.primary, adopted.cheap)
         attributes = {
             "_halves": halves,
-            "out_channels": adopted.out_channels,
             "backend": "reference",
             "_cache": ProgramCache(),
-            "_reads": adopted.reads,
+            "_cut": adopted.cut,
+            "_watched": adopted.watched,
+            "_layout": Layout.of(module),
         }
+        if "out_channels" not in module.__dict__:  # else it is the module's own, which its forward may read
+            attributes["out_channels"] = adopted.out_channels(module)
         if adopted.attention is not None:
             from .attention import FusedAttentionGhostModule  # it derives from this class
 
@@ -189,21 +191,40 @@ class FusedGhostModule(CachesPrograms, nn.Module):
     def _read(self) -> tuple[ghost.Half, ghost.Half] | str:
         """Both halves as they are now; or why the fused function can't stand for them."""
         if self._is_changed():
-            return "an attribute that its own forward reads has changed"
-        modules = self.__dict__["_modules"]  # torch.export's stand-in for self has another self._modules
-        primary = ghost.read_half(modules[self._halves[0]])  # type: ignore[arg-type]
+            return "what its own forward reads has changed"
+        if foreign := next((name for name in self._halves if isinstance(name, str) and self._is_foreign(name)), None):
+            return f"{foreign} is no plain sequence of layers"
+        primary, cheap = (ghost.read_place(self, place) for place in self._halves)
         if isinstance(primary, str):
             return primary
-        cheap = ghost.read_half(modules[self._halves[1]])  # type: ignore[arg-type]
         if isinstance(cheap, str):
             return cheap
+        if self._channels(primary, cheap) < primary.weight.shape[0]:
+            return "it gives out fewer channels than its first half"
         if (primary.batch_norm is None) != (cheap.batch_norm is None):
             return "one half's BatchNorm uses batch statistics, the other's doesn't"
         return ghost.mismatch(primary, cheap) or (primary, cheap)
 
     def _is_changed(self) -> bool:
-        """Whether an attribute that the forward of the module that this was made from reads isn't as it was."""
-        return changed(self, self.__dict__.get("_reads", {}), get)
+        """Whether what the forward of the module that this was made from reads, or leaps over, isn't as it was."""
+        watched = self.__dict__.get("_watched")
+        if watched is None:
+            return False
+        by_name = all(isinstance(place, str) for place in self._halves)  # then both halves' layers are read as they are
+        return watched.changed(self) or not (by_name or self.__dict__["_layout"].holds(self))
+
+    def _is_foreign(self, name: str) -> bool:
+        """Whether the child of that name has a forward that may do anything: it isn't the kind that it was."""
+        kind = type(self.__dict__["_modules"].get(name))
+        if getattr(kind, "forward", None) is nn.Sequential.forward:
+            return False
+        layout: Layout | None = self.__dict__.get("_layout")
+        return layout is None or layout.kinds[()].get(name) is not kind
+
+    def _channels(self, primary: ghost.Half, cheap: ghost.Half) -> int:
+        """How many it gives out, by what its tensors are now."""
+        cut, channels = self.__dict__.get("_cut", self.out_channels), primary.weight.shape[0] + cheap.weight.shape[0]
+        return channels if cut is None else min(cut, channels)
 
     def forward(
         self,
@@ -250,7 +271,7 @@ class FusedGhostModule(CachesPrograms, nn.Module):
             "cheap_bn": cheap.norm,
             "act_cheap": cheap.act,
             "cheap_slope": cheap.slope,
-            "out_channels": self.out_channels,
+            "out_channels": self._channels(primary, cheap),
             "stride": conv.stride[0],
             "dilation": conv.dilation[0],
             "groups": conv.groups,
@@ -279,18 +300,25 @@ class FusedGhostModule(CachesPrograms, nn.Module):
         note_others()
         if input_gate is not None:
             x = _gated(x, input_gate)
-        module = original(self) if self._is_changed() or runs_plain(self.backend) else None
+        primary, cheap = self._halves
+        named = isinstance(primary, str) and isinstance(cheap, str)
+        module = original(self) if self._is_changed() or not named or runs_plain(self.backend) else None
         if module is not None:
             out = module.forward(x)
         else:
-            primary, cheap = (cast(nn.Module, self._modules[name]) for name in self._halves)
-            x1 = primary(x)
-            # cut before the concatenation: the output is no view of a larger tensor
-            out = torch.cat([x1, cheap(x1)[:, : self.out_channels - x1.shape[1]]], dim=1)
+            x1 = cast(nn.Module, self._modules[cast(str, primary)])(x)
+            x2 = cast(nn.Module, self._modules[cast(str, cheap)])(x1)
+            if (cut := self.__dict__.get("_cut", self.out_channels)) is not None:
+                # cut before the concatenation: the output is no view of a larger tensor
+                rest = cut - x1.shape[1]
+                x1, x2 = (
+                    (x1, x2[:, :rest]) if isinstance(rest, torch.fx.Proxy) or rest >= 0 else (x1[:, :cut], x2[:, :0])
+                )
+            out = torch.cat([x1, x2], dim=1)
         return out if output_gate is None and residual is None else _finished(out, output_gate, residual)
 
     def unfused(self) -> nn.Module:
-        halves = OrderedDict((name, self._modules[name]) for name in self._halves)
+        halves = OrderedDict((name, self._modules[name]) for name in cast(tuple[str, str], self._halves))
         module = _Halves(halves, self.out_channels)  # type: ignore[arg-type]
         module.training = self.training
         return module

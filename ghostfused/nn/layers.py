@@ -4,7 +4,7 @@ and read afresh at every call, as the halves of a Ghost module are."""
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from ..functional import conv1x1, depthwise, squeeze_excite
 from ..ops.recording import note_others
 from ..recognize import ghost
+from ..recognize.activations import Known, watch_settings
 from ..recognize.equivalence import substituted
-from ..recognize.reads import reads
+from ..recognize.trace import Traced, is_fused, is_look, trace
+from ..recognize.watch import Path, Watched, get
 from ..spec import Act, Gate
 from ..spec.activations import BY_MODULE
 from ..spec.kernels import KERNEL_GATE_ACTS, depthwise_form_refusal
@@ -22,30 +24,56 @@ from ..spec.kernels import KERNEL_GATE_ACTS, depthwise_form_refusal
 for _name in ("conv1x1", "depthwise", "squeeze_excite"):
     torch.fx.wrap(_name)  # torch.fx's symbolic tracing records the call and doesn't look inside
 
-Path = tuple[str, ...]
+
+class Layout(NamedTuple):
+    """Names and kinds of the children of each module down to the layers, by its path: what a fused module leaps over."""
+
+    kinds: dict[Path, dict[str, type]]
+
+    @classmethod
+    def of(cls, module: nn.Module, beside: Collection[Path] = ()) -> Layout:
+        """That of ``module``, but what is inside fused modules and at the paths ``beside``, which run themselves."""
+        return cls(_kinds(module, (), beside))
+
+    def holds(self, root: nn.Module) -> bool:
+        """Whether nothing has been added, removed or replaced by another kind, and nobody looks on by hooks. Only norms may
+        have gone, folded into their convolutions."""
+        for path, kinds in self.kinds.items():
+            children: dict[str, nn.Module | None] = get(root, path).__dict__["_modules"]
+            for name, child in children.items():
+                kind = kinds.get(name)
+                if type(child) is not kind:
+                    nothing = child is None or type(child) is nn.Identity
+                    if not nothing or (kind is not None and (child is None or kind not in ghost.NORMS)):
+                        return False
+                elif child is not None and (ghost.has_hooks(child) or ghost.forward_replaced(child)):
+                    return False
+            for name, kind in kinds.items():
+                if name not in children and kind not in ghost.NORMS:
+                    return False
+        return True
 
 
-def get(root: nn.Module, path: Path) -> nn.Module:
-    """The descendant of ``root`` at ``path``; Identity if it has been removed, as a norm is when it is folded."""
-    for name in path:
-        # not root._modules, where torch.export has put a stand-in for root that hands out stand-ins
-        root = root.__dict__["_modules"].get(name) or _IDENTITY
-    return root
-
-
-_IDENTITY = nn.Identity()
+def _kinds(module: nn.Module, path: Path, beside: Collection[Path]) -> dict[Path, dict[str, type]]:
+    if is_fused(module) or not module._modules or path in beside:
+        return {}
+    children = {name: m for name, m in module._modules.items() if m is not None}
+    found = {path: {name: type(m) for name, m in children.items() if type(m) is not nn.Identity}}
+    for name, child in children.items():
+        found |= _kinds(child, (*path, name), beside)
+    return found
 
 
 class Run(NamedTuple):
     """conv → norm → activation, of which the last two may be missing; or a single layer of any other kind."""
 
-    paths: tuple[Path, ...]
+    paths: tuple[ghost.Layer, ...]
 
     def __call__(
         self, root: nn.Module, x: Tensor, backend: str, gate: Tensor | None = None, residual: Tensor | None = None
     ) -> Tensor:
         """This of x * gate, plus residual: in one kernel where there is one, else layer by layer."""
-        layers = [get(root, path) for path in self.paths]
+        layers = [ghost.layer_at(root, layer) for layer in self.paths]
         half = ghost.read_layers(layers)
         if isinstance(half, str) or half.batch_statistics or (kind := _kind(half)) is None:
             note_others()
@@ -64,7 +92,7 @@ class Run(NamedTuple):
 
     def kind(self, root: nn.Module) -> str | None:
         """Which function computes this in a kernel, whatever the norm's mode: "conv1x1", "depthwise" or none."""
-        half = ghost.read_layers([get(root, path) for path in self.paths])
+        half = ghost.read_layers([ghost.layer_at(root, layer) for layer in self.paths])
         return None if isinstance(half, str) else _kind(half)
 
 
@@ -84,11 +112,11 @@ def _kind(half: ghost.Half) -> str | None:
     return None if depthwise_form_refusal((kh, kw), conv.stride[0], half.act) else "depthwise"
 
 
-def split(layers: Sequence[tuple[Path, nn.Module]]) -> list[Run]:
+def split(layers: Sequence[tuple[ghost.Layer, nn.Module | Known]]) -> list[Run]:
     """Groups layers that follow each other into runs; a layer that begins no conv and continues none stands alone."""
-    runs: list[list[tuple[Path, nn.Module]]] = []
+    runs: list[list[tuple[ghost.Layer, nn.Module | Known]]] = []
     for path, layer in layers:
-        if isinstance(layer, nn.Identity) or (isinstance(layer, nn.Sequential) and not layer._modules):
+        if isinstance(layer, nn.Module) and ghost.is_nothing(layer):
             continue
         if runs and not isinstance(ghost.read_layers(m for _, m in (*runs[-1], (path, layer))), str):
             runs[-1].append((path, layer))
@@ -144,24 +172,80 @@ def _matrices(block: nn.Module) -> list[tuple[Path, nn.Module]]:
     return found if len(found) == 2 and sizes[0] == sizes[1][::-1] and not (block._parameters or block._buffers) else []
 
 
-def read_squeeze_excite(block: nn.Module, path: Path) -> SqueezeExcite | None:
-    """``block`` as a squeeze-and-excite block, if it computes x times such a gate: tried on a random input."""
+def read_squeeze_excite(block: nn.Module, path: Path) -> tuple[SqueezeExcite, Watched] | None:
+    """``block`` as a squeeze-and-excite block, and what its forward reads; None if it doesn't compute x times such a gate.
+
+    Its graph says that x goes through a mean, the two matrices with one activation between them, and functions of single
+    numbers; which of the gates these are is tried on random numbers.
+    """
     matrices = _matrices(block)
     if not matrices or ghost.unusual(block) or any(ghost.has_hooks(m) for m in block.modules()):
         return None
-    if isinstance(reads(block), str):
-        return None
+    traced = trace(block)
     (reduce, first), (expand, _) = matrices
+    if isinstance(traced, str) or not _gates(traced, block, reduce, expand):
+        return None
     channels = first._parameters["weight"].shape[1]  # type: ignore[union-attr]
     acts = {BY_MODULE[type(m)] for m in block.modules() if type(m) in BY_MODULE} or {Act.RELU}
     try:
-        with substituted(block, channels, training=False) as x:
-            expected = block.forward(x)
+        with substituted(block, channels, training=False) as (twin, x):
+            expected = twin.forward(x)
             for act, gate in itertools.product(acts.intersection(KERNEL_GATE_ACTS), Gate):
                 found = SqueezeExcite(reduce, expand, act, gate)
-                out = x * found(block, x, "reference")[:, :, None, None]
+                out = x * found(twin, x, "reference")[:, :, None, None]
                 if out.shape == expected.shape and torch.allclose(out, expected, rtol=1e-10, atol=1e-12):
-                    return found._replace(reduce=path + reduce, expand=path + expand)
+                    watched = Watched()
+                    watched.update(traced.watched, path)
+                    for name, m in block.named_modules():
+                        if m is not block:
+                            watch_settings(m, path + tuple(name.split(".")), watched)
+                    return found._replace(reduce=path + reduce, expand=path + expand), watched
     except Exception:  # whatever it does, it isn't this
         return None
     return None
+
+
+_VIEWS = ("view", "reshape", "flatten", "squeeze", "unsqueeze", "expand_as")
+_OF_NUMBERS = ("sigmoid", "hardsigmoid", "relu", "relu_", "relu6", "hardtanh", "hardtanh_", "clamp", "clamp_", "clip", "add", "add_",
+               "iadd", "sub", "mul", "mul_", "imul", "div", "div_", "truediv", "itruediv", "silu", "hardswish", "sigmoid_")  # fmt: skip
+_MEANS = ("mean", "adaptive_avg_pool2d", "avg_pool2d")
+_MEAN_LAYERS = (nn.AdaptiveAvgPool2d,)
+_LAYERS_OF_NUMBERS = (nn.Sigmoid, nn.Hardsigmoid, nn.ReLU6, nn.Hardtanh, nn.Identity, nn.Flatten, nn.Unflatten)
+
+
+def _gates(traced: Traced, block: nn.Module, reduce: Path, expand: Path) -> bool:
+    """Whether only a mean sees the input, but for the last product, and one activation at most is between the matrices."""
+    matrices = [".".join(reduce), ".".join(expand)]
+    stage, acts = 0, 0  # before the mean, after it, after the first matrix, after the second
+    for node in traced.nodes:
+        name = getattr(node.target, "__name__", str(node.target))
+        if node is traced.start or is_look(node):
+            continue
+        if node.op == "call_module":
+            layer = get(block, tuple(str(node.target).split(".")))
+            if node.target in matrices:
+                stage += 1
+                if stage < 2 or node.target != matrices[stage - 2]:
+                    return False
+            elif isinstance(layer, _MEAN_LAYERS) and stage <= 1:
+                stage = 1
+            elif stage == 2 and type(layer) in BY_MODULE:
+                acts += 1
+            elif not (isinstance(layer, _LAYERS_OF_NUMBERS) and stage in (1, 3)) and not ghost.is_nothing(layer):
+                return False
+        elif name in _MEANS and stage <= 1:
+            stage = 1
+        elif name in _VIEWS and stage > 0:
+            continue
+        elif stage == 2 and name in ("relu", "relu_"):
+            acts += 1
+        elif name not in _OF_NUMBERS or stage != 3:
+            return False
+        last = node is traced.result
+        if (
+            traced.start in node.all_input_nodes
+            and not last
+            and not (stage == 1 and (name in _MEANS or node.op == "call_module"))
+        ):
+            return False
+    return stage == 3 and acts <= 1

@@ -3,101 +3,147 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..numerics import relative_error
-from .swap import is_ours
+from .trace import is_fused, shadow
 
 SAME = 1e-10
 """Two modules whose float64 outputs differ by less, relative to the largest value, compute the same."""
+_SAME_GRADIENTS = 1e-6
+"""PyTorch's derivative of hardsigmoid has a constant of float32 in it."""
+_SIZES = ((3, 7, 9), (1, 8, 6), (2, 10, 13))
+"""Batch, height and width of the inputs: odd and even, small and larger. Gradients are compared on the first that runs."""
+_RANDOM = threading.RLock()
+"""Held while PyTorch's random state and number of threads, which all threads share, are others."""
 
 
 def prove(module: nn.Module, fused: nn.Module, in_channels: int) -> str | None:
     """Runs both in eval and in train mode; says how they differ, None if they don't.
 
-    ``fused`` must hold the very children of ``module``. Both run in float64 on the CPU, on one small input, with random
-    weights and statistics in place of their own, so that weights of zero hide nothing; hooks of ``module`` don't fire.
-    Don't call it while another thread runs ``module``.
+    Outputs, gradients and running statistics are compared, in float64 on the CPU, on small inputs of several sizes, with
+    random weights and statistics, so that weights of zero hide nothing. What runs are shadows: neither module changes.
     """
+    numbers: dict[int, Tensor] = {}
     for training in (False, True):
         mode = "train" if training else "eval"
-        outputs = []
-        for each in (module, fused):
-            try:
-                with substituted(module, in_channels, training) as x:
-                    outputs.append(each.forward(x))
-            except Exception as error:
-                return f"it doesn't run in {mode} mode: {type(error).__name__}: {error}"
-        expected, out = outputs
-        if out.shape != expected.shape:
-            return (
-                f"in {mode} mode its output has the shape {tuple(expected.shape)}, that of the fused one "
-                f"{tuple(out.shape)}"
-            )
-        difference = relative_error(out, expected)
-        if difference >= SAME:
-            return f"in {mode} mode its output differs from the fused one's by {difference:.1e} of the largest value"
+        errors: list[str] = []
+        for size in _SIZES:
+            if training and _SIZES.index(size) > len(errors):  # the graph is that of eval mode: one that runs is enough
+                break
+            results: list[list[tuple[str, Tensor | None]] | Exception] = []
+            for each in (module, fused):
+                try:
+                    results.append(_run(each, in_channels, size, training, len(errors) == _SIZES.index(size), numbers))
+                except Exception as error:
+                    results.append(error)
+            expected, ours = results
+            if isinstance(expected, Exception) and isinstance(ours, Exception):
+                errors.append(f"it doesn't run in {mode} mode: {type(expected).__name__}: {expected}")
+                continue
+            for one, result in (("it", expected), ("the fused one", ours)):
+                if isinstance(result, Exception):
+                    shape = (size[0], in_channels, *size[1:])
+                    return f"{one} doesn't run in {mode} mode on {shape}: {type(result).__name__}: {result}"
+            if reason := _difference(expected, ours):  # type: ignore[arg-type]
+                return f"in {mode} mode {reason}"
+        if len(errors) == len(_SIZES):
+            return errors[0]
     return None
 
 
+def _run(
+    module: nn.Module,
+    in_channels: int,
+    size: Sequence[int],
+    training: bool,
+    gradients: bool,
+    numbers: dict[int, Tensor],
+) -> list[tuple[str, Tensor | None]]:
+    """Output, and gradients if asked for, and statistics afterwards, each with its name."""
+    with substituted(module, in_channels, training, size, numbers) as (twin, x), torch.set_grad_enabled(gradients):
+        x.requires_grad_(gradients)
+        out = twin.forward(x)
+        results: list[tuple[str, Tensor | None]] = [("output", out)]
+        if gradients and isinstance(out, Tensor):
+            named = {"gradient of its input": x, **{f"gradient of {n}": p for n, p in twin.named_parameters()}}
+            weights = torch.linspace(-1, 2, out.numel(), dtype=out.dtype, device=out.device).view(out.shape)
+            found: Sequence[Tensor | None] = [None] * len(named)
+            if out.requires_grad:
+                found = torch.autograd.grad((out * weights).sum(), list(named.values()), allow_unused=True)
+            results += zip(named, found, strict=True)
+        return results + [(f"buffer {n}", b) for n, b in twin.named_buffers()]
+
+
+def _difference(expected: list[tuple[str, Tensor | None]], ours: list[tuple[str, Tensor | None]]) -> str | None:
+    for (name, a), (_, b) in zip(expected, ours, strict=True):
+        if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+            if (a is None) != (b is None) or not isinstance(a, Tensor | None):
+                return f"its {name} is {_kind(a)}, the fused one's {_kind(b)}"
+            continue
+        if a.shape != b.shape:
+            return f"its {name} has the shape {tuple(a.shape)}, the fused one's {tuple(b.shape)}"
+        difference, limit = relative_error(b, a), _SAME_GRADIENTS if name.startswith("gradient") else SAME
+        # before a norm in train mode the gradient of a bias is zero, but for rounding
+        if not torch.equal(a, b) and not difference < limit and not (limit > SAME and (b - a).abs().max() < SAME):
+            return f"its {name} differs from the fused one's by {difference:.1e} of the largest value"
+    return None
+
+
+def _kind(value: object) -> str:
+    return "none" if value is None else f"a {type(value).__name__}"
+
+
 @contextlib.contextmanager
-def substituted(module: nn.Module, in_channels: int, training: bool) -> Iterator[Tensor]:
-    """Puts random float64 CPU tensors in place of ``module``'s and sets its mode; yields an input to run it on.
+def substituted(
+    module: nn.Module,
+    in_channels: int,
+    training: bool,
+    size: Sequence[int] = _SIZES[0],
+    numbers: dict[int, Tensor] | None = None,
+) -> Iterator[tuple[nn.Module, Tensor]]:
+    """A shadow of ``module`` in the mode asked for, with random float64 CPU tensors in place of its own, and an input for it.
 
-    Fused modules in it run on the reference meanwhile, since no kernel takes float64.
-
-    Nothing is written to the module's own tensors; they and all training flags are back afterwards. The random numbers
-    are the same every time, and PyTorch's random state is left as it was.
+    Fused modules in it run on the reference, since no kernel takes float64. The random numbers are the same every time, and
+    PyTorch's random state is afterwards what it was. ``numbers`` keeps the tensors for further shadows of the same module, by
+    the ids of those that they stand for, so that tied tensors stay tied.
     """
     generator = torch.Generator("cpu").manual_seed(0)
-    substitutes: dict[int, Tensor] = {}  # by the original's id, so that tied tensors stay tied
+    numbers = {} if numbers is None else numbers
+    buffers: dict[int, Tensor] = {}
 
     def randn(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
 
     def substitute(name: str, t: Tensor) -> Tensor:
-        if not t.is_floating_point():
-            return torch.zeros(t.shape, dtype=t.dtype, device="cpu")
-        random = randn(*t.shape)
-        return random.abs() + 0.5 if name == "running_var" else random
+        if id(t) not in numbers:
+            new = randn(*t.shape) if t.is_floating_point() else torch.zeros(t.shape, dtype=t.dtype, device="cpu")
+            new = new.abs() + 0.5 if name == "running_var" else new
+            trained = isinstance(t, nn.Parameter) and t.is_floating_point()
+            numbers[id(t)] = nn.Parameter(new) if trained else new
+        if isinstance(numbers[id(t)], nn.Parameter):
+            return numbers[id(t)]
+        return buffers.setdefault(id(t), numbers[id(t)].clone())  # train mode writes to them
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the work is tiny, and on a busy machine threads would wait for each other
-    modules = list(module.modules())
-    saved = [(m, dict(m._parameters), dict(m._buffers), m.training) for m in modules]
-    fused = [(m, m.__dict__["backend"]) for m in modules if _is_fused(m)]
-    try:
-        for m, _ in fused:
-            m.__dict__["backend"] = "reference"
-        for m in modules:
-            for tensors in (m._parameters, m._buffers):
-                for name, t in tensors.items():
-                    if t is not None:
-                        new = substitutes.setdefault(id(t), substitute(name, t))
-                        is_parameter = isinstance(t, nn.Parameter)
-                        tensors[name] = nn.Parameter(new) if is_parameter else new  # type: ignore[assignment]
+    with _RANDOM, torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        twin = shadow(module, substitute)
+        for m in twin.modules():
             m.training = training
+            if is_fused(m):
+                m.__dict__["backend"] = "reference"
         # one sample around 1, one where clamps (ReLU6, hardswish) act, one between
-        x = torch.cat([randn(1, in_channels, 7, 9) * scale for scale in (0.3, 2.0, 15.0)]) / in_channels**0.5
-        random_state = torch.get_rng_state()
+        scales = torch.tensor([2.0, 15.0, 0.3], dtype=torch.float64, device="cpu")[: size[0], None, None, None]
+        generator.manual_seed(1)  # the same input whether the tensors are new or not
+        x = randn(size[0], in_channels, *size[1:]) * scales / in_channels**0.5
+        threads, random_state = torch.get_num_threads(), torch.get_rng_state()
+        torch.set_num_threads(1)  # the work is tiny, and on a busy machine threads would wait for each other
         torch.default_generator.manual_seed(0)  # torch.manual_seed would seed the GPUs too
         try:
-            with torch.no_grad():
-                yield x
+            yield twin, x
         finally:
             torch.set_rng_state(random_state)
-    finally:
-        torch.set_num_threads(threads)
-        for m, backend in fused:
-            m.__dict__["backend"] = backend
-        for m, parameters, buffers, mode in saved:
-            m._parameters.update(parameters)
-            m._buffers.update(buffers)
-            m.training = mode
-
-
-def _is_fused(module: nn.Module) -> bool:
-    return is_ours(module) and "backend" in module.__dict__
+            torch.set_num_threads(threads)

@@ -7,18 +7,23 @@ somebody's module; ``equivalence.py`` then runs that module beside its fused twi
 
 from __future__ import annotations
 
+import functools
 import inspect
+import operator
 from collections.abc import Iterable, Iterator
 from types import MethodType
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
-from torch import Tensor, nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
 
 from ..spec import Act, BatchNorm
-from ..spec.activations import BY_MODULE as ACTIVATIONS
-from .equivalence import substituted
-from .reads import Reads, reads
+from ..spec.activations import BY_MODULE
+from .activations import Activations, Known, called
 from .swap import PACKAGE
+from .trace import Traced, is_fused, is_layer, is_look, scripted, trace, unused
+from .watch import Path, Watched, get
 
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
@@ -41,20 +46,43 @@ class Half(NamedTuple):
         return self.batch_norm is not None
 
 
+Layer = Path | tuple[Path, Act] | Act
+"""Where a layer is; with the activation that somebody's own layer computes; or an activation that is no layer."""
+Place = str | tuple[Layer, ...]
+"""Where a half is: the name of the child that is conv → norm → activation, or the layers in the order they run."""
+
+
+def layer_at(root: nn.Module, layer: Layer) -> nn.Module | Known:
+    """The layer of ``root`` that is there now."""
+    if isinstance(layer, Act):
+        return Known(layer, None)
+    if len(layer) == 2 and isinstance(layer[1], Act):
+        return Known(layer[1], get(root, cast(Path, layer[0])))
+    return get(root, cast(Path, layer))
+
+
 class Adopted(NamedTuple):
     """Where a Ghost module keeps its halves."""
 
-    primary: str
-    """Name of the child that is conv → norm → activation."""
-    cheap: str
-    """Name of the child that is depthwise conv → norm → activation."""
+    primary: Place
+    cheap: Place
+    """Depthwise over the primary's maps."""
     in_channels: int
-    out_channels: int
-    """Of its output: at most those of both halves together."""
-    reads: Reads
+    cut: int | None
+    """How many channels it gives out at most."""
+    watched: Watched
     """What its forward reads beside tensors and children."""
     attention: str | None = None
     """Name of the child that makes the gate of GhostNetV2's DFC attention."""
+
+    def out_channels(self, module: nn.Module) -> int:
+        """Of the output of ``module``, as its tensors are."""
+        channels = 0
+        for place in (self.primary, self.cheap):
+            half = read_place(module, place)
+            assert not isinstance(half, str)
+            channels += half.weight.shape[0]
+        return channels if self.cut is None else min(self.cut, channels)
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -66,12 +94,22 @@ def has_hooks(module: nn.Module) -> bool:
 def forward_replaced(block: nn.Module) -> bool:
     """Whether a block's forward is no method of its class but one put on the instance, as offloading tools do.
 
-    Switching to another method of the class (ultralytics' ``forward_fuse``) is the class's own business.
+    ultralytics switches to another method of its class, ``forward_fuse``, when it folds norms into convolutions.
     """
     forward = block.__dict__.get("forward")
     return forward is not None and not (
-        isinstance(forward, MethodType) and getattr(type(block), forward.__name__, None) is forward.__func__
+        type(block).__module__.partition(".")[0] == "ultralytics"
+        and isinstance(forward, MethodType)
+        and getattr(type(block), forward.__name__, None) is forward.__func__
     )
+
+
+def read_place(root: nn.Module, place: Place) -> Half | str:
+    """The half of ``root`` at ``place``."""
+    if isinstance(place, str):
+        # torch.export's stand-in for a module has another _modules
+        return read_half(root.__dict__["_modules"].get(place) or nn.Identity())
+    return read_layers(layer_at(root, layer) for layer in place)
 
 
 def read_half(block: nn.Module) -> Half | str:
@@ -81,10 +119,12 @@ def read_half(block: nn.Module) -> Half | str:
     """
     if has_hooks(block) or forward_replaced(block):
         return f"{type(block).__name__} has hooks or another forward"
-    return read_layers(block._modules.values())
+    if getattr(type(block), "forward", None) is nn.Sequential.forward and None in block._modules.values():
+        return f"{type(block).__name__} has a child that is None"
+    return read_layers([block] if type(block) is nn.Conv2d else block._modules.values())
 
 
-def read_layers(layers: Iterable[nn.Module | None]) -> Half | str:
+def read_layers(layers: Iterable[nn.Module | Known | None]) -> Half | str:
     """What ``layers``, run one after the other, hold; or why they can't be taken apart.
 
     Every call of a fused module comes through here: this reads instance dictionaries, since ``nn.Module.__getattr__``
@@ -99,8 +139,13 @@ def read_layers(layers: Iterable[nn.Module | None]) -> Half | str:
     for child in _with_activations(layers):
         if child is None:
             continue
+        if isinstance(child, Known):
+            if conv is None or act is not None:
+                return f"{child.act.name.lower()} {_misplaced(conv, act)}"
+            act = child.act
+            continue
         kind = type(child)
-        if has_hooks(child) or "forward" in child.__dict__:
+        if has_hooks(child) or not _methods(kind).isdisjoint(child.__dict__):  # type: ignore[arg-type]
             return f"{kind.__name__} has hooks or another forward"
         if kind is nn.Conv2d and conv is None:
             conv = child  # type: ignore[assignment]
@@ -109,20 +154,25 @@ def read_layers(layers: Iterable[nn.Module | None]) -> Half | str:
             affine, buffers = child._parameters, child._buffers
             if "weight" not in affine or "bias" not in affine:
                 return f"{kind.__name__}, whose weight or bias is no parameter of it"
+            if type(child.eps) is not float and type(child.eps) is not int:
+                return f"{kind.__name__}, whose eps is a {type(child.eps).__name__}"
             mean, var = buffers["running_mean"], buffers["running_var"]
             if child.training or mean is None or var is None:
                 batch_norm, mean, var = child, None, None
             norm = BatchNorm(mean, var, affine["weight"], affine["bias"], child.eps)  # type: ignore[arg-type]
-        elif kind in ACTIVATIONS and conv is not None and act is None:
-            act = ACTIVATIONS[kind]
+        elif kind in BY_MODULE and conv is not None and act is None:
+            act = BY_MODULE[kind]
             if kind is nn.LeakyReLU:
                 slope = child.negative_slope  # type: ignore[assignment]
+                if type(slope) is not float and type(slope) is not int:
+                    return f"LeakyReLU, whose slope is a {type(slope).__name__}"
             elif kind is nn.PReLU:
                 slope = child._parameters["weight"]
             elif kind is nn.GELU and child.approximate != "none":
                 return f"GELU with approximate={child.approximate!r}"
         elif kind is not nn.Identity and (kind is not nn.Sequential or child._modules):
-            return f"{kind.__name__} at a place where it is not understood"
+            known = kind is nn.Conv2d or kind in NORMS or kind in BY_MODULE
+            return f"{kind.__name__} {_misplaced(conv, act) if known else 'is no layer that a kernel computes'}"
     if conv is None:
         return "no Conv2d"
     parameters = conv._parameters
@@ -132,15 +182,29 @@ def read_layers(layers: Iterable[nn.Module | None]) -> Half | str:
     return Half(conv, weight, parameters["bias"], norm, Act.NONE if act is None else act, slope, batch_norm)
 
 
-def _has_activation(layer: nn.Module | None) -> bool:
-    """Whether ``layer`` may be a norm with the activation as its child, such as timm's BatchNormAct2d."""
-    return isinstance(layer, nn.BatchNorm2d) and type(layer) not in NORMS and len(layer._modules) > 0
+@functools.cache
+def _methods(kind: type[nn.Module]) -> frozenset[str]:
+    """Names that, on an instance, hide a method of its class, such as ``_conv_forward``, which people replace."""
+    return frozenset(n for base in kind.__mro__ for n, value in vars(base).items() if inspect.isfunction(value))
 
 
-def _with_activations(layers: Iterable[nn.Module | None]) -> Iterator[nn.Module | None]:
+def _misplaced(conv: nn.Module | None, act: Act | None) -> str:
+    if conv is None:
+        return "before any Conv2d"
+    return "after the Conv2d and its norm" if act is None else "after the activation"
+
+
+def _has_activation(layer: object) -> bool:
+    """Whether ``layer`` is a norm with the activation as its child, timm's BatchNormAct2d."""
+    if type(layer) in NORMS or not isinstance(layer, nn.BatchNorm2d) or not layer._modules:
+        return False
+    return type(layer).__module__.partition(".")[0] == "timm"  # whose forward is known
+
+
+def _with_activations(layers: Iterable[nn.Module | Known | None]) -> Iterator[nn.Module | Known | None]:
     for layer in layers:
         yield layer
-        if _has_activation(layer):
+        if isinstance(layer, nn.Module) and _has_activation(layer):
             yield from layer._modules.values()  # type: ignore[union-attr]
 
 
@@ -175,74 +239,231 @@ _MAY_OVERRIDE = {"__init__", "__repr__", "__dir__", "extra_repr", "forward"}
 _METHODS = {name for name, value in vars(nn.Module).items() if inspect.isfunction(value)} - _MAY_OVERRIDE
 
 
-def _is_torchs_or_ours(kind: type[nn.Module], name: str) -> bool:
-    method = getattr(kind, name)
-    return method is getattr(nn.Module, name) or method.__module__.partition(".")[0] == PACKAGE
+_COPIES = {
+    "__deepcopy__",
+    "__copy__",
+    "__reduce__",
+    "__reduce_ex__",
+    "__getnewargs__",
+    "__getnewargs_ex__",
+    "__getstate__",
+}
 
 
 def unusual(module: nn.Module) -> str | None:
     """Why ``module`` is more than its children and its class's forward; None if it isn't."""
     kind = type(module)
-    overridden = sorted(name for name in _METHODS if not _is_torchs_or_ours(kind, name))
+    theirs = [base for base in kind.__mro__ if base.__module__.partition(".")[0] not in ("torch", "builtins", PACKAGE)]
+    overridden = sorted({name for base in theirs for name in vars(base).keys() & (_METHODS | _COPIES)})
     if overridden:
         return f"{kind.__name__} overrides {', '.join(overridden)} of nn.Module"
     return "its forward is replaced on the instance" if "forward" in module.__dict__ else None
 
 
+def forward_is_known(module: nn.Module) -> bool:
+    """Whether all that is unusual about ``module`` is ultralytics' switch to ``forward_fuse``."""
+    return not has_hooks(module) and "forward" in module.__dict__ and not forward_replaced(module)
+
+
 def read(module: nn.Module) -> Adopted | str:
-    """Where ``module``'s halves are and how many channels it gives out; or why it is no Ghost module that can be fused.
-
-    Runs ``module.forward`` once, on a small random input with random weights in place of its own.
-    """
-    if reason := unusual(module):
+    """Where ``module``'s halves are and how many channels it gives out; or why it is no Ghost module that can be fused."""
+    if reason := scripted(module) or unusual(module):
         return reason
-    halves: dict[str, Half] = {}
-    refusals = []
-    for name, child in module._modules.items():
-        if child is None:
-            continue
-        half = read_half(child)
-        if not isinstance(half, str):
-            halves[name] = half
-        elif child._modules or child._parameters:
-            refusals.append(f"{name}: {half}")
-    pairs = [(p, c) for p in halves for c in halves if p != c and mismatch(halves[p], halves[c]) is None]
-    if not pairs:
-        if len(halves) >= 2:
-            first, second, *_ = halves
-            refusals.append(f"{first}, {second}: {mismatch(halves[first], halves[second])}")
-        found = f"{len(halves)} children of the form conv, BatchNorm, activation; a Ghost module has 2"
-        return "; ".join(refusals) or found
-    primary, cheap = pairs[0]  # where both orders fit, the order of registration: ``prove`` tells if that is wrong
+    if is_fused(module) and "_halves" in module.__dict__:
+        return _of_fused(module)
+    if is_layer(module):
+        return f"{type(module).__name__} is one layer"
+    halves = {n: read_half(child) for n, child in module._modules.items() if child is not None}
+    reason = _by_structure(module, halves)
+    convs = sum(isinstance(m, nn.Conv2d) for m in module.modules())
+    if reason is not None and convs not in (2, 5):  # 3 are those of DFC attention
+        return reason
+    inner = [name for name, child in module.named_modules() if child is not module and has_hooks(child)]
+    if inner:
+        return reason or f"hooks on {', '.join(inner)}"
+    attention = next((name for name, m in module._modules.items() if _may_make_a_gate(m)), None)
+    own = Activations.of(module)
+    traced = trace(module, lambda m, path: is_layer(m) or path in own.acts)
+    if isinstance(traced, str):
+        return traced if reason is None else f"{reason}; {traced}"
+    traced.watched.update(own.watched)
+    chains = _chains(traced, attention, own.acts)
+    if isinstance(chains, str):
+        return reason or chains
+    first, second, cut = chains
+    names = {layer[0] for layer in (*first, *second) if isinstance(layer, tuple) and isinstance(layer[0], str)}
+    if len(names) == 1 and not any(isinstance(layer, Act) for layer in (*first, *second)):
+        return f"all that it runs is inside {names.pop()}"
+    primary, cheap = (_place(module, chain, halves) for chain in (first, second))
+    both = [read_place(module, place) for place in (primary, cheap)]
+    for name, half in zip((first, second), both, strict=True):
+        if isinstance(half, str):
+            return reason or f"{_name(name)}: {half}"
+    one, two = both
+    assert isinstance(one, Half)
+    assert isinstance(two, Half)
+    if refusal := mismatch(one, two):
+        return f"{_name(primary)}, {_name(cheap)}: {refusal}"
 
-    known = [primary, cheap]
-    attention = next((name for name, m in module._modules.items() if name not in known and _may_make_a_gate(m)), None)
-    if attention is not None:
-        known.append(attention)
-    blocks = nn.ModuleList([module._modules[name] for name in known])  # type: ignore[misc]
+    layers = [m for layer in (*first, *second) if isinstance(m := layer_at(module, layer), nn.Module)]
+    blocks = nn.ModuleList(layers if attention is None else [*layers, module._modules[attention]])  # type: ignore[list-item]
     ids = {id(t) for t in (*blocks.parameters(), *blocks.buffers())}
     further = [n for n, t in (*module.named_parameters(), *module.named_buffers()) if id(t) not in ids]
     if further:
+        known = [_name(place) for place in (primary, cheap)] + ([] if attention is None else [attention])
         return f"it has tensors beside {' and '.join(known)}: {', '.join(further[:3])}"
-    inner = [name for name, child in module.named_modules() if child is not module and has_hooks(child)]
-    if inner:
-        return f"hooks on {', '.join(inner)}"
+    if attention is not None and not (isinstance(primary, str) and isinstance(cheap, str)):
+        return f"{_name(primary)}, {_name(cheap)}: beside attention each half has to be one child"
+    channels = one.weight.shape[0], two.weight.shape[0]
+    if cut is not None and not channels[0] <= cut <= sum(channels):
+        return f"it returns {cut} channels, no concatenation of {channels[0]} and {channels[1]}"
+    return Adopted(primary, cheap, one.conv.in_channels, cut, traced.watched, attention)
 
-    read_by_it = reads(module)
-    if isinstance(read_by_it, str):  # before it runs: it might write into a log
-        return read_by_it
-    try:
-        with substituted(module, halves[primary].conv.in_channels, training=False) as x:
-            out = module.forward(x)
-    except Exception as error:
-        return f"it doesn't run on a float64 tensor on the CPU: {type(error).__name__}: {error}"
-    if not isinstance(out, Tensor) or out.dim() != 4:
-        return "it doesn't return one 4-dimensional tensor"
-    init_channels = halves[primary].weight.shape[0]
-    channels = init_channels + halves[cheap].weight.shape[0]
-    if not init_channels <= out.shape[1] <= channels:
-        return f"it returns {out.shape[1]} channels, no concatenation of {init_channels} and {channels - init_channels}"
-    return Adopted(primary, cheap, halves[primary].conv.in_channels, out.shape[1], read_by_it, attention)
+
+def claims_to_be_one(module: nn.Module) -> bool:
+    """For reports only: whether somebody would expect ``module`` to be fused, by its name or by its halves."""
+    if next(module.parameters(), None) is None:
+        return False
+    if any("ghost" in kind.__name__.lower() for kind in type(module).__mro__):
+        return True
+    halves = {n: read_half(child) for n, child in module._modules.items() if child is not None}
+    names = getattr(getattr(getattr(type(module), "forward", None), "__code__", None), "co_names", ())
+    return not {"cat", "concat"}.isdisjoint(names) and len(halves) < 9 and _by_structure(module, halves) is None
+
+
+def _of_fused(module: nn.Module) -> Adopted | str:
+    """The same of one of ours."""
+    state = module.__dict__
+    primary, cheap = state["_halves"]
+    half = read_place(module, primary)
+    if isinstance(half, str):
+        return f"{_name(primary)}: {half}"
+    cut, attention = state.get("_cut", state["out_channels"]), state.get("_attention")
+    return Adopted(primary, cheap, half.conv.in_channels, cut, state.get("_watched", Watched()), attention)
+
+
+def _by_structure(module: nn.Module, halves: dict[str, Half | str]) -> str | None:
+    """Why no two children read as the halves of a Ghost module; None if two do."""
+    found = {name: half for name, half in halves.items() if not isinstance(half, str)}
+    if any(mismatch(found[p], found[c]) is None for p in found for c in found if p != c):
+        return None
+    refusals = [
+        f"{name}: {half}"
+        for name, half in halves.items()
+        if isinstance(half, str) and (child := module._modules[name]) and (child._modules or child._parameters)
+    ]
+    if len(found) >= 2:
+        first, second, *_ = found
+        refusals.append(f"{first}, {second}: {mismatch(found[first], found[second])}")
+    return "; ".join(refusals) or f"{len(found)} children of the form conv, BatchNorm, activation; a Ghost module has 2"
+
+
+_CAT = (torch.cat, torch.concat, torch.concatenate)
+_GATING = (F.avg_pool2d, torch.sigmoid, F.sigmoid, F.interpolate, operator.mul, operator.imul, torch.mul)
+
+
+def _chains(
+    traced: Traced, attention: str | None, acts: dict[Path, Act]
+) -> tuple[tuple[Layer, ...], tuple[Layer, ...], int | None] | str:
+    """The layers of both halves, in the order they run, and where the output is cut; or why it isn't such."""
+    if (node := unused(traced)) is not None:
+        return f"{node.target} is called, but its result is not used"
+    cats = [node for node in traced.nodes if node.op == "call_function" and node.target in _CAT]
+    given = cats[0].args[0] if len(cats) == 1 and cats[0].args else None
+    if not isinstance(given, list | tuple) or len(given) != 2 or not all(isinstance(n, fx.Node) for n in given):
+        return "its output is no concatenation of two tensors"
+    cat, one, two = cats[0], cast(fx.Node, given[0]), cast(fx.Node, given[1])
+    dim = cat.args[1] if len(cat.args) == 2 else cat.kwargs.get("dim", cat.kwargs.get("axis", 0))
+    if dim not in (1, -3) or len(cat.args) + len(cat.kwargs) > 2:
+        return f"it concatenates along dimension {dim}, not 1"
+    first, second = chain(one, traced.start), chain(two, one)
+    if isinstance(first, str) or isinstance(second, str):
+        return first if isinstance(first, str) else str(second)
+    if not first or not second:
+        return "one of the tensors that it concatenates is not the result of a convolution"
+    known = {traced.start, cat, *first, *second}
+    cuts: list[int] = []
+    for node in traced.nodes:
+        if node in known or is_look(node):
+            continue
+        gates = node.op == "call_function" and node.target in _GATING
+        gates |= node.op == "call_method" and node.target in ("sigmoid", "mul", "mul_")
+        # the proof tells whether a layer of torch's beside the halves is a sigmoid
+        gates |= node.op == "call_module" and (
+            str(node.target).partition(".")[0] == attention or "." not in str(node.target)
+        )
+        if node.op == "call_function" and node.target is operator.getitem and (cut := _cut(node.args[1])):
+            cuts.append(cut)
+        elif attention is None or not gates:
+            return f"{node.name} ({node.op.removeprefix('call_')}) is no step of a Ghost module"
+    if len(cuts) > 1:
+        return "its output is cut more than once"
+    places = [tuple(layer_of(node, acts) for node in chain) for chain in (first, second)]
+    return places[0], places[1], cuts[0] if cuts else None
+
+
+def layer_of(node: fx.Node, acts: dict[Path, Act]) -> Layer:
+    """Where the layer is that a step calls."""
+    if node.op != "call_module":
+        act = called(node)
+        assert act is not None
+        return act
+    path = tuple(str(node.target).split("."))
+    return (path, acts[path]) if path in acts else path
+
+
+def chain(node: object, start: fx.Node) -> list[fx.Node] | str:
+    """The calls of layers and activations from ``start`` to ``node``, each on the result of the one before."""
+    calls: list[fx.Node] = []
+    while node is not start:
+        if not isinstance(node, fx.Node):
+            return f"{node} is no tensor that is computed from its input"
+        layer = node.op == "call_module" and len(node.args) == 1 and not node.kwargs
+        if not (layer or called(node) is not None) or not isinstance(node.args[0], fx.Node):
+            return f"{node.name} is no layer that is called on the result of one other"
+        if calls and sum(not is_look(user) for user in node.users) > 1:
+            return f"the result of {node.target} is used more than once"
+        calls.insert(0, node)
+        node = node.args[0]
+    return calls
+
+
+def _cut(index: object) -> int | None:
+    """n of an index ``[:, :n]``."""
+    if (
+        not isinstance(index, tuple)
+        or len(index) < 2
+        or not all(isinstance(i, slice) and i.step is None for i in index)
+    ):
+        return None
+    whole = all(i.start is None and i.stop is None for i in (index[0], *index[2:]))
+    stop = index[1].stop
+    return stop if whole and index[1].start in (None, 0) and isinstance(stop, int) and stop > 0 else None
+
+
+def _place(module: nn.Module, chain: tuple[Layer, ...], halves: dict[str, Half | str]) -> Place:
+    """The child whose layers are these in the order of registration, or else the layers."""
+    found = [layer_at(module, layer) for layer in chain]
+    names = {layer[0] for layer in chain if isinstance(layer, tuple)}
+    name = names.pop()
+    if names or any(isinstance(m, Known) for m in found) or not isinstance(name, str) or isinstance(halves[name], str):
+        return chain
+    registered = list(_with_activations(module._modules[name]._modules.values()))  # type: ignore[union-attr]
+    if any(map(_has_activation, registered)):  # the graph has it as one layer, with its activation
+        registered = list(module._modules[name]._modules.values())  # type: ignore[union-attr]
+    sides = ([id(m) for m in ms if isinstance(m, nn.Module) and not is_nothing(m)] for ms in (registered, found))
+    return name if next(sides) == next(sides) else chain
+
+
+def is_nothing(layer: nn.Module) -> bool:
+    return type(layer) is nn.Identity or (type(layer) is nn.Sequential and not layer._modules)
+
+
+def _name(place: Place) -> str:
+    """A half's for people."""
+    first = place if isinstance(place, str) else next(layer for layer in place if isinstance(layer, tuple))
+    path = first[0] if isinstance(first[0], tuple) else first
+    return path if isinstance(path, str) else ".".join(map(str, path))
 
 
 def _may_make_a_gate(child: nn.Module | None) -> bool:

@@ -33,16 +33,21 @@ class Activation(NamedTuple):
     """Of (x, LeakyReLU's negative slope, PReLU's weight)."""
     ops: tuple
     """What ``torch.export`` makes of it, where a program may hold it."""
+    calls: tuple = ()
+    """The functions and the tensor's methods by which a forward may call it, of those without a slope."""
 
 
 TABLE = {
-    Act.RELU: Activation(nn.ReLU, lambda x, _, __: F.relu(x), (aten.relu,)),
-    Act.RELU6: Activation(nn.ReLU6, lambda x, _, __: F.relu6(x), (aten.hardtanh, aten.relu6)),
-    Act.SILU: Activation(nn.SiLU, lambda x, _, __: F.silu(x), (aten.silu,)),
-    Act.HARDSWISH: Activation(nn.Hardswish, lambda x, _, __: F.hardswish(x), (aten.hardswish,)),
+    Act.RELU: Activation(
+        nn.ReLU, lambda x, _, __: F.relu(x), (aten.relu,), (torch.relu, torch.relu_, F.relu, "relu", "relu_")
+    ),
+    Act.RELU6: Activation(nn.ReLU6, lambda x, _, __: F.relu6(x), (aten.hardtanh, aten.relu6), (F.relu6,)),
+    Act.SILU: Activation(nn.SiLU, lambda x, _, __: F.silu(x), (aten.silu,), (F.silu,)),
+    Act.HARDSWISH: Activation(nn.Hardswish, lambda x, _, __: F.hardswish(x), (aten.hardswish,), (F.hardswish,)),
     Act.LEAKY_RELU: Activation(nn.LeakyReLU, lambda x, slope, _: F.leaky_relu(x, slope), (aten.leaky_relu,)),
     Act.PRELU: Activation(nn.PReLU, lambda x, _, weight: F.prelu(x, weight), ()),
     Act.GELU: Activation(nn.GELU, lambda x, _, __: F.gelu(x), ()),
 }
 BY_MODULE: dict[type[nn.Module], Act] = {activation.module: act for act, activation in TABLE.items()}
 BY_OP: dict[Any, Act] = {op: act for act, activation in TABLE.items() for op in activation.ops}
+BY_CALL: dict[Any, Act] = {call: act for act, activation in TABLE.items() for call in activation.calls}

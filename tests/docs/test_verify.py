@@ -1,6 +1,7 @@
 """The command line: info and verify, as a user runs them."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import ghostfused
 from ghostfused import __main__ as cli
 from ghostfused.backends import reference
 from ghostfused.cli import verify
@@ -45,11 +47,42 @@ def test_a_wrong_backend_fails(capsys, monkeypatch, tmp_path):
     assert "MISS" in capsys.readouterr().out
 
 
-def test_bad_rows_are_named(tmp_path):
+ROW = {"in_channels": 8, "out_channels": 9, "height": 5, "width": 6}
+BAD_ROWS = {
+    "a field missing": ({"in_channels": 8}, "expected a JSON object with"),
+    "a string": (ROW | {"width": "6"}, "width: expected a whole number of at least 1, got '6'"),
+    "negative": (ROW | {"dw_size": -3}, "dw_size: expected a whole number of at least 1, got -3"),
+    "a bool": (ROW | {"height": True}, "height: expected a whole number"),
+    "no activation": (ROW | {"act_cheap": "mish"}, "act_cheap: expected one of .*'relu'.*, got 'mish'"),
+    "misspelt": (ROW | {"dw_sise": 5}, r"expected no fields beside .*, got \['dw_sise'\]"),
+    "a list": ([1, 2], "expected a JSON object"),
+}
+
+
+def refused(capsys, *argv: str) -> str:
+    """The one line that a command ends with."""
+    assert run(*argv) == 2
+    printed = capsys.readouterr()
+    (line,) = printed.err.splitlines()
+    assert line.startswith(f"python -m ghostfused {argv[0]}: error: ")
+    return line
+
+
+@pytest.mark.parametrize("what", BAD_ROWS)
+def test_bad_rows_are_named(tmp_path, capsys, what):
+    row, message = BAD_ROWS[what]
     rows = tmp_path / "rows.jsonl"
-    rows.write_text('{"in_channels": 8}\n')
-    with pytest.raises(SystemExit, match=r"rows.jsonl:1: expected"):
-        run("verify", "--configs", str(rows))
+    rows.write_text(json.dumps(ROW) + "\n" + json.dumps(row) + "\n")
+    assert re.search(
+        rf"rows.jsonl:2: .*{message}", refused(capsys, "verify", "--configs", str(rows), "--device", "cpu")
+    )
+
+
+def test_bad_files_are_named(tmp_path, capsys):
+    (tmp_path / "latin.jsonl").write_bytes(b"\xb5\n")
+    for path in (tmp_path, tmp_path / "missing.jsonl", tmp_path / "latin.jsonl"):
+        said = refused(capsys, "verify", "--configs", str(path), "--device", "cpu")
+        assert f"--configs: expected a text file in UTF-8, got {str(path)!r}" in said
 
 
 def test_no_rows_is_no_success(tmp_path):
@@ -82,13 +115,52 @@ def test_model_from_a_file_with_its_input(tmp_path, capsys):
     assert "2 Ghost modules and 0 bottlenecks fused" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("model", "message"),
-    [("nonsense", "expected seed, paper, timm:NAME or file.py:function"), ("missing.py:f", "not a Python file")],
-)
-def test_bad_model_names(model, message):
-    with pytest.raises(SystemExit, match=message):
-        run("verify", "--model", model)
+BAD_MODELS = {
+    "nonsense": "expected seed, paper, timm:NAME or file.py:function",
+    "missing.py:f": "not a Python file",
+    "{net}:raises": "raised RuntimeError .*net.py:2.*: mine",
+    "{net}:missing": "has no function 'missing'",
+    "{net}:takes": "raised TypeError .*: takes.. missing 1 required",
+    "{net}:nothing": "to return an nn.Module, or one and an input, got int",
+    "{net}:three": "to return an nn.Module, or one and an input, got tuple",
+    "{broken}:f": "raised SyntaxError",
+    "timm:no_such_network": "raised RuntimeError",
+}
+
+
+@pytest.mark.parametrize("model", BAD_MODELS)
+@pytest.mark.parametrize("command", ["verify", "fuse"])
+def test_bad_models_are_named(tmp_path, capsys, command, model):
+    if model.startswith("timm"):
+        pytest.importorskip("timm")
+    net, broken = tmp_path / "net.py", tmp_path / "broken.py"
+    net.write_text(
+        "def raises():\n    raise RuntimeError('mine')\ndef takes(x):\n    pass\n"
+        "def nothing():\n    return 1\ndef three():\n    return 1, 2, 3\n"
+    )
+    broken.write_text("def f(:\n")
+    argv = [command, *(["--model"] if command == "verify" else []), model.format(net=net, broken=broken)]
+    assert re.search(BAD_MODELS[model], refused(capsys, *argv, "--device", "cpu"))
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "xla"])
+def test_an_unknown_device_is_named(capsys, device):
+    assert "--device: expected a device of this machine" in refused(capsys, "fuse", "paper", "--device", device)
+
+
+@pytest.mark.parametrize("option", [("--size", "0"), ("--batch", "-1"), ("--batch", "x"), ("--rounds", "1")])
+def test_numbers_are_checked(capsys, option):
+    with pytest.raises(SystemExit) as ended:
+        run("fuse", "paper", *option)
+    assert ended.value.code == 2
+    assert f"argument {option[0]}: expected" in capsys.readouterr().err
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as ended:
+        run("--version")
+    assert not ended.value.code
+    assert capsys.readouterr().out == f"ghostfused {ghostfused.__version__}\n"
 
 
 def test_a_refused_backend_says_why():

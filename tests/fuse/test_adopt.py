@@ -314,17 +314,20 @@ def set_item(half, index, module):
 
 
 REFUSED = {
-    "rep": (Rep, "tensors beside primary_conv and cheap_operation: fusion_bn.weight"),
-    "rep_deployed": (lambda: RepDeployed(6, 12), "in eval mode its output"),
-    "timm_v3": (lambda: timm_ghost("GhostModuleV3", 6, 12), "primary_rpr_conv: ConvBnAct at a place"),
-    "conv_subclass": (ConvSubclass, "ConvSubclass overrides __setstate__"),
+    "rep": (Rep, "its output is no concatenation of two tensors"),
+    "rep_deployed": (lambda: RepDeployed(6, 12), "its output is no concatenation of two tensors"),
+    "timm_v3": (lambda: timm_ghost("GhostModuleV3", 6, 12), "primary_rpr_conv: ConvBnAct is no layer that a kernel"),
+    "conv_subclass": (ConvSubclass, "tensors beside primary_conv and cheap_operation: weight"),
     "no_cheap": (NoCheap, "1 children of the form"),
-    "plain_conv": (lambda: nn.Conv2d(6, 12, 1), "Conv2d overrides"),
-    "bottleneck": (lambda: seed.GhostBottleneck(6, 6, 6, 3, 1, True), "bottleneck: GhostModule at a place"),
-    "empty": (nn.Module, "0 children of the form"),
-    "unknown_act": (set_item("primary_conv", 2, nn.Tanh()), "primary_conv: Tanh at a place"),
+    "plain_conv": (lambda: nn.Conv2d(6, 12, 1), "Conv2d is one layer"),
+    "bottleneck": (
+        lambda: seed.GhostBottleneck(6, 6, 6, 3, 1, True),
+        "bottleneck: GhostModule is no layer that a kernel",
+    ),
+    "empty": (nn.Module, "Module is one layer"),
+    "unknown_act": (set_item("primary_conv", 2, nn.Tanh()), "primary_conv: Tanh is no layer that a kernel"),
     "gelu_tanh": (set_item("cheap_op", 2, nn.GELU("tanh")), "GELU with approximate='tanh'"),
-    "group_norm": (set_item("cheap_op", 1, nn.GroupNorm(2, 6)), "cheap_op: GroupNorm at a place"),
+    "group_norm": (set_item("cheap_op", 1, nn.GroupNorm(2, 6)), "cheap_op: GroupNorm is no layer that a kernel"),
     "not_depthwise": (set_item("cheap_op", 0, nn.Conv2d(6, 6, 3, padding=1)), "not depthwise over the 6 maps"),
     "reflection": (
         set_item("cheap_op", 0, nn.Conv2d(6, 6, 3, padding=1, groups=6, padding_mode="reflect")),
@@ -336,7 +339,7 @@ REFUSED = {
     "hook_on_half": (with_(lambda m: m.cheap_op.register_full_backward_hook(print)), "cheap_op: Sequential has hooks"),
     "parametrized": (
         with_(lambda m: torch.nn.utils.parametrizations.weight_norm(m.primary_conv[0])),
-        "primary_conv: ParametrizedConv2d at a place",
+        "primary_conv: ParametrizedConv2d is no layer that a kernel",
     ),
     "forward_on_instance": (with_(lambda m: setattr(m, "forward", lambda x: x)), "forward is replaced"),
     "forward_of_conv": (
@@ -345,13 +348,13 @@ REFUSED = {
     ),
     "own_parameter": (with_(lambda m: m.register_parameter("scale", nn.Parameter(torch.ones(1)))), "tensors.* scale"),
     "own_buffer": (with_(lambda m: m.register_buffer("count", torch.ones(1))), "tensors beside .* count"),
-    "swapped": (lambda: Swapped(6, 12), "in eval mode its output differs"),
-    "shifted": (lambda: Shifted(6, 12), "in eval mode its output differs"),
-    "clamped": (lambda: Clamped(6, 12, use_relu=False), "in eval mode its output differs"),
-    "zero_at_first": (Residual, "in eval mode its output differs"),
-    "dropout": (lambda: DropoutInTraining(6, 12), "in train mode its output differs"),
-    "act_before_norm": (lambda: ActBeforeNorm(6, 12), "in eval mode its output differs"),
-    "two_inputs": (lambda: TwoInputs(6, 12), "doesn't run .*TypeError: .*'y'"),
+    "swapped": (lambda: Swapped(6, 12), "the result of primary_conv.2 is used more than once"),
+    "shifted": (lambda: Shifted(6, 12), "add .* is no step of a Ghost module"),
+    "clamped": (lambda: Clamped(6, 12, use_relu=False), "clamp .* is no step of a Ghost module"),
+    "zero_at_first": (Residual, "reads primary_conv.0.weight, a tensor whose values may change"),
+    "dropout": (lambda: DropoutInTraining(6, 12), "does something else in train mode than in eval mode"),
+    "act_before_norm": (lambda: ActBeforeNorm(6, 12), "BatchNorm2d after the activation"),
+    "two_inputs": (lambda: TwoInputs(6, 12), "can't be traced: TypeError: .*'y'"),
     "train_overridden": (lambda: FreezesNorms(6, 12), "FreezesNorms overrides train of nn.Module"),
 }
 
@@ -378,7 +381,9 @@ def test_bad_arguments():
 
 
 def test_read_says_where_the_halves_are():
-    assert ghost.read(paper.GhostModule(6, 13)) == ghost.Adopted("primary_conv", "cheap_operation", 6, 13, {})
+    found = ghost.read(paper.GhostModule(6, 13))
+    assert found[:4] == ("primary_conv", "cheap_operation", 6, 13)
+    assert found.watched.attributes[()]["out_channels"] == 13
     assert isinstance(ghost.read(nn.ReLU()), str)
 
 

@@ -34,6 +34,7 @@ def test_a_fused_network_is_the_same_network(family):
     kinds = [type(m) for m in model.modules()]
     fused, report = fuse_with_report(model)
     assert [type(m) for m in model.modules()] == kinds, "not in place: the model stays as it was"
+    report = [swap for swap in report if swap.kind != "Sequential"]  # which may be one op as well
     swapped = [swap for swap in report if swap.fused]
     assert len(swapped) == modules + bottlenecks, str(report)
     assert len(report) - len(swapped) == left, str(report)
@@ -169,7 +170,7 @@ def yolo_k3():
     class Ghost3x3(seed.GhostModule):
         pass
 
-    return Ghost3x3(4, 8, 2, 3, 2)
+    return Ghost3x3(32, 8, 2, 3, 2)
 
 
 def test_strict_raises_and_leaves_the_model_as_it_was():

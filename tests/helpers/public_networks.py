@@ -29,8 +29,8 @@ FAMILIES = {
         "ghostnet_050", "ghostnet_100", "ghostnet_130", "ghostnetv2_100", "ghostnetv2_130", "ghostnetv2_160",
         "ghostnetv3_050", "ghostnetv3_100", "ghostnetv3_130", "ghostnetv3_160",
     )},
-    "yolov8n_ghost": (lambda: yolo("yolov8n-ghost.yaml"), 20, 10, 6),
-    "yolov8n_ghost_fused": (lambda: yolo("yolov8n-ghost.yaml", fused=True), 20, 10, 6),
+    "yolov8n_ghost": (lambda: yolo("yolov8n-ghost.yaml"), 21, 10, 5),
+    "yolov8n_ghost_fused": (lambda: yolo("yolov8n-ghost.yaml", fused=True), 21, 10, 5),
     "yolov5s_ghost": (lambda: yolo(families.YOLOV5S_GHOST), 24, 11, 6),
     "yolov5s_ghost_fused": (lambda: yolo(families.YOLOV5S_GHOST, fused=True), 24, 11, 6),
 }  # fmt: skip

@@ -1,0 +1,92 @@
+"""What people type at a command, checked before anything runs: an error is one line."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class BadInput(SystemExit):
+    """Ends a command with one line and exit code 2."""
+
+
+def positive(text: str) -> int:
+    """An ``argparse`` type: an int of at least 1."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return value
+
+
+def device(name: str | None) -> torch.device:
+    """The device of that name, on which a tensor can be made; the first GPU, or else the CPU, if None is asked for."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(name)
+        torch.empty(1, device=found)
+    except Exception as error:
+        raise BadInput(f"--device: expected a device of this machine, got {name!r}: {_first_line(error)}") from None
+    return found
+
+
+def text_of(option: str, path: Path) -> str:
+    """What is in a file."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        raise BadInput(f"{option}: expected a text file in UTF-8, got {str(path)!r}: {_first_line(error)}") from None
+
+
+def load_model(name: str) -> tuple[nn.Module, Tensor | None]:
+    """The network that a command's ``model`` names, and its input where the name's function gives one."""
+    if name in ("seed", "paper"):
+        from .. import models
+
+        return getattr(models, name).GhostNet(), None
+    if name.startswith("timm:"):
+        return _run(name, lambda: _timm(name.removeprefix("timm:"))), None
+    path, _, function = name.rpartition(":")
+    if not path:
+        raise BadInput(f"model: expected seed, paper, timm:NAME or file.py:function, got {name!r}")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    if spec is None or spec.loader is None or not Path(path).is_file():
+        raise BadInput(f"model: {path!r} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    _run(path, lambda: spec.loader.exec_module(module))  # type: ignore[union-attr]
+    if not callable(getattr(module, function, None)):
+        raise BadInput(f"model: {path!r} has no function {function!r}")
+    made = _run(name, getattr(module, function))
+    model, x = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    if not isinstance(model, nn.Module) or not isinstance(x, Tensor | None):
+        raise BadInput(f"model: expected {name} to return an nn.Module, or one and an input, got {type(made).__name__}")
+    return model, x
+
+
+def _timm(name: str) -> nn.Module:
+    import timm
+
+    return timm.create_model(name)
+
+
+def _run(name: str, function: Callable[[], Any]) -> Any:
+    """``function()``, whose errors are those of the input ``name``."""
+    try:
+        return function()
+    except Exception as error:
+        *_, last = traceback.extract_tb(error.__traceback__)
+        where = f"{Path(last.filename).name}:{last.lineno}"
+        raise BadInput(f"model: {name} raised {type(error).__name__} ({where}): {_first_line(error)}") from None
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]

@@ -1,0 +1,425 @@
+"""Runs a forward and notes what its Python code reads: attributes, globals, closures, functions.
+
+Every instruction of code that is neither PyTorch's nor the standard library's is looked at before it runs. What it may load
+is listed here; a forward that loads anything else, or that changes what outlives the call, is stopped with a reason.
+"""
+
+from __future__ import annotations
+
+import builtins
+import collections
+import dis
+import enum
+import functools
+import itertools
+import logging
+import math
+import operator
+import sys
+import typing
+from collections.abc import Callable, Mapping
+from types import BuiltinFunctionType, CodeType, FrameType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from .swap import PACKAGE
+from .watch import Absent, Level, Path, Present, Watched, cell_of, is_immutable
+
+_UNKNOWN = object()
+_MODELS = f"{PACKAGE}.models"
+_PURE = {math, operator, itertools, functools, collections, typing, builtins, enum}
+"""Modules whose functions depend on their arguments alone."""
+_BUILTINS = {
+    "abs", "all", "any", "bool", "dict", "divmod", "enumerate", "filter", "float", "frozenset", "int", "isinstance", "issubclass",
+    "iter", "len", "list", "map", "max", "min", "next", "pow", "range", "reversed", "round", "set", "slice", "sorted", "str", "sum",
+    "super", "tuple", "zip", "NotImplementedError", "AssertionError", "Exception", "RuntimeError", "TypeError", "ValueError",
+}  # fmt: skip
+_BY_NAME = {"getattr", "hasattr"}
+_OF_EVERY_MODULE = set(nn.Module().__dict__) | {"__dict__", "__slots__", "__getattr__", "__getattribute__"}
+_MODULE_METHODS = {
+    "forward",
+    "__call__",
+    "children",
+    "named_children",
+    "modules",
+    "named_modules",
+    "get_submodule",
+    "_modules",
+}
+_NORM = nn.modules.batchnorm._NormBase
+_CONSTANTS_OF_CLASSES = {"__name__", "__qualname__", "__module__", "__doc__"}
+
+
+class Refused(BaseException):
+    """Ends a forward that does what can't be watched. No ``except Exception`` in it holds this up."""
+
+
+class Step:
+    """The forward of a layer, which is no Python code to look into."""
+
+
+@functools.cache
+def _on_tensors() -> frozenset:
+    """PyTorch's functions of tensors: with a traced one, they are steps of its graph."""
+    listed = {f for functions in torch.overrides.get_overridable_functions().values() for f in functions}
+    return frozenset(listed | {torch.jit.is_scripting, torch.jit.is_tracing})
+
+
+def root_of(name: str | None) -> str:
+    return (name or "").partition(".")[0]
+
+
+def is_strangers(name: str | None) -> bool:
+    """Whether the code of the Python module of that name is looked into."""
+    root = root_of(name)
+    if root == PACKAGE:
+        return name == _MODELS or str(name).startswith(f"{_MODELS}.")
+    return root != "torch" and root not in sys.stdlib_module_names - {"__main__"}
+
+
+@functools.cache
+def _instructions(code: CodeType) -> tuple[dict[int, int], list[dis.Instruction]]:
+    """Those of ``code`` without padding, and where each is by its offset."""
+    listed = [i for i in dis.get_instructions(code) if i.opname not in ("CACHE", "EXTENDED_ARG", "PUSH_NULL")]
+    return {i.offset: n for n, i in enumerate(listed)}, listed
+
+
+class Observer:
+    """What one run of a module's forward reads. ``paths`` has the path of each module that it may read, by its id."""
+
+    def __init__(self, paths: Mapping[int, Path], modules: list[nn.Module]):
+        self.paths, self.modules = paths, modules
+        self.watched = Watched()
+        self.reason: str | None = None
+        self.known: set[CodeType] = set()
+        self.functions: set[int] = set()
+        self.tops: dict[FrameType, tuple[Any, str]] = {}
+
+    def run(self, function: Callable[[], Any]) -> Any:
+        """``function()``, observed.
+
+        Raises:
+            Refused: it did what can't be watched; ``reason`` says what.
+        """
+        call = nn.Module.__call__  # somebody may have replaced it by Python code of theirs, as tracers do
+        self.plain = {getattr(call, "__code__", None)}
+        before = sys.gettrace()
+        sys._getframe().f_trace_opcodes = True  # Python 3.12 looks for one such frame when tracing begins
+        sys.settrace(self._enter)
+        try:
+            out = function()
+        finally:
+            sys.settrace(before)
+        if self.reason is not None:
+            raise Refused(self.reason)
+        return out
+
+    def refuse(self, reason: str) -> typing.NoReturn:
+        self.reason = self.reason or reason
+        raise Refused(reason)
+
+    # ---- frames and instructions
+
+    def _enter(self, frame: FrameType, event: str, argument: Any) -> Any:
+        code = frame.f_code
+        where = frame.f_globals.get("__name__")
+        if event != "call" or not is_strangers(where) or code in self.plain or (where, code.co_name) in _HARMLESS:
+            return None
+        if code.co_argcount:
+            first = frame.f_locals.get(code.co_varnames[0])
+            if isinstance(first, nn.Module) and id(first) in self.paths:
+                self._of_module(first, "forward")
+        if code not in self.known:
+            self.refuse(f"runs {code.co_name}, which is no plain function or method that can be watched")
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        return self._step
+
+    def _step(self, frame: FrameType, event: str, argument: Any) -> Any:
+        if event == "opcode":
+            places, instructions = _instructions(frame.f_code)
+            place = places.get(frame.f_lasti)
+            if place is not None:
+                known = self._instruction(frame, instructions, place)
+                self.tops[frame] = known
+        elif event == "return" and self.tops.pop(frame, None) is None:
+            self.refuse(f"runs {frame.f_code.co_name} without being seen by sys.settrace")
+        return self._step
+
+    def _instruction(self, frame: FrameType, instructions: list[dis.Instruction], place: int) -> tuple[Any, str]:
+        """Judges one, and returns what it leaves on top of the stack, if that is known, and what it is called."""
+        instruction = instructions[place]
+        name, argument = instruction.opname, instruction.argval
+        if name.startswith("LOAD_FAST"):
+            local = argument[-1] if type(argument) is tuple else argument
+            return frame.f_locals.get(local, _UNKNOWN), local
+        if name in ("LOAD_GLOBAL", "LOAD_NAME"):
+            return self._global(frame, argument, instructions[place + 1 : place + 6]), argument
+        if name in ("LOAD_DEREF", "LOAD_CLOSURE", "LOAD_CLASSDEREF"):
+            return frame.f_locals.get(argument, _UNKNOWN), argument
+        top, text = self.tops.get(frame, (_UNKNOWN, "…"))
+        if name in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "IMPORT_FROM"):
+            value = _UNKNOWN if name == "LOAD_SUPER_ATTR" else top
+            found = self._attribute(value, argument, f"{text}.{argument}")
+            return (value, text) if name == "IMPORT_FROM" else (found, f"{text}.{argument}")
+        if name == "IMPORT_NAME":
+            if argument not in sys.modules or is_strangers(argument):
+                self.refuse(f"imports {argument}")
+            self._value(sys.modules[argument], f"the module {argument}")
+            return sys.modules[root_of(argument)], root_of(argument)
+        if name == "STORE_DEREF" and argument in frame.f_code.co_freevars:
+            self.refuse(f"changes {argument}, a variable of the function around it")
+        if name in ("MATCH_CLASS", "LOAD_BUILD_CLASS", "LOAD_LOCALS", "IMPORT_STAR"):
+            self.refuse(f"contains {name}")
+        if instruction.opcode in dis.hasname:
+            self.refuse(f"changes {argument}")
+        return _UNKNOWN, "…"
+
+    def _global(self, frame: FrameType, name: str, following: list[dis.Instruction]) -> Any:
+        if name in frame.f_globals:
+            value = self.watched.of(frame.f_globals, name)
+            self._value(value, f"the global {name}")
+            return value
+        value = getattr(builtins, name, _UNKNOWN)
+        self.watched.of(frame.f_globals, name)  # it may hide the builtin later
+        if name in _BY_NAME or name == "type":
+            self._by_name(frame, name, following)
+        elif name not in _BUILTINS and name not in ("True", "False", "None"):
+            self.refuse(f"calls {name}")
+        return value
+
+    def _by_name(self, frame: FrameType, function: str, following: list[dis.Instruction]) -> None:
+        """``getattr(self.a.b, "name", …)``, ``hasattr`` alike, and ``type(self)``."""
+        top: Any = _UNKNOWN
+        for instruction in following:
+            name, argument = instruction.opname, instruction.argval
+            if name.startswith("LOAD_FAST") or name == "LOAD_DEREF":
+                top = frame.f_locals.get(argument, _UNKNOWN)
+                if function == "type" and isinstance(top, nn.Module):
+                    return
+            elif name in ("LOAD_ATTR", "LOAD_METHOD"):
+                top = self._attribute(top, argument, argument)
+            elif name == "LOAD_CONST" and type(argument) is str and function in _BY_NAME and isinstance(top, nn.Module):
+                self._attribute(top, argument, argument)
+                return
+            else:
+                break
+        self.refuse(f"calls {function} on what can't be told beforehand")
+
+    # ---- attributes
+
+    def _attribute(self, top: Any, name: str, text: str) -> Any:
+        """The attribute of ``top``, where that is known without running anything."""
+        if isinstance(top, nn.Module):
+            if id(top) not in self.paths:
+                self.refuse(f"uses {text.rpartition('.')[0]}, a module that is none of its children")
+            return self._of_module(top, name)
+        if isinstance(top, ModuleType):
+            return self._of_python_module(top, name, text)
+        if isinstance(top, type):
+            return self._of_class(top, name, text)
+        if isinstance(top, fx.Proxy):
+            if name.startswith("__"):
+                self.refuse(f"reads {name} of a tensor")
+            return _UNKNOWN
+        if isinstance(top, logging.Logger) and name in _LEVELS:
+            if self.watched.of(Level(top, _LEVELS[name]), "enabled"):
+                self.refuse(f"writes into a log by {text}")
+            return _UNKNOWN
+        if isinstance(top, logging.Logger):
+            self.refuse(f"reads {text}")
+        if isinstance(top, FunctionType) and name not in _CONSTANTS_OF_CLASSES:
+            self.refuse(f"reads {text}, an attribute of a function")
+        if top is _UNKNOWN:  # it may be a module's
+            if name in vars(nn.Module) and name not in _MODULE_METHODS and not hasattr(torch.Tensor, name):
+                self.refuse(f"calls {name} of a module")
+            for module in self.modules:
+                if _has(module, name):
+                    self._of_module(module, name)
+        elif isinstance(top, torch.Tensor):
+            self.refuse(f"reads {text}, of a tensor that is not computed from its input")
+        return _UNKNOWN
+
+    def _of_module(self, module: nn.Module, name: str) -> Any:
+        path, kind, state = self.paths[id(module)], type(module), module.__dict__
+        what = ".".join((*path, name))
+        if name == "forward" and isinstance(state.get(name), Step):
+            return _UNKNOWN
+        if name == "__class__":
+            return kind
+        of_class = _in_class(kind, name)
+        if name in _OF_EVERY_MODULE:
+            if name not in ("training", "_modules"):
+                self.refuse(f"reads its {name}")
+            return _UNKNOWN
+        if isinstance(of_class, property):
+            self.watched.of(kind, name)
+            self._function(of_class.fget, what)
+            return _UNKNOWN
+        if name in state:
+            value = state[name]
+            function = value.__func__ if isinstance(value, MethodType) and value.__self__ is module else value
+            self.watched.attribute(path, name, function)
+            if isinstance(value, torch.Tensor):
+                self.refuse(f"reads {what}, a tensor whose values may change")
+            if not is_immutable(function):
+                self.refuse(f"reads its attribute {what}, a {type(value).__name__}, whose contents may change")
+            self._value(function, f"its attribute {what}")
+            return value
+        if name != "forward":  # a forward on the instance is asked for by itself
+            self.watched.attribute(path, name, Absent)
+        if of_class is not Absent:
+            self.watched.of(kind, name)
+            return self._of_its_class(module, name, of_class, what)
+        if state["_parameters"].get(name) is not None or state["_buffers"].get(name) is not None:
+            self.refuse(f"reads {what}, a tensor whose values may change")
+        child = state["_modules"].get(name, Absent)
+        if child is None:
+            self.watched.attribute(path, name, None)
+        elif child is not Absent:
+            if isinstance(child, _NORM):  # it may go, folded into its convolution
+                del self.watched.attributes[path][name]
+            else:
+                self.watched.attribute(path, name, Present)
+        return _UNKNOWN if child is Absent else child
+
+    def _of_its_class(self, module: nn.Module, name: str, value: Any, what: str) -> Any:
+        kind = type(module)
+        for base in kind.__mro__:  # all that have it: super() may mean any of them
+            if name not in vars(base):
+                continue
+            if root_of(base.__module__) in ("torch", "builtins"):
+                if name not in _MODULE_METHODS:
+                    self.refuse(f"calls {what} of {base.__name__}")
+                continue
+            self.watched.of(base, name)
+            theirs = vars(base)[name]
+            function = getattr(theirs, "__func__", theirs)
+            if isinstance(theirs, property):
+                function = theirs.fget
+            if isinstance(function, FunctionType):
+                self._function(function, what)
+            elif not is_immutable(theirs):
+                self.refuse(f"reads the class's attribute {what}, a {type(theirs).__name__}, whose contents may change")
+        return value if is_immutable(value) else _UNKNOWN
+
+    def _of_python_module(self, module: ModuleType, name: str, text: str) -> Any:
+        value = self.watched.of(vars(module), name)
+        if value is not Absent:
+            self._value(value, text)
+        return value
+
+    def _of_class(self, kind: type, name: str, text: str) -> Any:
+        if name in _CONSTANTS_OF_CLASSES:
+            return _UNKNOWN
+        value = _in_class(kind, name)
+        if root_of(kind.__module__) == "torch" or kind.__module__ == "builtins":
+            if value not in _on_tensors() and name not in _MODULE_METHODS:
+                self.refuse(f"reads {text}")
+            return _UNKNOWN
+        if isinstance(kind, enum.EnumMeta):
+            return self.watched.of(kind, name)
+        self.watched.of(kind, name)
+        function = getattr(value, "__func__", value)
+        if isinstance(function, FunctionType):
+            self._function(function, text)
+        elif not is_immutable(value):
+            self.refuse(f"reads {text}, a {type(value).__name__}, whose contents may change")
+        return value
+
+    # ---- values
+
+    def _value(self, value: Any, what: str) -> None:
+        """Judges what a global, an attribute or a closure holds."""
+        if isinstance(value, FunctionType):
+            if value in _on_tensors() or value.__module__ == "torch.nn.functional":
+                return
+            if root_of(value.__module__) == "torch":
+                self.refuse(f"calls {what}")
+            elif (value.__module__, value.__name__) in _HARMLESS:
+                return
+            elif is_strangers(value.__module__) or value.__module__ is None:
+                self._function(value, what)
+            elif sys.modules.get(value.__module__) not in _PURE:
+                self.refuse(f"calls {what}")
+        elif isinstance(value, ModuleType):
+            if not is_strangers(value.__name__) and root_of(value.__name__) != "torch" and value not in _PURE:
+                self.refuse(f"uses the module {value.__name__}")
+            if root_of(value.__name__) in _UNSTEADY:
+                self.refuse(f"uses the module {value.__name__}")
+        elif isinstance(value, type):
+            layer = issubclass(value, nn.Module)
+            if root_of(value.__module__) == "torch" and not layer and not issubclass(value, enum.Enum):
+                self.refuse(f"uses {what}")
+            if value in (operator.attrgetter, operator.methodcaller):
+                self.refuse(f"uses {what}")
+        elif isinstance(value, BuiltinFunctionType) or type(value) is type(torch.Tensor.add):
+            pure = getattr(value, "__module__", None) in {m.__name__ for m in _PURE} | {"_operator", "_functools"}
+            if value not in _on_tensors() and not (pure and what.rpartition(".")[2] not in _BY_NAME):
+                self.refuse(f"calls {what}")
+        elif isinstance(value, logging.Logger):
+            pass  # of which only the entries that it doesn't take are let through
+        elif not is_immutable(value):
+            self.refuse(f"reads {what}, a {type(value).__name__}, whose contents may change")
+
+    def _function(self, function: Any, what: str) -> None:
+        """A function that may run: its code is looked at when it does; here, what it holds."""
+        if not isinstance(function, FunctionType):
+            self.refuse(f"calls {what}, a {type(function).__name__}")
+        if id(function) in self.functions or not is_strangers(function.__globals__.get("__name__")):
+            if function.__code__ not in self.known and root_of(function.__globals__.get("__name__")) == "torch":
+                self.refuse(f"is wrapped in {function.__code__.co_qualname} of PyTorch")
+            return
+        self.functions.add(id(function))
+        code = self.watched.of(function, "__code__")
+        defaults = self.watched.of(function, "__defaults__") or ()
+        keywords = self.watched.of(function, "__kwdefaults__") or {}
+        if not all(map(is_immutable, (*defaults, *keywords.values()))):
+            self.refuse(f"calls {what}, one of whose default arguments may change")
+        for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+            value = cell_of(cell)
+            if name != "__class__" and value is not Absent:
+                self.watched.of(cell, "cell_contents")
+                if not is_immutable(value) and not isinstance(value, ModuleType):
+                    self.refuse(f"reads {name}, a variable of the function around it")
+                self._value(value, f"{name}, a variable of the function around it")
+        codes = [code]
+        while codes:
+            each = codes.pop()
+            self.known.add(each)
+            codes += [constant for constant in each.co_consts if isinstance(constant, CodeType)]
+
+
+_UNSTEADY = {
+    "random",
+    "time",
+    "datetime",
+    "os",
+    "sys",
+    "secrets",
+    "uuid",
+    "threading",
+    "numpy",
+    "socket",
+    "io",
+    "pathlib",
+}
+"""Python modules whose functions give something else at every call, or do more than compute."""
+_HARMLESS = {("torchvision.utils", "_log_api_usage_once")}
+"""Functions that count calls for their makers."""
+_LEVELS = {name: getattr(logging, name.upper()) for name in ("debug", "info", "warning", "error", "critical")}
+
+
+def _in_class(kind: type, name: str) -> Any:
+    """The attribute of the class, as its dictionary has it."""
+    return next((vars(base)[name] for base in kind.__mro__ if name in vars(base)), Absent)
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    """Whether the module has an attribute of that name that PyTorch didn't give it."""
+    if name in module.__dict__ or name in module._modules or name in module._parameters or name in module._buffers:
+        return True
+    return any(
+        name in vars(base) and root_of(base.__module__) not in ("torch", "builtins") for base in type(module).__mro__
+    )

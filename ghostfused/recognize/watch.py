@@ -1,0 +1,193 @@
+"""What somebody's forward reads beside its input, its tensors and its children, and whether it is still as it was.
+
+A fused module runs in place of that forward. It compares what was read then with what is there now, and runs the
+forward itself where anything differs.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import importlib
+import logging
+from collections.abc import Iterable
+from types import BuiltinFunctionType, CellType, FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..spec.kernels import constant_to_dynamo
+
+Path = tuple[str, ...]
+
+
+def get(root: nn.Module, path: Path) -> nn.Module:
+    """The descendant of ``root`` at ``path``; Identity if it has been removed, as a norm is when it is folded."""
+    for name in path:
+        # not root._modules, where torch.export has put a stand-in for root that hands out stand-ins
+        root = root.__dict__["_modules"].get(name) or _IDENTITY
+    return root
+
+
+_IDENTITY = nn.Identity()
+
+
+class Absent:
+    """In place of a value: there is none."""
+
+
+class Present:
+    """In place of a child: some module, which is looked at elsewhere."""
+
+
+IMMUTABLE = (type(None), bool, int, float, complex, str, bytes, type, enum.Enum, torch.dtype, torch.device, torch.Size,
+             torch.memory_format, FunctionType, BuiltinFunctionType)  # fmt: skip
+
+
+def is_immutable(value: Any) -> bool:
+    return all(map(is_immutable, value)) if type(value) is tuple else isinstance(value, IMMUTABLE)
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two immutable values are of one kind and equal: 1 is neither True nor 1.0."""
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    if type(a) is tuple:
+        return len(a) == len(b) and all(map(same, a, b))
+    return type(a) in _COMPARED and bool(a == b)
+
+
+_COMPARED = {int, float, complex, str, bytes, MethodType, torch.device, torch.Size}
+"""Kinds of equal values that need not be one object."""
+
+
+class Watched:
+    """What has been read. It is filled once, and shared by the copies of the module that it is of."""
+
+    def __init__(self) -> None:
+        self.attributes: dict[Path, dict[str, Any]] = {}
+        """By the path of each module: its attributes."""
+        self.shared: dict[tuple[int, str], tuple[Any, str, Any]] = {}
+        """What belongs to no module: owner (a class, function, cell, or the dictionary of globals), name and value."""
+
+    def attribute(self, path: Path, name: str, value: Any) -> None:
+        self.attributes.setdefault(path, {})[name] = value
+
+    def of(self, owner: Any, name: str) -> Any:
+        """Watches ``name`` of a class, function, cell or dictionary, and returns its value."""
+        value = _now(owner, name)
+        self.shared[id(owner), name] = owner, name, value
+        return value
+
+    def update(self, other: Watched, path: Path = ()) -> None:
+        """Adds what ``other`` watches, of which the root is at ``path``."""
+        for inner, values in other.attributes.items():
+            self.attributes.setdefault(path + inner, {}).update(values)
+        self.shared.update(other.shared)
+
+    def changed(self, root: nn.Module) -> bool:
+        """Whether anything isn't as it was."""
+        for path, values in self.attributes.items():
+            module = get(root, path)
+            for name, value in values.items():
+                if not _still(module, name, value):
+                    return True
+        return shared_changed(self)
+
+    def __deepcopy__(self, memo: dict) -> Watched:
+        return self
+
+    def __reduce__(self) -> tuple:
+        shared = [
+            (name, where, value if _is_plain(value) else Present)
+            for owner, name, value in self.shared.values()
+            if (where := _address(owner)) is not None
+        ]
+        return _load, (self.attributes, shared)
+
+
+def _load(attributes: dict[Path, dict[str, Any]], shared: list[tuple[str, tuple[str, str], Any]]) -> Watched:
+    """Functions and classes are, as in every pickle, those that bear the names here and now."""
+    watched = Watched()
+    watched.attributes = attributes
+    for name, (module, qualified), value in shared:
+        try:
+            owner: Any = importlib.import_module(module)
+            owner = functools.reduce(getattr, qualified.split("."), owner) if qualified else vars(owner)
+        except (ImportError, AttributeError, ValueError):  # then nothing holds, and the module's own forward runs
+            owner = {}
+            watched.shared[id(owner), name] = owner, name, Present
+            continue
+        found = watched.of(owner, name)
+        if value is not Present:
+            watched.shared[id(owner), name] = owner, name, value
+        elif isinstance(found, FunctionType):
+            watched.of(found, "__code__")
+    return watched
+
+
+def _address(owner: Any) -> tuple[str, str] | None:
+    """Where another process finds ``owner``; None for what is part of a function."""
+    if isinstance(owner, type):
+        return owner.__module__, owner.__qualname__
+    return (owner.get("__name__", ""), "") if type(owner) is dict else None
+
+
+def _is_plain(value: Any) -> bool:
+    if type(value) is tuple:
+        return all(map(_is_plain, value))
+    return is_immutable(value) and not isinstance(value, type | enum.Enum | FunctionType | BuiltinFunctionType)
+
+
+def _still(module: nn.Module, name: str, value: Any) -> bool:
+    state = module.__dict__
+    now = state.get(name, Absent)
+    if now is Absent:
+        now = state["_modules"].get(name, Absent)
+    if now is value:
+        return True
+    if value is Present:
+        return isinstance(now, nn.Module)
+    return same(now.__func__ if type(now) is MethodType else now, value)
+
+
+def _now(owner: Any, name: str) -> Any:
+    if type(owner) is dict:
+        return owner.get(name, Absent)
+    try:
+        return getattr(owner, name, Absent)
+    except ValueError:  # an empty cell
+        return Absent
+
+
+@constant_to_dynamo
+def shared_changed(watched: Watched) -> bool:
+    """Whether something that belongs to no module isn't as it was."""
+    return any_changed(watched.shared.values())
+
+
+def any_changed(shared: Iterable[tuple[Any, str, Any]]) -> bool:
+    """The same of owners, names and values."""
+    for owner, name, value in shared:
+        now = _now(owner, name)
+        if now is not value and not same(now, value):
+            return True
+    return False
+
+
+class Level:
+    """Whether a logger takes entries of a level, as something to be watched."""
+
+    def __init__(self, logger: logging.Logger, level: int):
+        self.logger, self.level = logger, level
+
+    @property
+    def enabled(self) -> bool:
+        return self.logger.isEnabledFor(self.level)
+
+
+def cell_of(cell: CellType) -> Any:
+    return _now(cell, "cell_contents")

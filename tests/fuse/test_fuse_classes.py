@@ -1,0 +1,150 @@
+"""What ``fuse`` does around the modules that it swaps: their classes, other threads, warnings and reports."""
+
+import copy
+import threading
+
+import pytest
+import torch
+from networks import assert_same
+from torch import nn
+
+from ghostfused import FusedGhostBottleneck, FusedGhostModule, fuse, fuse_with_report, unfuse
+from ghostfused.cli.verify import calibrate
+from ghostfused.models import paper, seed
+
+REGISTRY = {}
+
+
+class Registered(paper.GhostModule):
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        REGISTRY[cls.__name__] = cls
+
+
+class Noted(type):
+    def __call__(cls, *args, **kwargs):
+        made = super().__call__(*args, **kwargs)
+        made.noted = True
+        return made
+
+
+class Child(Registered):
+    pass
+
+
+class OfMeta(paper.GhostModule, metaclass=Noted):
+    pass
+
+
+class OnlyItself(paper.GhostModule):
+    def forward(self, x):
+        return super().forward(x) if type(self) is OnlyItself else -super().forward(x)
+
+
+class OwnState(paper.GhostModule):
+    def __getstate__(self):
+        return self.__dict__ | {"saved": True}
+
+
+class OwnCopy(paper.GhostModule):
+    def __deepcopy__(self, memo):
+        made = type(self)(6, 12)
+        made.load_state_dict(self.state_dict())
+        return made.eval()
+
+
+@pytest.mark.parametrize("kind", [Child, OfMeta, OnlyItself, OwnState, OwnCopy])
+def test_classes_that_do_more_than_hold_a_forward(kind):
+    model, x = calibrate(nn.Sequential(kind(6, 12)), torch.randn(4, 6, 9, 8)), torch.randn(2, 6, 9, 8)
+    registered = dict(REGISTRY)
+    fused, report = fuse_with_report(model)
+    assert registered == REGISTRY
+    own = kind in (OwnState, OwnCopy)
+    assert isinstance(fused[0], FusedGhostModule) == (not own)
+    assert not own or "overrides __" in report[0].reason
+    with torch.no_grad():
+        for each in (fused, copy.deepcopy(fused)):
+            assert_same(each(x), model, x)
+    assert type(unfuse(fused)[0]) is kind
+
+
+def test_fusing_leaves_other_threads_alone():
+    plain, x, errors, stop = nn.Sequential(*(nn.Conv2d(6, 6, 1) for _ in range(4))), torch.randn(1, 6, 4, 4), [], []
+    call, getter = nn.Module.__call__, nn.Module.__getattr__
+
+    def runs():
+        with torch.no_grad():
+            while not stop:
+                try:
+                    plain(x)
+                except Exception as error:
+                    errors.append(error)
+
+    def fuses(number):
+        reports[number] = fuse_with_report(models[number], inplace=True)[1]
+
+    models = [
+        nn.Sequential(seed.GhostBottleneck(6, 12, 6, 3, 1, True), paper.GhostModule(6, 12)).eval() for _ in range(3)
+    ]
+    reports = [[]] * 3
+    user = threading.Thread(target=runs)
+    user.start()
+    threads = [threading.Thread(target=fuses, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    stop.append(True)
+    user.join()
+    assert not errors
+    assert [[swap.fused for swap in report] for report in reports] == [[True] * 4] * 3
+    assert nn.Module.__call__ is call
+    assert nn.Module.__getattr__ is getter
+
+
+def test_a_model_that_serves_while_it_is_fused():
+    model, x = (
+        calibrate(nn.Sequential(paper.GhostBottleneck(6, 12, 6)), torch.randn(4, 6, 9, 8)),
+        torch.randn(2, 6, 9, 8),
+    )
+    with torch.no_grad():
+        expected, outputs, stop = model(x), [], []
+
+        def serves():
+            with torch.no_grad():
+                while not stop:
+                    outputs.append(model(x))
+
+        user = threading.Thread(target=serves)
+        user.start()
+        fuse(model, inplace=True)
+        stop.append(True)
+        user.join()
+    assert isinstance(model[0], FusedGhostBottleneck)
+    assert outputs
+    for out in outputs:
+        torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_fuse_warns_where_it_was_of_no_use():
+    with pytest.warns(UserWarning, match="nothing is fused: no Ghost module was found"):
+        fuse(nn.Conv2d(1, 1, 1))
+    with pytest.warns(UserWarning, match="nothing is fused: 0: no kernel for a 5×5 primary conv"):
+        fuse(nn.Sequential(seed.GhostModule(32, 8, 2, 5, 1)))
+    with pytest.warns(UserWarning, match="all fused modules run on the slow reference: .*float64"):
+        fuse(nn.Sequential(paper.GhostModule(6, 12)).double())
+
+
+def test_a_module_that_is_refused_is_reported_whatever_its_name():
+    class Plain(paper.GhostModule):
+        def forward(self, x):
+            one = self.primary_conv(x)
+            return torch.cat([one, self.cheap_operation(one)], 1) if x.shape[0] > 1 else x
+
+    Plain.__mro__[1].__name__ = "Module"
+    try:
+        (swap,) = fuse_with_report(nn.Sequential(Plain(6, 12)))[1]
+    finally:
+        Plain.__mro__[1].__name__ = "GhostModule"
+    assert not swap.fused
+    assert "decides by its input" in swap.reason
