@@ -68,6 +68,27 @@ def test_classes_that_do_more_than_hold_a_forward(kind):
     assert type(unfuse(fused)[0]) is kind
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("where", ["beside", "shortcut", "half"])
+def test_what_torchscript_has_compiled_stays_as_it_is(where):
+    block, script = paper.GhostBottleneck(6, 12, 6), torch.jit.script(nn.Sequential(nn.Conv2d(6, 6, 1), nn.ReLU()))
+    model = nn.Sequential(block, nn.Identity())
+    if where == "beside":
+        model[1] = script
+    elif where == "shortcut":
+        block.shortcut = script
+    else:
+        block.ghost1.primary_conv[2] = torch.jit.script(nn.ReLU())
+    calibrate(model, torch.randn(4, 6, 9, 8))
+    fused, report = fuse_with_report(model)
+    left = {swap.fqn: swap.reason for swap in report if not swap.fused}
+    named = {"beside": {}, "shortcut": {"0": "shortcut"}, "half": {"0.ghost1": "primary_conv.2"}}[where]
+    assert left == {fqn: f"{name} is compiled by TorchScript" for fqn, name in named.items()}
+    x = torch.randn(2, 6, 9, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), model(x), rtol=1e-3, atol=1e-4)
+
+
 def test_fusing_leaves_other_threads_alone():
     plain, x, errors, stop = nn.Sequential(*(nn.Conv2d(6, 6, 1) for _ in range(4))), torch.randn(1, 6, 4, 4), [], []
     call, getter = nn.Module.__call__, nn.Module.__getattr__
