@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from ..ops.recording import note_others
 from ..ops.transforms import runs_plain
-from ..recognize import ghost
+from ..recognize import ghost, graph
 from ..recognize.activations import Activations, Known
 from ..recognize.equivalence import prove
 from ..recognize.swap import make_twin, original
@@ -237,7 +237,7 @@ def _is_chain(module: nn.Module) -> bool:
     traced = trace(module)
     return (
         not isinstance(traced, str)
-        and isinstance(ghost.chain(traced.result, traced.start), list)
+        and isinstance(graph.chain(traced.result, traced.start), list)
         and unused(traced) is None
     )
 
@@ -285,10 +285,10 @@ def _trace(module: nn.Module) -> tuple[Traced, _Steps] | str:
 
 def _branch(node: object, start: fx.Node, known: _Steps, root: nn.Module) -> list[Step] | str:
     """The steps from ``start`` to ``node``."""
-    calls = ghost.chain(node, start)
+    calls = graph.chain(node, start)
     if isinstance(calls, str):
         return calls
-    at = [ghost.layer_of(call, known.own.acts) for call in calls]
+    at = [graph.layer_of(call, known.own.acts) for call in calls]
     if at and at[0] in known.opaque:
         return f"{calls[0].target}, which comes first, might change its input"
     steps: list[Step] = []

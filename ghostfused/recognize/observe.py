@@ -7,13 +7,10 @@ is listed here; a forward that loads anything else, or that changes what outlive
 from __future__ import annotations
 
 import builtins
-import collections
 import dis
 import enum
 import functools
-import itertools
 import logging
-import math
 import operator
 import sys
 import typing
@@ -24,32 +21,24 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .swap import PACKAGE
+from .allowed import (
+    BUILTINS,
+    BY_NAME,
+    CONSTANTS_OF_CLASSES,
+    HARMLESS,
+    LEVELS,
+    MODULE_METHODS,
+    NORM,
+    OF_EVERY_MODULE,
+    PURE,
+    UNSTEADY,
+    is_strangers,
+    on_tensors,
+    root_of,
+)
 from .watch import Absent, Level, Path, Present, Watched, cell_of, is_immutable
 
 _UNKNOWN = object()
-_MODELS = f"{PACKAGE}.models"
-_PURE = {math, operator, itertools, functools, collections, typing, builtins, enum}
-"""Modules whose functions depend on their arguments alone."""
-_BUILTINS = {
-    "abs", "all", "any", "bool", "dict", "divmod", "enumerate", "filter", "float", "frozenset", "int", "isinstance", "issubclass",
-    "iter", "len", "list", "map", "max", "min", "next", "pow", "range", "reversed", "round", "set", "slice", "sorted", "str", "sum",
-    "super", "tuple", "zip", "NotImplementedError", "AssertionError", "Exception", "RuntimeError", "TypeError", "ValueError",
-}  # fmt: skip
-_BY_NAME = {"getattr", "hasattr"}
-_OF_EVERY_MODULE = set(nn.Module().__dict__) | {"__dict__", "__slots__", "__getattr__", "__getattribute__"}
-_MODULE_METHODS = {
-    "forward",
-    "__call__",
-    "children",
-    "named_children",
-    "modules",
-    "named_modules",
-    "get_submodule",
-    "_modules",
-}
-_NORM = nn.modules.batchnorm._NormBase
-_CONSTANTS_OF_CLASSES = {"__name__", "__qualname__", "__module__", "__doc__"}
 
 
 class Refused(BaseException):
@@ -58,25 +47,6 @@ class Refused(BaseException):
 
 class Step:
     """The forward of a layer, which is no Python code to look into."""
-
-
-@functools.cache
-def _on_tensors() -> frozenset:
-    """PyTorch's functions of tensors: with a traced one, they are steps of its graph."""
-    listed = {f for functions in torch.overrides.get_overridable_functions().values() for f in functions}
-    return frozenset(listed | {torch.jit.is_scripting, torch.jit.is_tracing})
-
-
-def root_of(name: str | None) -> str:
-    return (name or "").partition(".")[0]
-
-
-def is_strangers(name: str | None) -> bool:
-    """Whether the code of the Python module of that name is looked into."""
-    root = root_of(name)
-    if root == PACKAGE:
-        return name == _MODELS or str(name).startswith(f"{_MODELS}.")
-    return root != "torch" and root not in sys.stdlib_module_names - {"__main__"}
 
 
 @functools.cache
@@ -125,7 +95,7 @@ class Observer:
     def _enter(self, frame: FrameType, event: str, argument: Any) -> Any:
         code = frame.f_code
         where = frame.f_globals.get("__name__")
-        if event != "call" or not is_strangers(where) or code in self.plain or (where, code.co_name) in _HARMLESS:
+        if event != "call" or not is_strangers(where) or code in self.plain or (where, code.co_name) in HARMLESS:
             return None
         if code.co_argcount:
             first = frame.f_locals.get(code.co_varnames[0])
@@ -183,9 +153,9 @@ class Observer:
             return value
         value = getattr(builtins, name, _UNKNOWN)
         self.watched.of(frame.f_globals, name)  # it may hide the builtin later
-        if name in _BY_NAME or name == "type":
+        if name in BY_NAME or name == "type":
             self._by_name(frame, name, following)
-        elif name not in _BUILTINS and name not in ("True", "False", "None"):
+        elif name not in BUILTINS and name not in ("True", "False", "None"):
             self.refuse(f"calls {name}")
         return value
 
@@ -200,7 +170,7 @@ class Observer:
                     return
             elif name in ("LOAD_ATTR", "LOAD_METHOD"):
                 top = self._attribute(top, argument, argument)
-            elif name == "LOAD_CONST" and type(argument) is str and function in _BY_NAME and isinstance(top, nn.Module):
+            elif name == "LOAD_CONST" and type(argument) is str and function in BY_NAME and isinstance(top, nn.Module):
                 self._attribute(top, argument, argument)
                 return
             else:
@@ -223,16 +193,16 @@ class Observer:
             if name.startswith("__"):
                 self.refuse(f"reads {name} of a tensor")
             return _UNKNOWN
-        if isinstance(top, logging.Logger) and name in _LEVELS:
-            if self.watched.of(Level(top, _LEVELS[name]), "enabled"):
+        if isinstance(top, logging.Logger) and name in LEVELS:
+            if self.watched.of(Level(top, LEVELS[name]), "enabled"):
                 self.refuse(f"writes into a log by {text}")
             return _UNKNOWN
         if isinstance(top, logging.Logger):
             self.refuse(f"reads {text}")
-        if isinstance(top, FunctionType) and name not in _CONSTANTS_OF_CLASSES:
+        if isinstance(top, FunctionType) and name not in CONSTANTS_OF_CLASSES:
             self.refuse(f"reads {text}, an attribute of a function")
         if top is _UNKNOWN:  # it may be a module's
-            if name in vars(nn.Module) and name not in _MODULE_METHODS and not hasattr(torch.Tensor, name):
+            if name in vars(nn.Module) and name not in MODULE_METHODS and not hasattr(torch.Tensor, name):
                 self.refuse(f"calls {name} of a module")
             for module in self.modules:
                 if _has(module, name):
@@ -249,7 +219,7 @@ class Observer:
         if name == "__class__":
             return kind
         of_class = _in_class(kind, name)
-        if name in _OF_EVERY_MODULE:
+        if name in OF_EVERY_MODULE:
             if name not in ("training", "_modules"):
                 self.refuse(f"reads its {name}")
             return _UNKNOWN
@@ -278,7 +248,7 @@ class Observer:
         if child is None:
             self.watched.attribute(path, name, None)
         elif child is not Absent:
-            if isinstance(child, _NORM):  # it may go, folded into its convolution
+            if isinstance(child, NORM):  # it may go, folded into its convolution
                 del self.watched.attributes[path][name]
             else:
                 self.watched.attribute(path, name, Present)
@@ -290,7 +260,7 @@ class Observer:
             if name not in vars(base):
                 continue
             if root_of(base.__module__) in ("torch", "builtins"):
-                if name not in _MODULE_METHODS:
+                if name not in MODULE_METHODS:
                     self.refuse(f"calls {what} of {base.__name__}")
                 continue
             self.watched.of(base, name)
@@ -311,11 +281,11 @@ class Observer:
         return value
 
     def _of_class(self, kind: type, name: str, text: str) -> Any:
-        if name in _CONSTANTS_OF_CLASSES:
+        if name in CONSTANTS_OF_CLASSES:
             return _UNKNOWN
         value = _in_class(kind, name)
         if root_of(kind.__module__) == "torch" or kind.__module__ == "builtins":
-            if value not in _on_tensors() and name not in _MODULE_METHODS:
+            if value not in on_tensors() and name not in MODULE_METHODS:
                 self.refuse(f"reads {text}")
             return _UNKNOWN
         if isinstance(kind, enum.EnumMeta):
@@ -333,20 +303,20 @@ class Observer:
     def _value(self, value: Any, what: str) -> None:
         """Judges what a global, an attribute or a closure holds."""
         if isinstance(value, FunctionType):
-            if value in _on_tensors() or value.__module__ == "torch.nn.functional":
+            if value in on_tensors() or value.__module__ == "torch.nn.functional":
                 return
             if root_of(value.__module__) == "torch":
                 self.refuse(f"calls {what}")
-            elif (value.__module__, value.__name__) in _HARMLESS:
+            elif (value.__module__, value.__name__) in HARMLESS:
                 return
             elif is_strangers(value.__module__) or value.__module__ is None:
                 self._function(value, what)
-            elif sys.modules.get(value.__module__) not in _PURE:
+            elif sys.modules.get(value.__module__) not in PURE:
                 self.refuse(f"calls {what}")
         elif isinstance(value, ModuleType):
-            if not is_strangers(value.__name__) and root_of(value.__name__) != "torch" and value not in _PURE:
+            if not is_strangers(value.__name__) and root_of(value.__name__) != "torch" and value not in PURE:
                 self.refuse(f"uses the module {value.__name__}")
-            if root_of(value.__name__) in _UNSTEADY:
+            if root_of(value.__name__) in UNSTEADY:
                 self.refuse(f"uses the module {value.__name__}")
         elif isinstance(value, type):
             layer = issubclass(value, nn.Module)
@@ -355,8 +325,8 @@ class Observer:
             if value in (operator.attrgetter, operator.methodcaller):
                 self.refuse(f"uses {what}")
         elif isinstance(value, BuiltinFunctionType) or type(value) is type(torch.Tensor.add):
-            pure = getattr(value, "__module__", None) in {m.__name__ for m in _PURE} | {"_operator", "_functools"}
-            if value not in _on_tensors() and not (pure and what.rpartition(".")[2] not in _BY_NAME):
+            pure = getattr(value, "__module__", None) in {m.__name__ for m in PURE} | {"_operator", "_functools"}
+            if value not in on_tensors() and not (pure and what.rpartition(".")[2] not in BY_NAME):
                 self.refuse(f"calls {what}")
         elif isinstance(value, logging.Logger):
             pass  # of which only the entries that it doesn't take are let through
@@ -389,26 +359,6 @@ class Observer:
             each = codes.pop()
             self.known.add(each)
             codes += [constant for constant in each.co_consts if isinstance(constant, CodeType)]
-
-
-_UNSTEADY = {
-    "random",
-    "time",
-    "datetime",
-    "os",
-    "sys",
-    "secrets",
-    "uuid",
-    "threading",
-    "numpy",
-    "socket",
-    "io",
-    "pathlib",
-}
-"""Python modules whose functions give something else at every call, or do more than compute."""
-_HARMLESS = {("torchvision.utils", "_log_api_usage_once")}
-"""Functions that count calls for their makers."""
-_LEVELS = {name: getattr(logging, name.upper()) for name in ("debug", "info", "warning", "error", "critical")}
 
 
 def _in_class(kind: type, name: str) -> Any:

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from .observe import Observer, Refused, Step, root_of
+from .allowed import root_of
+from .observe import Observer, Refused, Step
 from .swap import PACKAGE
 from .watch import Path, Watched
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from ghostfused import FusedAttentionGhostModule, FusedGhostBottleneck, fuse, fuse_with_report
 from ghostfused.models import paper, seed
+from ghostfused.nn import layers
 
 X = {"dtype": torch.float64}
 
@@ -269,8 +270,8 @@ def test_layers_that_no_kernel_takes_run_as_they_are(kernel):
     """Also where a backend is asked for by name, which then refuses what it can't run."""
     block = bottleneck(dw_kernel_size=kernel).float()
     fused = fuse(block, backend="reference")
-    weights, conv2d = [], nn.functional.conv2d
+    weights, depthwise = [], layers.depthwise
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nn.functional, "conv2d", lambda x, w, *args: weights.append(w) or conv2d(x, w, *args))
+        patch.setattr(layers, "depthwise", lambda x, w, **kwargs: weights.append(w) or depthwise(x, w, **kwargs))
         torch.testing.assert_close(fused(torch.ones(1, 6, 9, 7)), block(torch.ones(1, 6, 9, 7)))
-    assert any(w is fused.conv_dw.weight for w in weights) == (kernel == 9)
+    assert any(w is fused.conv_dw.weight for w in weights) == (kernel == 7)

@@ -1,0 +1,100 @@
+"""What the graph of a forward says: chains of layers, and the two halves of a Ghost module in it."""
+
+from __future__ import annotations
+
+import operator
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from ..spec import Act
+from .activations import called
+from .trace import Traced, is_look, unused
+from .watch import Path
+
+Layer = Path | tuple[Path, Act] | Act
+"""Where a layer is; with the activation that somebody's own layer computes; or an activation that is no layer."""
+
+_CAT = (torch.cat, torch.concat, torch.concatenate)
+_GATING = (F.avg_pool2d, torch.sigmoid, F.sigmoid, F.interpolate, operator.mul, operator.imul, torch.mul)
+
+
+def halves_of(
+    traced: Traced, attention: str | None, acts: dict[Path, Act]
+) -> tuple[tuple[Layer, ...], tuple[Layer, ...], int | None] | str:
+    """The layers of both halves, in the order they run, and where the output is cut; or why it isn't such."""
+    if (node := unused(traced)) is not None:
+        return f"{node.target} is called, but its result is not used"
+    cats = [node for node in traced.nodes if node.op == "call_function" and node.target in _CAT]
+    given = cats[0].args[0] if len(cats) == 1 and cats[0].args else None
+    if not isinstance(given, list | tuple) or len(given) != 2 or not all(isinstance(n, fx.Node) for n in given):
+        return "its output is no concatenation of two tensors"
+    cat, one, two = cats[0], cast(fx.Node, given[0]), cast(fx.Node, given[1])
+    dim = cat.args[1] if len(cat.args) == 2 else cat.kwargs.get("dim", cat.kwargs.get("axis", 0))
+    if dim not in (1, -3) or len(cat.args) + len(cat.kwargs) > 2:
+        return f"it concatenates along dimension {dim}, not 1"
+    first, second = chain(one, traced.start), chain(two, one)
+    if isinstance(first, str) or isinstance(second, str):
+        return first if isinstance(first, str) else str(second)
+    if not first or not second:
+        return "one of the tensors that it concatenates is not the result of a convolution"
+    known = {traced.start, cat, *first, *second}
+    cuts: list[int] = []
+    for node in traced.nodes:
+        if node in known or is_look(node):
+            continue
+        gates = node.op == "call_function" and node.target in _GATING
+        gates |= node.op == "call_method" and node.target in ("sigmoid", "mul", "mul_")
+        # the proof tells whether a layer of torch's beside the halves is a sigmoid
+        gates |= node.op == "call_module" and (
+            str(node.target).partition(".")[0] == attention or "." not in str(node.target)
+        )
+        if node.op == "call_function" and node.target is operator.getitem and (cut := _cut(node.args[1])):
+            cuts.append(cut)
+        elif attention is None or not gates:
+            return f"{node.name} ({node.op.removeprefix('call_')}) is no step of a Ghost module"
+    if len(cuts) > 1:
+        return "its output is cut more than once"
+    places = [tuple(layer_of(node, acts) for node in chain) for chain in (first, second)]
+    return places[0], places[1], cuts[0] if cuts else None
+
+
+def layer_of(node: fx.Node, acts: dict[Path, Act]) -> Layer:
+    """Where the layer is that a step calls."""
+    if node.op != "call_module":
+        act = called(node)
+        assert act is not None
+        return act
+    path = tuple(str(node.target).split("."))
+    return (path, acts[path]) if path in acts else path
+
+
+def chain(node: object, start: fx.Node) -> list[fx.Node] | str:
+    """The calls of layers and activations from ``start`` to ``node``, each on the result of the one before."""
+    calls: list[fx.Node] = []
+    while node is not start:
+        if not isinstance(node, fx.Node):
+            return f"{node} is no tensor that is computed from its input"
+        layer = node.op == "call_module" and len(node.args) == 1 and not node.kwargs
+        if not (layer or called(node) is not None) or not isinstance(node.args[0], fx.Node):
+            return f"{node.name} is no layer that is called on the result of one other"
+        if calls and sum(not is_look(user) for user in node.users) > 1:
+            return f"the result of {node.target} is used more than once"
+        calls.insert(0, node)
+        node = node.args[0]
+    return calls
+
+
+def _cut(index: object) -> int | None:
+    """n of an index ``[:, :n]``."""
+    if (
+        not isinstance(index, tuple)
+        or len(index) < 2
+        or not all(isinstance(i, slice) and i.step is None for i in index)
+    ):
+        return None
+    whole = all(i.start is None and i.stop is None for i in (index[0], *index[2:]))
+    stop = index[1].stop
+    return stop if whole and index[1].start in (None, 0) and isinstance(stop, int) and stop > 0 else None
