@@ -45,6 +45,7 @@ def plan(shape, batch, device="H100", path="float16", channels_last=True) -> dic
         sm_count=sm_count,
         smem_per_block=smem_per_block,
         smem_per_sm=smem_per_sm,
+        family="general",
     )
 
 

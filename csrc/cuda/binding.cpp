@@ -54,8 +54,8 @@ const Device& current_device(int32_t index) {
 }
 
 // plan_forward takes about a millisecond, so its answers are kept; per thread, so that nothing needs a lock.
-const LaunchPlan& cached_plan(const GhostShape& shape) {
-  thread_local std::unordered_map<GhostShape, LaunchPlan, ShapeHash> plans;
+const ForwardPlan& cached_plan(const GhostShape& shape) {
+  thread_local std::unordered_map<GhostShape, ForwardPlan, ShapeHash> plans;
   const auto found = plans.find(shape);
   if (found != plans.end()) return found->second;
   if (plans.size() >= 4096) plans.clear();  // a program whose shapes never repeat shouldn't grow without bound
