@@ -125,9 +125,9 @@ struct LaunchPlan {
 
 // The families of kernels that compute the forward: ``general`` takes every shape and stride, the others take what
 // plan.cpp's choose() gives them.
-enum class Family : int { kGeneral, kNhwc };
-constexpr int kFamilies = 2;
-constexpr const char* kFamilyNames[kFamilies] = {"general", "nhwc"};
+enum class Family : int { kGeneral, kNhwc, kNchw };
+constexpr int kFamilies = 3;
+constexpr const char* kFamilyNames[kFamilies] = {"general", "nhwc", "nchw"};
 
 // How ghost/nhwc.cuh cuts a module: whole rows of a map, or whole maps. See nhwc_plan.cpp.
 struct NhwcPlan {
@@ -148,15 +148,43 @@ struct NhwcPlan {
   int blocks_per_sm;
 };
 
+// How the map's width decides the way that pixels are read and x1 is kept.
+enum class NchwMap : int {
+  kWide8,     // W is a multiple of 8
+  kWide4,     // W is a multiple of 4
+  kFourteen,  // 14 × 14
+  kSeven,     // 7 × 7
+};
+
+// How ghost/nchw cuts a module: whole rows of a map, or whole maps. See nchw/plan.cpp.
+struct NchwPlan {
+  NchwMap map;
+  int tiles;            // of 16 init channels that a warp multiplies: 1 … 4
+  int tile_h, tiles_h;  // output rows of a block
+  int block_c, warp_c;  // init channels of a block, and of a warp: 7 × 7 puts warps side by side
+  int channel_blocks;
+  int warps, warps_k;          // warps that share the input channels: 7 × 7 only
+  int row_chunks;              // vectors of pixels in a row
+  int row_pitch, plane_pitch;  // bytes between x1's rows and channels in shared memory
+  // Shared memory: [affines of x1 | cheap conv | gate | zeros | x1 | stage], in bytes.
+  int cheap_offset, gate_offset, zero_offset, x1_offset, stage_offset, smem_bytes;
+
+  int64_t dram_read, dram_write, l2_read;  // as in LaunchPlan
+  double recompute;
+  int blocks_per_sm;
+};
+
 // The plan of each family for a shape. block_c = 0 in one means that it doesn't take the shape.
 struct ForwardPlan {
   LaunchPlan general;
   NhwcPlan nhwc;
+  NchwPlan nchw;
 };
 
 // Pure functions. If plan_general() finds nothing, nothing fits the device.
 LaunchPlan plan_general(const GhostShape& shape);
 NhwcPlan plan_nhwc(const GhostShape& shape);
+NchwPlan plan_nchw(const GhostShape& shape);
 ForwardPlan plan_forward(const GhostShape& shape);
 
 // Which family computes a call: it depends on pointers and strides as well as on the shape.
@@ -172,8 +200,9 @@ struct KernelAttributes {
 };
 constexpr int kGhostKernelCount = 24;  // 4 paths × (3×3, 5×5, any size and ratio) × 2 layouts
 constexpr int kNhwcKernelCount = 24;   // 2 paths × nhwc.h's 12
+constexpr int kNchwKernelCount = 42;   // 2 paths × nchw.h's 21
 constexpr int kKernelCount =
-    kGhostKernelCount + 3 * 19 + 8 + 3 * 28 + kNhwcKernelCount;  // bottleneck.h's, training.h's
+    kGhostKernelCount + 3 * 19 + 8 + 3 * 28 + kNhwcKernelCount + kNchwKernelCount;  // bottleneck.h's, training.h's
 const char* kernel_attributes(int index, KernelAttributes* attributes);
 
 }  // namespace ghostfused

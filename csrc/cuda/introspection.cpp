@@ -83,6 +83,27 @@ void describe_plan(py::dict& r, const NhwcPlan& p) {
   r["recompute"] = p.recompute;
 }
 
+void describe_plan(py::dict& r, const NchwPlan& p) {
+  constexpr const char* names[] = {"wide8", "wide4", "fourteen", "seven"};
+  r["map"] = names[static_cast<int>(p.map)];
+  r["warp_tiles"] = p.tiles;
+  r["threads"] = 32 * p.warps;
+  r["warps_k"] = p.warps_k;
+  r["tile_h"] = p.tile_h;
+  r["block_c"] = p.block_c;
+  r["warp_c"] = p.warp_c;
+  r["tiles_h"] = p.tiles_h;
+  r["channel_blocks"] = p.channel_blocks;
+  r["row_pitch"] = p.row_pitch;
+  r["plane_pitch"] = p.plane_pitch;
+  r["smem_bytes"] = p.smem_bytes;
+  r["blocks_per_sm"] = p.blocks_per_sm;
+  r["dram_read"] = p.dram_read;
+  r["dram_write"] = p.dram_write;
+  r["l2_read"] = p.l2_read;
+  r["recompute"] = p.recompute;
+}
+
 // The plan for dense, aligned tensors, as a dict: of the family that the planner chooses, or of ``family``.
 py::dict plan(int batch, int in_channels, int height, int width, int init_channels, int out_channels, int ratio,
               int dw_size, const std::string& path, bool channels_last, bool input_gate, int sm_count,
@@ -110,8 +131,11 @@ py::dict plan(int batch, int in_channels, int height, int width, int init_channe
   } else if (name == "nhwc") {
     if (!nhwc_takes(a, plans.nhwc)) return {};
     describe_plan(r, plans.nhwc);
+  } else if (name == "nchw") {
+    if (!nchw_takes(a, plans.nchw)) return {};
+    describe_plan(r, plans.nchw);
   } else {
-    throw py::value_error("family: expected general or nhwc, got " + name);
+    throw py::value_error("family: expected general, nhwc or nchw, got " + name);
   }
   return r;
 }

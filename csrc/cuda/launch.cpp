@@ -6,6 +6,7 @@
 #include <cstdio>
 
 #include "cuda/bottleneck/bottleneck.h"
+#include "cuda/ghost/nchw/nchw.h"
 #include "cuda/ghost/nhwc.h"
 #include "cuda/training/training.h"
 
@@ -35,8 +36,8 @@ const Kernel& kernel_at(int index) {
 }
 
 static_assert(kKernelCount == kGhostKernelCount + 3 * (kBottleneckKernels + kTrainingKernels) + kStatisticsKernelCount +
-                                  kNhwcKernelCount);
-static_assert(kNhwcKernelCount == 2 * kNhwcKernelsPerPath);
+                                  kNhwcKernelCount + kNchwKernelCount);
+static_assert(kNhwcKernelCount == 2 * kNhwcKernelsPerPath && kNchwKernelCount == 2 * kNchwKernelsPerPath);
 
 // In the order of kernel_attributes.
 const Kernel& kernel_of_all(int index) {
@@ -46,7 +47,9 @@ const Kernel& kernel_of_all(int index) {
   index -= 3 * kBottleneckKernels;
   if (index < kStatisticsKernelCount) return statistics_kernel(index);
   index -= kStatisticsKernelCount;
-  return index < 3 * kTrainingKernels ? training_kernel(index) : nhwc_kernel(index - 3 * kTrainingKernels);
+  if (index < 3 * kTrainingKernels) return training_kernel(index);
+  index -= 3 * kTrainingKernels;
+  return index < kNhwcKernelCount ? nhwc_kernel(index) : nchw_kernel(index - kNhwcKernelCount);
 }
 
 }  // namespace
@@ -62,7 +65,8 @@ bool narrow(const Tensor4& t, DeviceTensor* out) {
 
 const char* allow_shared_memory(int index, const void* function) {
   constexpr int kMaxDevices = 64;
-  static std::atomic<bool> done[kGhostKernelCount + kStatisticsKernelCount + kNhwcKernelCount][kMaxDevices];
+  static std::atomic<bool> done[kGhostKernelCount + kStatisticsKernelCount + kNhwcKernelCount + kNchwKernelCount]
+                               [kMaxDevices];
   int device = 0, bytes = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess && device < kMaxDevices && done[index][device].load(std::memory_order_relaxed)) {
@@ -113,6 +117,8 @@ const char* launch_forward(const GhostForwardParams& params, const ForwardPlan& 
   switch (choose(params, plan)) {
     case Family::kNhwc:
       return launch_nhwc(params, plan.nhwc, stream);
+    case Family::kNchw:
+      return launch_nchw(params, plan.nchw, stream);
     default:
       return launch_general(params, plan.general, stream);
   }

@@ -22,6 +22,8 @@ VectorWidths vector_widths(const GhostForwardParams& params, const LaunchPlan& p
 
 // Whether the channels_last kernel computes this call: pointers and strides must be those of whole vectors.
 bool nhwc_takes(const GhostForwardParams& params, const NhwcPlan& plan);
+// The same of the NCHW kernel.
+bool nchw_takes(const GhostForwardParams& params, const NchwPlan& plan);
 
 // A Tensor4 as the kernel addresses it. Strides within an image are of 32 bits and, as all of Torch's, not
 // negative, so that a product is one instruction; that of the batch may be longer.

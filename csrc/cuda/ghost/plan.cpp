@@ -230,11 +230,12 @@ LaunchPlan plan_general(const GhostShape& s) {
   return best;
 }
 
-ForwardPlan plan_forward(const GhostShape& s) { return {plan_general(s), plan_nhwc(s)}; }
+ForwardPlan plan_forward(const GhostShape& s) { return {plan_general(s), plan_nhwc(s), plan_nchw(s)}; }
 
 // The one place where a call gets its kernel: the fastest family that takes it.
 Family choose(const GhostForwardParams& a, const ForwardPlan& plan) {
   if (nhwc_takes(a, plan.nhwc)) return Family::kNhwc;
+  if (nchw_takes(a, plan.nchw)) return Family::kNchw;
   return Family::kGeneral;
 }
 
