@@ -6,7 +6,7 @@
 #include <cstdio>
 
 #include "cuda/bottleneck/bottleneck.h"
-#include "cuda/ghost/nhwc.h"
+#include "cuda/ghost/nhwc/nhwc.h"
 #include "cuda/training/training.h"
 
 namespace ghostfused {
