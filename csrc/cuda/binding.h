@@ -14,6 +14,9 @@ struct Device {
 // What plans are made for instead of the real device, for tests; sm_count 0: nothing.
 extern Device pretended_device;
 
+// For tests: no family of kernels but the general one.
+extern bool general_only;
+
 const Device& current_device(int32_t index);
 void describe(GhostShape& shape, const Device& device, bool channels_last);
 const ForwardPlan& cached_plan(const GhostShape& shape);

@@ -250,6 +250,9 @@ void bind_introspection(py::module_& m) {
   m.def("pretend_device", &pretend_device, py::arg("sm_count") = 0, py::arg("smem_per_block") = 232448,
         py::arg("smem_per_sm") = 233472,
         "For tests: plan launches as for this device, of which the real one must have the shared memory; 0: stop it.");
+  m.def(
+      "general_only", [](bool only) { general_only = only; }, py::arg("only"),
+      "For tests: whether the general family of kernels computes every forward.");
   m.def("kernel_attributes", &all_kernel_attributes, "Registers and memory of every compiled kernel.");
 }
 

@@ -7,7 +7,7 @@
 
 #include "cuda/bottleneck/bottleneck.h"
 #include "cuda/ghost/nchw/nchw.h"
-#include "cuda/ghost/nhwc.h"
+#include "cuda/ghost/nhwc/nhwc.h"
 #include "cuda/training/training.h"
 
 namespace ghostfused {

@@ -68,9 +68,10 @@ double cost(const GhostShape& s, const NchwPlan& p) {
   const double parameters = p.warps * 80 + ceil_div(p.block_c, 32) * (150 + 6 * d * d) + (wide ? p.block_c * 10 : 0);
   const int64_t blocks = int64_t{s.batch} * p.tiles_h * p.channel_blocks;
   const int64_t waves = (blocks + s.sm_count - 1) / s.sm_count;
-  // Fewer than 8 warps a multiprocessor can't hide what they wait for.
-  const int resident = static_cast<int>(std::min<int64_t>(waves, s.smem_per_sm / (p.smem_bytes + 1024))) * p.warps;
-  const double idle = resident < 8 ? 8.0 / std::max(resident, 1) : 1;
+  // What a block waits for is hidden by the warps of others: 12 of them in two blocks or more, if the grid has so many.
+  const int blocks_per_sm = std::min(s.smem_per_sm / (p.smem_bytes + 1024), 2 * kNchwMaxThreads / 32 / p.warps);
+  const int64_t resident = std::min<int64_t>(waves, std::max(blocks_per_sm, 1)) * p.warps;
+  const double idle = (resident < 12 ? 12.0 / static_cast<double>(resident) : 1) * (blocks_per_sm < 2 ? 1.5 : 1);
   return (primary + cheap + store + parameters) * static_cast<double>(waves) * (0.75 + 0.25 * idle);
 }
 

@@ -118,9 +118,9 @@ __device__ __forceinline__ void primary(const NchwParams& p, const NchwBlock& b,
 #pragma unroll
       for (int i = 0; i < kV; ++i) {
         uint32_t b0 = x.pair(x.words[kSlots - 1][0], x.words[kSlots - 1][1], i);
-        if (gated) b0 = times<T>(b0, *reinterpret_cast<const uint32_t*>(gate + 16 * steps + 2 * q));
+        if (gated) b0 = multiply_pairs<T>(b0, *reinterpret_cast<const uint32_t*>(gate + 16 * steps + 2 * q));
 #pragma unroll
-        for (int t = 0; t < kTiles; ++t) mma8<T>(acc[t][i], w[t], b0);
+        for (int t = 0; t < kTiles; ++t) multiply_tiles8<T>(acc[t][i], w[t], b0);
       }
     }
     const unsigned char* step_weight = weight;
@@ -142,10 +142,10 @@ __device__ __forceinline__ void primary(const NchwParams& p, const NchwBlock& b,
           uint32_t b1 = x.pair(x.words[slot][2], x.words[slot][3], i);
           if (gated) {
             const uint2 two = *reinterpret_cast<const uint2*>(step_gate + 16 * slot);
-            b0 = times<T>(b0, two.x), b1 = times<T>(b1, two.y);
+            b0 = multiply_pairs<T>(b0, two.x), b1 = multiply_pairs<T>(b1, two.y);
           }
 #pragma unroll
-          for (int t = 0; t < kTiles; ++t) mma16<T>(acc[t][i], w[t], b0, b1);
+          for (int t = 0; t < kTiles; ++t) multiply_tiles<T, false>(acc[t][i], w[t], b0, b1);
         }
       }
       step_weight += kSlots * kTiles * 512;
@@ -180,7 +180,7 @@ __device__ __forceinline__ void primary(const NchwParams& p, const NchwBlock& b,
           for (int i = 0; i < kV; ++i) y[i] = fmaf(acc[t][i][2 * half + e], a.x, a.y);
           uint32_t v[kV / 2];
           activate_and_pack<C, kV>(v, y, p.args.primary.act, a.z, p.primary_floor);
-          store_shared<kV / 2>(to[e] + c * p.plan.plane_pitch, v);
+          store_shared_words<kV / 2>(to[e] + c * p.plan.plane_pitch, v);
           if constexpr (C::kWide && !C::kFull) {
             store_words<kV / 2>(to_out[e] + p.out_halves[2 * t + half], v, stored[e] && c + g < b.channels);
           }

@@ -135,10 +135,12 @@ __device__ __forceinline__ void primary_seven(const NchwParams& p, const NchwBlo
       for (int i = 0; i < 7; ++i) {
         if (gated) {
           const uint2 two = *reinterpret_cast<const uint2*>(gate + 16 * slot);
-          columns[i][0] = times<T>(columns[i][0], two.x), columns[i][1] = times<T>(columns[i][1], two.y);
+          columns[i][0] = multiply_pairs<T>(columns[i][0], two.x),
+          columns[i][1] = multiply_pairs<T>(columns[i][1], two.y);
         }
 #pragma unroll
-        for (int t = 0; t < kTiles; ++t) mma16<T>(acc[t][i], weights.words[slot][t], columns[i][0], columns[i][1]);
+        for (int t = 0; t < kTiles; ++t)
+          multiply_tiles<T, false>(acc[t][i], weights.words[slot][t], columns[i][0], columns[i][1]);
       }
     }
     x.word_rows += kSlots * kSevenStepBytes, x.half_rows += kSlots * kSevenStepBytes;
@@ -170,7 +172,7 @@ __device__ __forceinline__ void primary_seven(const NchwParams& p, const NchwBlo
     to[0] = float4{a[0][k], a[1][k], a[2][k], a[3][k]};
     to[32] = float4{a[4][k], a[5][k], a[6][k], 0.f};
   }
-  __syncthreads();
+  __syncthreads();  // all sums are there
 #pragma unroll 1
   for (int u = warp_k; u < 2 * halves; u += warps_k) {
     float sum[7] = {};

@@ -1,9 +1,8 @@
 // What all steps of the NCHW kernel share: a kernel's constants, a block's place, and operations on two packed numbers.
 #pragma once
 
-#include <type_traits>
-
 #include "cuda/ghost/nchw/nchw.h"
+#include "cuda/half_pairs.cuh"
 #include "cuda/norm.cuh"
 
 namespace ghostfused {
@@ -22,7 +21,7 @@ struct NchwConfig {
   static constexpr int kRowPitch = nchw_small_row_pitch(kMap);
   static constexpr int kCheapFloats = nchw_cheap_floats(kD);
   // k16 steps of x (7 × 7: of the weights) that are under way
-  static constexpr int kSlots = kMap == NchwMap::kWide8 ? 2 : kTiles < 4 ? (kFourteen ? 6 : 3) : 3;
+  static constexpr int kSlots = kMap == NchwMap::kWide8 ? 2 : kTiles < 4 ? (kFourteen ? 6 : 3) : kFull ? 2 : 3;
   static constexpr int kMaxThreads = kNchwMaxThreads, kMinBlocks = kMap == NchwMap::kSeven ? 1 : 2;
 };
 
@@ -67,10 +66,6 @@ __device__ __forceinline__ P* advanced(P* p, uint32_t bytes, uint32_t times) {
   return r;
 }
 
-__device__ __forceinline__ uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
-
 // kWords neighbouring words of read-only global memory.
 template <int kWords>
 __device__ __forceinline__ void load_words(uint32_t* to, const void* from) {
@@ -100,33 +95,12 @@ __device__ __forceinline__ void store_words(void* to, const uint32_t* v, bool co
 }
 
 template <int kWords>
-__device__ __forceinline__ void store_shared(uint32_t to, const uint32_t* v) {
+__device__ __forceinline__ void store_shared_words(uint32_t to, const uint32_t* v) {
   if constexpr (kWords == 4) {
     asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
                  : "memory");
   } else {
     asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(to), "r"(v[0]), "r"(v[1]) : "memory");
-  }
-}
-
-// Two numbers in a word, the first in the lower half.
-template <typename T>
-__device__ __forceinline__ uint32_t pack(float first, float second) {
-  uint32_t r;
-  if constexpr (__is_same(T, __half)) {
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(second), "f"(first));
-  } else {
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(second), "f"(first));
-  }
-  return r;
-}
-
-template <typename T>
-__device__ __forceinline__ float2 unpack(uint32_t v) {
-  if constexpr (__is_same(T, __half)) {
-    return __half22float2(*reinterpret_cast<const __half2*>(&v));
-  } else {
-    return {__uint_as_float(v << 16), __uint_as_float(v & 0xffff0000u)};
   }
 }
 
@@ -140,14 +114,6 @@ __device__ __forceinline__ uint32_t at_least(uint32_t v, uint32_t floor) {
     asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(v), "r"(floor));
   }
   return r;
-}
-
-// Rounds to x's type, as x * gate in eager mode does.
-template <typename T>
-__device__ __forceinline__ uint32_t times(uint32_t a, uint32_t b) {
-  using T2 = std::conditional_t<__is_same(T, __half), __half2, __nv_bfloat162>;
-  const T2 r = __hmul2(*reinterpret_cast<const T2*>(&a), *reinterpret_cast<const T2*>(&b));
-  return *reinterpret_cast<const uint32_t*>(&r);
 }
 
 // The activation, and x's type: kCount numbers of one channel as words.
@@ -168,23 +134,9 @@ __device__ __forceinline__ void activate_and_pack(uint32_t (&to)[(kCount + 1) / 
   }
 }
 
-// D[channel][pixel] += w1[channel][k] * x[k][pixel] over 16 or 8 input channels.
+// sums += a * b as multiply_tiles(), over K = 8.
 template <typename T>
-__device__ __forceinline__ void mma16(float (&c)[4], const uint4& a, uint32_t b0, uint32_t b1) {
-#define GHOSTFUSED_MMA(TYPES)                                                         \
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPES                         \
-               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                       \
-               : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1))
-  if constexpr (__is_same(T, __half)) {
-    GHOSTFUSED_MMA("f16.f16");
-  } else {
-    GHOSTFUSED_MMA("bf16.bf16");
-  }
-#undef GHOSTFUSED_MMA
-}
-template <typename T>
-__device__ __forceinline__ void mma8(float (&c)[4], const uint2& a, uint32_t b) {
+__device__ __forceinline__ void multiply_tiles8(float (&c)[4], const uint2& a, uint32_t b) {
 #define GHOSTFUSED_MMA(TYPES)                                             \
   asm volatile("mma.sync.aligned.m16n8k8.row.col.f32." TYPES              \
                ".f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};" \
