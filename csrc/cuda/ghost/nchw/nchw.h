@@ -21,7 +21,7 @@ constexpr int nchw_small_row_pitch(NchwMap map) { return map == NchwMap::kSeven 
 // Division by a small number, exact while dividend * divisor < 2^20 and the quotient is below 2^12.
 struct SmallDivisor {
   uint32_t reciprocal;
-  explicit SmallDivisor(uint32_t d = 1) : reciprocal(((1u << 20) + d - 1) / d) {}
+  SmallDivisor(uint32_t d = 1) : reciprocal(((1u << 20) + d - 1) / d) {}
 #ifdef __CUDACC__
   __device__ __forceinline__ int divide(int x) const { return static_cast<uint32_t>(x) * reciprocal >> 20; }
 #endif

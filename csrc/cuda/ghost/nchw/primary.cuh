@@ -82,6 +82,61 @@ struct NchwInput {
   }
 };
 
+// Where a lane's part of x1 goes: channel g of each 8, by chunks.
+template <class C>
+struct NchwX1 {
+  static constexpr int kV = C::kV, kTiles = C::kTiles;
+  const float4* affines;  // of channel g: scale, shift, slope
+  uint32_t planes;        // in shared memory, the halo's first row
+  unsigned char* out;
+  int g, halves;  // halves of m16 tiles that have channels
+
+  __device__ __forceinline__ NchwX1(const NchwParams& p, const NchwBlock& b, unsigned char* smem, int g_)
+      : affines(reinterpret_cast<const float4*>(smem) + g_), g(g_), halves((b.channels + 7) / 8) {
+    const int first_row = b.top - (b.h0 - C::kPad);
+    planes = pinned(shared_address(smem) + p.plan.x1_offset + g * p.plan.plane_pitch +
+                    (C::kWide ? 2 * kV + first_row * p.plan.row_pitch : 0));
+    const uint64_t at = b.n * p.out.stride_n + uint64_t{p.out.stride_c} * (b.c0 + g) + b.top * p.out.stride_h;
+    out = pinned(static_cast<unsigned char*>(p.out.data) + 2 * at);
+  }
+
+  // Bias, norm and activation of a group's sums; to shared memory and, in wide maps, to the output.
+  __device__ __forceinline__ void norm_affine(const NchwParams& p, const NchwBlock& b, const NchwChunks<C>& chunks,
+                                              int group, const float (&acc)[kTiles][kV][4]) const {
+    uint32_t to[2];
+    unsigned char* to_out[2];
+    bool stored[2];  // the other rows are halo
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int chunk = chunks.of_result(group, e), row = C::kWide ? p.by_columns.divide(chunk) : 0;
+      to[e] = planes + (chunk + row) * (2 * kV);  // a row is one chunk longer there
+      to_out[e] = advanced(out, chunk, 2 * kV);
+      stored[e] = static_cast<unsigned>(b.top + row - b.h0) < static_cast<unsigned>(b.rows);
+    }
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int c = 16 * t + 8 * half;
+        if (c > 0 && c >= 8 * halves) break;
+        const float4 a = affines[c];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float y[kV];
+#pragma unroll
+          for (int i = 0; i < kV; ++i) y[i] = fmaf(acc[t][i][2 * half + e], a.x, a.y);
+          uint32_t v[kV / 2];
+          activate_and_pack<C, kV>(v, y, p.args.primary.act, a.z, p.primary_floor);
+          store_shared_words<kV / 2>(to[e] + c * p.plan.plane_pitch, v);
+          if constexpr (C::kWide && !C::kFull) {
+            store_words<kV / 2>(to_out[e] + p.out_halves[2 * t + half], v, stored[e] && c + g < b.channels);
+          }
+        }
+      }
+    }
+  }
+};
+
 template <class C, typename F>
 __device__ __forceinline__ void primary(const NchwParams& p, const NchwBlock& b, unsigned char* smem, F load_rest) {
   using T = typename C::T;
@@ -95,18 +150,11 @@ __device__ __forceinline__ void primary(const NchwParams& p, const NchwBlock& b,
   load_rest();
   __syncthreads();
 
-  const int halves = (b.channels + 7) / 8;  // of m16 tiles that have channels
-  const float4* affines = reinterpret_cast<const float4*>(smem) + g;
   const unsigned char* weight = smem + p.plan.stage_offset + lane * 16;
   const unsigned char* tail_weight = smem + p.plan.stage_offset + steps * kTiles * 512 + lane * 8;
   const T* gate = reinterpret_cast<const T*>(smem + p.plan.gate_offset);
   const bool gated = C::kFull && p.args.input_gate != nullptr;
-  const int first_row = b.top - (b.h0 - C::kPad);  // of x1's planes
-  const uint32_t x1 = pinned(shared_address(smem) + p.plan.x1_offset + g * p.plan.plane_pitch +
-                             (C::kWide ? 2 * kV + first_row * p.plan.row_pitch : 0));
-  unsigned char* out = static_cast<unsigned char*>(p.out.data) +
-                       2 * (b.n * p.out.stride_n + uint64_t{p.out.stride_c} * (b.c0 + g) + b.top * p.out.stride_h);
-  out = pinned(out);
+  const NchwX1<C> x1(p, b, smem, g);
 
 #pragma unroll 1
   for (int group = warp; group < chunks.groups; group += p.plan.warps) {
@@ -152,41 +200,7 @@ __device__ __forceinline__ void primary(const NchwParams& p, const NchwBlock& b,
       step_gate += kSlots * 16;
     }
     x.begin(chunks.to_read(group + p.plan.warps), steps, has_tail, q);  // clamped: at the end the last chunk again
-
-    // norm_affine
-    const int chunk[2] = {chunks.of_result(group, 0), chunks.of_result(group, 1)};
-    int row[2];
-    uint32_t to[2];
-    unsigned char* to_out[2];
-    bool stored[2];
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      row[e] = C::kWide ? p.by_columns.divide(chunk[e]) : 0;
-      to[e] = x1 + (chunk[e] + row[e]) * (2 * kV);  // a row is one chunk longer there
-      to_out[e] = advanced(out, chunk[e], 2 * kV);
-      stored[e] = static_cast<unsigned>(b.top + row[e] - b.h0) < static_cast<unsigned>(b.rows);
-    }
-#pragma unroll
-    for (int t = 0; t < kTiles; ++t) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int c = 16 * t + 8 * half;
-        if (c > 0 && c >= 8 * halves) break;
-        const float4 a = affines[c];  // scale, shift, slope
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          float y[kV];
-#pragma unroll
-          for (int i = 0; i < kV; ++i) y[i] = fmaf(acc[t][i][2 * half + e], a.x, a.y);
-          uint32_t v[kV / 2];
-          activate_and_pack<C, kV>(v, y, p.args.primary.act, a.z, p.primary_floor);
-          store_shared_words<kV / 2>(to[e] + c * p.plan.plane_pitch, v);
-          if constexpr (C::kWide && !C::kFull) {
-            store_words<kV / 2>(to_out[e] + p.out_halves[2 * t + half], v, stored[e] && c + g < b.channels);
-          }
-        }
-      }
-    }
+    x1.norm_affine(p, b, chunks, group, acc);
   }
 }
 
