@@ -21,11 +21,162 @@ NCHW, NHWC, ANY, FP32 = "float16_dw3_nchw", "float16_dw3_nhwc", "float16_any_nch
 
 WIDE8, WIDE8_ANY = "float16_nchw_w8_dw3", "float16_nchw_w8_dw3_any"
 WIDE4, FOURTEEN, SEVEN = "float16_nchw_w4_dw3", "float16_nchw_w14_dw3", "float16_nchw_w7_dw3"
+NHWC_RELU, NHWC_ANY = ("float16_nhwc_dw3_relu",), ("float16_nhwc_dw3_any",)
 DEPTHWISE, PLANES = "float16_depthwise_w3_s2_nhwc", "float16_depthwise_w5_s2_nchw"
 SQUEEZE_EXCITE = ("float16_squeeze_nhwc",)
 TRAINING = ("float32_training_dw3_nchw",)
 
 MUTANTS = [
+    # the channels_last kernel
+    Mutant(
+        "channels_last: no barrier between the padding and the 1×1 conv",
+        "cuda/ghost/nhwc/primary.cuh",
+        "  __syncthreads();  // weights, scales and padding are there\n",
+        "",
+        NHWC_RELU,
+        "desc",
+    ),
+    Mutant(
+        "channels_last: no barrier before the cheap conv",
+        "cuda/ghost/nhwc/forward.cuh",
+        "  __syncthreads();  // x1 is complete\n",
+        "",
+        NHWC_RELU,
+    ),
+    Mutant(
+        "channels_last: the halo starts a row late",
+        "cuda/ghost/nhwc/load.cuh",
+        "t.top = max(t.h0 - kPad, 0);",
+        "t.top = max(t.h0 - kPad + 1, 0);",
+        NHWC_RELU,
+    ),
+    Mutant(
+        "channels_last: the halo ends a row early",
+        "cuda/ghost/nhwc/load.cuh",
+        "min(t.h0 + plan.tile_h + kPad, s.height) - t.top;",
+        "min(t.h0 + plan.tile_h, s.height) - t.top;",
+        NHWC_RELU,
+    ),
+    Mutant(
+        "channels_last: the columns around the image are not cleared",
+        "cuda/ghost/nhwc/load.cuh",
+        "(inside ? kPad * pixel : per_row - kPad * pixel)",
+        "(inside ? -kPad * pixel : per_row - kPad * pixel)",
+        NHWC_RELU,
+    ),
+    Mutant(
+        "channels_last: the rows around the image are not cleared",
+        "cuda/ghost/nhwc/load.cuh",
+        "const bool inside = below >= 0 && below < t.rows;",
+        "const bool inside = true;",
+        NHWC_RELU,
+    ),
+    Mutant(
+        "channels_last: the rows between a block's images are not cleared",
+        "cuda/ghost/nhwc/load.cuh",
+        "if (plan.images > 1 && below > 0) below -=",
+        "if (plan.images > 1 && below > 0) below = 0 *",
+        NHWC_RELU,
+    ),
+    Mutant(
+        "channels_last: the last tile begins where it would if tiles divided the map",
+        "cuda/ghost/nhwc/load.cuh",
+        "t.h0 = min(tile * plan.tile_h, s.height - plan.tile_h);",
+        "t.h0 = tile * plan.tile_h;",
+        NHWC_RELU,
+    ),
+    Mutant(
+        "channels_last: the last images are taken for a whole group",
+        "cuda/ghost/nhwc/load.cuh",
+        "s.batch - plan.images);",
+        "s.batch);",
+        NHWC_RELU,
+    ),
+    Mutant(
+        "channels_last: lanes beyond the last input channel multiply what is there",
+        "cuda/ghost/nhwc/load.cuh",
+        "a = load_global16_or_zero(inside, row_a), b = load_global16_or_zero(inside, row_b);",
+        "a = load_global16(row_a), b = load_global16(row_b);",
+        NHWC_RELU,
+    ),
+    Mutant(
+        "channels_last: the last pixels of a tile are not moved back",
+        "cuda/ghost/nhwc/primary.cuh",
+        "const int last = pixels - kNhwcPixels;",
+        "const int last = pixels;",
+        NHWC_RELU,
+    ),
+    Mutant(
+        "channels_last: a warp stores channels beyond the block's",
+        "cuda/ghost/nhwc/primary.cuh",
+        "< channels ? done - first : kNhwcPixels;",
+        "< 999 ? done - first : kNhwcPixels;",
+        NHWC_RELU,
+        "desc",
+    ),
+    Mutant(
+        "channels_last: a row's end is taken for that of another pixel of four",
+        "cuda/ghost/nhwc/primary.cuh",
+        "fours = p.width.divisor % 4 == 0;",
+        "fours = true;",
+        NHWC_RELU,
+    ),
+    Mutant(
+        "channels_last: an odd number of K blocks loses the last",
+        "cuda/ghost/nhwc/primary.cuh",
+        "      if (k < blocks) {",
+        "      if (k < blocks - 1) {",
+        NHWC_RELU,
+    ),
+    Mutant(
+        "channels_last: x is loaded a K block ahead of its weights",
+        "cuda/ghost/nhwc/primary.cuh",
+        "if (k + 2 < blocks) fetch(b[1], from, k + 2);",
+        "if (k + 2 < blocks) fetch(b[1], from, k + 1);",
+        NHWC_RELU,
+    ),
+    Mutant(
+        "channels_last: the last strip begins where it would if strips divided the tile",
+        "cuda/ghost/nhwc/cheap.cuh",
+        "plan.tile_h - plan.strip_h),",
+        "plan.tile_h),",
+        NHWC_RELU,
+    ),
+    Mutant(
+        "channels_last: the last columns are not moved back",
+        "cuda/ghost/nhwc/cheap.cuh",
+        "min(column * kThreadColumns, s.width - kThreadColumns)};",
+        "column * kThreadColumns};",
+        NHWC_RELU,
+    ),
+    Mutant(
+        "channels_last: paired lanes exchange x2 the wrong way",
+        "cuda/ghost/nhwc/cheap.cuh",
+        "      if (!odd) {",
+        "      if (odd) {",
+        NHWC_RELU,
+    ),
+    Mutant(
+        "channels_last: cut-off ghosts are stored",
+        "cuda/ghost/nhwc/cheap.cuh",
+        "if (has_x2) put(to_x2, column, v);",
+        "put(to_x2, column, v);",
+        NHWC_RELU,
+    ),
+    Mutant(
+        "channels_last: a strip is a row shorter",
+        "cuda/ghost/nhwc/cheap.cuh",
+        "      if (r + 1 == strip_h) return end<0>();",
+        "      if (r + 2 == strip_h) return end<0>();",
+        NHWC_RELU,
+    ),
+    Mutant(
+        "channels_last: the residual is that of the row above",
+        "cuda/ghost/nhwc/cheap.cuh",
+        "v = finish(v, true, row_h - 1 - kPad, col_w + column);",
+        "v = finish(v, true, max(row_h - 2 - kPad, 0), col_w + column);",
+        NHWC_ANY,
+    ),
     # barriers and waits
     Mutant(
         "no barrier between the 1×1 conv and the depthwise conv",
