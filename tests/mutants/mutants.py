@@ -152,15 +152,15 @@ MUTANTS = [
     Mutant(
         "channels_last: paired lanes exchange x2 the wrong way",
         "cuda/ghost/nhwc/cheap.cuh",
-        "      if (!odd) {",
-        "      if (odd) {",
+        "      if (!has_x2) {",
+        "      if (has_x2) {",
         NHWC_RELU,
     ),
     Mutant(
         "channels_last: cut-off ghosts are stored",
         "cuda/ghost/nhwc/cheap.cuh",
-        "if (has_x2) put(to_x2, column, v);",
-        "put(to_x2, column, v);",
+        "s.init_channels + c < s.out_channels && (odd_lane",
+        "(odd_lane",
         NHWC_RELU,
     ),
     Mutant(

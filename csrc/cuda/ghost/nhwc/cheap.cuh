@@ -56,8 +56,7 @@ struct Cheap {
   uint32_t in;                   // x1's next row, first column
   unsigned char *to_x1, *to_x2;  // where the next row of either goes
   uint32_t from_a, from_b;       // kPaired: x1 of the row whose x2 comes next, of both lanes' positions
-  bool odd;
-  bool has_x2;
+  bool has_x2;                   // the thread stores x2: kPaired, of two lanes the odd one
   // kAny: gate and residual of the thread's image and channels, the row of x1 that comes next, and the first column.
   const unsigned char *gate, *residual;
   float gate_scale_h, gate_scale_w;
@@ -128,10 +127,10 @@ struct Cheap {
     if constexpr (kEpilogue == Epilogue::kAny) activate<kChannels, false>(y, p.args.cheap.act, slope);
     Vec v = Vec::template of<kReLU>(y);
     if constexpr (kPaired) {
-      Vec other;  // x2 of the other position, for the odd lane
+      Vec other;  // x2 of the even lane, for the odd one
       other.raw.x = __shfl_xor_sync(0xffffffffu, v.raw.x, 1);
       other.raw.y = __shfl_xor_sync(0xffffffffu, v.raw.y, 1);
-      if (!odd) {
+      if (!has_x2) {
         load_shared(other.raw, from_a + column * pitch);
         load_shared(v.raw, from_b + column * pitch);
       }
@@ -247,10 +246,10 @@ __device__ __forceinline__ void cheap_and_store(const NhwcParams& p, const NhwcT
   work.row_bytes = plan.row_pixels * plan.pitch;
   work.out_pixel = p.out_pixel;
   work.out_row = p.out_row;
-  work.odd = threadIdx.x % 2;
   const int channel = vector * Work::kChannels;
   const int c = t.c0 + channel;
-  work.has_x2 = s.init_channels + c < s.out_channels;
+  const bool odd_lane = Work::kPaired && threadIdx.x % 2 == 1;
+  work.has_x2 = s.init_channels + c < s.out_channels && (odd_lane || !Work::kPaired);
   const uint32_t x1 = shared_address(smem) + plan.x1_offset + channel * 2;
   unsigned char* out = static_cast<unsigned char*>(p.out.data) + c * 2;
 
@@ -284,8 +283,8 @@ __device__ __forceinline__ void cheap_and_store(const NhwcParams& p, const NhwcT
       if (first + place_of_warp * 2 >= positions) break;
       const int even = min(first + min(place, step / 2 - 1) * 2, positions - 1), odd = min(even + 1, positions - 1);
       const Place a = place_of(even), b = place_of(odd);
-      const int half = work.odd ? s.init_channels * 2 : 0;
-      work.in = in_x1(work.odd ? b : a);
+      const int half = work.has_x2 ? s.init_channels * 2 : 0;
+      work.in = in_x1(odd_lane ? b : a);
       work.from_a = in_x1(a) + kPad * (work.row_bytes + work.pitch);
       work.from_b = in_x1(b) + kPad * (work.row_bytes + work.pitch);
       work.to_x1 = in_out(a) + half;
