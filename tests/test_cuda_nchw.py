@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -87,6 +89,18 @@ def test_plans_fit_the_device(smem):
         assert found["smem_bytes"] <= smem
         assert found["block_c"] * found["channel_blocks"] >= one[3]
         assert found["tile_h"] * found["tiles_h"] >= one[1]
+
+
+@needs_extension
+@pytest.mark.parametrize("smem", [101376, 166912, 232448])
+def test_it_takes_all_of_ghostnet(smem):
+    lines = (Path(__file__).parent / "data/ghost_configs.jsonl").read_text().splitlines()
+    modules = [m for m in map(json.loads, lines) if m["source"] == "timm/ghostnet_100@224" and m["kernel_size"] == 1]
+    assert sum(m["count"] for m in modules) == 32
+    for m, input_gate in itertools.product(modules, (False, True)):
+        sizes = (m["in_channels"], m["height"], m["width"], m["out_channels"] // 2)
+        device = {"smem_per_block": smem, "smem_per_sm": smem + 1024, "input_gate": input_gate}
+        assert planned(sizes, **device)["family"] == "nchw", sizes
 
 
 @needs_extension
