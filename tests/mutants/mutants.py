@@ -513,13 +513,6 @@ MUTANTS = [
         (WIDE8,),
     ),
     Mutant(
-        "NCHW: the column right of the last row is not cleared",
-        "cuda/ghost/nchw/load.cuh",
-        "r <= rows; r += p.plan.warps",
-        "r < rows; r += p.plan.warps",
-        (WIDE8,),
-    ),
-    Mutant(
         "NCHW: the rows around the image are not cleared",
         "cuda/ghost/nchw/load.cuh",
         "if (k < C::kPad ? r >= above : r >= rows) continue;",

@@ -168,7 +168,8 @@ __device__ __forceinline__ void primary_seven(const NchwParams& p, const NchwBlo
     if (u / 2 >= halves) break;
     const float (&a)[7][4] = acc[u / 4];
     const int k = u % 4;
-    float4* to = sums + (warp_k * 4 * kTiles + u) * 64;
+    // The last warp, which may be done early, writes first: a missing barrier shows.
+    float4* to = sums + ((warps_k - 1 - warp_k) * 4 * kTiles + u) * 64;
     to[0] = float4{a[0][k], a[1][k], a[2][k], a[3][k]};
     to[32] = float4{a[4][k], a[5][k], a[6][k], 0.f};
   }
