@@ -43,6 +43,7 @@ def plan(m: dict[str, Any], batch: int, nhwc: bool, path: str = "float16", arch:
         batch=batch, in_channels=m["in_channels"], height=m["height"], width=m["width"],
         init_channels=math.ceil(m["out_channels"] / m["ratio"]), out_channels=m["out_channels"], ratio=m["ratio"],
         dw_size=dw or m["dw_size"], path=path, channels_last=nhwc, sm_count=sms, smem_per_block=block, smem_per_sm=sm,
+        family="general",
     )  # fmt: skip
 
 

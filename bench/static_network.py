@@ -78,7 +78,7 @@ def _cuda_ghost(args: GhostArgs, arch: str) -> Plan:
     p = extension().plan(
         batch=n, in_channels=cin, height=h, width=w, init_channels=init, out_channels=args.out_channels, ratio=args.ratio,
         dw_size=args.dw_size, path=path, channels_last=nhwc, input_gate=args.input_gate is not None, sm_count=sms,
-        smem_per_block=block, smem_per_sm=sm,
+        smem_per_block=block, smem_per_sm=sm, family="general",
     )  # fmt: skip
     unrolled = has_ghosts(args) and args.ratio == 2 and args.dw_size in (3, 5)
     taps = (args.ratio - 1) * args.dw_size**2 if has_ghosts(args) else 1

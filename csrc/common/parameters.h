@@ -123,11 +123,75 @@ struct LaunchPlan {
   int blocks_per_sm;   // by shared memory and threads
 };
 
-// Chooses the plan. A pure function; block_c = 0 in the result means that nothing fits the device.
-LaunchPlan plan_forward(const GhostShape& shape);
+// The families of kernels that compute the forward: ``general`` takes every shape and stride, the others take what
+// plan.cpp's choose() gives them.
+enum class Family : int { kGeneral, kNhwc, kNchw };
+constexpr int kFamilies = 3;
+constexpr const char* kFamilyNames[kFamilies] = {"general", "nhwc", "nchw"};
+
+// How ghost/nhwc.cuh cuts a module: whole rows of a map, or whole maps. See nhwc_plan.cpp.
+struct NhwcPlan {
+  int warp_tiles;        // m16 tiles of channels that a warp multiplies at a time: picks the compiled kernel
+  int threads, warps_n;  // warps side by side along the channels; the others lie along the pixels
+  int images, tile_h;    // of a block; more than one image only where it takes their whole maps
+  int block_c;           // init channels of a block, a multiple of 4
+  int k_blocks;          // of 32 input channels
+  int strip_h, strips, column_groups;  // rows that a thread of the cheap conv slides down, and how many such pieces
+  int tiles_h, channel_blocks;
+  int64_t grid;
+
+  int pitch, row_pixels;  // of x1 in shared memory: bytes of a pixel, pixels of a row with its zeros
+  int affine_offset, cheap_offset, x1_offset, smem_bytes;
+
+  int64_t dram_read, dram_write, l2_read;  // as in LaunchPlan
+  double recompute;
+  int blocks_per_sm;
+};
+
+// How the map's width decides the way that pixels are read and x1 is kept.
+enum class NchwMap : int {
+  kWide8,     // W is a multiple of 8
+  kWide4,     // W is a multiple of 4
+  kFourteen,  // 14 × 14
+  kSeven,     // 7 × 7
+};
+
+// How ghost/nchw cuts a module: whole rows of a map, or whole maps. See nchw/plan.cpp.
+struct NchwPlan {
+  NchwMap map;
+  int tiles;            // of 16 init channels that a warp multiplies: 1 … 4
+  int tile_h, tiles_h;  // output rows of a block
+  int block_c, warp_c;  // init channels of a block, and of a warp: 7 × 7 puts warps side by side
+  int channel_blocks;
+  int warps, warps_k;          // warps that share the input channels: 7 × 7 only
+  int row_chunks;              // vectors of pixels in a row
+  int row_pitch, plane_pitch;  // bytes between x1's rows and channels in shared memory
+  // Shared memory: [affines of x1 | cheap conv | gate | zeros | x1 | stage], in bytes.
+  int cheap_offset, gate_offset, zero_offset, x1_offset, stage_offset, smem_bytes;
+
+  int64_t dram_read, dram_write, l2_read;  // as in LaunchPlan
+  double recompute;
+  int blocks_per_sm;
+};
+
+// The plan of each family for a shape. block_c = 0 in one means that it doesn't take the shape.
+struct ForwardPlan {
+  LaunchPlan general;
+  NhwcPlan nhwc;
+  NchwPlan nchw;
+};
+
+// Pure functions. If plan_general() finds nothing, nothing fits the device.
+LaunchPlan plan_general(const GhostShape& shape);
+NhwcPlan plan_nhwc(const GhostShape& shape);
+NchwPlan plan_nchw(const GhostShape& shape);
+ForwardPlan plan_forward(const GhostShape& shape);
+
+// Which family computes a call: it depends on pointers and strides as well as on the shape.
+Family choose(const GhostForwardParams& params, const ForwardPlan& plan);
 
 // Queues the one kernel on ``stream`` (a cudaStream_t). Returns null, or what went wrong.
-const char* launch_forward(const GhostForwardParams& params, const LaunchPlan& plan, void* stream);
+const char* launch_forward(const GhostForwardParams& params, const ForwardPlan& plan, void* stream);
 
 // For tests and reports: one entry per compiled kernel.
 struct KernelAttributes {
@@ -135,7 +199,10 @@ struct KernelAttributes {
   int registers, local_bytes, static_smem_bytes, max_threads, binary_version;
 };
 constexpr int kGhostKernelCount = 24;  // 4 paths × (3×3, 5×5, any size and ratio) × 2 layouts
-constexpr int kKernelCount = kGhostKernelCount + 3 * 19 + 8 + 3 * 28;  // and bottleneck.h's and training.h's
+constexpr int kNhwcKernelCount = 24;   // 2 paths × nhwc.h's 12
+constexpr int kNchwKernelCount = 42;   // 2 paths × nchw.h's 21
+constexpr int kKernelCount =
+    kGhostKernelCount + 3 * 19 + 8 + 3 * 28 + kNhwcKernelCount + kNchwKernelCount;  // bottleneck.h's, training.h's
 const char* kernel_attributes(int index, KernelAttributes* attributes);
 
 }  // namespace ghostfused

@@ -35,6 +35,7 @@ struct ShapeHash {
 }  // namespace
 
 Device pretended_device{};
+bool general_only = false;
 
 // Of the current device; asked once per device.
 const Device& current_device(int32_t index) {
@@ -54,12 +55,17 @@ const Device& current_device(int32_t index) {
 }
 
 // plan_forward takes about a millisecond, so its answers are kept; per thread, so that nothing needs a lock.
-const LaunchPlan& cached_plan(const GhostShape& shape) {
-  thread_local std::unordered_map<GhostShape, LaunchPlan, ShapeHash> plans;
-  const auto found = plans.find(shape);
-  if (found != plans.end()) return found->second;
-  if (plans.size() >= 4096) plans.clear();  // a program whose shapes never repeat shouldn't grow without bound
-  return plans.emplace(shape, plan_forward(shape)).first->second;
+const ForwardPlan& cached_plan(const GhostShape& shape) {
+  thread_local std::unordered_map<GhostShape, ForwardPlan, ShapeHash> plans;
+  auto found = plans.find(shape);
+  if (found == plans.end()) {
+    if (plans.size() >= 4096) plans.clear();  // a program whose shapes never repeat shouldn't grow without bound
+    found = plans.emplace(shape, plan_forward(shape)).first;
+  }
+  if (!general_only) return found->second;
+  thread_local ForwardPlan general;
+  general = {found->second.general};
+  return general;
 }
 
 Tensor new_output(std::initializer_list<int64_t> sizes, ScalarType dtype, int32_t device, bool channels_last) {

@@ -14,9 +14,12 @@ struct Device {
 // What plans are made for instead of the real device, for tests; sm_count 0: nothing.
 extern Device pretended_device;
 
+// For tests: no family of kernels but the general one.
+extern bool general_only;
+
 const Device& current_device(int32_t index);
 void describe(GhostShape& shape, const Device& device, bool channels_last);
-const LaunchPlan& cached_plan(const GhostShape& shape);
+const ForwardPlan& cached_plan(const GhostShape& shape);
 Tensor new_output(std::initializer_list<int64_t> sizes, ScalarType dtype, int32_t device, bool channels_last = false);
 Tensor4 map_of(const Tensor& t);
 void check_pixels(int64_t height, int64_t width);

@@ -32,27 +32,7 @@ Tensor4 dense(bool channels_last, int64_t c, int64_t h, int64_t w) {
   return channels_last ? Tensor4{aligned, c * h * w, 1, w * c, c} : Tensor4{aligned, c * h * w, h * w, w, 1};
 }
 
-// The plan for dense, aligned tensors, as a dict.
-py::dict plan(int batch, int in_channels, int height, int width, int init_channels, int out_channels, int ratio,
-              int dw_size, const std::string& path, bool channels_last, bool input_gate, int sm_count,
-              int smem_per_block, int smem_per_sm) {
-  for (const int v : {batch, in_channels, height, width, init_channels, out_channels, ratio - 1, dw_size, sm_count}) {
-    if (v < 1) throw py::value_error("plan: expected positive sizes and a ratio of at least 2");
-  }
-  GhostForwardParams a{};
-  a.shape = {path_named(path), channels_last, input_gate, batch,   in_channels, height,         width,
-             init_channels,    out_channels,  ratio,      dw_size, sm_count,    smem_per_block, smem_per_sm};
-  drop_unused_ghosts(a.shape);
-  const LaunchPlan p = plan_forward(a.shape);
-  py::dict r;
-  if (p.block_c == 0) return r;
-  a.x = dense(channels_last, in_channels, height, width);
-  a.out = dense(channels_last, out_channels, height, width);
-  a.primary_weight = a.x.data;
-  a.primary_weight_stride_n = in_channels;
-  a.primary_weight_stride_k = 1;
-  const VectorWidths v = vector_widths(a, p);
-  const int element = a.shape.path == Path::kFloat16 || a.shape.path == Path::kBFloat16 ? 2 : 4;
+void describe_plan(py::dict& r, const LaunchPlan& p, const VectorWidths& v, int element) {
   r["tile_h"] = p.tile_h;
   r["tile_w"] = p.tile_w;
   r["block_c"] = p.block_c;
@@ -77,6 +57,86 @@ py::dict plan(int batch, int in_channels, int height, int width, int init_channe
   r["dram_write"] = p.dram_write;
   r["l2_read"] = p.l2_read;
   r["recompute"] = p.recompute;
+}
+
+void describe_plan(py::dict& r, const NhwcPlan& p) {
+  r["warp_tiles"] = p.warp_tiles;
+  r["threads"] = p.threads;
+  r["warps_n"] = p.warps_n;
+  r["images"] = p.images;
+  r["tile_h"] = p.tile_h;
+  r["block_c"] = p.block_c;
+  r["k_blocks"] = p.k_blocks;
+  r["strip_h"] = p.strip_h;
+  r["strips"] = p.strips;
+  r["column_groups"] = p.column_groups;
+  r["tiles_h"] = p.tiles_h;
+  r["channel_blocks"] = p.channel_blocks;
+  r["grid"] = p.grid;
+  r["pitch"] = p.pitch;
+  r["row_pixels"] = p.row_pixels;
+  r["smem_bytes"] = p.smem_bytes;
+  r["blocks_per_sm"] = p.blocks_per_sm;
+  r["dram_read"] = p.dram_read;
+  r["dram_write"] = p.dram_write;
+  r["l2_read"] = p.l2_read;
+  r["recompute"] = p.recompute;
+}
+
+void describe_plan(py::dict& r, const NchwPlan& p) {
+  constexpr const char* names[] = {"wide8", "wide4", "fourteen", "seven"};
+  r["map"] = names[static_cast<int>(p.map)];
+  r["warp_tiles"] = p.tiles;
+  r["threads"] = 32 * p.warps;
+  r["warps_k"] = p.warps_k;
+  r["tile_h"] = p.tile_h;
+  r["block_c"] = p.block_c;
+  r["warp_c"] = p.warp_c;
+  r["tiles_h"] = p.tiles_h;
+  r["channel_blocks"] = p.channel_blocks;
+  r["row_pitch"] = p.row_pitch;
+  r["plane_pitch"] = p.plane_pitch;
+  r["smem_bytes"] = p.smem_bytes;
+  r["blocks_per_sm"] = p.blocks_per_sm;
+  r["dram_read"] = p.dram_read;
+  r["dram_write"] = p.dram_write;
+  r["l2_read"] = p.l2_read;
+  r["recompute"] = p.recompute;
+}
+
+// The plan for dense, aligned tensors, as a dict: of the family that the planner chooses, or of ``family``.
+py::dict plan(int batch, int in_channels, int height, int width, int init_channels, int out_channels, int ratio,
+              int dw_size, const std::string& path, bool channels_last, bool input_gate, int sm_count,
+              int smem_per_block, int smem_per_sm, const std::string& family) {
+  for (const int v : {batch, in_channels, height, width, init_channels, out_channels, ratio - 1, dw_size, sm_count}) {
+    if (v < 1) throw py::value_error("plan: expected positive sizes and a ratio of at least 2");
+  }
+  GhostForwardParams a{};
+  a.shape = {path_named(path), channels_last, input_gate, batch,   in_channels, height,         width,
+             init_channels,    out_channels,  ratio,      dw_size, sm_count,    smem_per_block, smem_per_sm};
+  drop_unused_ghosts(a.shape);
+  const ForwardPlan plans = plan_forward(a.shape);
+  py::dict r;
+  if (plans.general.block_c == 0) return r;
+  a.x = dense(channels_last, in_channels, height, width);
+  a.out = dense(channels_last, out_channels, height, width);
+  a.primary_weight = a.x.data;
+  a.primary_weight_stride_n = in_channels;
+  a.primary_weight_stride_k = 1;
+  const Family chosen = choose(a, plans);
+  const std::string name = family.empty() ? kFamilyNames[static_cast<int>(chosen)] : family;
+  r["family"] = name;
+  if (name == "general") {
+    describe_plan(r, plans.general, vector_widths(a, plans.general), element_size(a.shape.path));
+  } else if (name == "nhwc") {
+    if (!nhwc_takes(a, plans.nhwc)) return {};
+    describe_plan(r, plans.nhwc);
+  } else if (name == "nchw") {
+    if (!nchw_takes(a, plans.nchw)) return {};
+    describe_plan(r, plans.nchw);
+  } else {
+    throw py::value_error("family: expected general, nhwc or nchw, got " + name);
+  }
   return r;
 }
 
@@ -176,7 +236,9 @@ void bind_introspection(py::module_& m) {
         py::arg("init_channels"), py::arg("out_channels"), py::arg("ratio") = 2, py::arg("dw_size") = 3,
         py::arg("path") = "float16", py::arg("channels_last") = true, py::arg("input_gate") = false,
         py::arg("sm_count") = 132, py::arg("smem_per_block") = 232448, py::arg("smem_per_sm") = 233472,
-        "The launch plan for dense tensors on a device (the default is an H100); empty if nothing fits.");
+        py::arg("family") = "",
+        "The launch plan for dense tensors on a device (the default is an H100), of the family of kernels that the "
+        "planner chooses or of the one that is named; empty if it takes no such module.");
   m.def("plan_depthwise", &plan_of_depthwise, py::kw_only(), py::arg("batch"), py::arg("channels"), py::arg("height"),
         py::arg("width"), py::arg("kernel_h"), py::arg("kernel_w"), py::arg("stride") = 1, py::arg("path") = "float16",
         py::arg("channels_last") = true, py::arg("sm_count") = 132,
@@ -188,6 +250,9 @@ void bind_introspection(py::module_& m) {
   m.def("pretend_device", &pretend_device, py::arg("sm_count") = 0, py::arg("smem_per_block") = 232448,
         py::arg("smem_per_sm") = 233472,
         "For tests: plan launches as for this device, of which the real one must have the shared memory; 0: stop it.");
+  m.def(
+      "general_only", [](bool only) { general_only = only; }, py::arg("only"),
+      "For tests: whether the general family of kernels computes every forward.");
   m.def("kernel_attributes", &all_kernel_attributes, "Registers and memory of every compiled kernel.");
 }
 

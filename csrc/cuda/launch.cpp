@@ -6,6 +6,8 @@
 #include <cstdio>
 
 #include "cuda/bottleneck/bottleneck.h"
+#include "cuda/ghost/nchw/nchw.h"
+#include "cuda/ghost/nhwc/nhwc.h"
 #include "cuda/training/training.h"
 
 namespace ghostfused {
@@ -33,7 +35,9 @@ const Kernel& kernel_at(int index) {
   return kernels_of(static_cast<Path>(index / kKernelsPerPath))[index % kKernelsPerPath];
 }
 
-static_assert(kKernelCount == kGhostKernelCount + 3 * (kBottleneckKernels + kTrainingKernels) + kStatisticsKernelCount);
+static_assert(kKernelCount == kGhostKernelCount + 3 * (kBottleneckKernels + kTrainingKernels) + kStatisticsKernelCount +
+                                  kNhwcKernelCount + kNchwKernelCount);
+static_assert(kNhwcKernelCount == 2 * kNhwcKernelsPerPath && kNchwKernelCount == 2 * kNchwKernelsPerPath);
 
 // In the order of kernel_attributes.
 const Kernel& kernel_of_all(int index) {
@@ -41,7 +45,11 @@ const Kernel& kernel_of_all(int index) {
   index -= kGhostKernelCount;
   if (index < 3 * kBottleneckKernels) return bottleneck_kernel(index);
   index -= 3 * kBottleneckKernels;
-  return index < kStatisticsKernelCount ? statistics_kernel(index) : training_kernel(index - kStatisticsKernelCount);
+  if (index < kStatisticsKernelCount) return statistics_kernel(index);
+  index -= kStatisticsKernelCount;
+  if (index < 3 * kTrainingKernels) return training_kernel(index);
+  index -= 3 * kTrainingKernels;
+  return index < kNhwcKernelCount ? nhwc_kernel(index) : nchw_kernel(index - kNhwcKernelCount);
 }
 
 }  // namespace
@@ -57,7 +65,8 @@ bool narrow(const Tensor4& t, DeviceTensor* out) {
 
 const char* allow_shared_memory(int index, const void* function) {
   constexpr int kMaxDevices = 64;
-  static std::atomic<bool> done[kGhostKernelCount + kStatisticsKernelCount][kMaxDevices];
+  static std::atomic<bool> done[kGhostKernelCount + kStatisticsKernelCount + kNhwcKernelCount + kNchwKernelCount]
+                               [kMaxDevices];
   int device = 0, bytes = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess && device < kMaxDevices && done[index][device].load(std::memory_order_relaxed)) {
@@ -92,7 +101,7 @@ const char* kernel_params(const GhostForwardParams& params, const LaunchPlan& pl
   return nullptr;
 }
 
-const char* launch_forward(const GhostForwardParams& params, const LaunchPlan& plan, void* stream) {
+static const char* launch_general(const GhostForwardParams& params, const LaunchPlan& plan, void* stream) {
   KernelParams p;
   if (const char* error = kernel_params(params, plan, &p)) return error;
   const int index = kernel_index(params.shape);
@@ -102,6 +111,17 @@ const char* launch_forward(const GhostForwardParams& params, const LaunchPlan& p
   const cudaError_t error = cudaLaunchKernel(function, dim3(static_cast<unsigned>(plan.grid)), dim3(plan.threads),
                                              arguments, plan.smem_bytes, static_cast<cudaStream_t>(stream));
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+const char* launch_forward(const GhostForwardParams& params, const ForwardPlan& plan, void* stream) {
+  switch (choose(params, plan)) {
+    case Family::kNhwc:
+      return launch_nhwc(params, plan.nhwc, stream);
+    case Family::kNchw:
+      return launch_nchw(params, plan.nchw, stream);
+    default:
+      return launch_general(params, plan.general, stream);
+  }
 }
 
 const char* kernel_attributes(int index, KernelAttributes* out) {

@@ -20,6 +20,11 @@ int common_vector(int limit, int element, const void* data, std::initializer_lis
 
 VectorWidths vector_widths(const GhostForwardParams& params, const LaunchPlan& plan);
 
+// Whether the channels_last kernel computes this call: pointers and strides must be those of whole vectors.
+bool nhwc_takes(const GhostForwardParams& params, const NhwcPlan& plan);
+// The same of the NCHW kernel.
+bool nchw_takes(const GhostForwardParams& params, const NchwPlan& plan);
+
 // A Tensor4 as the kernel addresses it. Strides within an image are of 32 bits and, as all of Torch's, not
 // negative, so that a product is one instruction; that of the batch may be longer.
 struct DeviceTensor {
@@ -62,8 +67,9 @@ struct Kernel {
   const char* name;
 };
 
-// Lets a kernel use all of the device's shared memory; once per device and kernel, of which ``index`` counts the Ghost
-// modules' and then training.h's statistics kernels. Returns null, or what went wrong.
+// Lets a kernel use all of the device's shared memory; once per device and kernel, of which ``index`` counts the
+// general family's, then training.h's statistics kernels, then those of the other families. Returns null, or what went
+// wrong.
 constexpr int kStatisticsKernelCount = 8;  // 4 paths × 2 layouts
 const char* allow_shared_memory(int index, const void* function);
 

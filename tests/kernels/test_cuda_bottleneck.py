@@ -147,7 +147,7 @@ def test_no_ghosts_plan():
     """No halo, no depthwise weights, and in channels_last nothing staged: an ordinary 1×1 conv."""
     shape = {"batch": 64, "in_channels": 40, "height": 28, "width": 28, "init_channels": 40}
     for channels_last in (True, False):
-        common = {**shape, "channels_last": channels_last}
+        common = {**shape, "channels_last": channels_last, "family": "general"}
         conv = _C.plan(**common, out_channels=40, dw_size=5)
         module = _C.plan(**common, out_channels=80, dw_size=5)
         assert conv == _C.plan(**common, out_channels=40, dw_size=1, ratio=4)

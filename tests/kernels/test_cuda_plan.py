@@ -28,7 +28,7 @@ SHAPES = sorted(
 ELEMENT = {"float16": 2, "bfloat16": 2, "tf32": 4, "float32": 4}
 
 
-def plan(shape, batch, device="H100", path="float16", channels_last=True) -> dict:
+def plan(shape, batch, device="H100", path="float16", channels_last=True, family="general") -> dict:
     cin, cout, height, width, dw_size, ratio = shape
     sm_count, smem_per_block, smem_per_sm = DEVICES[device]
     return _C.plan(
@@ -45,6 +45,7 @@ def plan(shape, batch, device="H100", path="float16", channels_last=True) -> dic
         sm_count=sm_count,
         smem_per_block=smem_per_block,
         smem_per_sm=smem_per_sm,
+        family=family,
     )
 
 
@@ -134,3 +135,65 @@ def test_bad_queries():
         plan((16, 32, 7, 7, 3, 2), 1, path="float8")
     with pytest.raises(ValueError, match="positive"):
         plan((16, 32, 0, 7, 3, 2), 1)
+
+
+def check_channels_last(p: dict, shape, batch: int, device: str) -> None:
+    """Of the channels_last kernel's plan."""
+    cin, cout, height, width, dw_size, _ = shape
+    init, pad = -(-cout // 2), dw_size // 2
+    assert 0 < p["smem_bytes"] <= DEVICES[device][1]
+    assert 0 < p["grid"] < 2**31
+    assert p["threads"] in (64, 128, 256)
+    assert p["threads"] <= (128 if p["warp_tiles"] == 3 else 256)
+    assert p["threads"] // 32 % p["warps_n"] == 0
+    assert p["k_blocks"] * 32 >= cin > (p["k_blocks"] - 1) * 32
+    # the last of each may overlap the one before, but none lies wholly in another
+    for size, piece, count in (
+        (height, p["tile_h"], p["tiles_h"]),
+        (init, p["block_c"], p["channel_blocks"]),
+        (p["tile_h"], p["strip_h"], p["strips"]),
+        (width, 4, p["column_groups"]),
+    ):
+        assert piece <= size
+        assert (count - 1) * piece < size <= count * piece
+    assert p["images"] <= batch
+    assert p["images"] == 1 or p["tile_h"] == height
+    assert p["grid"] == -(-batch // p["images"]) * p["tiles_h"] * p["channel_blocks"]
+    assert p["images"] * p["tile_h"] * width >= 32
+    assert p["block_c"] % 4 == 0
+    assert (p["warps_n"] - 1) * p["warp_tiles"] * 16 < p["block_c"] <= p["warps_n"] * p["warp_tiles"] * 16
+    assert p["pitch"] % 16 == 8
+    assert p["pitch"] >= 2 * p["block_c"]
+    rows = pad + p["images"] * (p["tile_h"] + pad)
+    assert p["smem_bytes"] >= rows * (width + 2 * pad) * p["pitch"]
+    assert p["recompute"] >= 1
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_channels_last_kernel(device):
+    """Every real module that it is made for, and odd sizes."""
+    taken = 0
+    odd = [(8, 8, 8, 4, 3, 2), (2048, 4096, 7, 7, 5, 2), (24, 120, 1000, 5, 3, 2), (16, 16, 9, 1500, 3, 2)]
+    for shape in [*SHAPES, *odd]:
+        cin, cout, height, width, dw_size, ratio = shape
+        made_for = ratio == 2 and dw_size in (3, 5) and cin % 8 == cout % 8 == 0 and width >= 4 and height * width >= 32
+        for batch in (1, 7, 64, 1000):
+            p = plan(shape, batch, device, family="nhwc")
+            if p:
+                check_channels_last(p, shape, batch, device)
+            assert made_for or not p
+            assert p or not made_for or width > 512 or height < 8, shape
+        taken += bool(p)
+    assert taken > 60
+
+
+def test_ghostnet_in_channels_last_has_its_own_kernel():
+    for row in CONFIGS:
+        if row["source"] == "timm/ghostnet_100@224" and row["kernel_size"] == 1 and row["stride"] == 1:
+            shape = tuple(row[k] for k in ("in_channels", "out_channels", "height", "width", "dw_size", "ratio"))
+            for path in ("float16", "bfloat16", "tf32", "float32"):
+                for channels_last in (True, False):
+                    taken = channels_last and path in ("float16", "bfloat16")
+                    chosen = plan(shape, 64, path=path, channels_last=channels_last, family="")["family"]
+                    assert chosen == ("nhwc" if taken else "general"), (shape, path, channels_last)
+            assert plan(shape, 64, family="")["grid"] >= 0.9 * 132

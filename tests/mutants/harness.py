@@ -39,12 +39,19 @@ def kernel_tables(kernels: Iterable[str]) -> str:
     ``float32_training_dw3_nchw`` stands for the six of a training step.
     """
     kernels = {*kernels, *(f"{kernel.split('_')[0]}_excite" for kernel in kernels if "_squeeze_" in kernel)}
-    for path, _, dw, layout in [kernel.split("_") for kernel in kernels if "_training_" in kernel]:
+    kernels |= {kernel.replace("_nhwc_", f"_nhwc_t{tiles}_") for kernel in kernels for tiles in (1, 2, 3)}
+    for kernel in [kernel for kernel in kernels if "_nchw_w" in kernel]:
+        path, _, width, *variant = kernel.split("_")
+        kernels |= {f"{path}_nchw_{width}_t{tiles}_{'_'.join(variant)}" for tiles in (1, 2, 3, 4)}
+    for path, _, dw, layout in [kernel.split("_") for kernel in sorted(kernels) if "_training_" in kernel]:
         kernels |= {f"{path}_{step}_{layout}" for step in ("primary_statistics", "normalize", "normalize_backward")}
         kernels |= {
             f"{path}_{step}_{dw}_{layout}" for step in ("cheap_statistics", "cheap_backward", "primary_backward")
         }
-    headers = ("bottleneck/bottleneck", "ghost/forward", "training/kernels", "training/primary")
+    headers = (
+        "bottleneck/bottleneck", "ghost/forward", "ghost/nchw/forward", "ghost/nhwc/forward",
+        "training/kernels", "training/primary",
+    )  # fmt: skip
     lines = [*(f'#include "cuda/{header}.cuh"' for header in headers), "namespace ghostfused {"]
     for path, name in PATHS.items():
         entries = []
@@ -62,6 +69,9 @@ def kernel_tables(kernels: Iterable[str]) -> str:
         if path != "tf32":
             tables |= {"Bottleneck[kBottleneckKernels]": bottleneck_kernels(path)}
             tables |= {"Training[kTrainingKernels]": training_kernels(path)}
+        if path in ("float16", "bfloat16"):
+            tables |= {"NhwcKernels[kNhwcKernelsPerPath]": nhwc_kernels(path)}
+            tables |= {"NchwKernels[kNchwKernelsPerPath]": nchw_kernels(path)}
         for table, every in tables.items():
             entries = [table_entry(kernel, every[kernel], name) if kernel in kernels else "{}" for kernel in every]
             lines.append(f"const Kernel k{name}{table} = {{{', '.join(entries)}}};")
@@ -70,6 +80,28 @@ def kernel_tables(kernels: Iterable[str]) -> str:
 
 def table_entry(kernel: str, function: str, path: str) -> str:
     return f'{{reinterpret_cast<const void*>(&{function.replace("<P", f"<Path::k{path}", 1)}), "{kernel}"}}'
+
+
+def nchw_kernels(path: str) -> dict[str, str]:
+    """Those of ghost/nchw/forward.cuh's; a name without tiles stands for all of them, too."""
+    element = "__half" if path == "float16" else "__nv_bfloat16"
+    maps = (("Wide8", "w8", (1, 2)), ("Wide4", "w4", (2, 4)), ("Fourteen", "w14", (2, 4)), ("Seven", "w7", (3,)))
+    return {
+        f"{path}_nchw_{width}_t{tiles}_{variant}": f"ghost_nchw<NchwConfig<{element}, NchwMap::k{name}, "
+        f"{tiles}, {variant[2]}, {str('any' in variant).lower()}>>"
+        for name, width, every in maps
+        for tiles in every
+        for variant in ("dw3", "dw3_any", "dw5_any")
+    }
+
+
+def nhwc_kernels(path: str) -> dict[str, str]:
+    """Those of ghost/nhwc/forward.cuh's; a kernel's name stands for all its tiles, among which the planner picks."""
+    return {
+        f"{path}_nhwc_t{tiles}_dw{d}_{name.lower()}": f"nhwc_forward<P, {tiles}, {d}, Epilogue::k{name}>"
+        for tiles in (1, 2, 3)
+        for d, name in ((3, "None"), (3, "ReLU"), (3, "Any"), (5, "Any"))
+    }
 
 
 def bottleneck_kernels(path: str) -> dict[str, str]:

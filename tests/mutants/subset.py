@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import training_runtime
-from cuda_runtime import forward, planned_for
+from cuda_runtime import forward, general_only, planned_for
 
 from ghostfused.spec import Args, GhostArgs
 from ghostfused.testing import (
@@ -51,6 +51,28 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+NHWC: dict[str, dict[str, Any]] = {
+    "one tile": {"in_channels": 16, "height": 16, "width": 16, "out_channels": 16},
+    "fours": {"in_channels": 72, "height": 12, "width": 20, "out_channels": 72},
+    "odd rows": {"in_channels": 40, "height": 11, "width": 13, "out_channels": 68, "init_channels": 36},
+    "images": {"batch": 5, "in_channels": 96, "height": 7, "width": 7, "out_channels": 72},
+    "warps": {"in_channels": 24, "height": 14, "width": 14, "out_channels": 240},
+}
+"""For the channels_last kernel's variants."""
+VARIANTS: dict[str, dict[str, Any]] = {
+    "dw3_none": {"act_primary": "none", "act_cheap": "none"},
+    "dw3_relu": {},
+    "dw3_any": {"act_primary": "prelu", "per_channel_slope": True, "residual": True, "output_gate": True},
+    "dw5_any": {"dw_size": 5, "act_cheap": "silu", "residual": True, "output_gate": True},
+}
+
+NCHW: dict[str, list[tuple[int, int, int, int, int]]] = {  # batch, Cin, H, W, Cp
+    "w8": [(1, 16, 16, 16, 3), (1, 24, 15, 56, 20), (2, 72, 9, 24, 36)],
+    "w4": [(1, 40, 21, 28, 20), (2, 80, 8, 12, 60)],
+    "w14": [(1, 48, 14, 14, 20), (2, 24, 14, 14, 46)],
+    "w7": [(2, 160, 7, 7, 24), (1, 336, 7, 7, 80), (2, 32, 7, 7, 120)],
+}
+"""For the NCHW kernel's maps."""
 DEPTHWISE = {
     "odd": {"channels": 20, "height": 7, "width": 9, "norm": "bn+bias"},
     "blocks": {"channels": 144, "height": 12, "width": 13, "batch": 2},
@@ -74,6 +96,25 @@ def cases(kernel: str) -> dict[str, Args]:
         size, stride = int(rest[0].removeprefix("w")), int(rest[1].removeprefix("s"))
         common |= {"kernel": (5 if size == 1 else size, size), "stride": stride}
         return {name: make_depthwise(DepthwiseCase(**shape, **common)) for name, shape in DEPTHWISE.items()}
+    if kind == "nhwc":
+        variant = VARIANTS["_".join(rest)]
+        plain = {
+            name: make_args(Case(**{"batch": 1, **shape, **variant, "dtype": common["dtype"], "layout": "nhwc"}))
+            for name, shape in NHWC.items()
+        }
+        gated = Case(2, 72, 9, 8, 40, input_gate=True, dtype=common["dtype"], layout="nhwc", **variant)
+        return plain | {"input gate": make_args(gated)}
+    if kind == "nchw" and rest:
+        name = "_".join(rest[1:])
+        variant = VARIANTS["dw3_relu" if name == "dw3" else name]
+        common |= {"layout": "nchw", "input_gate": "residual" in variant}
+        return {
+            f"{cin} → {init}, {height}×{width}": make_args(
+                Case(batch, cin, height, width, 2 * init - cut, init_channels=init, **variant, **common)
+            )
+            for batch, cin, height, width, init in NCHW[rest[0]]
+            for cut in (0, 8 if width == 7 else 2)
+        }
     return {name: arguments(name, kernel) for name in SHAPES}
 
 
@@ -129,7 +170,7 @@ def main(kernels: list[str]) -> int:
         for name, args in cases(kernel).items():
             for sm_count in SM_COUNTS:
                 print(f"{kernel}, {name}, {sm_count} SMs", end=": ", flush=True)
-                with planned_for(sm_count):
+                with planned_for(sm_count), general_only("_nhwc_" not in kernel and "_nchw_w" not in kernel):
                     verdict = judge(forward(args), args)
                 print(f"error {verdict.error:.1e}, limit {verdict.limit:.1e}", flush=True)
                 if not verdict.ok:

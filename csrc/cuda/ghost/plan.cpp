@@ -180,7 +180,7 @@ std::vector<int> divisions(int size, int align, int largest) {
 
 }  // namespace
 
-LaunchPlan plan_forward(const GhostShape& s) {
+LaunchPlan plan_general(const GhostShape& s) {
   LaunchPlan best{};
   double best_cost = 0;
   const int es = element_size(s), pad = s.dw_size / 2;
@@ -228,6 +228,15 @@ LaunchPlan plan_forward(const GhostShape& s) {
     }
   }
   return best;
+}
+
+ForwardPlan plan_forward(const GhostShape& s) { return {plan_general(s), plan_nhwc(s), plan_nchw(s)}; }
+
+// The one place where a call gets its kernel: the fastest family that takes it.
+Family choose(const GhostForwardParams& a, const ForwardPlan& plan) {
+  if (nhwc_takes(a, plan.nhwc)) return Family::kNhwc;
+  if (nchw_takes(a, plan.nchw)) return Family::kNchw;
+  return Family::kGeneral;
 }
 
 int common_vector(int limit, int element, const void* data, std::initializer_list<int64_t> values) {

@@ -100,7 +100,7 @@ void primary_statistics(GhostForwardParams& a, const Tensor& x, Tensor out, Tens
   a.shape.dw_size = 1;
   describe(a.shape, current_device(step.index), step.channels_last);
   a.shape.smem_per_block -= kScratchBytes;
-  const LaunchPlan& plan = cached_plan(a.shape);
+  const LaunchPlan& plan = cached_plan(a.shape).general;
   s.plan = plan_statistics(a, plan);
   const Tensor scratch = step.scratch(s.plan.partial, plan.channel_blocks);
   s.partial = static_cast<float*>(scratch.data_ptr());

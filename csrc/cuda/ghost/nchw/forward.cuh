@@ -1,0 +1,70 @@
+// The Ghost module of a dense NCHW map as one kernel, for tensor cores: fp16 and bf16, ratio 2, 3×3 and 5×5. A block
+// takes one image's full-width strip of rows (14 × 14 and 7 × 7: the whole map) × block_c init channels:
+//
+//   load         norms, weights, gate → shared memory, while the first pixels of x are on their way    load.cuh
+//   primary      w1 * x by tensor cores                                               primary.cuh, primary_seven.cuh
+//   norm_affine  bias, norm, activation → x1 in shared memory, halo rows included; wide maps: and the output
+//   --- barrier ---
+//   cheap        depthwise conv of x1, norm, activation → x2                              cheap.cuh
+//   store        wide maps: vectors of a row; small ones: whole maps, staged in shared memory          store.cuh
+//
+// Sizes are run-time values; the width's class (NchwMap), the channels of a warp, the cheap conv's size and whether
+// there is more than ReLU are template arguments. plan.cpp chooses. Every sum is made in a fixed order.
+#pragma once
+
+#include "cuda/ghost/nchw/cheap.cuh"
+#include "cuda/ghost/nchw/load.cuh"
+#include "cuda/ghost/nchw/primary.cuh"
+#include "cuda/ghost/nchw/primary_seven.cuh"
+#include "cuda/ghost/nchw/store.cuh"
+
+namespace ghostfused {
+
+template <class C>
+__global__ void __launch_bounds__(C::kMaxThreads, C::kMinBlocks) ghost_nchw(const __grid_constant__ NchwParams p) {
+  extern __shared__ __align__(128) unsigned char smem[];
+  const NchwBlock b = NchwBlock::of<C>(p);
+  const int first_ghost = p.args.shape.init_channels + b.c0;
+  unsigned char* stage = smem + p.plan.stage_offset;
+  const auto load_rest = [&] { load<C>(p, b, smem); };
+  if constexpr (C::kWide) {
+    primary<C>(p, b, smem, load_rest);
+    __syncthreads();  // x1 is complete
+    if constexpr (C::kFull) store_x1<C>(p, b, smem);
+    cheap_wide<C>(p, b, smem);
+  } else {
+    constexpr bool kSeven = C::kMap == NchwMap::kSeven;
+    if constexpr (kSeven) {
+      primary_seven<C>(p, b, smem, load_rest);
+    } else {
+      primary<C>(p, b, smem, load_rest);
+    }
+    __syncthreads();  // x1 is complete, and what lay in the stage is used up
+    unsigned char* staged_x1 = kSeven ? stage + p.plan.block_c * (2 * C::kPixels) : smem + p.plan.x1_offset;
+    cheap_small<C>(p, b, smem, stage, staged_x1);
+    __syncthreads();  // x2, and x1 of 7 × 7, are staged
+    store_maps<C>(p, b.n, b.c0, b.channels, staged_x1);
+    store_maps<C>(p, b.n, first_ghost, b.ghosts, stage);
+  }
+}
+
+template <Path kPath, NchwMap kMap, int kTiles, int kD, bool kFull>
+const void* nchw_kernel() {
+  return reinterpret_cast<const void*>(&ghost_nchw<NchwConfig<typename PathType<kPath>::T, kMap, kTiles, kD, kFull>>);
+}
+
+}  // namespace ghostfused
+
+// The kernels of one path, in the order that launch.cpp counts.
+#define GHOSTFUSED_NCHW_TILES(PATH, NAME, MAP, MAP_NAME, TILES)                                                    \
+  {nchw_kernel<Path::k##PATH, NchwMap::MAP, TILES, 3, false>(), NAME "_nchw_" MAP_NAME "_t" #TILES "_dw3"},        \
+      {nchw_kernel<Path::k##PATH, NchwMap::MAP, TILES, 3, true>(), NAME "_nchw_" MAP_NAME "_t" #TILES "_dw3_any"}, \
+      {nchw_kernel<Path::k##PATH, NchwMap::MAP, TILES, 5, true>(), NAME "_nchw_" MAP_NAME "_t" #TILES "_dw5_any"}
+#define GHOSTFUSED_NCHW_KERNELS(PATH, NAME)                                                                           \
+  namespace ghostfused {                                                                                              \
+  const Kernel k##PATH##NchwKernels[kNchwKernelsPerPath] = {                                                          \
+      GHOSTFUSED_NCHW_TILES(PATH, NAME, kWide8, "w8", 1),     GHOSTFUSED_NCHW_TILES(PATH, NAME, kWide8, "w8", 2),     \
+      GHOSTFUSED_NCHW_TILES(PATH, NAME, kWide4, "w4", 2),     GHOSTFUSED_NCHW_TILES(PATH, NAME, kWide4, "w4", 4),     \
+      GHOSTFUSED_NCHW_TILES(PATH, NAME, kFourteen, "w14", 2), GHOSTFUSED_NCHW_TILES(PATH, NAME, kFourteen, "w14", 4), \
+      GHOSTFUSED_NCHW_TILES(PATH, NAME, kSeven, "w7", 3)};                                                            \
+  }

@@ -1,0 +1,56 @@
+// Queues the NCHW kernel (forward.cuh).
+#include <cuda_runtime_api.h>
+
+#include "cuda/ghost/nchw/nchw.h"
+
+namespace ghostfused {
+namespace {
+
+// Neither gates nor a residual, and no activation but ReLU.
+bool plain(const GhostForwardParams& a) {
+  const auto simple = [](Act act) { return act == Act::kNone || act == Act::kReLU; };
+  return a.input_gate == nullptr && a.residual.data == nullptr && a.output_gate.data == nullptr &&
+         simple(a.primary.act) && simple(a.cheap.act);
+}
+
+int kernel_index(const GhostForwardParams& a, const NchwPlan& p) {
+  constexpr int first[] = {0, 2, 4, 6};  // of each map: wide ones with few and many tiles
+  const bool many = p.map == NchwMap::kWide8 ? p.tiles > 1 : p.map != NchwMap::kSeven && p.tiles > 2;
+  const int variant = a.shape.dw_size == 5 ? 2 : plain(a) ? 0 : 1;
+  const int path = a.shape.path == Path::kFloat16 ? 0 : kNchwKernelsPerPath;
+  return path + (first[static_cast<int>(p.map)] + many) * kNchwVariants + variant;
+}
+
+}  // namespace
+
+const Kernel& nchw_kernel(int index) {
+  return (index < kNchwKernelsPerPath ? kFloat16NchwKernels : kBFloat16NchwKernels)[index % kNchwKernelsPerPath];
+}
+
+const char* launch_nchw(const GhostForwardParams& args, const NchwPlan& plan, void* stream) {
+  NchwParams p{args, plan};
+  if (!narrow(args.x, &p.x) || !narrow(args.out, &p.out) || !narrow(args.residual, &p.residual) ||
+      !narrow(args.output_gate, &p.output_gate)) {
+    return "a stride within an image is beyond 2^31 elements";
+  }
+  const GhostShape& s = args.shape;
+  p.by_columns = SmallDivisor(plan.row_chunks);
+  p.by_strips = SmallDivisor(plan.tile_h / nchw_strip_rows(plan.map, plan.tiles, s.dw_size));
+  for (int i = 0; i < 4; ++i) p.x_planes[i] = 2 * p.x.stride_c * (i < 3 ? i + 1 : 16);
+  for (int i = 0; i < 8; ++i) p.out_halves[i] = 2 * p.out.stride_c * 8 * i;
+  p.out_row = 2 * p.out.stride_h;
+  const uint32_t minus_infinity = s.path == Path::kFloat16 ? 0xfc00fc00 : 0xff80ff80;
+  p.primary_floor = args.primary.act == Act::kReLU ? 0 : minus_infinity;
+  p.cheap_floor = args.cheap.act == Act::kReLU ? 0 : minus_infinity;
+  const int index = kernel_index(args, plan);
+  const void* function = nchw_kernel(index).function;
+  const int first = kGhostKernelCount + kStatisticsKernelCount + kNhwcKernelCount;
+  if (const char* error = allow_shared_memory(first + index, function)) return error;
+  void* arguments[] = {&p};
+  const dim3 grid(plan.channel_blocks, plan.tiles_h, s.batch);
+  const cudaError_t error = cudaLaunchKernel(function, grid, dim3(32 * plan.warps), arguments, plan.smem_bytes,
+                                             static_cast<cudaStream_t>(stream));
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace ghostfused

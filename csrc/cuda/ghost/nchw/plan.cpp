@@ -1,0 +1,193 @@
+// Which modules the NCHW kernel takes, and how it cuts them into blocks.
+#include <algorithm>
+#include <cstdint>
+
+#include "cuda/ghost/nchw/nchw.h"
+
+namespace ghostfused {
+namespace {
+
+constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
+
+constexpr int chunk_pixels(NchwMap map) { return map == NchwMap::kWide8 ? 8 : map == NchwMap::kSeven ? 7 : 4; }
+
+// Channels that a block's output vectors come in: of maps stored as one run, whole 16 bytes.
+constexpr int channel_step(NchwMap map) { return map == NchwMap::kSeven ? 8 : map == NchwMap::kFourteen ? 2 : 1; }
+
+// Where x1 and the rest lie in shared memory.
+void lay_out(const GhostShape& s, NchwPlan& p) {
+  const bool wide = p.map == NchwMap::kWide8 || p.map == NchwMap::kWide4;
+  const int vector = 2 * chunk_pixels(p.map), steps = s.in_channels / 16, planes = round_up(p.block_c, 8);
+  if (wide) {
+    p.row_pitch = 2 * s.width + vector;  // a vector of zeros between rows
+    p.plane_pitch = round_up(vector + (p.tile_h + s.dw_size - 1) * p.row_pitch, 16);
+    const int period =
+        8 * vector;  // a quarter warp (V = 4: half) stores 4 vectors of 2 (4) channels: no bank conflicts
+    while (p.plane_pitch % period != period / 2) p.plane_pitch += 16;
+  } else {
+    p.row_pitch = nchw_small_row_pitch(p.map);
+    p.plane_pitch = p.map == NchwMap::kSeven ? 112 : 392;
+  }
+  p.cheap_offset = 16 * std::max(16 * p.tiles, planes);
+  p.gate_offset = p.cheap_offset + p.block_c * 4 * nchw_cheap_floats(s.dw_size);
+  p.zero_offset = round_up(p.gate_offset + (s.input_gate ? 2 * s.in_channels : 0), 16);
+  p.x1_offset = p.zero_offset + 32;
+  p.stage_offset = round_up(p.x1_offset + planes * p.plane_pitch, 16);
+  const int weights = p.tiles * (512 * steps + (s.in_channels % 16 ? 256 : 0));
+  int stage = weights;
+  if (p.map == NchwMap::kFourteen) stage = std::max(weights, p.block_c * 392);
+  if (p.map == NchwMap::kSeven) {
+    stage = std::max(98 * s.in_channels, 2 * 98 * p.block_c);
+    if (p.warps_k > 1) stage = std::max(stage, p.warps * p.tiles * 4 * 1024);
+  }
+  p.smem_bytes = p.stage_offset + stage;
+}
+
+// Warp instructions of the busiest multiprocessor, from counts of the compiled kernels.
+double cost(const GhostShape& s, const NchwPlan& p) {
+  const bool wide = p.map == NchwMap::kWide8 || p.map == NchwMap::kWide4;
+  const int v = chunk_pixels(p.map), d = s.dw_size, rows = nchw_strip_rows(p.map, p.tiles, d);
+  const int cols = wide ? v : s.width, halves = ceil_div(p.map == NchwMap::kSeven ? p.warp_c : p.block_c, 8);
+  const double steps = s.in_channels / 16.0;
+  const int halo_rows = std::min(p.tile_h + (wide ? d - 1 : 0), s.height);
+  const int groups = p.map == NchwMap::kSeven ? 1 : ceil_div(ceil_div(halo_rows * s.width, v), 8);
+  double primary = 0;
+  if (p.map == NchwMap::kSeven) {
+    primary = p.warps *
+              (steps / p.warps_k * (16 + 14 + 7 * p.tiles + 6 * p.tiles + 6) + 4 * p.tiles * (p.warps_k > 1 ? 30 : 16));
+    primary += s.in_channels * 98 / 16 / 32 * 4;
+  } else {
+    const double step = 2 * v + v * p.tiles + p.tiles + 16, epilogue = 30 + halves * 2 * (2 * v + 8);
+    primary = round_up(groups, p.warps) * (steps * step + epilogue) + steps * p.tiles * 14;
+  }
+  const int positions = wide ? p.row_chunks * (p.tile_h / rows) * p.block_c : p.block_c * (s.height / rows);
+  const double cheap =
+      ceil_div(positions, 32) * (rows * (cols * (d * d + 1.0) + 8) + (rows + d - 1) * (cols * 1.2 + 5) + 60);
+  const double store = wide ? 0 : p.block_c * s.height * s.width * 4 / 512.0 * 4;
+  const double parameters = p.warps * 80 + ceil_div(p.block_c, 32) * (150 + 6 * d * d) + (wide ? p.block_c * 10 : 0);
+  const int64_t blocks = int64_t{s.batch} * p.tiles_h * p.channel_blocks;
+  const int64_t waves = (blocks + s.sm_count - 1) / s.sm_count;
+  // What a block waits for is hidden by the warps of others: 12 of them in two blocks or more, if the grid has so many.
+  const int blocks_per_sm = std::min(s.smem_per_sm / (p.smem_bytes + 1024), 2 * kNchwMaxThreads / 32 / p.warps);
+  const int64_t resident = std::min<int64_t>(waves, std::max(blocks_per_sm, 1)) * p.warps;
+  const double idle = (resident < 12 ? 12.0 / static_cast<double>(resident) : 1) * (blocks_per_sm < 2 ? 1.5 : 1);
+  return (primary + cheap + store + parameters) * static_cast<double>(waves) * (0.75 + 0.25 * idle);
+}
+
+// What the plan moves, as in LaunchPlan.
+void count_traffic(const GhostShape& s, NchwPlan& p) {
+  const int pad = s.dw_size / 2;
+  const int64_t image = int64_t{s.height} * s.width, ghosts = s.out_channels - s.init_channels;
+  int64_t rows = 0;  // of x1, halos included
+  for (int h = 0; h < s.height; h += p.tile_h) {
+    rows += std::min(h + p.tile_h + pad, s.height) - std::max(h - pad, 0);
+  }
+  const int64_t parameters = 2 * (int64_t{s.init_channels} * s.in_channels + ghosts * s.dw_size * s.dw_size);
+  p.recompute = static_cast<double>(rows) / s.height;
+  p.dram_read = 2 * s.batch * image * s.in_channels + parameters;
+  p.dram_write = 2 * s.batch * image * s.out_channels;
+  p.l2_read = s.batch * (2 * rows * s.width * s.in_channels * p.channel_blocks + parameters * p.tiles_h);
+  const int by_registers = p.map == NchwMap::kSeven ? 1 : std::max(1, 2 * kNchwMaxThreads / 32 / p.warps);
+  p.blocks_per_sm = std::max(1, std::min(by_registers, s.smem_per_sm / (p.smem_bytes + 1024)));
+}
+
+struct Search {
+  const GhostShape& s;
+  NchwPlan best{};
+  double best_cost = 0;
+
+  void consider(NchwPlan p) {
+    p.channel_blocks = ceil_div(s.init_channels, p.block_c);
+    p.tiles_h = ceil_div(s.height, p.tile_h);
+    p.row_chunks = s.width / chunk_pixels(p.map);
+    lay_out(s, p);
+    if (p.smem_bytes > s.smem_per_block) return;
+    const double c = cost(s, p);
+    if (best.block_c == 0 || c < best_cost) best = p, best_cost = c;
+  }
+  void map(NchwMap map, std::initializer_list<int> tile_counts) {
+    for (const int tiles : tile_counts) {
+      const int strip = nchw_strip_rows(map, tiles, s.dw_size), step = channel_step(map);
+      const bool seven = map == NchwMap::kSeven, wide = map == NchwMap::kWide8 || map == NchwMap::kWide4;
+      const int most = std::min(round_up(s.init_channels, step), (seven ? 4 : 1) * 16 * tiles);
+      for (int blocks = ceil_div(s.init_channels, most);; ++blocks) {
+        NchwPlan p{};
+        p.map = map;
+        p.tiles = tiles;
+        p.block_c = round_up(ceil_div(s.init_channels, blocks), step);
+        if (p.block_c <= most) with_channels(p, strip, wide, seven);
+        if (p.block_c <= 8 || p.block_c * 4 <= most) break;
+      }
+    }
+  }
+  void with_channels(NchwPlan p, int strip, bool wide, bool seven) {
+    if (seven) {
+      p.tile_h = 7;
+      for (int warps_c = ceil_div(p.block_c, 16 * p.tiles); warps_c <= ceil_div(p.block_c, 8) && warps_c <= 4;
+           ++warps_c) {
+        p.warp_c = round_up(ceil_div(p.block_c, warps_c), 8);
+        for (p.warps_k = 1; p.warps_k <= std::min(kNchwMaxThreads / 32 / warps_c, s.in_channels / 16); ++p.warps_k) {
+          if (ceil_div(s.in_channels / 16, ceil_div(s.in_channels / 16, p.warps_k)) != p.warps_k) continue;  // one idle
+          p.warps = warps_c * p.warps_k;
+          consider(p);
+        }
+      }
+      return;
+    }
+    p.warp_c = p.block_c;
+    p.warps_k = 1;
+    const int most_h = wide ? round_up(s.height, strip) : s.height;
+    for (p.tile_h = wide ? strip : s.height; p.tile_h <= most_h; p.tile_h += strip) {
+      const int row_chunks = s.width / chunk_pixels(p.map), strips = p.tile_h / strip;
+      const int64_t most_divided = int64_t{row_chunks} * std::max(p.tile_h + s.dw_size, strips * p.block_c);
+      if (most_divided * row_chunks >= 1 << 20) break;  // SmallDivisor
+      for (p.warps = 4; p.warps <= kNchwMaxThreads / 32; ++p.warps) consider(p);
+    }
+  }
+};
+
+bool aligned(const void* data, int64_t bytes) { return reinterpret_cast<uintptr_t>(data) % bytes == 0; }
+
+}  // namespace
+
+bool nchw_takes(const GhostForwardParams& a, const NchwPlan& plan) {
+  if (plan.block_c == 0) return false;
+  const GhostShape& s = a.shape;
+  const bool seven = s.width == 7 && s.height == 7, fourteen = s.width == 14 && s.height == 14;
+  if (s.in_channels % (seven ? 16 : 8) != 0 || s.batch > 65535) return false;
+  // Whole vectors: of pixels in wide maps, of maps in small ones.
+  const int step = channel_step(seven ? NchwMap::kSeven : fourteen ? NchwMap::kFourteen : NchwMap::kWide4);
+  if (s.init_channels % step != 0 || s.out_channels % step != 0) return false;
+  const int64_t pixels = int64_t{s.height} * s.width, vector = s.width % 8 == 0 ? 8 : 4;
+  const auto dense = [&](const Tensor4& t) { return t.stride_w == 1 && t.stride_h == s.width; };
+  if (!dense(a.x) || !dense(a.out) || !aligned(a.x.data, 16) || !aligned(a.out.data, 16)) return false;
+  for (const Tensor4* t : {&a.x, &a.out}) {
+    if (t->stride_n % (seven || fourteen ? 8 : vector) != 0 || t->stride_n < 0) return false;
+    if (seven || fourteen ? t->stride_c != pixels : t->stride_c % vector != 0 || t->stride_c < 0) return false;
+  }
+  if (a.primary_weight_stride_k != 1 || a.primary_weight_stride_n % 4 != 0 || !aligned(a.primary_weight, 8))
+    return false;
+  // Bytes of an image are counted in 32 bits.
+  return a.x.stride_c * int64_t{s.in_channels} < (1 << 30) && a.out.stride_c * int64_t{s.out_channels} < (1 << 30) &&
+         a.primary_weight_stride_n * int64_t{s.init_channels} < (1 << 30);
+}
+
+NchwPlan plan_nchw(const GhostShape& s) {
+  Search search{s};
+  const bool half = s.path == Path::kFloat16 || s.path == Path::kBFloat16;
+  if (!half || s.channels_last || s.ratio != 2 || (s.dw_size != 3 && s.dw_size != 5)) return {};
+  if (s.width == 7 && s.height == 7) {
+    search.map(NchwMap::kSeven, {3});
+  } else if (s.width == 14 && s.height == 14) {
+    search.map(NchwMap::kFourteen, {2, 4});
+  } else if (s.width % 8 == 0 && s.width > 8) {
+    search.map(NchwMap::kWide8, {1, 2});
+  } else if (s.width % 4 == 0 && s.width > 4) {
+    search.map(NchwMap::kWide4, {2, 4});
+  }
+  if (search.best.block_c > 0) count_traffic(s, search.best);
+  return search.best;
+}
+
+}  // namespace ghostfused

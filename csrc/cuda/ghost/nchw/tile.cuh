@@ -1,0 +1,153 @@
+// What all steps of the NCHW kernel share: a kernel's constants, a block's place, and operations on two packed numbers.
+#pragma once
+
+#include "cuda/ghost/nchw/nchw.h"
+#include "cuda/half_pairs.cuh"
+#include "cuda/norm.cuh"
+
+namespace ghostfused {
+
+template <typename T_, NchwMap kMap_, int kTiles_, int kD_, bool kFull_>
+struct NchwConfig {
+  using T = T_;
+  static constexpr NchwMap kMap = kMap_;
+  static constexpr int kTiles = kTiles_, kD = kD_, kPad = kD / 2;
+  static constexpr bool kFull = kFull_;
+  static constexpr bool kWide = kMap == NchwMap::kWide8 || kMap == NchwMap::kWide4,
+                        kFourteen = kMap == NchwMap::kFourteen;
+  static constexpr int kSide = kWide ? 0 : kFourteen ? 14 : 7, kPixels = kSide * kSide;        // of the whole map
+  static constexpr int kV = kMap == NchwMap::kWide8 ? 8 : kMap == NchwMap::kSeven ? 7 : 4;     // pixels of a chunk
+  static constexpr int kCols = kWide ? kV : kSide, kRows = nchw_strip_rows(kMap, kTiles, kD);  // of a cheap thread
+  static constexpr int kRowPitch = nchw_small_row_pitch(kMap);
+  static constexpr int kCheapFloats = nchw_cheap_floats(kD);
+  // k16 steps of x (7 × 7: of the weights) that are under way
+  static constexpr int kSlots = kMap == NchwMap::kWide8 ? 2 : kTiles < 4 ? (kFourteen ? 6 : 3) : kFull ? 2 : 3;
+  static constexpr int kMaxThreads = kNchwMaxThreads, kMinBlocks = kMap == NchwMap::kSeven ? 1 : 2;
+};
+
+// One block's work: init channels [c0, c0 + channels) of image n and rows [h0, h0 + rows) of them; x1 is made for
+// ``halo_rows`` rows from ``top`` on, which are those inside the image.
+struct NchwBlock {
+  int n, c0, channels, ghosts;  // ghosts: how many of the new channels are kept
+  int h0, rows, top, halo_rows;
+
+  template <class C>
+  __device__ __forceinline__ static NchwBlock of(const NchwParams& p) {
+    const GhostShape& s = p.args.shape;
+    NchwBlock b;
+    b.n = blockIdx.z;
+    b.c0 = blockIdx.x * p.plan.block_c;
+    b.channels = min(p.plan.block_c, s.init_channels - b.c0);
+    b.ghosts = min(b.channels, s.out_channels - s.init_channels - b.c0);
+    b.h0 = C::kWide ? blockIdx.y * p.plan.tile_h : 0;
+    b.rows = C::kWide ? min(p.plan.tile_h, s.height - b.h0) : C::kSide;
+    b.top = max(b.h0 - C::kPad, 0);
+    b.halo_rows = C::kWide ? min(b.h0 + p.plan.tile_h + C::kPad, s.height) - b.top : C::kSide;
+    return b;
+  }
+};
+
+// Keeps a value in its register: the compiler would rather compute addresses again and again.
+template <typename V>
+__device__ __forceinline__ V pinned(V v) {
+  if constexpr (sizeof(V) == 8) {
+    asm volatile("" : "+l"(v));
+  } else {
+    asm volatile("" : "+r"(v));
+  }
+  return v;
+}
+
+// p + bytes * times as one wide multiply-add.
+template <typename P>
+__device__ __forceinline__ P* advanced(P* p, uint32_t bytes, uint32_t times) {
+  P* r;
+  asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(r) : "r"(bytes), "r"(times), "l"(p));
+  return r;
+}
+
+// kWords neighbouring words of read-only global memory.
+template <int kWords>
+__device__ __forceinline__ void load_words(uint32_t* to, const void* from) {
+  if constexpr (kWords == 4) {
+    asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "l"(from));
+  } else if constexpr (kWords == 2) {
+    asm volatile("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(to[0]), "=r"(to[1]) : "l"(from));
+  } else {
+    asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(to[0]) : "l"(from));
+  }
+}
+
+// In assembly, since the compiler cuts some uint4 stores into four.
+template <int kWords>
+__device__ __forceinline__ void store_words(void* to, const uint32_t* v, bool condition) {
+  if constexpr (kWords == 4) {
+    asm volatile("{.reg .pred q; setp.ne.b32 q, %5, 0; @q st.global.v4.u32 [%0], {%1, %2, %3, %4};}" ::"l"(to),
+                 "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]), "r"(static_cast<int>(condition))
+                 : "memory");
+  } else {
+    asm volatile("{.reg .pred q; setp.ne.b32 q, %3, 0; @q st.global.v2.u32 [%0], {%1, %2};}" ::"l"(to), "r"(v[0]),
+                 "r"(v[1]), "r"(static_cast<int>(condition))
+                 : "memory");
+  }
+}
+
+template <int kWords>
+__device__ __forceinline__ void store_shared_words(uint32_t to, const uint32_t* v) {
+  if constexpr (kWords == 4) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
+                 : "memory");
+  } else {
+    asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(to), "r"(v[0]), "r"(v[1]) : "memory");
+  }
+}
+
+// NaN stays NaN.
+template <typename T>
+__device__ __forceinline__ uint32_t at_least(uint32_t v, uint32_t floor) {
+  uint32_t r;
+  if constexpr (__is_same(T, __half)) {
+    asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(r) : "r"(v), "r"(floor));
+  } else {
+    asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(v), "r"(floor));
+  }
+  return r;
+}
+
+// The activation, and x's type: kCount numbers of one channel as words.
+template <class C, int kCount>
+__device__ __forceinline__ void activate_and_pack(uint32_t (&to)[(kCount + 1) / 2], float (&y)[kCount], Act act,
+                                                  float slope, uint32_t floor) {
+  using T = typename C::T;
+  if constexpr (C::kFull) {
+    float slopes[kCount];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) slopes[i] = slope;
+    activate<kCount, false>(y, act, slopes);
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; i += 2) {
+    to[i / 2] = pack<T>(y[i], i + 1 < kCount ? y[i + 1 < kCount ? i + 1 : i] : 0.f);
+    if constexpr (!C::kFull) to[i / 2] = at_least<T>(to[i / 2], floor);
+  }
+}
+
+// sums += a * b as multiply_tiles(), over K = 8.
+template <typename T>
+__device__ __forceinline__ void multiply_tiles8(float (&c)[4], const uint2& a, uint32_t b) {
+#define GHOSTFUSED_MMA(TYPES)                                             \
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32." TYPES              \
+               ".f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};" \
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])           \
+               : "r"(a.x), "r"(a.y), "r"(b))
+  if constexpr (__is_same(T, __half)) {
+    GHOSTFUSED_MMA("f16.f16");
+  } else {
+    GHOSTFUSED_MMA("bf16.bf16");
+  }
+#undef GHOSTFUSED_MMA
+}
+
+}  // namespace ghostfused

@@ -1,0 +1,54 @@
+// The Ghost module in channels_last, fp16 and bf16, as one kernel: 3×3 or 5×5, ratio 2. A block takes whole rows of an
+// image with their halo, or whole images, × block_c init channels:
+//
+//   load          the first x → registers; 1×1 weights and x1's padding → shared memory             load.cuh
+//   norm_affine   bias and norm as scale and shift, the cheap weights times theirs → shared memory  load.cuh
+//   --- barrier ---
+//   primary       w * x on tensor cores, scale, shift, activation → x1 in shared memory             primary.cuh
+//   --- barrier ---
+//   cheap         x1 → x2 in registers, sliding down rows                                           cheap.cuh
+//   store         x1 and x2 → output, gate and residual applied                                     cheap.cuh
+//
+// Every sum is made by one thread in a fixed order, so results are bitwise the same from run to run. plan.cpp chooses
+// the tile; only instructions of sm_80 are used.
+#pragma once
+
+#include "cuda/ghost/nhwc/cheap.cuh"
+#include "cuda/ghost/nhwc/primary.cuh"
+
+namespace ghostfused {
+
+template <Path kPath, int kTiles, int kD, Epilogue kEpilogue>
+__global__ void __launch_bounds__(nhwc_max_threads(kTiles), nhwc_min_blocks(kTiles, kEpilogue))
+    nhwc_forward(const __grid_constant__ NhwcParams p) {
+  using T = typename PathType<kPath>::T;
+  extern __shared__ __align__(128) unsigned char smem[];
+  const NhwcTile t = nhwc_tile<kD>(p);
+  primary<kPath, kTiles, kD, kEpilogue>(p, t, smem, [&] {
+    load_primary_weight<T, kTiles>(p, t, smem);
+    norm_affine<T, kD>(p, t, p.plan.warps_n * kTiles * 16, reinterpret_cast<float*>(smem + p.plan.affine_offset),
+                       reinterpret_cast<float*>(smem + p.plan.cheap_offset));
+    zero_padding<kD>(p, t, smem + p.plan.x1_offset);
+  });
+  __syncthreads();  // x1 is complete
+  cheap_and_store<kPath, kTiles, kD, kEpilogue>(p, t, smem);
+}
+
+template <Path kPath, int kTiles, int kD, Epilogue kEpilogue>
+const void* nhwc_kernel() {
+  return reinterpret_cast<const void*>(&nhwc_forward<kPath, kTiles, kD, kEpilogue>);
+}
+
+}  // namespace ghostfused
+
+// The kernels of one path, in the order that nhwc.h gives.
+#define GHOSTFUSED_NHWC_TILES(PATH, NAME, TILES)                                                    \
+  {nhwc_kernel<Path::k##PATH, TILES, 3, Epilogue::kNone>(), NAME "_nhwc_t" #TILES "_dw3_none"},     \
+      {nhwc_kernel<Path::k##PATH, TILES, 3, Epilogue::kReLU>(), NAME "_nhwc_t" #TILES "_dw3_relu"}, \
+      {nhwc_kernel<Path::k##PATH, TILES, 3, Epilogue::kAny>(), NAME "_nhwc_t" #TILES "_dw3_any"},   \
+      {nhwc_kernel<Path::k##PATH, TILES, 5, Epilogue::kAny>(), NAME "_nhwc_t" #TILES "_dw5_any"},
+#define GHOSTFUSED_NHWC_KERNELS(PATH, NAME)                                                                            \
+  namespace ghostfused {                                                                                               \
+  const Kernel k##PATH##NhwcKernels[kNhwcKernelsPerPath] = {                                                           \
+      GHOSTFUSED_NHWC_TILES(PATH, NAME, 1) GHOSTFUSED_NHWC_TILES(PATH, NAME, 2) GHOSTFUSED_NHWC_TILES(PATH, NAME, 3)}; \
+  }

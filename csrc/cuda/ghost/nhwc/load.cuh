@@ -1,0 +1,127 @@
+// What a block brings into shared memory before it computes: the 1×1 weights, scales and shifts, and x1's zeros.
+#pragma once
+
+#include "cuda/ghost/nhwc/nhwc.h"
+#include "cuda/half_pairs.cuh"
+#include "cuda/norm.cuh"
+
+namespace ghostfused {
+
+// One block's work: rows [h0, h0 + tile_h) of the plan's number of images from n on, init channels [c0, c0 + block_c).
+// Every block is whole: where sizes don't divide, the last one overlaps its neighbour and stores the same bits again.
+struct NhwcTile {
+  int n, h0, c0;
+  int top, rows;  // of x1 inside the image, halo included
+  int first_row;  // of shared memory's rows, the first that holds one of them
+};
+
+template <int kD>
+__device__ __forceinline__ NhwcTile nhwc_tile(const NhwcParams& p) {
+  const GhostShape& s = p.args.shape;
+  const NhwcPlan& plan = p.plan;
+  constexpr int kPad = kD / 2;
+  NhwcTile t;
+  const int tile = FastDivisor(p.channel_blocks).divide(blockIdx.x);
+  t.c0 =
+      min((static_cast<int>(blockIdx.x) - tile * plan.channel_blocks) * plan.block_c, s.init_channels - plan.block_c);
+  t.h0 = min(tile * plan.tile_h, s.height - plan.tile_h);
+  t.n = min(static_cast<int>(blockIdx.y) * plan.images, s.batch - plan.images);
+  t.top = max(t.h0 - kPad, 0);
+  t.rows = min(t.h0 + plan.tile_h + kPad, s.height) - t.top;
+  t.first_row = t.top - (t.h0 - kPad);
+  return t;
+}
+
+// A lane's channel within the kTiles m16 tiles of its warp: row g + 8 * half of tile t. Two neighbouring tiles give it
+// four channels in a row, a last single one two, so that it stores x1 as one vector.
+template <int kTiles>
+__device__ __forceinline__ int channel_of(int t, int g, int half) {
+  const bool single = kTiles % 2 == 1 && t == kTiles - 1;
+  return single ? 16 * t + 2 * g + half : t / 2 * 32 + 4 * g + t % 2 * 2 + half;
+}
+
+// The 1×1 weights as mma's A fragments: [warp along channels][32 input channels][k16 step][tile][lane], 16 bytes each.
+// Lane 4 g + q has input channels 8 q … 8 q + 7 of 32, in the order in which it reads x; zero beyond Cin. Channels
+// beyond the block's are any: nobody stores their x1.
+template <typename T, int kTiles>
+__device__ __forceinline__ void load_primary_weight(const NhwcParams& p, const NhwcTile& t, unsigned char* fragments) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+  const int blocks = p.plan.k_blocks, tiles = p.plan.warps_n * kTiles, last = p.plan.block_c - 1;
+  const int side = p.weight_warps.divisor, row_of_warps = FastDivisor(p.weight_warps).divide(warp);  // along the tiles
+  const int rows_of_warps = p.weight_rows;                                                           // along Cin
+  if (row_of_warps >= rows_of_warps) return;
+  const bool whole = p.args.shape.in_channels % 32 == 0, inside = (blocks - 1) * 32 + 8 * q < p.args.shape.in_channels;
+  const uint32_t row_bytes = static_cast<uint32_t>(p.args.primary_weight_stride_n) * 2;
+  const unsigned char* weight = static_cast<const unsigned char*>(p.args.primary_weight) + q * 16 + row_of_warps * 64;
+#pragma unroll 1
+  for (int tile = warp - row_of_warps * side; tile < tiles; tile += side) {
+    const int warp_n = tile / kTiles, i = tile % kTiles, c = warp_n * kTiles * 16 + channel_of<kTiles>(i, g, 0);
+    const auto row = [&](int c) {
+      return weight + static_cast<uint64_t>(static_cast<uint32_t>(t.c0 + min(c, last))) * row_bytes;
+    };
+    const unsigned char *row_a = row(c), *row_b = row(c + 1);
+    unsigned char* to = fragments + ((warp_n * blocks + row_of_warps) * 2 * kTiles + i) * 512 + lane * 16;
+#pragma unroll 1
+    for (int block = row_of_warps; block < blocks; block += rows_of_warps) {
+      uint4 a, b;
+      if (block + 1 < blocks || whole) {
+        a = load_global16(row_a), b = load_global16(row_b);
+      } else {
+        a = load_global16_or_zero(inside, row_a), b = load_global16_or_zero(inside, row_b);
+      }
+      *reinterpret_cast<uint4*>(to) = uint4{a.x, b.x, a.y, b.y};
+      *reinterpret_cast<uint4*>(to + kTiles * 512) = uint4{a.z, b.z, a.w, b.w};
+      row_a += rows_of_warps * 64;
+      row_b += rows_of_warps * 64;
+      to += rows_of_warps * 2 * kTiles * 512;
+    }
+  }
+}
+
+// [scale | shift | slope] of the primary conv; of the cheap one [taps | shift | slope], its weights already multiplied
+// by the norm's scale. Rows of ``channels``, zero beyond the block's.
+template <typename T, int kD>
+__device__ __forceinline__ void norm_affine(const NhwcParams& p, const NhwcTile& t, int channels, float* primary,
+                                            float* cheap) {
+  const GhostForwardParams& a = p.args;
+  for (int c = threadIdx.x; c < channels; c += blockDim.x) {
+    Affine first{0.f, 0.f, 0.f};
+    if (c < p.plan.block_c) {
+      first = affine<T>(a.primary, t.c0 + c);
+      const Affine second = affine<T>(a.cheap, t.c0 + c);
+      const T* weight = static_cast<const T*>(a.cheap_weight) + (t.c0 + c) * a.cheap_weight_stride_c;
+#pragma unroll
+      for (int tap = 0; tap < kD * kD; ++tap) {
+        const T w = weight[tap / kD * a.cheap_weight_stride_h + tap % kD * a.cheap_weight_stride_w];
+        cheap[tap * channels + c] = to_float(w) * second.scale;
+      }
+      cheap[kD * kD * channels + c] = second.shift;
+      cheap[(kD * kD + 1) * channels + c] = second.slope;
+    }
+    primary[c] = first.scale;
+    primary[channels + c] = first.shift;
+    primary[2 * channels + c] = first.slope;
+  }
+}
+
+// The padding: real zeros around each image in x1, so that the cheap conv needs no bounds. kPad rows lie between the
+// images of a block; ``period`` counts from one to the next.
+template <int kD>
+__device__ __forceinline__ void zero_padding(const NhwcParams& p, const NhwcTile& t, unsigned char* x1) {
+  constexpr int kPad = kD / 2;
+  const NhwcPlan& plan = p.plan;
+  const int pixel = plan.pitch / 8, per_row = plan.row_pixels * pixel, all_rows = kPad + plan.images * p.period.divisor;
+  uint2* words = reinterpret_cast<uint2*>(x1);
+  // A warp clears what lies between a row's pixels and those of the row before, and those pixels where there is none.
+  for (int row = threadIdx.x / 32; row <= all_rows; row += blockDim.x / 32) {
+    int below = row - t.first_row;
+    if (plan.images > 1 && below > 0) below -= __umulhi(below, p.period.reciprocal) * p.period.divisor;
+    const bool inside = below >= 0 && below < t.rows;
+    const int begin = max(row * per_row - kPad * pixel, 0);
+    const int end = min(row * per_row + (inside ? kPad * pixel : per_row - kPad * pixel), all_rows * per_row);
+#pragma unroll 1
+    for (int i = begin + static_cast<int>(threadIdx.x % 32); i < end; i += 32) words[i] = uint2{};
+  }
+}
+
+}  // namespace ghostfused

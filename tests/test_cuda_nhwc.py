@@ -1,0 +1,205 @@
+"""The channels_last kernel (csrc/cuda/ghost/nhwc): every tile and mode of it, on a GPU, or with none under ptx-on-cpu."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from cuda_runtime import _C, ON_CPU, check_args, needs_cuda, planned_for, run_in_order
+from draws import ACTS
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ghostfused.spec import GhostArgs
+from ghostfused.testing import Case, make_args
+
+pytestmark = [pytest.mark.cuda, needs_cuda]
+
+DTYPES = (torch.float16, torch.bfloat16)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=("float16", "bfloat16"))
+
+
+def plan(args: GhostArgs, sm_count: int, family: str = "") -> dict[str, Any]:
+    """The launch plan for dense ``args`` on the device that ``planned_for`` pretends."""
+    batch, cin, height, width = args.x.shape
+    return _C.plan(
+        batch=batch, in_channels=cin, height=height, width=width, init_channels=args.init_channels,
+        out_channels=args.out_channels, ratio=args.ratio, dw_size=args.dw_size,
+        path=str(args.x.dtype).removeprefix("torch."), channels_last=True, input_gate=args.input_gate is not None,
+        sm_count=sm_count, smem_per_block=101376, smem_per_sm=102400, family=family,
+    )  # fmt: skip
+
+
+def check(sm_counts: tuple[int, ...] = (1, 132), **case: Any) -> list[dict[str, Any]]:
+    """Runs the case as planned for each device; returns the plans, all of which are this kernel's."""
+    args = make_args(Case(layout="nhwc", **case))
+    plans = []
+    for sm_count in sm_counts:
+        plans.append(plan(args, sm_count))
+        assert plans[-1]["family"] == "nhwc", case
+        with planned_for(sm_count):
+            check_args(args, f"{case}, planned as {plans[-1]}")
+    return plans
+
+
+SHAPES: dict[str, dict[str, Any]] = {  # Cin, H, W, Cout
+    "one tile": {"in_channels": 16, "height": 16, "width": 16, "out_channels": 16},
+    "rows of fours": {"in_channels": 24, "height": 12, "width": 20, "out_channels": 72},
+    "odd rows": {"in_channels": 72, "height": 9, "width": 13, "out_channels": 40},
+    "long K": {"in_channels": 200, "height": 7, "width": 7, "out_channels": 80},
+    "two warps": {"in_channels": 40, "height": 14, "width": 14, "out_channels": 240},
+    "images": {"batch": 5, "in_channels": 64, "height": 7, "width": 7, "out_channels": 96},
+    "narrow": {"in_channels": 32, "height": 21, "width": 4, "out_channels": 24},
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "none": {"act_primary": "none", "act_cheap": "none"},
+    "relu": {"act_primary": "relu", "act_cheap": "relu"},
+    "any": {"act_primary": "silu", "act_cheap": "relu"},
+    "5x5": {"act_primary": "relu", "act_cheap": "relu", "dw_size": 5},
+}
+
+
+@each_dtype
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_kernel(dtype, variant):
+    plans = [p for shape in SHAPES.values() for p in check(dtype=dtype, **shape, **VARIANTS[variant])]
+    assert {p["warp_tiles"] for p in plans} == {1, 2, 3}
+    assert {p["images"] for p in plans} > {1}
+    assert {p["warps_n"] for p in plans} > {1}
+    assert {p["strips"] for p in plans} > {1}
+    assert {p["channel_blocks"] for p in plans} > {1}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_thread_order(variant):
+    """Also run in other orders of threads, in which a missing barrier shows."""
+    for name in ("one tile", "odd rows", "images"):
+        check((1, 132), dtype=torch.float16, **SHAPES[name], **VARIANTS[variant])
+
+
+@pytest.mark.skipif(not ON_CPU, reason="a GPU's order of threads can't be chosen")
+@pytest.mark.parametrize("order", ["desc", "rand:7"])
+def test_other_orders(order):
+    run_in_order(__file__, order)
+
+
+@pytest.mark.parametrize("act", ACTS)
+def test_activations(act):
+    shape = {"in_channels": 16, "height": 6, "width": 9, "out_channels": 24, "dtype": torch.float16}
+    for per_channel in (False, True) if act == "prelu" else (False,):
+        check((132,), **shape, act_primary=act, act_cheap="none", per_channel_slope=per_channel)
+        check((132,), **shape, act_primary="none", act_cheap=act, per_channel_slope=per_channel)
+
+
+@each_dtype
+@pytest.mark.parametrize("optional", list(itertools.product([False, True], repeat=3))[1:])
+def test_optional_inputs(optional, dtype):
+    gate, residual, output_gate = optional
+    extra = {"input_gate": gate, "residual": residual, "output_gate": output_gate, "dtype": dtype}
+    check((132,), batch=2, in_channels=40, height=9, width=6, out_channels=24, **extra)
+    check(
+        (132,),
+        batch=2,
+        in_channels=24,
+        height=8,
+        width=16,
+        out_channels=40,
+        act_primary="none",
+        act_cheap="none",
+        **extra,
+    )
+
+
+@pytest.mark.parametrize("cut", [4, 12, 20])
+def test_sliced_ghosts(cut):
+    """The last ghost channels are cut off."""
+    for dw_size in (3, 5):
+        check(
+            in_channels=16,
+            height=8,
+            width=8,
+            out_channels=48 - cut,
+            init_channels=24,
+            dw_size=dw_size,
+            dtype=torch.float16,
+        )
+
+
+def test_norms_and_biases():
+    for primary, cheap in itertools.product(["none", "bias", "bn", "bn+bias", "bn_no_affine"], ["none", "bias", "bn"]):
+        for norm_dtype in (None, torch.float32):
+            check(
+                (132,), in_channels=8, height=5, width=8, out_channels=16, primary_norm=primary, cheap_norm=cheap,
+                norm_dtype=norm_dtype, dtype=torch.float16,
+            )  # fmt: skip
+
+
+def test_zeros_stay_zeros_beside_infinite_channels():
+    """Lanes beyond the last input channel add nothing, whatever lies behind it."""
+    for cin in (8, 40, 56):
+        args = make_args(Case(1, cin, 8, 8, 16, layout="nhwc", dtype=torch.float16))
+        wide = torch.full((1, 8, 8, 2 * cin), float("inf"), dtype=torch.float16)
+        wide[..., :cin] = args.x.permute(0, 2, 3, 1)
+        weight = torch.full((8, 2 * cin), float("nan"), dtype=torch.float16)
+        weight[:, :cin] = args.primary_weight.flatten(1)
+        x = wide.permute(0, 3, 1, 2)[:, :cin]
+        check_args(args._replace(x=x, primary_weight=weight[:, :cin, None, None]))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"in_channels": 20}, {"out_channels": 20, "init_channels": 10}, {"out_channels": 30, "init_channels": 16},
+        {"width": 3, "height": 12}, {"ratio": 3, "out_channels": 48}, {"dw_size": 7}, {"dw_size": 1},
+        {"height": 4, "width": 4}, {"layout": "nchw"}, {"dtype": torch.float32},
+    ],
+    ids=lambda case: "-".join(case),
+)  # fmt: skip
+def test_what_the_general_kernel_keeps(case):
+    case = {
+        "batch": 1, "in_channels": 16, "height": 8, "width": 8, "out_channels": 32, "layout": "nhwc",
+        "dtype": torch.float16, **case,
+    }  # fmt: skip
+    args = make_args(Case(**case))
+    if case["layout"] == "nhwc":
+        assert plan(args, 132)["family"] == "general"
+        assert plan(args, 132, "nhwc") == {}
+    with planned_for(132):
+        check_args(args)
+
+
+@st.composite
+def cases(draw) -> Case:
+    dw_size = draw(st.sampled_from([3, 5]))
+    init = 4 * draw(st.integers(1, 24))
+    gated = draw(st.booleans())
+    return Case(
+        batch=draw(st.integers(1, 5)),
+        in_channels=8 * draw(st.integers(1, 14)),
+        height=draw(st.integers(8, 19)),
+        width=draw(st.integers(4, 19)),
+        out_channels=init + 4 * draw(st.integers(1, init // 4)),
+        init_channels=init,
+        dw_size=dw_size,
+        act_primary=draw(st.sampled_from(["none", "relu", *ACTS])),
+        act_cheap=draw(st.sampled_from(["none", "relu", *ACTS])),
+        per_channel_slope=draw(st.booleans()),
+        primary_norm=draw(st.sampled_from(["bn", "bias", "bn+bias", "none"])),
+        cheap_norm=draw(st.sampled_from(["bn", "bias", "none"])),
+        layout="nhwc",
+        input_gate=gated and draw(st.booleans()),
+        residual=gated and draw(st.booleans()),
+        output_gate=gated and draw(st.booleans()),
+        seed=draw(st.integers(0, 100)),
+        dtype=draw(st.sampled_from(DTYPES)),
+    )
+
+
+@given(cases(), st.sampled_from([1, 4, 132]))
+def test_any_case(case, sm_count):
+    args = make_args(case)
+    assert plan(args, sm_count)["family"] == "nhwc"
+    with planned_for(sm_count):
+        check_args(args)
