@@ -25,7 +25,8 @@ from .sass_flow import Instruction, parse, static_counts
 from .static_triton import modules
 
 CSRC = Path(__file__).parents[1] / "csrc"
-SOURCES = sorted(path.stem for path in (CSRC / "cuda" / "instances").glob("*.cu"))
+SOURCES = sorted(path.stem for path in (CSRC / "cuda" / "instances").glob("*.cu") if not path.stem.startswith("nhwc_"))
+"""But for the channels_last kernel's, which have no model here."""
 PATHS = ("float16", "bfloat16", "tf32", "float32")
 LAYOUTS = ("nchw", "nhwc")
 BATCHES = (1, 64, 256)
@@ -39,12 +40,14 @@ def extension() -> Any:
 def plan(m: dict[str, Any], batch: int, nhwc: bool, path: str = "float16", arch: str = "sm_90", dw: int = 0) -> dict:
     """The launch plan of one of ``modules()``; ``dw`` replaces its depthwise kernel."""
     sms, block, sm = DEVICES[arch]
-    return extension().plan(
+    p = extension().plan(
         batch=batch, in_channels=m["in_channels"], height=m["height"], width=m["width"],
         init_channels=math.ceil(m["out_channels"] / m["ratio"]), out_channels=m["out_channels"], ratio=m["ratio"],
         dw_size=dw or m["dw_size"], path=path, channels_last=nhwc, sm_count=sms, smem_per_block=block, smem_per_sm=sm,
         family="general",
     )  # fmt: skip
+    del p["family"]
+    return p
 
 
 def _ghost_plans(path: str, arch: str, dw: int, nhwc: int) -> list[dict]:

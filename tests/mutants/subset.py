@@ -55,8 +55,9 @@ NHWC: dict[str, dict[str, Any]] = {
     "one tile": {"in_channels": 16, "height": 16, "width": 16, "out_channels": 16},
     "fours": {"in_channels": 72, "height": 12, "width": 20, "out_channels": 72},
     "odd rows": {"in_channels": 40, "height": 11, "width": 13, "out_channels": 68, "init_channels": 36},
-    "images": {"batch": 5, "in_channels": 96, "height": 7, "width": 7, "out_channels": 72},
+    "images": {"batch": 5, "in_channels": 24, "height": 9, "width": 11, "out_channels": 40},
     "warps": {"in_channels": 24, "height": 14, "width": 14, "out_channels": 240},
+    "long K": {"in_channels": 136, "height": 7, "width": 7, "out_channels": 40},
 }
 """For the channels_last kernel's variants."""
 VARIANTS: dict[str, dict[str, Any]] = {
