@@ -135,7 +135,7 @@ struct KernelAttributes {
   int registers, local_bytes, static_smem_bytes, max_threads, binary_version;
 };
 constexpr int kGhostKernelCount = 24;  // 4 paths × (3×3, 5×5, any size and ratio) × 2 layouts
-constexpr int kKernelCount = kGhostKernelCount + 3 * 19 + 8 + 3 * 28;  // and bottleneck.h's and training.h's
+constexpr int kKernelCount = kGhostKernelCount + 3 * 19 + 8 + 3 * 28 + 2 * 14;  // and bottleneck.h's and training.h's
 const char* kernel_attributes(int index, KernelAttributes* attributes);
 
 }  // namespace ghostfused

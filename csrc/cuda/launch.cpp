@@ -33,7 +33,8 @@ const Kernel& kernel_at(int index) {
   return kernels_of(static_cast<Path>(index / kKernelsPerPath))[index % kKernelsPerPath];
 }
 
-static_assert(kKernelCount == kGhostKernelCount + 3 * (kBottleneckKernels + kTrainingKernels) + kStatisticsKernelCount);
+static_assert(kKernelCount == kGhostKernelCount + 3 * (kBottleneckKernels + kTrainingKernels) + kStatisticsKernelCount +
+                                  2 * kNhwcKernels);
 
 // In the order of kernel_attributes.
 const Kernel& kernel_of_all(int index) {
@@ -41,7 +42,9 @@ const Kernel& kernel_of_all(int index) {
   index -= kGhostKernelCount;
   if (index < 3 * kBottleneckKernels) return bottleneck_kernel(index);
   index -= 3 * kBottleneckKernels;
-  return index < kStatisticsKernelCount ? statistics_kernel(index) : training_kernel(index - kStatisticsKernelCount);
+  if (index < kStatisticsKernelCount) return statistics_kernel(index);
+  index -= kStatisticsKernelCount;
+  return index < 3 * kTrainingKernels ? training_kernel(index) : nhwc_kernel(index - 3 * kTrainingKernels);
 }
 
 }  // namespace
@@ -57,7 +60,7 @@ bool narrow(const Tensor4& t, DeviceTensor* out) {
 
 const char* allow_shared_memory(int index, const void* function) {
   constexpr int kMaxDevices = 64;
-  static std::atomic<bool> done[kGhostKernelCount + kStatisticsKernelCount][kMaxDevices];
+  static std::atomic<bool> done[kSharedMemoryKernels][kMaxDevices];
   int device = 0, bytes = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess && device < kMaxDevices && done[index][device].load(std::memory_order_relaxed)) {

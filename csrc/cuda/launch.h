@@ -63,8 +63,9 @@ struct Kernel {
 };
 
 // Lets a kernel use all of the device's shared memory; once per device and kernel, of which ``index`` counts the Ghost
-// modules' and then training.h's statistics kernels. Returns null, or what went wrong.
+// modules', then training.h's statistics kernels and those for channels_last. Returns null, or what went wrong.
 constexpr int kStatisticsKernelCount = 8;  // 4 paths × 2 layouts
+constexpr int kSharedMemoryKernels = kGhostKernelCount + kStatisticsKernelCount + 2 * 4;
 const char* allow_shared_memory(int index, const void* function);
 
 constexpr int kKernelsPerPath = 6;  // index: (3×3: 0, 5×5: 1, other sizes and ratios: 2) * 2 + channels_last

@@ -44,7 +44,8 @@ def kernel_tables(kernels: Iterable[str]) -> str:
         kernels |= {
             f"{path}_{step}_{dw}_{layout}" for step in ("cheap_statistics", "cheap_backward", "primary_backward")
         }
-    headers = ("bottleneck/bottleneck", "ghost/forward", "training/kernels", "training/primary")
+        kernels |= set(nhwc_kernels(path))
+    headers = ("bottleneck/bottleneck", "ghost/forward", "training/kernels", "training/primary", "training/nhwc")
     lines = [*(f'#include "cuda/{header}.cuh"' for header in headers), "namespace ghostfused {"]
     for path, name in PATHS.items():
         entries = []
@@ -62,6 +63,8 @@ def kernel_tables(kernels: Iterable[str]) -> str:
         if path != "tf32":
             tables |= {"Bottleneck[kBottleneckKernels]": bottleneck_kernels(path)}
             tables |= {"Training[kTrainingKernels]": training_kernels(path)}
+        if path in ("float16", "bfloat16"):
+            tables |= {"NhwcTraining[kNhwcKernels]": nhwc_kernels(path)}
         for table, every in tables.items():
             entries = [table_entry(kernel, every[kernel], name) if kernel in kernels else "{}" for kernel in every]
             lines.append(f"const Kernel k{name}{table} = {{{', '.join(entries)}}};")
@@ -98,6 +101,21 @@ def training_kernels(path: str) -> dict[str, str]:
         for d in (1, 3, 5, 7)
         for layout, last in LAYOUTS
     }
+
+
+def nhwc_kernels(path: str) -> dict[str, str]:
+    """Those of training/nhwc.cuh's."""
+    entries = {
+        f"{path}_{step}_pixels_{vector}": f"{step}_pixels<P, {vector}>"
+        for step in ("normalize", "normalize_backward")
+        for vector in (4, 8)
+    }
+    entries |= {
+        f"{path}_{step}_strips{masked}": f"{step}_strips<P, {str(bool(masked)).lower()}>"
+        for step in ("cheap_statistics", "cheap_backward", "primary_backward")
+        for masked in ("", "_masked")
+    }
+    return entries | {f"{path}_primary_statistics_nhwc_{n}": f"primary_statistics_nhwc<P, {n}>" for n in (1, 2, 3, 4)}
 
 
 def run(command: list[str], **kwargs) -> None:
