@@ -10,48 +10,43 @@
 namespace ghostfused {
 
 // Each v summed over the positions of a lane; position 0 has the result. ``scratch``: kScratchFloats.
-template <int kCount>
+template <int kThreads, int kCount>
 __device__ __forceinline__ void block_sum(float (&v)[kCount], const BlockShare& t, float* scratch) {
-  constexpr int kTogether = 4;
+  constexpr int kTogether = 4 * kMaxThreads / kThreads;
+  constexpr int kInOrder = kThreads < kMaxThreads ? 8 : 1;  // what is left of a small block costs less than barriers
   float* slot = scratch + (t.idle() ? 0 : t.position * t.lanes + t.lane);
-  int half = 1;
-  while (half < t.positions) half *= 2;
 #pragma unroll
   for (int first = 0; first < kCount; first += kTogether) {
+    const int together = min(kTogether, kCount - first);
     __syncthreads();  // the scratch is free
 #pragma unroll
     for (int i = 0; i < kTogether; ++i) {
-      if (first + i < kCount && !t.idle()) slot[i * kMaxThreads] = v[first + i];
+      if (first + i < kCount && !t.idle()) slot[i * kThreads] = v[first + i];
     }
+    int count = t.positions;
 #pragma unroll 1
-    for (int apart = half / 2; apart > 0; apart /= 2) {
+    for (; count > kInOrder; count = (count + 1) / 2) {  // the upper half is added to the lower
+      const int half = (count + 1) / 2;
       __syncthreads();
-      if (t.position < apart && t.position + apart < t.positions) {
+      if (t.position >= count - half) continue;
 #pragma unroll
-        for (int i = 0; i < kTogether; ++i) {
-          if (first + i < kCount) slot[i * kMaxThreads] += slot[i * kMaxThreads + apart * t.lanes];
-        }
+      for (int i = 0; i < kTogether; ++i) {
+        if (first + i < kCount) slot[i * kThreads] += slot[i * kThreads + half * t.lanes];
       }
     }
+    __syncthreads();
+    for (int i = t.position; i < together && !t.idle(); i += t.positions) {  // each in one thread of the lane
+      float* own = scratch + i * kThreads + t.lane;
+      float sum = 0.f;
+      for (int q = 0; q < count; ++q) sum += own[q * t.lanes];
+      *own = sum;
+    }
+    __syncthreads();
 #pragma unroll
     for (int i = 0; i < kTogether; ++i) {
-      if (first + i < kCount && t.position == 0) v[first + i] = slot[i * kMaxThreads];
+      if (first + i < kCount && t.position == 0) v[first + i] = slot[i * kThreads];
     }
   }
-}
-
-// Position 0's numbers for all positions of its lane.
-template <int kCount>
-__device__ __forceinline__ void broadcast(float (&v)[kCount], const BlockShare& t, float* scratch) {
-  static_assert(kCount <= 4);
-  __syncthreads();  // the scratch is free
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    if (t.position == 0) scratch[i * kMaxThreads + t.lane] = v[i];
-  }
-  __syncthreads();
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) v[i] = scratch[i * kMaxThreads + t.lane];
 }
 
 // Whether this block is the last of ``rows`` to get here: then it sees what all of them have written.
@@ -84,31 +79,6 @@ struct Moments {
 
   __device__ __forceinline__ float mean(int e) const { return n > 0.f ? shift[e] + s[e] / n : 0.f; }
   __device__ __forceinline__ float m2(int e) const { return n > 0.f ? fmaxf(q[e] - s[e] * s[e] / n, 0.f) : 0.f; }
-
-  // To (n, mean, M2) of the whole block, at position 0.
-  __device__ __forceinline__ void combine(float (&all_mean)[kV], float (&all_m2)[kV], const BlockShare& t,
-                                          float* scratch) {
-    const float own_n = n;
-    float own[kV], near[kV];
-#pragma unroll
-    for (int e = 0; e < kV; ++e) {
-      near[e] = own[e] = mean(e);
-      all_m2[e] = m2(e);
-    }
-    broadcast(near, t, scratch);
-    float sums[1 + kV];
-    sums[0] = n;
-#pragma unroll
-    for (int e = 0; e < kV; ++e) sums[1 + e] = own_n * (own[e] - near[e]);
-    block_sum(sums, t, scratch);
-    n = sums[0];
-#pragma unroll
-    for (int e = 0; e < kV; ++e) all_mean[e] = near[e] + sums[1 + e] / n;
-    broadcast(all_mean, t, scratch);
-#pragma unroll
-    for (int e = 0; e < kV; ++e) all_m2[e] += own_n * (own[e] - all_mean[e]) * (own[e] - all_mean[e]);
-    block_sum(all_m2, t, scratch);
-  }
 };
 
 // A block's part in combining the rows of a grid: its row, and the channels [first, end) of all ``channels``.
@@ -199,27 +169,42 @@ __device__ __forceinline__ int* flag_behind(float* scratch) {
 }
 
 // Combines the moments of all threads and rows; the last block writes mean and variance.
-template <int kV>
+template <int kThreads, int kV>
 __device__ __forceinline__ void finish_statistics(Moments<kV> own, const Channels<kV>& c, const BlockShare& t,
-                                                  const RowCombination& rows, float* mean_out, float* var_out,
-                                                  float* scratch) {
-  float mean[kV], m2[kV];
-  own.combine(mean, m2, t, scratch);
+                                                  const RowCombination& rows, float* mean, float* var, float* scratch) {
+  __syncthreads();  // the scratch is free
+#pragma unroll
+  for (int e = 0; e < kV; ++e) {
+    if (t.position == 0) scratch[e * kThreads + t.lane] = own.mean(e);
+  }
+  __syncthreads();
+  // to sums about one shift: the mean of position 0, which has a number in every block
+  float shift[kV], sums[1 + 2 * kV];
+  sums[0] = own.n;
+#pragma unroll
+  for (int e = 0; e < kV; ++e) {
+    shift[e] = scratch[e * kThreads + t.lane];
+    const float d = own.n > 0.f ? own.shift[e] - shift[e] : 0.f;
+    sums[1 + e] = own.s[e] + own.n * d;
+    sums[1 + kV + e] = own.q[e] + d * (2.f * own.s[e] + own.n * d);
+  }
+  block_sum<kThreads>(sums, t, scratch);
 #pragma unroll
   for (int e = 0; e < kV; ++e) {
     if (t.position != 0 || !c.kept[e]) continue;
-    *rows.at<3>(rows.row, 0, c.at[e]) = own.n;
-    *rows.at<3>(rows.row, 1, c.at[e]) = mean[e];
-    *rows.at<3>(rows.row, 2, c.at[e]) = m2[e];
+    const float n = sums[0], s = sums[1 + e], q = sums[1 + kV + e];
+    *rows.at<3>(rows.row, 0, c.at[e]) = n;
+    *rows.at<3>(rows.row, 1, c.at[e]) = shift[e] + s / n;
+    *rows.at<3>(rows.row, 2, c.at[e]) = fmaxf(q - s * s / n, 0.f);
   }
-  write_statistics(rows, mean_out, var_out, flag_behind(scratch));
+  write_statistics(rows, mean, var, flag_behind(scratch));
 }
 
 // Adds up v[value][channel] of all threads and rows; emit(value, c, sum) gets each of the results once.
-template <int kValues, int kV, typename Emit>
+template <int kThreads, int kValues, int kV, typename Emit>
 __device__ __forceinline__ void finish_sums(float (&v)[kValues * kV], const Channels<kV>& c, const BlockShare& t,
                                             const RowCombination& rows, float* scratch, Emit emit) {
-  block_sum(v, t, scratch);
+  block_sum<kThreads>(v, t, scratch);
 #pragma unroll
   for (int i = 0; i < kValues * kV; ++i) {
     if (t.position == 0 && c.kept[i % kV]) *rows.at<kValues>(rows.row, i / kV, c.at[i % kV]) = v[i];

@@ -36,15 +36,19 @@ def missing() -> str | None:
 
 def kernel_tables(kernels: Iterable[str]) -> str:
     """A .cu file with ``kernels`` in place of all of them; excite comes with squeeze, which it follows, and
-    ``float32_training_dw3_nchw`` stands for the six of a training step.
+    ``float32_training_dw3_nchw`` stands for the six of a training step; with ``strips`` or ``masked`` for dw3, for the
+    six of channels_last.
     """
     kernels = {*kernels, *(f"{kernel.split('_')[0]}_excite" for kernel in kernels if "_squeeze_" in kernel)}
     for path, _, dw, layout in [kernel.split("_") for kernel in kernels if "_training_" in kernel]:
+        if dw in ("strips", "masked"):
+            other = "strips" if dw == "masked" else "strips_masked"
+            kernels |= {kernel for kernel in nhwc_kernels(path) if not kernel.endswith(other)}
+            continue
         kernels |= {f"{path}_{step}_{layout}" for step in ("primary_statistics", "normalize", "normalize_backward")}
         kernels |= {
             f"{path}_{step}_{dw}_{layout}" for step in ("cheap_statistics", "cheap_backward", "primary_backward")
         }
-        kernels |= set(nhwc_kernels(path))
     headers = ("bottleneck/bottleneck", "ghost/forward", "training/kernels", "training/primary", "training/nhwc")
     lines = [*(f'#include "cuda/{header}.cuh"' for header in headers), "namespace ghostfused {"]
     for path, name in PATHS.items():

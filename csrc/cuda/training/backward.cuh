@@ -92,8 +92,8 @@ __global__ void __launch_bounds__(kTrainingThreads, 2) cheap_backward(const __gr
 #pragma unroll
     for (int e = 0; e < kV; ++e) sums[kV + e] *= cheap.rstd[e];
   }
-  finish_sums<3, kV>(sums, j, t.share, row_combination<3>(p, 0, t.block, t.row, all), scratch,
-                     [&](int value, int c, float sum) { p.sums[value * all + c] = sum; });
+  finish_sums<kTrainingThreads, 3, kV>(sums, j, t.share, row_combination<3>(p, 0, t.block, t.row, all), scratch,
+                                       [&](int value, int c, float sum) { p.sums[value * all + c] = sum; });
 }
 
 // dy = scale * (dz - mean of dz - x̂ * mean of dz * x̂), as scale * dz + slope * (y - center) + offset.
@@ -263,15 +263,16 @@ __global__ void __launch_bounds__(kTrainingThreads, kD == 7 || (kD == 5 && kChan
 #pragma unroll
     for (int e = 0; e < kV; ++e) sums[kV + e] *= primary.rstd[e];
   }
-  finish_sums<3 + kTaps, kV>(sums, c, t.share, row_combination<3 + kTaps>(p, t.pass, t.block, t.row, s.init_channels),
-                             scratch, [&](int value, int c, float sum) {
-                               if (value >= 3 && weight) {
-                                 const int64_t j = int64_t{c} * per_primary + t.pass;
-                                 static_cast<T*>(p.weight_gradient)[j * kTaps + value - 3] = from_float<T>(sum);
-                               } else if (value < 3 && t.pass == 0 && p.sums != nullptr) {
-                                 p.sums[value * s.init_channels + c] = sum;
-                               }
-                             });
+  finish_sums<kTrainingThreads, 3 + kTaps, kV>(
+      sums, c, t.share, row_combination<3 + kTaps>(p, t.pass, t.block, t.row, s.init_channels), scratch,
+      [&](int value, int c, float sum) {
+        if (value >= 3 && weight) {
+          const int64_t j = int64_t{c} * per_primary + t.pass;
+          static_cast<T*>(p.weight_gradient)[j * kTaps + value - 3] = from_float<T>(sum);
+        } else if (value < 3 && t.pass == 0 && p.sums != nullptr) {
+          p.sums[value * s.init_channels + c] = sum;
+        }
+      });
 }
 
 // dz1 becomes dy1, in place.

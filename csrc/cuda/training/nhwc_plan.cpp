@@ -93,7 +93,7 @@ TrainingPlan plan_strips(TrainingStep step, const TrainingParams& params, int sm
       const int64_t grid_rows = ceil_div(strips, each * split.positions);
       const int64_t waves = ceil_div(grid_rows * p.channel_blocks, sm_count);
       const double warps = std::min<int64_t>(waves, fitting) * split.threads / kWarp;
-      const double cost = waves * (6. + each * (strip_h + 1.2)) * (1. + 12. / warps);
+      const double cost = waves * (6. + each * (strip_h + 1.2)) * (1. + 5. / warps);
       if (cost >= best) continue;
       best = cost;
       rows = static_cast<int>(grid_rows);

@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks)
   const int channels = p.args.shape.init_channels, first = block * p.plan.block_c;
   const RowCombination rows{s.plan.rows, s.partial, s.counters + block * (s.plan.rows.groups + 1), row,
                             channels,    first,     min(first + p.plan.block_c, channels)};
-  finish_statistics(moments, c, share, rows, s.mean, s.var, scratch);
+  finish_statistics<kMaxThreads>(moments, c, share, rows, s.mean, s.var, scratch);
 }
 
 }  // namespace ghostfused

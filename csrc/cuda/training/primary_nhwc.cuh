@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(kPrimaryThreads, kPrimaryBlocksPerSm[kTiles - 
       multiply<kPath, kTiles>(acc, loaded[1], fragments + (kb + 1) * kBlockFragments);
     }
     if (kb < plan.k_blocks) multiply<kPath, kTiles>(acc, loaded[0], fragments + kb * kBlockFragments);
-    x.load(loaded[0], first + step, t.group, 0);  // of the next pixels
+    if (first + step < end) x.load(loaded[0], first + step, t.group, 0);
     if (n == 0) {
 #pragma unroll
       for (int i = 0; i < kTiles; ++i) {

@@ -84,12 +84,12 @@ struct StripNumbers {
   }
 };
 
-// Columns [w, w + kStripColumns) of rows [h, h + rows) of image n.
+// Columns [w, w + kStripColumns) of rows [h, h + rows) of image n. Unless masked, all of them lie in the image.
 template <bool kMasked>
 struct Strip {
   int n, h, w, rows, rest;  // rest: columns from w to the image's end
 
-  // Whether column i of the strip lies in the image. Unless masked, the strip's own columns do.
+  // Whether column i of the strip lies in the image, for -1 <= i <= kStripColumns.
   __device__ __forceinline__ bool inside(int i) const {
     if (i < 0) return w > 0;
     return (!kMasked && i < kStripColumns) || i < rest;
@@ -139,6 +139,25 @@ struct StripMap {
     asm volatile("st.global.u32 [%0], %1;" ::"l"(column(i)), "r"(v) : "memory");
   }
   __device__ __forceinline__ void down() { at += row; }
+
+  // The window's columns of a row. What lies outside the image is any number.
+  template <bool kMasked>
+  __device__ __forceinline__ void load_window(uint32_t (&v)[kStripWindow], const Strip<kMasked>& s) const {
+#pragma unroll
+    for (int i = 0; i < kStripWindow; ++i) {
+      if (kMasked) {
+        v[i] = s.inside(i - 1) ? load(i) : 0u;
+      } else {  // its neighbour, without a branch
+        v[i] = load(i == 0 ? (s.inside(-1) ? 0 : 1) : i + 1 < kStripWindow || s.inside(kStripColumns) ? i : i - 1);
+      }
+    }
+  }
+  // The strip's own columns; those outside are any number.
+  template <bool kMasked>
+  __device__ __forceinline__ void load_strip(uint32_t (&v)[kStripColumns], const Strip<kMasked>& s) const {
+#pragma unroll
+    for (int i = 0; i < kStripColumns; ++i) v[i] = s.inside(i) ? load(i) : 0u;
+  }
 };
 
 // Goes down a strip with a window of three rows: load(window row, whether it lies in the image) fills in the next, and
@@ -159,56 +178,72 @@ __device__ __forceinline__ void slide(const Strip<kMasked>& s, int height, Load 
   }
 }
 
-// y1 → y2 down a strip: ``before`` is called where a row's own loads belong, row(y2) with what is to be stored.
-template <typename T, bool kMasked, typename Before, typename Row>
+// z = (y - center) * scale + shift of pairs.
+template <typename T, int kPairs>
+__device__ __forceinline__ void normalize(float (&z)[2 * kPairs], const uint32_t (&y)[kPairs], float2 center,
+                                          float2 scale, float2 shift) {
+#pragma unroll
+  for (int i = 0; i < kPairs; ++i) {
+    const float2 v = unpack<T>(y[i]);
+    z[2 * i] = fmaf(v.x - center.x, scale.x, shift.x);
+    z[2 * i + 1] = fmaf(v.y - center.y, scale.y, shift.y);
+  }
+}
+
+// Zeros where a row of the window lies outside the image.
+template <bool kMasked>
+__device__ __forceinline__ void pad(float (&x)[2 * kStripWindow], const Strip<kMasked>& s) {
+#pragma unroll
+  for (int i = 0; i < 2 * kStripWindow; ++i) x[i] = s.inside(i / 2 - 1) ? x[i] : 0.f;
+}
+__device__ __forceinline__ void clear(float (&x)[2 * kStripWindow]) {
+#pragma unroll
+  for (int i = 0; i < 2 * kStripWindow; ++i) x[i] = 0.f;
+}
+
+// y1 → y2 down a strip: ``before`` is called where a row's own loads belong, store(y2) with what is to be stored.
+template <typename T, bool kMasked, typename Before, typename Store>
 __device__ __forceinline__ void slide_depthwise(const TrainingParams& p, const Strip<kMasked>& s, StripMap y1,
                                                 const StripNumbers& number, const UniformAct& act, Before before,
-                                                Row row) {
-  const auto load = [&](float (&x)[2 * kStripWindow], bool inside) {
+                                                Store store) {
+  using Row = float[2 * kStripWindow];
+  const auto load = [&](Row& x, bool inside) {
     if (inside) {
-      uint32_t raw[kStripWindow];
-#pragma unroll
-      for (int i = 0; i < kStripWindow; ++i) raw[i] = s.inside(i - 1) ? y1.load(i) : 0u;
-      const float2 center = number[kCenter1], scale = number[kScale1], shift = number[kShift1];
-#pragma unroll
-      for (int i = 0; i < kStripWindow; ++i) {
-        const float2 y = unpack<T>(raw[i]);
-        x[2 * i] = fmaf(y.x - center.x, scale.x, shift.x);
-        x[2 * i + 1] = fmaf(y.y - center.y, scale.y, shift.y);
-      }
+      uint32_t y[kStripWindow];
+      y1.load_window(y, s);
+      normalize<T>(x, y, number[kCenter1], number[kScale1], number[kShift1]);
       act.activate(x);
-#pragma unroll
-      for (int i = 0; i < 2 * kStripWindow; ++i) x[i] = s.inside(i / 2 - 1) ? x[i] : 0.f;
+      pad(x, s);
     } else {
-#pragma unroll
-      for (int i = 0; i < 2 * kStripWindow; ++i) x[i] = 0.f;
+      clear(x);
     }
     y1.down();
   };
-  slide<2 * kStripWindow>(s, p.args.shape.height, load,
-                          [&](const auto& above, const auto& at, auto& below, bool inside) {
-                            before();
-                            load(below, inside);
-                            float y[2 * kStripColumns] = {};
-                            const auto add = [&](const float (&x)[2 * kStripWindow], int kh) {
+  const auto row = [&](const Row& above, const Row& at, Row& below, bool inside) {
+    before();
+    load(below, inside);
+    float y[2 * kStripColumns];
+    const auto add = [&](const Row& x, int kh) {
 #pragma unroll
-                              for (int kw = 0; kw < 3; ++kw) {
-                                const float2 w = number[kTaps + kh * 3 + kw];
+      for (int kw = 0; kw < 3; ++kw) {
+        const float2 w = number[kTaps + kh * 3 + kw];
 #pragma unroll
-                                for (int i = 0; i < kStripColumns; ++i) {
-                                  y[2 * i] = fmaf(x[2 * (i + kw)], w.x, y[2 * i]);
-                                  y[2 * i + 1] = fmaf(x[2 * (i + kw) + 1], w.y, y[2 * i + 1]);
-                                }
-                              }
-                            };
-                            add(above, 0);
-                            add(at, 1);
-                            add(below, 2);
-                            uint32_t packed[kStripColumns];
+        for (int i = 0; i < kStripColumns; ++i) {
+          const float a = x[2 * (i + kw)], b = x[2 * (i + kw) + 1];
+          y[2 * i] = kh + kw == 0 ? a * w.x : fmaf(a, w.x, y[2 * i]);
+          y[2 * i + 1] = kh + kw == 0 ? b * w.y : fmaf(b, w.y, y[2 * i + 1]);
+        }
+      }
+    };
+    add(above, 0);
+    add(at, 1);
+    add(below, 2);
+    uint32_t packed[kStripColumns];
 #pragma unroll
-                            for (int i = 0; i < kStripColumns; ++i) packed[i] = pack<T>(y[2 * i], y[2 * i + 1]);
-                            row(packed);
-                          });
+    for (int i = 0; i < kStripColumns; ++i) packed[i] = pack<T>(y[2 * i], y[2 * i + 1]);
+    store(packed);
+  };
+  slide<2 * kStripWindow>(s, p.args.shape.height, load, row);
 }
 
 }  // namespace ghostfused

@@ -44,9 +44,32 @@ __global__ void __launch_bounds__(kStripThreads, kStripBlocksPerSm[0])
         });
   });
   moments.n = static_cast<float>(n);
-  finish_statistics(moments, t.channels(), t.share,
-                    row_combination<3>(p, 0, t.block, t.row, p.args.shape.init_channels), p.mean, p.var,
-                    shared.scratch);
+  finish_statistics<kStripThreads>(moments, t.channels(), t.share,
+                                   row_combination<3>(p, 0, t.block, t.row, p.args.shape.init_channels), p.mean, p.var,
+                                   shared.scratch);
+}
+
+// What the last block writes of a half's sums of dz and of dz * x̂. PReLU's, the third, isn't taken.
+__device__ __forceinline__ void store_sum(const TrainingParams& p, int value, int c, float sum) {
+  const int channels = p.args.shape.init_channels;
+  p.sums[value * channels + c] = sum;
+  if (value == 0) p.sums[2 * channels + c] = 0.f;
+}
+
+// Adds a strip's row of dz and dz * (y - center) to a thread's sums.
+template <typename T, bool kMasked>
+__device__ __forceinline__ void add_pair_sums(float* sums, const Strip<kMasked>& s,
+                                              const float (&dz)[2 * kStripColumns], const uint32_t (&y)[kStripColumns],
+                                              float2 center) {
+#pragma unroll
+  for (int i = 0; i < kStripColumns; ++i) {
+    if (!s.inside(i)) continue;
+    const float2 v = unpack<T>(y[i]);
+    sums[0] += dz[2 * i];
+    sums[1] += dz[2 * i + 1];
+    sums[2] = fmaf(dz[2 * i], v.x - center.x, sums[2]);
+    sums[3] = fmaf(dz[2 * i + 1], v.y - center.y, sums[3]);
+  }
 }
 
 // dz2 and y2, and their sums.
@@ -68,34 +91,26 @@ __global__ void __launch_bounds__(kStripThreads, kStripBlocksPerSm[1])
     StripMap dz2(p, p.maps.dz2, p.plan.strip.pixel, t.channel, s, 0);
     uint32_t g[kStripColumns];
     const auto load_grad = [&] {
-#pragma unroll
-      for (int i = 0; i < kStripColumns; ++i) g[i] = s.inside(i) ? grad.load(i) : 0u;
+      grad.load_strip(g, s);
       grad.down();
     };
-    slide_depthwise<T>(p, s, y1, number, primary, load_grad, [&](const uint32_t (&packed)[kStripColumns]) {
-      const float2 center = number[kCenter2], scale = number[kScale2], shift = number[kShift2];
-      float d[2 * kStripColumns], z[2 * kStripColumns], dz[2 * kStripColumns];
+    slide_depthwise<T>(p, s, y1, number, primary, load_grad, [&](const uint32_t (&y)[kStripColumns]) {
+      const float2 center = number[kCenter2];
+      float z[2 * kStripColumns], dz[2 * kStripColumns];
+      normalize<T>(z, y, center, number[kScale2], number[kShift2]);
 #pragma unroll
       for (int i = 0; i < kStripColumns; ++i) {
-        const float2 y = unpack<T>(packed[i]), of_x2 = unpack<T>(g[i]);
-        d[2 * i] = y.x - center.x;
-        d[2 * i + 1] = y.y - center.y;
-        z[2 * i] = fmaf(d[2 * i], scale.x, shift.x);
-        z[2 * i + 1] = fmaf(d[2 * i + 1], scale.y, shift.y);
+        const float2 of_x2 = unpack<T>(g[i]);
         dz[2 * i] = of_x2.x;
         dz[2 * i + 1] = of_x2.y;
       }
       cheap.backward(dz, z);
+      add_pair_sums<T>(sums, s, dz, y, center);
 #pragma unroll
       for (int i = 0; i < kStripColumns; ++i) {
         if (!s.inside(i)) continue;
-        y2.store(i, packed[i]);
+        y2.store(i, y[i]);
         dz2.store(i, pack<T>(dz[2 * i], dz[2 * i + 1]));
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          sums[e] += dz[2 * i + e];
-          sums[2 + e] = fmaf(dz[2 * i + e], d[2 * i + e], sums[2 + e]);
-        }
       }
       y2.down();
       dz2.down();
@@ -105,11 +120,9 @@ __global__ void __launch_bounds__(kStripThreads, kStripBlocksPerSm[1])
   const auto half = Half<2>::template of<T>(p.args.cheap, c);
   sums[2] *= half.rstd[0];
   sums[3] *= half.rstd[1];
-  finish_sums<2, 2>(sums, c, t.share, row_combination<2>(p, 0, t.block, t.row, channels), shared.scratch,
-                    [&](int value, int j, float sum) {
-                      p.sums[value * channels + j] = sum;
-                      if (value == 0) p.sums[2 * channels + j] = 0.f;  // PReLU's, which isn't taken
-                    });
+  const auto emit = [&](int value, int j, float sum) { store_sum(p, value, j, sum); };
+  finish_sums<kStripThreads, 2, 2>(sums, c, t.share, row_combination<2>(p, 0, t.block, t.row, channels), shared.scratch,
+                                   emit);
 }
 
 // dz1 and its sums, and the gradient of cheap_weight.
@@ -117,6 +130,7 @@ template <Path kPath, bool kMasked>
 __global__ void __launch_bounds__(kStripThreads, kStripBlocksPerSm[2])
     primary_backward_strips(const __grid_constant__ TrainingParams p) {
   using T = typename PathType<kPath>::T;
+  using Row = float[2 * kStripWindow];
   constexpr int kValues = 2 + 9;
   __shared__ StripShared shared;
   const StripWork t(p);
@@ -131,107 +145,86 @@ __global__ void __launch_bounds__(kStripThreads, kStripBlocksPerSm[2])
     StripMap y1(p, p.maps.y1, p.plan.strip.pixel, t.channel, s, 0);
     StripMap grad(p, p.maps.grad, p.plan.strip.out_pixel, t.channel, s, 0);
     StripMap dz1(p, p.maps.dz1, p.plan.strip.pixel, t.channel, s, 0);
-    const auto load = [&](float (&dy)[2 * kStripWindow], bool inside) {
+    const auto load = [&](Row& dy, bool inside) {
       if (inside) {
         uint32_t y[kStripWindow], dz[kStripWindow];
+        y2.load_window(y, s);
+        dz2.load_window(dz, s);
+        const float2 scale = number[kScale2];
+        normalize<T>(dy, y, number[kCenter2], number[kSlope2], number[kOffset2]);
 #pragma unroll
         for (int i = 0; i < kStripWindow; ++i) {
-          y[i] = s.inside(i - 1) ? y2.load(i) : 0u;
-          dz[i] = s.inside(i - 1) ? dz2.load(i) : 0u;
+          const float2 of_z2 = unpack<T>(dz[i]);
+          dy[2 * i] = fmaf(of_z2.x, scale.x, dy[2 * i]);
+          dy[2 * i + 1] = fmaf(of_z2.y, scale.y, dy[2 * i + 1]);
         }
-        const float2 center = number[kCenter2], scale = number[kScale2];
-        const float2 slope = number[kSlope2], offset = number[kOffset2];
-#pragma unroll
-        for (int i = 0; i < kStripWindow; ++i) {
-          const float2 a = unpack<T>(y[i]), b = unpack<T>(dz[i]);
-          const bool kept = s.inside(i - 1);
-          dy[2 * i] = kept ? fmaf(b.x, scale.x, fmaf(a.x - center.x, slope.x, offset.x)) : 0.f;
-          dy[2 * i + 1] = kept ? fmaf(b.y, scale.y, fmaf(a.y - center.y, slope.y, offset.y)) : 0.f;
-        }
+        pad(dy, s);
       } else {
-#pragma unroll
-        for (int i = 0; i < 2 * kStripWindow; ++i) dy[i] = 0.f;
+        clear(dy);
       }
       y2.down();
       dz2.down();
     };
-    slide<2 * kStripWindow>(
-        s, p.args.shape.height, load, [&](const auto& above, const auto& at, auto& below, bool inside) {
-          uint32_t y[kStripColumns], g[kStripColumns];
+    const auto row = [&](const Row& above, const Row& at, Row& below, bool inside) {
+      uint32_t y[kStripColumns], g[kStripColumns];
+      y1.load_strip(y, s);
+      grad.load_strip(g, s);
+      load(below, inside);
+      const float2 center = number[kCenter1], scale = number[kScale1], shift = number[kShift1];
+      float x[2 * kStripColumns], dx[2 * kStripColumns];
+      normalize<T>(x, y, center, scale, shift);
+      act.activate(x);
+#pragma unroll
+      for (int i = 0; i < kStripColumns; ++i) {
+        const float2 of_x1 = unpack<T>(g[i]);
+        dx[2 * i] = of_x1.x;
+        dx[2 * i + 1] = of_x1.y;
+        if (!s.inside(i)) x[2 * i] = x[2 * i + 1] = 0.f;
+      }
+      const auto add = [&](const Row& dy, int kh) {
+#pragma unroll
+        for (int kw = 0; kw < 3; ++kw) {  // x1[p] went to y2[p - (kh - 1, kw - 1)] by tap (kh, kw)
+          const float2 w = number[kTaps + kh * 3 + kw];
+          float* of_tap = sums + 2 * (2 + kh * 3 + kw);
 #pragma unroll
           for (int i = 0; i < kStripColumns; ++i) {
-            y[i] = s.inside(i) ? y1.load(i) : 0u;
-            g[i] = s.inside(i) ? grad.load(i) : 0u;
+            const int from = 2 * (i + 2 - kw);
+            dx[2 * i] = fmaf(dy[from], w.x, dx[2 * i]);
+            dx[2 * i + 1] = fmaf(dy[from + 1], w.y, dx[2 * i + 1]);
+            of_tap[0] = fmaf(dy[from], x[2 * i], of_tap[0]);
+            of_tap[1] = fmaf(dy[from + 1], x[2 * i + 1], of_tap[1]);
           }
-          load(below, inside);
-          const float2 center = number[kCenter1], scale = number[kScale1], shift = number[kShift1];
-          float x[2 * kStripColumns], dx[2 * kStripColumns];
-          const auto normalize = [&](float (&z)[2 * kStripColumns]) {
+        }
+      };
+      add(below, 0);
+      add(at, 1);
+      add(above, 2);
+      if (!act.simple) normalize<T>(x, y, center, scale, shift);  // z, which x1 doesn't tell
+      act.backward(dx, x);
+      add_pair_sums<T>(sums, s, dx, y, center);
 #pragma unroll
-            for (int i = 0; i < kStripColumns; ++i) {
-              const float2 a = unpack<T>(y[i]);
-              z[2 * i] = fmaf(a.x - center.x, scale.x, shift.x);
-              z[2 * i + 1] = fmaf(a.y - center.y, scale.y, shift.y);
-            }
-          };
-          normalize(x);
-          act.activate(x);
-#pragma unroll
-          for (int i = 0; i < kStripColumns; ++i) {
-            const float2 of_x1 = unpack<T>(g[i]);
-            dx[2 * i] = of_x1.x;
-            dx[2 * i + 1] = of_x1.y;
-            if (!s.inside(i)) x[2 * i] = x[2 * i + 1] = 0.f;
-          }
-          const auto add = [&](const float (&dy)[2 * kStripWindow], int kh) {
-#pragma unroll
-            for (int kw = 0; kw < 3; ++kw) {  // x1[p] went to y2[p - (kh - 1, kw - 1)] by tap (kh, kw)
-              const float2 w = number[kTaps + kh * 3 + kw];
-              float* of_tap = sums + 2 * (2 + kh * 3 + kw);
-#pragma unroll
-              for (int i = 0; i < kStripColumns; ++i) {
-                const int from = 2 * (i + 2 - kw);
-                dx[2 * i] = fmaf(dy[from], w.x, dx[2 * i]);
-                dx[2 * i + 1] = fmaf(dy[from + 1], w.y, dx[2 * i + 1]);
-                of_tap[0] = fmaf(dy[from], x[2 * i], of_tap[0]);
-                of_tap[1] = fmaf(dy[from + 1], x[2 * i + 1], of_tap[1]);
-              }
-            }
-          };
-          add(below, 0);
-          add(at, 1);
-          add(above, 2);
-          if (!act.simple) normalize(x);  // z, which x1 doesn't tell
-          act.backward(dx, x);
-#pragma unroll
-          for (int i = 0; i < kStripColumns; ++i) {
-            if (!s.inside(i)) continue;
-            const float2 a = unpack<T>(y[i]);
-            dz1.store(i, pack<T>(dx[2 * i], dx[2 * i + 1]));
-            sums[0] += dx[2 * i];
-            sums[1] += dx[2 * i + 1];
-            sums[2] = fmaf(dx[2 * i], a.x - center.x, sums[2]);
-            sums[3] = fmaf(dx[2 * i + 1], a.y - center.y, sums[3]);
-          }
-          y1.down();
-          grad.down();
-          dz1.down();
-        });
+      for (int i = 0; i < kStripColumns; ++i) {
+        if (s.inside(i)) dz1.store(i, pack<T>(dx[2 * i], dx[2 * i + 1]));
+      }
+      y1.down();
+      grad.down();
+      dz1.down();
+    };
+    slide<2 * kStripWindow>(s, p.args.shape.height, load, row);
   });
   const Channels<2> c = t.channels();
   const auto half = Half<2>::template of<T>(p.args.primary, c);
   sums[2] *= half.rstd[0];
   sums[3] *= half.rstd[1];
-  finish_sums<kValues, 2>(sums, c, t.share, row_combination<kValues>(p, 0, t.block, t.row, channels), shared.scratch,
-                          [&](int value, int j, float sum) {
-                            if (value >= 2) {
-                              if (p.weight_gradient == nullptr) return;
-                              static_cast<T*>(p.weight_gradient)[int64_t{j} * 9 + value - 2] = from_float<T>(sum);
-                            } else {
-                              p.sums[value * channels + j] = sum;
-                              if (value == 0) p.sums[2 * channels + j] = 0.f;  // PReLU's, which isn't taken
-                            }
-                          });
+  const auto emit = [&](int value, int j, float sum) {
+    if (value < 2) {
+      store_sum(p, value, j, sum);
+    } else if (p.weight_gradient != nullptr) {
+      static_cast<T*>(p.weight_gradient)[int64_t{j} * 9 + value - 2] = from_float<T>(sum);
+    }
+  };
+  finish_sums<kStripThreads, kValues, 2>(sums, c, t.share, row_combination<kValues>(p, 0, t.block, t.row, channels),
+                                         shared.scratch, emit);
 }
 
 }  // namespace ghostfused

@@ -73,7 +73,7 @@ constexpr int kPrimaryWarps = 4, kPrimaryThreads = 32 * kPrimaryWarps;
 constexpr int kMmaPixels = 8, kPixelTiles = 4;                          // pixels of a tile, tiles of a warp at once
 constexpr int kFragmentBytes = 512;                                     // of 16 channels and 16 input channels
 constexpr int kZeroWords = 4;                                           // that are zero, before the counters
-constexpr int kPrimaryTiles = 4, kPrimaryBlocksPerSm[] = {4, 4, 4, 3};  // channel tiles of a warp; by their number
+constexpr int kPrimaryTiles = 4, kPrimaryBlocksPerSm[] = {4, 4, 3, 3};  // channel tiles of a warp; by their number
 
 struct PrimaryPlan {
   int index;     // of the kernel, among both types'
