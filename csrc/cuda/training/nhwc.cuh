@@ -14,11 +14,17 @@
 #define GHOSTFUSED_PRIMARY(PATH, NAME, TILES)                                     \
   {reinterpret_cast<const void*>(&primary_statistics_nhwc<Path::k##PATH, TILES>), \
    NAME "_primary_statistics_nhwc_" #TILES}
-#define GHOSTFUSED_NHWC_TRAINING_KERNELS(PATH, NAME)                                                      \
-  namespace ghostfused {                                                                                  \
-  const Kernel k##PATH##NhwcTraining[kNhwcKernels] = {                                                    \
-      GHOSTFUSED_PIXELS(normalize, PATH, NAME),        GHOSTFUSED_PIXELS(normalize_backward, PATH, NAME), \
-      GHOSTFUSED_STRIPS(cheap_statistics, PATH, NAME), GHOSTFUSED_STRIPS(cheap_backward, PATH, NAME),     \
-      GHOSTFUSED_STRIPS(primary_backward, PATH, NAME),                                                    \
-  };                                                                                                      \
+#define GHOSTFUSED_NHWC_TRAINING_KERNELS(PATH, NAME)     \
+  namespace ghostfused {                                 \
+  const Kernel k##PATH##NhwcTraining[kNhwcKernels] = {   \
+      GHOSTFUSED_PIXELS(normalize, PATH, NAME),          \
+      GHOSTFUSED_PIXELS(normalize_backward, PATH, NAME), \
+      GHOSTFUSED_STRIPS(cheap_statistics, PATH, NAME),   \
+      GHOSTFUSED_STRIPS(cheap_backward, PATH, NAME),     \
+      GHOSTFUSED_STRIPS(primary_backward, PATH, NAME),   \
+      GHOSTFUSED_PRIMARY(PATH, NAME, 1),                 \
+      GHOSTFUSED_PRIMARY(PATH, NAME, 2),                 \
+      GHOSTFUSED_PRIMARY(PATH, NAME, 3),                 \
+      GHOSTFUSED_PRIMARY(PATH, NAME, 4),                 \
+  };                                                     \
   }
