@@ -119,12 +119,12 @@ TrainingPlan plan_strips(TrainingStep step, const TrainingParams& params, int sm
 
 int pixel_vector(int channels) { return channels % 8 == 0 ? 8 : channels % 4 == 0 ? 4 : 0; }
 
-bool pixels_fit(const TrainingParams& params) {
+bool pixels_fit(TrainingStep step, const TrainingParams& params) {
   const GhostShape& s = params.args.shape;
   const TrainingMaps& m = params.maps;
   const int vector = pixel_vector(s.init_channels);
   if (vector == 0 || !aligned(m, vector)) return false;
-  if (m.out != nullptr) {  // normalize
+  if (step == TrainingStep::kNormalize) {
     if (s.out_channels != 2 * s.init_channels) return false;
     if (params.args.output_gate.data != nullptr || params.args.residual.data != nullptr) return false;
   }
@@ -254,7 +254,7 @@ bool nhwc_fits(TrainingStep step, const TrainingParams& params) {
   const GhostShape& s = params.args.shape;
   if (!s.channels_last || element_size(s.path) != 2) return false;
   if (step == TrainingStep::kPrimaryStatistics) return primary_fits(params);
-  return is_elementwise(step) ? pixels_fit(params) : strips_fit(step, params);
+  return is_elementwise(step) ? pixels_fit(step, params) : strips_fit(step, params);
 }
 
 TrainingPlan plan_nhwc(TrainingStep step, const TrainingParams& params, int sm_count) {
