@@ -1,5 +1,5 @@
-// Whether Python objects and dictionaries are as they were: ghostfused/nn/cache.py asks at every call of a network, about
-// thousands of dictionaries, which have left the caches since the last.
+// Whether Python objects and dictionaries are as they were: ghostfused/nn/cache.py asks at every call of a network,
+// about thousands of dictionaries, which have left the caches since the last.
 //
 // Up to Python 3.11 a dictionary has a version (PEP 509), another number after every change. Python 3.12 tells a
 // watcher of each change as it happens, and then nothing of the dictionaries need be read. Later Pythons don't tell it

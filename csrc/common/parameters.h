@@ -201,8 +201,8 @@ struct KernelAttributes {
 constexpr int kGhostKernelCount = 24;  // 4 paths × (3×3, 5×5, any size and ratio) × 2 layouts
 constexpr int kNhwcKernelCount = 24;   // 2 paths × nhwc.h's 12
 constexpr int kNchwKernelCount = 42;   // 2 paths × nchw.h's 21
-constexpr int kKernelCount =
-    kGhostKernelCount + 3 * 19 + 8 + 3 * 28 + kNhwcKernelCount + kNchwKernelCount;  // bottleneck.h's, training.h's
+constexpr int kKernelCount = kGhostKernelCount + 3 * 19 + 8 + 3 * 28 + 2 * 14 + kNhwcKernelCount +
+                             kNchwKernelCount;  // and bottleneck.h's, training.h's
 const char* kernel_attributes(int index, KernelAttributes* attributes);
 
 }  // namespace ghostfused

@@ -2,10 +2,13 @@
 #include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
+#include <iterator>
 #include <string>
 
 #include "cuda/binding.h"
 #include "cuda/bottleneck/bottleneck.h"
+#include "cuda/training/training.h"
 
 namespace py = pybind11;
 
@@ -207,6 +210,51 @@ py::dict plan_of_squeeze_excite(int batch, int channels, int height, int width, 
   return r;
 }
 
+// A training step's kernel and grid, for dense, aligned tensors; by the choice that the ops make.
+py::dict plan_of_training(const std::string& step, int batch, int in_channels, int height, int width, int init_channels,
+                          int out_channels, int ratio, int dw_size, const std::string& path, bool channels_last,
+                          bool gates, bool prelu, bool batch_statistics, int sm_count) {
+  const char* names[] = {"normalize",      "normalize_backward", "cheap_statistics",
+                         "cheap_backward", "primary_backward",   "primary_statistics"};
+  const auto found = std::find(std::begin(names), std::end(names), step);
+  if (found == std::end(names)) throw py::value_error("step: expected the name of a training kernel, got " + step);
+  const auto kernel = static_cast<TrainingStep>(found - names);
+  GhostForwardParams a{};
+  a.shape = {path_named(path), channels_last, gates, batch,   in_channels, height, width,
+             init_channels,    out_channels,  ratio, dw_size, sm_count,    232448, 233472};
+  a.kernel = a.stride = a.dilation = 1;
+  a.x = dense(channels_last, in_channels, height, width);
+  a.out = dense(channels_last, out_channels, height, width);
+  void* aligned = a.x.data;
+  a.primary_weight = a.cheap_weight = aligned;
+  a.primary_weight_stride_n = in_channels;
+  a.primary_weight_stride_k = 1;
+  if (gates) {
+    a.input_gate = aligned;
+    a.output_gate = a.residual = a.out;
+  }
+  a.primary.act = prelu ? Act::kPReLU : Act::kReLU;
+  TrainingParams p{a};
+  p.maps = {aligned, nullptr, aligned, aligned, aligned, aligned, aligned};
+  p.batch_statistics = batch_statistics;
+  p.sums = static_cast<float*>(aligned);
+  p.weight_gradient = aligned;
+  py::dict r;
+  if (kernel == TrainingStep::kPrimaryStatistics && !nhwc_fits(kernel, p)) {
+    r["kernel"] = statistics_kernel(static_cast<int>(a.shape.path) * 2 + channels_last).name;
+    return r;
+  }
+  const TrainingPlan plan = plan_training(kernel, p, sm_count);
+  r["kernel"] = plan.kernel->name;
+  r["threads"] = plan.threads;
+  r["block_c"] = plan.block_c;
+  r["channel_blocks"] = plan.channel_blocks;
+  r["rows"] = plan.rows.rows;
+  r["grid"] = int64_t{plan.channel_blocks} * plan.passes * plan.rows.rows;
+  r["strip_h"] = plan.strip.strip_h;
+  return r;
+}
+
 void pretend_device(int sm_count, int smem_per_block, int smem_per_sm) {
   pretended_device = {sm_count, smem_per_block, smem_per_sm};
 }
@@ -247,6 +295,11 @@ void bind_introspection(py::module_& m) {
         py::arg("height"), py::arg("width"), py::arg("reduced"), py::arg("path") = "float16",
         py::arg("channels_last") = true, py::arg("sm_count") = 132,
         "The launch plan of a squeeze-and-excite gate, two kernels, for dense tensors.");
+  m.def("plan_training", &plan_of_training, py::arg("step"), py::kw_only(), py::arg("batch"), py::arg("in_channels"),
+        py::arg("height"), py::arg("width"), py::arg("init_channels"), py::arg("out_channels"), py::arg("ratio") = 2,
+        py::arg("dw_size") = 3, py::arg("path") = "float16", py::arg("channels_last") = true, py::arg("gates") = false,
+        py::arg("prelu") = false, py::arg("batch_statistics") = true, py::arg("sm_count") = 132,
+        "Which kernel makes a training step of dense tensors, and its grid.");
   m.def("pretend_device", &pretend_device, py::arg("sm_count") = 0, py::arg("smem_per_block") = 232448,
         py::arg("smem_per_sm") = 233472,
         "For tests: plan launches as for this device, of which the real one must have the shared memory; 0: stop it.");

@@ -36,7 +36,7 @@ const Kernel& kernel_at(int index) {
 }
 
 static_assert(kKernelCount == kGhostKernelCount + 3 * (kBottleneckKernels + kTrainingKernels) + kStatisticsKernelCount +
-                                  kNhwcKernelCount + kNchwKernelCount);
+                                  2 * kTrainingNhwcKernels + kNhwcKernelCount + kNchwKernelCount);
 static_assert(kNhwcKernelCount == 2 * kNhwcKernelsPerPath && kNchwKernelCount == 2 * kNchwKernelsPerPath);
 
 // In the order of kernel_attributes.
@@ -49,6 +49,8 @@ const Kernel& kernel_of_all(int index) {
   index -= kStatisticsKernelCount;
   if (index < 3 * kTrainingKernels) return training_kernel(index);
   index -= 3 * kTrainingKernels;
+  if (index < 2 * kTrainingNhwcKernels) return training_nhwc_kernel(index);
+  index -= 2 * kTrainingNhwcKernels;
   return index < kNhwcKernelCount ? nhwc_kernel(index) : nchw_kernel(index - kNhwcKernelCount);
 }
 
@@ -65,8 +67,7 @@ bool narrow(const Tensor4& t, DeviceTensor* out) {
 
 const char* allow_shared_memory(int index, const void* function) {
   constexpr int kMaxDevices = 64;
-  static std::atomic<bool> done[kGhostKernelCount + kStatisticsKernelCount + kNhwcKernelCount + kNchwKernelCount]
-                               [kMaxDevices];
+  static std::atomic<bool> done[kSharedMemoryKernels][kMaxDevices];
   int device = 0, bytes = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess && device < kMaxDevices && done[index][device].load(std::memory_order_relaxed)) {

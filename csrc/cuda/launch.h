@@ -68,9 +68,11 @@ struct Kernel {
 };
 
 // Lets a kernel use all of the device's shared memory; once per device and kernel, of which ``index`` counts the
-// general family's, then training.h's statistics kernels, then those of the other families. Returns null, or what went
-// wrong.
+// general family's, then training.h's statistics kernels, those of the other families, and training.h's for
+// channels_last. Returns null, or what went wrong.
 constexpr int kStatisticsKernelCount = 8;  // 4 paths × 2 layouts
+constexpr int kFirstTrainingNhwc = kGhostKernelCount + kStatisticsKernelCount + kNhwcKernelCount + kNchwKernelCount;
+constexpr int kSharedMemoryKernels = kFirstTrainingNhwc + 2 * 4;
 const char* allow_shared_memory(int index, const void* function);
 
 constexpr int kKernelsPerPath = 6;  // index: (3×3: 0, 5×5: 1, other sizes and ratios: 2) * 2 + channels_last

@@ -36,8 +36,8 @@ class Kernels(NamedTuple):
     """(args, grad, y1, batch_statistics, sums, product) → (dz2, y2, (3, new) sums).
 
     Without batch statistics dz2 is dy2 = dz2 * scale2 already, and y2 None. The sums, None unless asked for, are those
-    of dz2, of dz2 * x̂2 and of the gradient after the activation times min(z2, 0). ``product``, where given, becomes
-    grad * (the output before output_gate), for both halves.
+    of dz2, of dz2 * x̂2 and of the gradient after the activation times min(z2, 0); the last for PReLU, and else that or
+    zero. ``product``, where given, becomes grad * (the output before output_gate), for both halves.
     """
     primary_backward: Callable[
         [GhostArgs, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, bool, bool, bool, bool], tuple

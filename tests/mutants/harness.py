@@ -36,7 +36,8 @@ def missing() -> str | None:
 
 def kernel_tables(kernels: Iterable[str]) -> str:
     """A .cu file with ``kernels`` in place of all of them; excite comes with squeeze, which it follows, and
-    ``float32_training_dw3_nchw`` stands for the six of a training step.
+    ``float32_training_dw3_nchw`` stands for the six of a training step; with ``strips`` or ``masked`` for dw3, for the
+    six of channels_last.
     """
     kernels = {*kernels, *(f"{kernel.split('_')[0]}_excite" for kernel in kernels if "_squeeze_" in kernel)}
     kernels |= {kernel.replace("_nhwc_", f"_nhwc_t{tiles}_") for kernel in kernels for tiles in (1, 2, 3)}
@@ -44,13 +45,17 @@ def kernel_tables(kernels: Iterable[str]) -> str:
         path, _, width, *variant = kernel.split("_")
         kernels |= {f"{path}_nchw_{width}_t{tiles}_{'_'.join(variant)}" for tiles in (1, 2, 3, 4)}
     for path, _, dw, layout in [kernel.split("_") for kernel in sorted(kernels) if "_training_" in kernel]:
+        if dw in ("strips", "masked"):
+            other = "strips" if dw == "masked" else "strips_masked"
+            kernels |= {kernel for kernel in training_nhwc_kernels(path) if not kernel.endswith(other)}
+            continue
         kernels |= {f"{path}_{step}_{layout}" for step in ("primary_statistics", "normalize", "normalize_backward")}
         kernels |= {
             f"{path}_{step}_{dw}_{layout}" for step in ("cheap_statistics", "cheap_backward", "primary_backward")
         }
     headers = (
         "bottleneck/bottleneck", "ghost/forward", "ghost/nchw/forward", "ghost/nhwc/forward",
-        "training/kernels", "training/primary",
+        "training/kernels", "training/primary", "training/nhwc",
     )  # fmt: skip
     lines = [*(f'#include "cuda/{header}.cuh"' for header in headers), "namespace ghostfused {"]
     for path, name in PATHS.items():
@@ -72,6 +77,7 @@ def kernel_tables(kernels: Iterable[str]) -> str:
         if path in ("float16", "bfloat16"):
             tables |= {"NhwcKernels[kNhwcKernelsPerPath]": nhwc_kernels(path)}
             tables |= {"NchwKernels[kNchwKernelsPerPath]": nchw_kernels(path)}
+            tables |= {"NhwcTraining[kTrainingNhwcKernels]": training_nhwc_kernels(path)}
         for table, every in tables.items():
             entries = [table_entry(kernel, every[kernel], name) if kernel in kernels else "{}" for kernel in every]
             lines.append(f"const Kernel k{name}{table} = {{{', '.join(entries)}}};")
@@ -130,6 +136,21 @@ def training_kernels(path: str) -> dict[str, str]:
         for d in (1, 3, 5, 7)
         for layout, last in LAYOUTS
     }
+
+
+def training_nhwc_kernels(path: str) -> dict[str, str]:
+    """Those of training/nhwc.cuh's."""
+    entries = {
+        f"{path}_{step}_pixels_{vector}": f"{step}_pixels<P, {vector}>"
+        for step in ("normalize", "normalize_backward")
+        for vector in (4, 8)
+    }
+    entries |= {
+        f"{path}_{step}_strips{masked}": f"{step}_strips<P, {str(bool(masked)).lower()}>"
+        for step in ("cheap_statistics", "cheap_backward", "primary_backward")
+        for masked in ("", "_masked")
+    }
+    return entries | {f"{path}_primary_statistics_nhwc_{n}": f"primary_statistics_nhwc<P, {n}>" for n in (1, 2, 3, 4)}
 
 
 def run(command: list[str], **kwargs) -> None:

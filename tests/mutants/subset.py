@@ -144,12 +144,24 @@ TRAINING: dict[str, dict[str, Any]] = {
     "ratio": {"height": 5, "width": 6, "out_channels": 13, "ratio": 3},
 }
 
+STRIPS: dict[str, dict[str, Any]] = {
+    "tails": {"in_channels": 40, "height": 20, "width": 14, "out_channels": 24},
+    "images": {"batch": 10, "in_channels": 72, "height": 2, "width": 7, "out_channels": 48},
+    "channel blocks": {"in_channels": 8, "height": 3, "width": 7, "out_channels": 536},
+}
+MASKED: dict[str, dict[str, Any]] = {
+    "rows": {"batch": 3, "in_channels": 8, "height": 9, "width": 9, "out_channels": 24},
+    "pixels": {"batch": 2, "in_channels": 8, "height": 3, "width": 1, "out_channels": 48},
+}
+
 
 def training_passes(kernel: str) -> bool:
     """Whether each training step comes out right."""
     path, _, dw, layout = kernel.split("_")
-    common = {"dtype": getattr(torch, path), "layout": layout, "dw_size": int(dw.removeprefix("dw"))}
-    for name, shape in TRAINING.items():
+    shapes = {"strips": STRIPS, "masked": MASKED}.get(dw, TRAINING)
+    common = {"dtype": getattr(torch, path), "layout": layout}
+    common |= {"dw_size": 3 if shapes is not TRAINING else int(dw.removeprefix("dw"))}
+    for name, shape in shapes.items():
         a, grad = training_runtime.make(Case(**shape, **common, act_primary="silu", act_cheap="none"))
         for sm_count in SM_COUNTS:
             print(f"{kernel}, {name}, {sm_count} SMs", end=": ", flush=True)

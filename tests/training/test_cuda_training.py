@@ -14,16 +14,20 @@ import pytest
 import torch
 from cuda_runtime import _C, ON_CPU, needs_cuda, planned_for, run_in_order
 from draws import DTYPES, LAYOUTS
-from training_runtime import ALL_INPUTS, check, kernels, make, run
+from training_runtime import ALL_INPUTS, check, check_args, kernels, make, run
 
 from ghostfused import ops
-from ghostfused.backends import training
+from ghostfused.backends import reference_training, training
 from ghostfused.spec import TENSORS, GhostArgs
-from ghostfused.testing import Case, make_args, to_device
+from ghostfused.testing import Case, make_args, relative_error, to_device
 
 pytestmark = [pytest.mark.cuda, needs_cuda]
 
 STEP = Case(2, 20, 9, 11, 39, act_primary="silu", act_cheap="none", **ALL_INPUTS)
+
+
+NHWC = Case(2, 40, 9, 16, 40, dtype=torch.float16, layout="nhwc", act_primary="silu", act_cheap="none")
+"""What the kernels for channels_last take."""
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -33,6 +37,13 @@ def test_thread_order(dtype, layout, sm_count):
     """Several blocks and rows of everything; also run in other thread orders."""
     with planned_for(sm_count):
         check("cuda", dataclasses.replace(STEP, dtype=dtype, layout=layout))
+
+
+@pytest.mark.parametrize("sm_count", [1, 132])
+@pytest.mark.parametrize("width", [14, 16])
+def test_thread_order_of_the_nhwc_kernels(width, sm_count):
+    with planned_for(sm_count):
+        check("cuda", dataclasses.replace(NHWC, width=width))
 
 
 @pytest.mark.skipif(not ON_CPU, reason="a GPU's order of threads can't be chosen")
@@ -45,7 +56,7 @@ def digest() -> str:
     """Of all bits of a training step."""
     sha = hashlib.sha256()
     for layout in LAYOUTS:
-        for case in (STEP, dataclasses.replace(STEP, dtype=torch.float16, ratio=3, height=17, width=16)):
+        for case in (STEP, dataclasses.replace(STEP, dtype=torch.float16, ratio=3, height=17, width=16), NHWC):
             with planned_for(132):
                 a, grad = make(dataclasses.replace(case, layout=layout))
                 for _, t in sorted(run("cuda", a, grad, True).items()):
@@ -112,6 +123,137 @@ def test_strided_parameters(layout):
         assert all(torch.equal(plain[name], other[name].view_as(plain[name])) for name in plain)
 
 
+# ---- the kernels for channels_last
+
+
+NHWC_STEPS = {
+    "primary_statistics": "nhwc_3",
+    "cheap_statistics": "strips",
+    "normalize": "pixels_4",
+    "cheap_backward": "strips",
+    "primary_backward": "strips",
+    "normalize_backward": "pixels_4",
+}
+SHAPE = {"batch": 64, "in_channels": 24, "height": 56, "width": 56, "init_channels": 36, "out_channels": 72}
+BACKWARD, STENCILS = ("cheap_backward", "primary_backward"), ("cheap_statistics", "cheap_backward", "primary_backward")
+OTHER_KERNELS: list[tuple[dict, tuple[str, ...]]] = [
+    ({"path": "float32"}, tuple(NHWC_STEPS)),
+    ({"channels_last": False}, tuple(NHWC_STEPS)),
+    ({"gates": True}, ("primary_statistics", "normalize", *BACKWARD)),
+    ({"prelu": True}, STENCILS),
+    ({"batch_statistics": False}, BACKWARD),
+    ({"dw_size": 5}, STENCILS),
+    ({"ratio": 3, "out_channels": 108}, (*STENCILS, "normalize")),
+    ({"out_channels": 71}, (*STENCILS, "primary_statistics", "normalize")),
+    ({"init_channels": 35, "out_channels": 70}, tuple(NHWC_STEPS)),
+    ({"init_channels": 34, "out_channels": 68}, ("primary_statistics", "normalize", "normalize_backward")),
+    ({"in_channels": 20}, ("primary_statistics",)),
+    ({"in_channels": 2400}, ("primary_statistics",)),
+]
+
+
+def nhwc_steps(**changes: object) -> dict[str, str]:
+    """What kernels, of those for channels_last, are planned by step."""
+    names = {step: _C.plan_training(step, **(SHAPE | changes))["kernel"] for step in NHWC_STEPS}
+    kinds = {step: name.split(f"{step}_")[1] for step, name in names.items()}
+    return {step: kind for step, kind in kinds.items() if kind.startswith(("strips", "pixels", "nhwc_"))}
+
+
+def test_which_kernel_runs():
+    for path in ("float16", "bfloat16"):
+        assert nhwc_steps(path=path) == NHWC_STEPS
+    assert nhwc_steps(width=57)["cheap_statistics"] == "strips_masked"
+    assert nhwc_steps(init_channels=40, out_channels=80)["normalize"] == "pixels_8"
+    for changes, steps in OTHER_KERNELS:
+        assert set(nhwc_steps(**changes)) == set(NHWC_STEPS) - set(steps), changes
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sm_count", [1, 132])
+@pytest.mark.parametrize(
+    ("batch", "cin", "height", "width", "cp", "acts"),
+    [
+        (2, 8, 9, 14, 12, ("silu", "none")),  # two strips side by side
+        (1, 16, 20, 7, 40, ("relu", "relu")),  # one, of several heights
+        (3, 40, 3, 9, 56, ("hardswish", "leaky_relu")),  # the last one cut; half a k block
+        (5, 72, 1, 2, 136, ("none", "relu6")),  # two pixels; an odd number of k blocks
+        (1, 24, 2, 15, 268, ("leaky_relu", "silu")),  # channel blocks, the last one cut
+        (40, 8, 4, 7, 4, ("relu6", "hardswish")),  # many images
+    ],
+)
+def test_every_nhwc_step(batch, cin, height, width, cp, acts, sm_count, dtype):
+    """Each against the reference's in float64 on the same numbers: a map is a rounding away, a sum less."""
+    case = Case(batch, cin, height, width, 2 * cp, dtype=dtype, layout="nhwc", act_primary=acts[0], act_cheap=acts[1])
+    a, grad = make(case)
+    own, reference = kernels("cuda"), training.KERNELS["reference"]
+    exact = GhostArgs(*(v.double() if isinstance(v, torch.Tensor) else v for v in a))
+    norms = [f"{half}_{name}" for half in ("primary", "cheap") for name in ("mean", "var", "gamma", "beta")]
+    a = a._replace(**{name: getattr(a, name).float() for name in norms})
+    rounding, last = 0.51 * torch.finfo(dtype).eps, {"memory_format": torch.channels_last}
+
+    def close(got: torch.Tensor, expected: torch.Tensor, limit: float) -> None:
+        assert relative_error(got, expected.double()) < limit
+
+    def of(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        var, mean = torch.var_mean(y.double(), (0, 2, 3), correction=0)
+        return mean, var
+
+    def statistics(results: tuple[torch.Tensor, torch.Tensor], stored: torch.Tensor) -> None:
+        for got, expected in zip(results, of(stored), strict=True):
+            close(got, expected, 1e-5)
+
+    with planned_for(sm_count):
+        bare = a._replace(**dict.fromkeys(ops.STATISTICS))
+        out, expected = (torch.full_like(t.new_output(), float("nan"), **last) for t in (a, exact))
+        results = own.primary_statistics(bare, out)
+        reference.primary_statistics(exact._replace(**dict.fromkeys(ops.STATISTICS)), expected)
+        close(out[:, :cp], expected[:, :cp], rounding)
+        assert out[:, cp:].isnan().all()
+        statistics(results, out[:, :cp])
+        y1 = out[:, :cp].contiguous(**last)
+        expected = torch.cat([y1, y1], 1).double()
+        results = own.cheap_statistics(a, out)
+        reference.cheap_statistics(exact, expected)
+        close(out[:, cp:], expected[:, cp:], rounding)
+        assert torch.equal(out[:, :cp], y1)
+        statistics(results, out[:, cp:])
+        expected = out.double()
+        own.normalize(a, mine := out.clone(**last))
+        reference.normalize(exact, expected)
+        close(mine, expected, rounding)
+
+        grad = grad.contiguous(**last)
+        dz2, y2, sums = own.cheap_backward(a, grad, y1, True, True, None)
+        close(y2, out[:, cp:], 1e-12)
+        half, y, grad2 = reference_training._half(exact, "cheap"), y2.double(), grad[:, cp:].double()
+        z = half.normed(y)
+        dz = half.activate_backward(grad2, z)  # of the stored y2: the other side of a kink is far away
+        close(dz2, dz, rounding)
+        close(sums[:2], half.sums(grad2, dz, z, y)[:2], 1e-5)
+        means = sums[:2] / grad[:, 0].numel()
+        rest = (y1, dz2, y2, means)
+        dz1, sums, weight = own.primary_backward(a, grad, *rest, True, True, True, True)
+        expected = reference.primary_backward(exact, grad.double(), *(t.double() for t in rest), True, True, True, True)
+        close(dz1, expected[0], rounding)
+        close(sums[:2], expected[1][:2], 1e-5)
+        close(weight, expected[2], rounding)
+        means = sums[:2] / grad[:, 0].numel()
+        expected = dz1.double()
+        own.normalize_backward(a, mine := dz1.clone(**last), y1, means)
+        reference.normalize_backward(exact, expected, y1.double(), means.double())
+        close(mine, expected, rounding)
+
+
+def test_nhwc_kernels_beside_others():
+    """Where some steps aren't taken: a slice of x, addresses in the middle of a vector, a residual, PReLU."""
+    check("cuda", dataclasses.replace(NHWC, sliced=True, act_cheap="silu", width=5))
+    check("cuda", dataclasses.replace(NHWC, residual=True, width=7))
+    check("cuda", dataclasses.replace(NHWC, act_primary="prelu", per_channel_slope=True, width=5))
+    a, grad = make(dataclasses.replace(NHWC, batch=1, width=7))
+    shifted = torch.zeros(grad.numel() + 1, dtype=grad.dtype)[1:].as_strided(grad.shape, grad.stride(), 1).copy_(grad)
+    check_args("cuda", a, shifted)
+
+
 NEEDED = [
     {"x"},
     {"residual"},
@@ -143,7 +285,9 @@ def test_every_kernel_is_in_the_table():
     names = [k["name"] for k in _C.kernel_attributes()]
     assert len(names) == len(set(names))
     for path in ("float16", "bfloat16", "float32"):
-        assert len([n for n in names if n.startswith(f"{path}_") and "statistics" in n]) == 2 + 8
+        nhwc = [n for n in names if n.startswith(f"{path}_") and ("_strips" in n or "_pixels" in n or "_nhwc_" in n)]
+        assert len(nhwc) == (0 if path == "float32" else 14)
+        assert len([n for n in names if n.startswith(f"{path}_") and "statistics" in n and n not in nhwc]) == 2 + 8
 
 
 def test_forward_is_three_kernels():

@@ -5,7 +5,8 @@
 
 namespace ghostfused {
 
-// The sums of dz, dz * (y - center) and dx * min(z, 0) of a cell; what they add up to goes through ``emit_norm_sum``.
+// The sums of dz, dz * (y - center) and dx * min(z, 0) of a cell; the second, times rstd, is
+// that of dz * x̂.
 template <int kV, int kCount>
 __device__ __forceinline__ void add_norm_sums(float (&sums)[kCount], const Half<kV>& half,
                                               const float (&dz)[kCellColumns * kV], const float (&y)[kCellColumns * kV],
@@ -17,12 +18,6 @@ __device__ __forceinline__ void add_norm_sums(float (&sums)[kCount], const Half<
     sums[kV + i % kV] += dz[i] * (y[i] - half.center[i % kV]);
     sums[2 * kV + i % kV] += dx[i] * fminf(z[i], 0.f);
   }
-}
-
-template <int kV>
-__device__ __forceinline__ void emit_norm_sum(const TrainingParams& p, const Half<kV>& half, const Channels<kV>& c,
-                                              int channels, int value, int e, float sum) {
-  if (p.sums != nullptr) p.sums[value * channels + c.at[e]] = value == 1 ? sum * half.rstd[e] : sum;
 }
 
 // dz2 and y2, or with stored statistics dy2; their sums; grad_output * the ungated output.
@@ -92,9 +87,13 @@ __global__ void __launch_bounds__(kTrainingThreads, 2) cheap_backward(const __gr
     });
   }
   if (p.sums == nullptr) return;
-  finish_sums<3, kV>(
-      sums, p, j, all, t.share, 0, t.row, p.counters + t.block, scratch,
-      [&](int value, int e, float sum) { emit_norm_sum(p, cheap_table.get(t.share), j, all, value, e, sum); });
+  if (!t.share.idle()) {
+    const Half<kV> cheap = cheap_table.get(t.share);
+#pragma unroll
+    for (int e = 0; e < kV; ++e) sums[kV + e] *= cheap.rstd[e];
+  }
+  finish_sums<kTrainingThreads, 3, kV>(sums, j, t.share, row_combination<3>(p, 0, t.block, t.row, all), scratch,
+                                       [&](int value, int c, float sum) { p.sums[value * all + c] = sum; });
 }
 
 // dy = scale * (dz - mean of dz - x̂ * mean of dz * x̂), as scale * dz + slope * (y - center) + offset.
@@ -259,16 +258,21 @@ __global__ void __launch_bounds__(kTrainingThreads, kD == 7 || (kD == 5 && kChan
   float sums[(3 + kTaps) * kV];
 #pragma unroll
   for (int i = 0; i < (3 + kTaps) * kV; ++i) sums[i] = i < 3 * kV ? norm_sums[i][threadIdx.x] : weight_sums[i - 3 * kV];
-  unsigned* counter = p.counters + t.pass * p.plan.channel_blocks + t.block;
-  finish_sums<3 + kTaps, kV>(sums, p, c, s.init_channels, t.share, t.pass, t.row, counter, scratch,
-                             [&](int value, int e, float sum) {
-                               if (value >= 3 && weight) {
-                                 const int64_t j = int64_t{c.at[e]} * per_primary + t.pass;
-                                 static_cast<T*>(p.weight_gradient)[j * kTaps + value - 3] = from_float<T>(sum);
-                               } else if (value < 3 && t.pass == 0) {
-                                 emit_norm_sum(p, halves.get(t.share), c, s.init_channels, value, e, sum);
-                               }
-                             });
+  if (!t.share.idle()) {
+    const Half<kV> primary = halves.get(t.share);
+#pragma unroll
+    for (int e = 0; e < kV; ++e) sums[kV + e] *= primary.rstd[e];
+  }
+  finish_sums<kTrainingThreads, 3 + kTaps, kV>(
+      sums, c, t.share, row_combination<3 + kTaps>(p, t.pass, t.block, t.row, s.init_channels), scratch,
+      [&](int value, int c, float sum) {
+        if (value >= 3 && weight) {
+          const int64_t j = int64_t{c} * per_primary + t.pass;
+          static_cast<T*>(p.weight_gradient)[j * kTaps + value - 3] = from_float<T>(sum);
+        } else if (value < 3 && t.pass == 0 && p.sums != nullptr) {
+          p.sums[value * s.init_channels + c] = sum;
+        }
+      });
 }
 
 // dz1 becomes dy1, in place.

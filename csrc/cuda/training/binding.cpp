@@ -73,7 +73,7 @@ void launch(const Step& step, TrainingStep kernel, TrainingParams& p, bool reduc
   p.plan = plan_training(kernel, p, current_device(step.index).sm_count);
   Tensor scratch;
   if (reduces) {
-    scratch = step.scratch(p.plan.partial, int64_t{p.plan.channel_blocks} * p.plan.passes);
+    scratch = step.scratch(p.plan.partial, p.plan.counters);
     p.partial = static_cast<float*>(scratch.data_ptr());
     p.counters = reinterpret_cast<unsigned*>(p.partial + p.plan.partial);
   }
@@ -91,6 +91,14 @@ void primary_statistics(GhostForwardParams& a, const Tensor& x, Tensor out, Tens
     step.zero(var);
     return;
   }
+  TrainingParams p{a};
+  p.maps.out = out.data_ptr();
+  p.mean = s.mean;
+  p.var = s.var;
+  if (nhwc_fits(TrainingStep::kPrimaryStatistics, p)) {
+    launch(step, TrainingStep::kPrimaryStatistics, p, true);
+    return;
+  }
   // an ordinary 1×1 conv: nothing follows it
   a.out = map_of(out);
   a.primary = a.cheap = NormAct{};
@@ -102,7 +110,7 @@ void primary_statistics(GhostForwardParams& a, const Tensor& x, Tensor out, Tens
   a.shape.smem_per_block -= kScratchBytes;
   const LaunchPlan& plan = cached_plan(a.shape).general;
   s.plan = plan_statistics(a, plan);
-  const Tensor scratch = step.scratch(s.plan.partial, plan.channel_blocks);
+  const Tensor scratch = step.scratch(s.plan.partial, s.plan.counters);
   s.partial = static_cast<float*>(scratch.data_ptr());
   s.counters = reinterpret_cast<unsigned*>(s.partial + s.plan.partial);
   if (const char* error = launch_statistics(a, plan, s, current_stream(step.index))) {

@@ -100,8 +100,8 @@ __global__ void __launch_bounds__(kTrainingThreads, 2) cheap_statistics(const __
       }
     });
   }
-  const StatisticsTarget target{p.partial, p.counters + t.block, p.mean, p.var, t.row, p.plan.rows, all};
-  finish_statistics(moments, j, t.share, target, scratch);
+  finish_statistics<kTrainingThreads>(moments, j, t.share, row_combination<3>(p, 0, t.block, t.row, all), p.mean, p.var,
+                                      scratch);
 }
 
 // y1 and y2 become the output, in place. The channel blocks of the primary half come first.

@@ -51,9 +51,10 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks)
     });
     __syncthreads();  // and gone: the next tile may take its place
   }
-  const StatisticsTarget target{s.partial,   s.counters + block,        s.mean, s.var, row,
-                                s.plan.rows, p.args.shape.init_channels};
-  finish_statistics(moments, c, share, target, scratch);
+  const int channels = p.args.shape.init_channels, first = block * p.plan.block_c;
+  const RowCombination rows{s.plan.rows, s.partial, s.counters + block * (s.plan.rows.groups + 1), row,
+                            channels,    first,     min(first + p.plan.block_c, channels)};
+  finish_statistics<kMaxThreads>(moments, c, share, rows, s.mean, s.var, scratch);
 }
 
 }  // namespace ghostfused

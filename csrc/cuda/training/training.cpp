@@ -50,25 +50,16 @@ bool vectors_fit(const GhostShape& s, const TrainingMaps& maps, int channels, bo
   return neighbours && s.init_channels % vector == 0 && s.out_channels % vector == 0;
 }
 
-}  // namespace
-
-const Kernel& training_kernel(int index) {
-  const Kernel* tables[] = {kFloat16Training, kBFloat16Training, kFloat32Training};
-  return tables[index / kTrainingKernels][index % kTrainingKernels];
-}
-
-const Kernel& statistics_kernel(int index) {
-  const Kernel* tables[] = {kFloat16Statistics, kBFloat16Statistics, kTF32Statistics, kFloat32Statistics};
-  return tables[index / 2][index % 2];
-}
-
-TrainingPlan plan_training(TrainingStep step, const TrainingParams& params, int sm_count) {
+// Of the kernels that take everything.
+TrainingPlan plan_cells(TrainingStep step, const TrainingParams& params, int sm_count) {
   const GhostShape& s = params.args.shape;
-  const bool elementwise = step == TrainingStep::kNormalize || step == TrainingStep::kNormalizeBackward;
+  const bool elementwise = is_elementwise(step);
   const bool cheap = step == TrainingStep::kCheapStatistics || step == TrainingStep::kCheapBackward;
   const int64_t channels = cheap ? int64_t{s.init_channels} * (s.ratio - 1) : s.init_channels;
   const int vector = cell_channels(elementwise ? 0 : s.dw_size, s.channels_last, element_size(s.path));
   TrainingPlan p{};
+  p.kernel = &training_kernel(paths_index(s.path) * kTrainingKernels + kernel_index(step, s));
+  p.threads = kTrainingThreads;
   p.row_groups = static_cast<int>(ceil_div(s.width, kCellColumns));
   p.image_cells = static_cast<int>(int64_t{s.height} * p.row_groups);  // launch_training refuses what overflows
   p.cells = int64_t{s.batch} * s.height * p.row_groups;
@@ -88,11 +79,29 @@ TrainingPlan plan_training(TrainingStep step, const TrainingParams& params, int 
   const int64_t wanted = ceil_div(int64_t{kBlocksPerSm} * sm_count, int64_t{p.channel_blocks} * p.passes);
   const int64_t rows = std::clamp<int64_t>(ceil_div(p.cells, together * kLeastRounds), 1, wanted);
   p.row_cells = ceil_div(ceil_div(p.cells, rows), together) * together;
-  p.rows = static_cast<int>(ceil_div(p.cells, p.row_cells));
+  p.rows = RowGroups::of(static_cast<int>(ceil_div(p.cells, p.row_cells)));
   p.vector = vectors_fit(s, params.maps, vector, elementwise);
   const int values = step == TrainingStep::kPrimaryBackward ? 3 + s.dw_size * s.dw_size : elementwise ? 0 : 3;
-  p.partial = int64_t{p.passes} * p.rows * values * channels;
+  p.partial = p.passes * p.rows.partial(values * channels);
+  p.counters = p.rows.counters(p.passes * p.channel_blocks);
   return p;
+}
+
+}  // namespace
+
+const Kernel& training_kernel(int index) {
+  const Kernel* tables[] = {kFloat16Training, kBFloat16Training, kFloat32Training};
+  return tables[index / kTrainingKernels][index % kTrainingKernels];
+}
+
+const Kernel& statistics_kernel(int index) {
+  const Kernel* tables[] = {kFloat16Statistics, kBFloat16Statistics, kTF32Statistics, kFloat32Statistics};
+  return tables[index / 2][index % 2];
+}
+
+TrainingPlan plan_training(TrainingStep step, const TrainingParams& params, int sm_count) {
+  if (nhwc_fits(step, params)) return plan_nhwc(step, params, sm_count);
+  return plan_cells(step, params, sm_count);
 }
 
 const char* launch_training(TrainingStep step, TrainingParams& p, void* stream) {
@@ -101,11 +110,14 @@ const char* launch_training(TrainingStep step, TrainingParams& p, void* stream) 
   if (!narrow(p.args.residual, &p.residual) || !narrow(p.args.output_gate, &p.output_gate)) {
     return "a stride within an image is beyond 2^31 elements";
   }
-  const int counter_count = p.plan.channel_blocks * p.plan.passes;
+  const int64_t grid = int64_t{p.plan.channel_blocks} * p.plan.passes * p.plan.rows.rows;
   void* arguments[] = {&p};
-  const Kernel& kernel = training_kernel(paths_index(s.path) * kTrainingKernels + kernel_index(step, s));
-  return queue(kernel.function, int64_t{counter_count} * p.plan.rows, kTrainingThreads, 0, p.counters, counter_count,
-               arguments, stream);
+  if (step == TrainingStep::kPrimaryStatistics) {
+    const int index = kFirstTrainingNhwc + p.plan.primary.index;
+    if (const char* error = allow_shared_memory(index, p.plan.kernel->function)) return error;
+  }
+  return queue(p.plan.kernel->function, grid, p.plan.threads, p.plan.smem_bytes, p.counters, p.plan.counters, arguments,
+               stream);
 }
 
 StatisticsPlan plan_statistics(const GhostForwardParams& params, const LaunchPlan& plan) {
@@ -113,8 +125,9 @@ StatisticsPlan plan_statistics(const GhostForwardParams& params, const LaunchPla
   s.tiles = int64_t{params.shape.batch} * plan.tiles_h * plan.tiles_w;
   const int64_t rows = ceil_div(int64_t{plan.blocks_per_sm} * params.shape.sm_count, plan.channel_blocks);
   s.row_tiles = ceil_div(s.tiles, std::min(s.tiles, rows));
-  s.rows = static_cast<int>(ceil_div(s.tiles, s.row_tiles));
-  s.partial = int64_t{s.rows} * 3 * params.shape.init_channels;
+  s.rows = RowGroups::of(static_cast<int>(ceil_div(s.tiles, s.row_tiles)));
+  s.partial = s.rows.partial(3 * int64_t{params.shape.init_channels});
+  s.counters = s.rows.counters(plan.channel_blocks);
   return s;
 }
 
@@ -126,8 +139,8 @@ const char* launch_statistics(const GhostForwardParams& params, const LaunchPlan
   if (const char* error = kernel_params(params, plan, &p)) return error;
   if (const char* error = allow_shared_memory(kGhostKernelCount + index, function)) return error;
   void* arguments[] = {&p, &s};
-  return queue(function, int64_t{s.plan.rows} * plan.channel_blocks, plan.threads, plan.smem_bytes + kScratchBytes,
-               s.counters, plan.channel_blocks, arguments, stream);
+  return queue(function, int64_t{s.plan.rows.rows} * plan.channel_blocks, plan.threads, plan.smem_bytes + kScratchBytes,
+               s.counters, s.plan.counters, arguments, stream);
 }
 
 }  // namespace ghostfused
