@@ -60,6 +60,8 @@ CASES = [  # as tests/cpu_driver.cpp describes them
     "depthwise 2 3 2 40 1 5 1 nchw float16 1",
     "depthwise 2 3 40 2 5 1 1 nhwc float16 1",
     "depthwise 3 3 1 1 7 7 2 nchw float32 0",
+    "depthwise 2 3 13 37 3 3 2 nchw bfloat16 0",
+    "depthwise 1 3 8 66 5 5 2 nchw float16 1",
     "squeeze 2 21 7 9 6 0 0 nchw float32 1",
     "squeeze 2 21 7 9 6 1 0 nhwc float32 0",
     "squeeze 5 200 3 3 30 2 0 nchw bfloat16 1",

@@ -111,6 +111,12 @@ GHOSTFUSED_INLINE void store_float(T* p, Vec v) {
   store(p, narrow(v, T{}));
 }
 GHOSTFUSED_INLINE float to_float(float x) { return x; }
+GHOSTFUSED_INLINE float to_float(BFloat16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float y;
+  __builtin_memcpy(&y, &bits, sizeof y);
+  return y;
+}
 template <typename T>
 GHOSTFUSED_INLINE float to_float(T x) {
   return widen(Halves{} + x.bits, T{})[0];
