@@ -174,20 +174,22 @@ class PlaneWorker {
 };
 
 template <typename Worker>
-void run_planes(const DepthwiseParams& p, int64_t begin, int64_t end) {
+void run_planes(Items& items, const DepthwiseParams& p) {
   Worker worker(p);
-  worker.prepare(begin, end);
-  for (int64_t unit = begin; unit < end; ++unit) worker.run(unit);
+  for (int64_t begin, end; items.next(&begin, &end);) {
+    worker.prepare(begin, end);
+    for (int64_t unit = begin; unit < end; ++unit) worker.run(unit);
+  }
 }
 
 template <typename T>
-void depthwise_planes(int64_t begin, int64_t end, void* context) {
+void depthwise_planes(Items& items, void* context) {
   const DepthwiseParams& p = *static_cast<const DepthwiseParams*>(context);
 #ifdef GHOSTFUSED_X86_MASKS
-  if (HalvingWorker<T, 3>::takes(p)) return run_planes<HalvingWorker<T, 3>>(p, begin, end);
-  if (HalvingWorker<T, 5>::takes(p)) return run_planes<HalvingWorker<T, 5>>(p, begin, end);
+  if (HalvingWorker<T, 3>::takes(p)) return run_planes<HalvingWorker<T, 3>>(items, p);
+  if (HalvingWorker<T, 5>::takes(p)) return run_planes<HalvingWorker<T, 5>>(items, p);
 #endif
-  run_planes<PlaneWorker<T>>(p, begin, end);
+  run_planes<PlaneWorker<T>>(items, p);
 }
 
 // channels_last: a unit is one block of channels of one row of one image. x is read where it lies, and a window that
@@ -284,18 +286,20 @@ class RowWorker {
 };
 
 template <typename T>
-void depthwise_rows(int64_t begin, int64_t end, void* context) {
+void depthwise_rows(Items& items, void* context) {
   const DepthwiseParams& p = *static_cast<const DepthwiseParams*>(context);
   RowWorker<T> worker(p);
   const int64_t rows = int64_t{p.batch} * p.out_height;
-  while (begin < end) {
-    const int64_t block = begin / rows, until = min_of((block + 1) * rows, end);
-    worker.run(block * kChannelBlock, begin - block * rows, until - block * rows);
-    begin = until;
+  for (int64_t begin, end; items.next(&begin, &end);) {
+    while (begin < end) {
+      const int64_t block = begin / rows, until = min_of((block + 1) * rows, end);
+      worker.run(block * kChannelBlock, begin - block * rows, until - block * rows);
+      begin = until;
+    }
   }
 }
 
-inline void depthwise(const DepthwiseParams& p, const Threads& threads) {
+inline void depthwise(const DepthwiseParams& p, int threads) {
   DepthwiseParams params = p;
   const double work = static_cast<double>(p.batch) * p.channels * p.out_height * p.out_width * p.kernel_h * p.kernel_w;
   if (p.channels_last) {

@@ -38,7 +38,6 @@ class Worker {
 
   // Units follow each other block by block, then tile by tile, so that x stays in cache and is packed once.
   void run(int64_t begin, int64_t end) {
-    int64_t packed = -1;
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t tile = unit / plan.blocks, block = unit % plan.blocks;
       output.n = tile / plan.tiles;
@@ -308,6 +307,8 @@ class Worker {
   Output<T> output;
   Cheap<T, kChannelsLast> cheap;
 
+  int64_t packed = -1;  // the tile that x was packed for last
+
   // the current unit
   int64_t h0, h1, x_h0, c0, channels;
   float* parameters;
@@ -318,20 +319,26 @@ struct Task {
   const Plan& plan;
 };
 
+template <typename Worker>
+void run_worker(Items& items, const Task& task) {
+  Worker worker(task.p, task.plan);
+  for (int64_t begin, end; items.next(&begin, &end);) worker.run(begin, end);
+}
+
 template <typename T>
-void run_units(int64_t begin, int64_t end, void* context) {
+void run_units(Items& items, void* context) {
   const Task& task = *static_cast<const Task*>(context);
   if (task.p.shape.channels_last) {
-    Worker<T, true>(task.p, task.plan).run(begin, end);
+    run_worker<Worker<T, true>>(items, task);
   } else {
-    Worker<T, false>(task.p, task.plan).run(begin, end);
+    run_worker<Worker<T, false>>(items, task);
   }
 }
 
-inline void forward(const GhostForwardParams& p, const Threads& threads) {
+inline void forward(const GhostForwardParams& p, int threads) {
   const GhostShape& s = p.shape;
   if (is_fully_connected(p)) return fully_connected(p, threads);
-  const Plan plan = make_plan(p, threads.count);
+  const Plan plan = make_plan(p, threads);
   Task task{p, plan};
   const double work = static_cast<double>(s.batch) * s.height * s.width * s.init_channels *
                       (s.in_channels + static_cast<double>(s.dw_size * s.dw_size) * (s.ratio - 1));

@@ -134,10 +134,11 @@ void depthwise(const Strip<T>& p) {
   const Filter<kSize, kSplat> filter(p);
   int64_t i = 0;
   for (; i + kStripRows <= p.steps; i += kStripRows) depthwise_outputs<kStripRows>(filter, p, i);
-  const int64_t left = p.steps - i;
-  if (left == 3) return depthwise_outputs<3>(filter, p, i);
-  if (left == 2) return depthwise_outputs<2>(filter, p, i);
-  if (left == 1) return depthwise_outputs<1>(filter, p, i);
+  if constexpr (kSize <= 3) {
+    if (p.steps - i == 3) return depthwise_outputs<3>(filter, p, i);
+    if (p.steps - i == 2) return depthwise_outputs<2>(filter, p, i);
+  }
+  for (; i < p.steps; ++i) depthwise_outputs<1>(filter, p, i);  // the code of large kernels is large
 }
 
 template <typename T>
