@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ghostfused import FusedGhostModule, adopt
-from ghostfused.verify import DTYPES, calibrate, load_model
+from ghostfused import FusedGhostModule
+from ghostfused.cli.verify import DTYPES, calibrate, load_model
+from ghostfused.recognize import ghost
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "tests" / "data" / "ghost_configs.jsonl"
@@ -99,10 +100,10 @@ class Layer:
 
 def layer(name: str, module: nn.Module, shape: tuple[int, int, int], count: int = 1) -> Layer:
     """``module``, for inputs of (N, *shape)."""
-    adopted = adopt.read(module)
+    adopted = ghost.read(module)
     if isinstance(adopted, str):
         raise ValueError(f"{name} is no Ghost module: {adopted}")
-    primary, cheap = (adopt.read_half(getattr(module, child)) for child in (adopted.primary, adopted.cheap))
+    primary, cheap = (ghost.read_half(getattr(module, child)) for child in (adopted.primary, adopted.cheap))
     assert not isinstance(primary, str)
     assert not isinstance(cheap, str)
     in_channels, height, width = shape
@@ -127,7 +128,7 @@ def distinct(layers: list[Layer]) -> list[Layer]:
 def layers_of(model: nn.Module, size: int = 224) -> list[Layer]:
     """The Ghost modules that ``model`` calls on a (1, 3, size, size) input, with the shapes that hooks see there."""
     model = model.eval()
-    names = [name for name, module in model.named_modules() if not isinstance(adopt.read(module), str)]
+    names = [name for name, module in model.named_modules() if not isinstance(ghost.read(module), str)]
     shapes: dict[str, tuple[int, int, int]] = {}
     handles = [
         model.get_submodule(name).register_forward_pre_hook(

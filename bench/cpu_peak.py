@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ghostfused import FusedGhostModule, functional
 from ghostfused.backends import cpu
-from ghostfused.ops import forward_op
+from ghostfused.ops.schemas import forward_op
 from ghostfused.spec import GhostArgs
 
 from . import cases, contest

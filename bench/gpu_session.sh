@@ -12,7 +12,7 @@
 # network network_compiled training memcheck racecheck launches overhead memory
 #   SECONDS_LEFT=… instead of the minutes   PYTHON=python3
 #   REHEARSAL=1  tiny inputs and few samples, tests are collected and not run: to try the script with a GPU that is none.
-#   LAUNCH=tests/on_fake_gpu.sh  stands before PYTHON wherever CUDA tensors are used
+#   LAUNCH=tests/helpers/on_fake_gpu.sh  stands before PYTHON wherever CUDA tensors are used
 #   PRINT=1      prints the commands and runs none
 # shellcheck disable=SC2329  # the steps are called by name
 set -uo pipefail
@@ -120,8 +120,8 @@ NETWORK=(--network paper)
 COUNTS=(--network paper)
 if [[ $REHEARSAL ]]; then
   MODULES=(--network paper:0.1 --size 32 --only blocks.0,blocks.8.0.ghost2 --samples 3 --repeats 2)
-  NETWORK=(--network tests/small_network.py:small --size 16 --samples 3 --repeats 1)
-  COUNTS=(--network tests/small_network.py:small --size 16)
+  NETWORK=(--network tests/helpers/small_network.py:small --size 16 --samples 3 --repeats 1)
+  COUNTS=(--network tests/helpers/small_network.py:small --size 16)
   HALF=(--dtype float16 --batch 2 --layout nhwc)
 fi
 profiled_modules() { # the arguments of `profile` that choose modules

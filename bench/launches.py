@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ghostfused.backends import BACKENDS, unavailable_on
-from ghostfused.backends.common import kernel_refusal
 from ghostfused.backends.triton import has_ghosts
 from ghostfused.fuse import fuse_with_report
 from ghostfused.ops import OPS
 from ghostfused.spec import GhostArgs
+from ghostfused.spec.kernels import kernel_refusal
 
 from . import cases, contest
 from .console import table

@@ -6,7 +6,7 @@ import argparse
 
 import torch
 
-from ghostfused.verify import calibrate
+from ghostfused.cli.verify import calibrate
 
 from . import cases, contest
 from .console import Display, absences, cell

@@ -9,7 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ghostfused.testing import TOLERANCES, Verdict, relative_error
+from ghostfused.numerics import TOLERANCES, relative_error
+from ghostfused.testing import Verdict
 
 from .cases import Setting
 

@@ -16,8 +16,8 @@ import torch
 
 from ghostfused import FusedGhostModule, functional, fuse
 from ghostfused.backends import BACKENDS, unavailable_on
-from ghostfused.ops import forward_op
-from ghostfused.replay import Replayed
+from ghostfused.nn.cache import CachesPrograms
+from ghostfused.ops.schemas import forward_op
 from ghostfused.spec import Act, BatchNorm, GhostArgs
 
 from . import contest
@@ -75,7 +75,7 @@ def guard(device: torch.device, repeats: int) -> dict[str, list[float]]:
     network = fuse(create_model("ghostnet_100").eval().to(device))
     with torch.no_grad():
         network(torch.randn(1, 3, 32, 32, device=device))
-    replays = [(m, m._replay._state) for m in network.modules() if isinstance(m, Replayed)]
+    replays = [(m, m._cache._state) for m in network.modules() if isinstance(m, CachesPrograms)]
     states = [(m, state) for m, state in replays if state is not None and state.recordable]
     memory, times = torch.zeros(32 << 20), []
     for _ in range(repeats):

@@ -1,4 +1,4 @@
-"""Writes the table of block sizes, ghostfused/backends/triton_configs.json: ``python -m bench.regenerate_configs``.
+"""Writes the table of block sizes, ghostfused/backends/triton/configs.json: ``python -m bench.regenerate_configs``.
 
 For each shape class it takes the candidate that is best on one representative shape of the class: on a GPU the fastest,
 elsewhere, by compiled evidence for sm_80, the one that issues the fewest instructions per output byte. In both cases it
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from ghostfused.backends import triton as backend
-from ghostfused.backends import triton_configs as configs
+from ghostfused.backends.triton import configs
 from ghostfused.spec import TENSORS, GhostArgs
 
 from .static_triton import measure, shape_args

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ghostfused.backends.common import KERNEL_DEPTHWISE
+from ghostfused.spec.kernels import KERNEL_DEPTHWISE
 
 from .sass import tool
 from .sass_flow import Instruction, parse, static_counts

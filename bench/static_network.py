@@ -136,7 +136,7 @@ _COMPILED: dict[str, tuple[int, int, int]] = {}
 
 def _triton_plan(args: Args, target: str, backend: str) -> Plan:
     """The plan of a Triton backend, with the registers and spills of what it launches."""
-    from ghostfused.backends.triton_compile import compile_launch, describe
+    from ghostfused.backends.triton.compile import compile_launch, describe
 
     with recorded() as made:
         out = BACKENDS[backend].forward(args)

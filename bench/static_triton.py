@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from ghostfused.backends import triton as backend
-from ghostfused.backends.triton_compile import compile_launch
-from ghostfused.backends.triton_configs import NUM_WARPS
+from ghostfused.backends.triton.compile import compile_launch
+from ghostfused.backends.triton.configs import NUM_WARPS
 from ghostfused.spec import Act, GhostArgs
 
 from .sass import KINDS, disassemble

@@ -24,11 +24,11 @@ from sklearn.datasets import load_sample_image
 from torch import Tensor, nn
 
 import ghostfused
-from ghostfused.fuse_command import time_interleaved
-from ghostfused.info import collect
+from ghostfused.cli.fuse import time_interleaved
+from ghostfused.cli.info import collect
+from ghostfused.cli.verify import calibrate, network_verdict
 from ghostfused.models.seed import GhostNet
 from ghostfused.testing import Verdict
-from ghostfused.verify import calibrate, network_verdict
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -24,8 +24,8 @@ from sklearn.datasets import load_sample_image
 from torch import Tensor, nn
 
 import ghostfused
-from ghostfused.testing import TOLERANCES, relative_error
-from ghostfused.verify import calibrate
+from ghostfused.cli.verify import calibrate
+from ghostfused.numerics import TOLERANCES, relative_error
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:

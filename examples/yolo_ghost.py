@@ -25,7 +25,7 @@ from ultralytics import YOLO
 from ultralytics.utils import ASSETS
 
 import ghostfused
-from ghostfused.verify import calibrate
+from ghostfused.cli.verify import calibrate
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:

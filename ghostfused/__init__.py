@@ -5,12 +5,12 @@ under it. ``python -m ghostfused info`` says which backends work on this machine
 """
 
 from . import functional, models
-from .attention import FusedAttentionGhostModule
-from .bottleneck import FusedGhostBottleneck
 from .capture import Captured, NotCaptured, capture, graphed, load
 from .functional import ghost_module
 from .fuse import fuse, fuse_with_report, unfuse
-from .module import FusedGhostModule
+from .nn.attention import FusedAttentionGhostModule
+from .nn.bottleneck import FusedGhostBottleneck
+from .nn.ghost_module import FusedGhostModule
 from .spec import Act, BatchNorm
 
 __version__ = "0.2.0"

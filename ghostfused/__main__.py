@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import fuse_command, info, verify
+from .cli import fuse, info, verify
 
-COMMANDS = {"info": info, "verify": verify, "fuse": fuse_command}
+COMMANDS = {"info": info, "verify": verify, "fuse": fuse}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import backends, reference
-from .autograd import call
-from .backends.common import constant_to_dynamo
+from . import backends
+from .backends import reference
+from .ops.autograd import call
+from .ops.transforms import refuse_transforms, runs_plain
 from .spec import Act, Args, BatchNorm, DepthwiseArgs, Gate, GhostArgs, SqueezeExciteArgs
-from .validate import activation, gate_kind, validate
+from .spec.checks import activation, gate_kind, validate
+from .spec.kernels import constant_to_dynamo
 
 _NO_NORM = BatchNorm(None, None)  # type: ignore[arg-type]
 
@@ -229,6 +231,9 @@ def squeeze_excite(
 
 def run(args: Args, backend: str = "auto") -> Tensor:
     """The op of ``args``: choose a backend, check, call it."""
+    if runs_plain(backend):
+        validate(args)
+        return reference.run(args)
     refused = False
     if backend == "auto" and backends.cpu.may_try(args):
         try:
@@ -236,7 +241,9 @@ def run(args: Args, backend: str = "auto") -> Tensor:
         except RuntimeError:
             refused = True  # the reference can run it, or validate says why nobody can
     try:
-        name = "reference" if refused or _is_onnx_export() else backends.choose(args, backend)
+        name = "reference" if refused else backends.choose(args, backend)
+        if name != "reference":
+            refuse_transforms(name)
         if name not in ("cuda", "cpu"):  # their bindings check all that validate does, at a tenth of the host time
             validate(args)
         # the reference needs no op: autograd and torch.compile see through it
@@ -244,13 +251,6 @@ def run(args: Args, backend: str = "auto") -> Tensor:
     except Exception:
         validate(args)  # if an argument is to blame, this says which
         raise
-
-
-def _is_onnx_export() -> bool:
-    """Whether ``torch.onnx.export`` is tracing: what reads its file knows the standard operations only."""
-    # on every call's way, and torch.jit.is_tracing and is_in_onnx_export take longer
-    tracing = torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
-    return tracing and torch.onnx.is_in_onnx_export()
 
 
 @constant_to_dynamo  # it can't trace the getter; its guard on global state covers a change

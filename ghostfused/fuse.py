@@ -13,16 +13,17 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import nn
 
-from . import adopt, backends
-from .backends.common import form_refusal
-from .bottleneck import FusedConvNormAct, FusedGhostBottleneck
-from .module import FusedGhostModule
-from .proof import SAME, substituted
-from .replay import is_recordable
-from .sequence import FusedSequential
+from . import backends
+from .nn.bottleneck import FusedConvNormAct, FusedGhostBottleneck
+from .nn.cache import is_recordable
+from .nn.ghost_module import FusedGhostModule
+from .nn.sequential import FusedSequential
+from .numerics import relative_error
+from .recognize import ghost
+from .recognize.equivalence import SAME, substituted
+from .recognize.swap import original
 from .spec import GhostArgs
-from .testing import relative_error
-from .twin import original
+from .spec.kernels import form_refusal
 
 LEVELS = ("auto", "module")
 Filter = Callable[[str, nn.Module], bool]
@@ -188,14 +189,14 @@ class _Surgery:
 
     def ghost_modules(self) -> None:
         for fqn, module in self._candidates():
-            deployed, adopted = module, adopt.read(module)
+            deployed, adopted = module, ghost.read(module)
             if isinstance(adopted, str):
                 # a container is no Ghost module that failed, if there is one in it
                 if not _claims_to_be_ghost(module) or self._handled_inside(fqn):
                     continue
                 deployed, reason = self._deployed(module), adopted
                 if deployed is not module:
-                    adopted = adopt.read(deployed)
+                    adopted = ghost.read(deployed)
                 elif _deploy_method(module) is not None:
                     reason = _TRAINING_FORM
                 if isinstance(adopted, str):
@@ -247,7 +248,7 @@ class _Surgery:
             elif not isinstance(module, FusedGhostModule | FusedGhostBottleneck):
                 yield fqn, module
 
-    def _ghost_module(self, module: nn.Module, adopted: adopt.Adopted) -> nn.Module | str:
+    def _ghost_module(self, module: nn.Module, adopted: ghost.Adopted) -> nn.Module | str:
         fused = FusedGhostModule.from_adopted(module, adopted, self.backend)
         if not isinstance(fused, str) and (reason := form_refusal(_example(fused))):
             return f"no kernel for {reason}"
@@ -314,7 +315,7 @@ def _deployed(module: nn.Module) -> nn.Module | None:
 
 def _example(fused: FusedGhostModule) -> GhostArgs:
     """A call of ``fused`` on a small input, for what a backend says to it; norms are left out."""
-    primary, cheap = (adopt.read_half(fused._modules[name]) for name in fused._halves)  # type: ignore[arg-type]
+    primary, cheap = (ghost.read_half(fused._modules[name]) for name in fused._halves)  # type: ignore[arg-type]
     assert not isinstance(primary, str)
     assert not isinstance(cheap, str)
     conv, weight = primary.conv, primary.weight

@@ -65,7 +65,7 @@ part_verify() {
 part_tests() { "$PYTHON" tests/run.py; }
 
 part_session() {
-  PATH=$COPY/tests/fake_bin:$PATH REHEARSAL=1 LAUNCH=tests/on_fake_gpu.sh SECONDS_LEFT=3600 bench/gpu_session.sh "$FOLDER/session" 10
+  PATH=$COPY/tests/helpers/fake_bin:$PATH REHEARSAL=1 LAUNCH=tests/helpers/on_fake_gpu.sh SECONDS_LEFT=3600 bench/gpu_session.sh "$FOLDER/session" 10
 }
 
 on_cpu() { "$PTX_ON_CPU/run-extension" ghostfused/_C*.so "$@"; }

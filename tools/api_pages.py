@@ -3,7 +3,7 @@
     python tools/api_pages.py
 
 The package is read, not imported, so that the site builds without PyTorch. mkdocs.yml lists the pages in its navigation;
-tests/test_docs_site.py compares that list with ``pages()``, and ``pages()`` with ``ghostfused.__all__``.
+tests/docs/test_docs_site.py compares that list with ``pages()``, and ``pages()`` with ``ghostfused.__all__``.
 """
 
 from __future__ import annotations

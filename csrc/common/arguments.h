@@ -11,7 +11,7 @@ namespace ghostfused {
 // channels_last if x's strides say so and it is not contiguous as well: spec.py's memory_format.
 inline bool is_channels_last(const Tensor& x) { return !x.is_contiguous() && x.stride(1) == 1 && x.size(1) > 1; }
 
-// An op of Ghost modules: its arguments are ghostfused/spec.py's GhostArgs, in order, and then some of its own.
+// An op of Ghost modules: its arguments are ghostfused/spec/arguments.py's GhostArgs, in order, and then some of its own.
 // ``launch`` gets them once they are checked, and makes the output.
 template <typename Result, typename... Extra>
 struct GhostOp {

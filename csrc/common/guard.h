@@ -1,4 +1,4 @@
-// Whether Python objects and dictionaries are as they were: ghostfused/replay.py asks at every call of a network, about
+// Whether Python objects and dictionaries are as they were: ghostfused/nn/cache.py asks at every call of a network, about
 // thousands of dictionaries, which have left the caches since the last.
 //
 // Up to Python 3.11 a dictionary has a version (PEP 509), another number after every change. Python 3.12 tells a

@@ -9,7 +9,7 @@ namespace ghostfused {
 // How the numbers are stored and multiplied. Sums are fp32 on every path.
 enum class Path : int { kFloat16, kBFloat16, kTF32, kFloat32 };
 
-// The values of ghostfused/spec.py's Act. The kernels have no GELU.
+// The values of ghostfused/spec/activations.py's Act. The kernels have no GELU.
 enum class Act : int { kNone, kReLU, kReLU6, kSiLU, kHardswish, kLeakyReLU, kPReLU };
 
 // A (N, C, H, W) tensor with any strides, in elements.
@@ -73,7 +73,7 @@ struct DepthwiseParams {
   NormAct norm;
 };
 
-// The values of ghostfused/spec.py's Gate.
+// The values of ghostfused/spec/arguments.py's Gate.
 enum class Gate : int { kSigmoid, kHardsigmoid, kReLU6 };
 
 // A matrix with any strides, in elements.

@@ -1,4 +1,4 @@
-// Several ops in one call: ghostfused/program.py describes the code.
+// Several ops in one call: ghostfused/ops/encoding.py describes the code.
 #pragma once
 
 #include <cstring>
@@ -168,7 +168,7 @@ class ProgramReader {
   size_t position_ = 0, number_ = 0;
 };
 
-// The steps are in the order of ghostfused/spec.py's STEPS.
+// The steps are in the order of ghostfused/spec/arguments.py's STEPS.
 template <typename... Steps>
 Tensor run_program(Tensor x, const Program& program) {
   ProgramReader reader(std::move(x), program);

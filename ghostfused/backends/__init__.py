@@ -7,7 +7,7 @@ A backend is a module with three functions:
 ``supports(args) -> str | None``
     Why it can't run this call; None if it can. Used to choose and to explain a refusal.
 ``forward(args) -> Tensor``
-    Runs it. ``ops.py`` wraps this in a registered op.
+    Runs it. ``ops`` registers it.
 
 and ``DEVICES``, the types of the devices whose tensors it takes, or None if it takes all.
 
@@ -17,7 +17,9 @@ Training takes six more, which ``training.Kernels`` lists; the backends that hav
 from __future__ import annotations
 
 from ..spec import Args
-from . import cpu, cuda, cuda_training, reference, reference_training, triton, triton_training, triton_two_kernel
+from . import cpu, cuda, cuda_training, reference, reference_training, triton
+from .triton import training as triton_training
+from .triton import two_kernel as triton_two_kernel
 
 BACKENDS = {"cuda": cuda, "cpu": cpu, "triton": triton, "triton_two_kernel": triton_two_kernel, "reference": reference}
 _ = cuda_training, reference_training, triton_training  # imported to be registered

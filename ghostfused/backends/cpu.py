@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops import forward_op
 from ..spec import Args
-from .common import KERNEL_DTYPES, kernel_refusal, placement_refusal
-from .extension import Extension
+from ..spec.kernels import KERNEL_DTYPES, kernel_refusal, placement_refusal
+from .extension import Extension, op
 
 extension = Extension("_cpu")
 build_info = extension.build_info
@@ -31,7 +30,7 @@ def supports(args: Args) -> str | None:
 
 def may_try(args: Args) -> bool:
     """Whether just calling the op tells as much as ``supports``, at a fraction of its host time: the binding refuses
-    whatever the kernel can't run. Not so where the call is recorded rather than run."""
+    whatever the kernel can't run. Not so where the call is compiled rather than run."""
     x = args.x
     return (
         extension.failure is None
@@ -39,7 +38,6 @@ def may_try(args: Args) -> bool:
         and x.is_cpu
         and x.dtype in KERNEL_DTYPES
         and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
     )
 
 
@@ -49,4 +47,4 @@ def forward(args: Args) -> Tensor:
     Raises:
         RuntimeError: an argument doesn't fit, named in the message.
     """
-    return forward_op("cpu", args.op)(*args)
+    return op(f"{args.op}_cpu")(*args)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops import forward_op
 from ..spec import Args, GhostArgs, SqueezeExciteArgs
-from .common import constant_to_dynamo, kernel_refusal, placement_refusal
-from .extension import Extension
+from ..spec.kernels import constant_to_dynamo, kernel_refusal, placement_refusal
+from .extension import Extension, op
 
 extension = Extension("_C")
 build_info = extension.build_info
@@ -72,4 +71,4 @@ def forward(args: Args) -> Tensor:
     Raises:
         RuntimeError: an argument doesn't fit, named in the message; or the launch failed.
     """
-    return forward_op("cuda", args.op)(*args)
+    return op(f"{args.op}_cuda")(*args)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops import training_kernel
 from ..spec import GhostArgs, memory_format
 from . import cuda
-from .training import Kernels, register
+from .extension import op
+from .training import KERNELS, Kernels
 
 _MAX_PIXELS = 2**31 - 2**16
 _NORMS = [f"{half}_{name}" for half in ("primary", "cheap") for name in ("mean", "var", "gamma", "beta")]
@@ -25,7 +25,7 @@ def supports(a: GhostArgs) -> str | None:
 
 
 def _run(kernel: str, a: GhostArgs, *tensors: Tensor | bool | None) -> None:
-    training_kernel(kernel, "cuda")(*a, *tensors)
+    op(f"{kernel}_cuda")(*a, *tensors)
 
 
 def _without_norms(a: GhostArgs, *halves: str) -> GhostArgs:
@@ -87,8 +87,6 @@ def normalize_backward(a: GhostArgs, dz1: Tensor, y1: Tensor, means1: Tensor) ->
 
 
 if cuda.build_info() is not None:
-    register(
-        "cuda",
-        Kernels(supports, primary_statistics, cheap_statistics, normalize, cheap_backward, primary_backward, normalize_backward),
-        "CUDA",
-    )  # fmt: skip
+    KERNELS["cuda"] = Kernels(
+        supports, primary_statistics, cheap_statistics, normalize, cheap_backward, primary_backward, normalize_backward
+    )

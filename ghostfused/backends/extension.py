@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import torch
 
 _PACKAGE = Path(__file__).parents[1]
 
@@ -36,3 +40,8 @@ class Extension:
     def build_info(self) -> dict | None:
         """What it was built for; None where there is no extension."""
         return None if self.module is None else self.module.build_info()
+
+
+def op(name: str) -> Callable[..., Any]:
+    """The op ``ghostfused::<name>``, which an extension computes."""
+    return getattr(torch.ops.ghostfused, name).default

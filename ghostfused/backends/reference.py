@@ -1,11 +1,19 @@
-"""Plain PyTorch as a backend: runs everything, everywhere."""
+"""The ground truth, and a backend that runs everything everywhere: each op in plain PyTorch operations, on any device and dtype, differentiable.
+
+Every backend is tested against these functions in float64.
+"""
 
 from __future__ import annotations
 
-from ..reference import run as forward
-from ..spec import Args
+import contextlib
+from collections.abc import Iterator
 
-__all__ = ["DEVICES", "forward", "supports", "unavailable"]
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..spec import Act, Args, DepthwiseArgs, Gate, GhostArgs, GlobalPoolArgs, LinearArgs, SqueezeExciteArgs, Step
+from ..spec.activations import TABLE
 
 DEVICES = None
 
@@ -16,3 +24,102 @@ def unavailable() -> str | None:
 
 def supports(args: Args) -> str | None:
     return None
+
+
+def activate(x: Tensor, act: int, negative_slope: float = 0.01, slope: Tensor | None = None) -> Tensor:
+    """The activation ``act`` (an ``Act``) of x; ``slope`` is PReLU's weight."""
+    return x if act == Act.NONE else TABLE[Act(act)].function(x, negative_slope, slope)
+
+
+@contextlib.contextmanager
+def differentiable() -> Iterator[None]:
+    """Autograd inside an op's kernel: under a TorchDispatchMode that runs with the autograd keys excluded."""
+    key = torch._C.DispatchKey.AutogradFunctionality
+    with torch._C._SetExcludeDispatchKeyGuard(key, False), torch.enable_grad():
+        yield
+
+
+def normalize(
+    x: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+    batch_statistics: bool = False,
+) -> Tensor:
+    """BatchNorm with stored statistics, the identity where there are none; or with the batch's."""
+    if batch_statistics:
+        return F.batch_norm(x, None, None, gamma, beta, training=True, eps=eps)
+    if mean is None:
+        return x
+    return F.batch_norm(x, mean, var, gamma, beta, training=False, eps=eps)
+
+
+def ghost_module(a: GhostArgs, batch_statistics: bool = False) -> Tensor:
+    """The Ghost module of ``a``, shape (N, out_channels, H', W').
+
+    With ``batch_statistics`` both halves have a norm, by the statistics of this batch.
+    """
+    x = a.x if a.input_gate is None else a.x * a.input_gate[:, :, None, None]
+    padding = a.dilation * (a.kernel_size - 1) // 2
+    x1 = F.conv2d(x, a.primary_weight, a.primary_bias, a.stride, padding, a.dilation, a.groups)
+    x1 = normalize(x1, a.primary_mean, a.primary_var, a.primary_gamma, a.primary_beta, a.primary_eps, batch_statistics)
+    x1 = activate(x1, a.primary_act, a.primary_negative_slope, a.primary_slope)
+
+    x2 = F.conv2d(x1, a.cheap_weight, a.cheap_bias, padding=a.dw_size // 2, groups=a.init_channels)
+    x2 = normalize(x2, a.cheap_mean, a.cheap_var, a.cheap_gamma, a.cheap_beta, a.cheap_eps, batch_statistics)
+    x2 = activate(x2, a.cheap_act, a.cheap_negative_slope, a.cheap_slope)
+
+    out = torch.cat([x1, x2], dim=1)
+    if out.shape[1] != a.out_channels:
+        # a copy: our output never aliases a larger buffer, as a view would, and can be written in place
+        out = out[:, : a.out_channels].clone(memory_format=torch.preserve_format)
+    if a.output_gate is not None:
+        out = out * F.interpolate(a.output_gate, size=out.shape[2:], mode="nearest")
+    if a.residual is not None:
+        out = out + a.residual
+    return out
+
+
+def depthwise(a: DepthwiseArgs) -> Tensor:
+    """The depthwise convolution of ``a``, shape (N, C, H', W')."""
+    padding = a.weight.shape[2] // 2, a.weight.shape[3] // 2
+    y = F.conv2d(a.x, a.weight, a.bias, a.stride, padding, groups=a.weight.shape[0])
+    return activate(normalize(y, a.mean, a.var, a.gamma, a.beta, a.eps), a.act, a.negative_slope, a.slope)
+
+
+def squeeze_excite(a: SqueezeExciteArgs) -> Tensor:
+    """The gate of ``a``, shape (N, C)."""
+    hidden = activate(F.linear(a.x.mean((2, 3)), a.reduce_weight.flatten(1), a.reduce_bias), a.act)
+    gate = F.linear(hidden, a.expand_weight.flatten(1), a.expand_bias)
+    if a.gate == Gate.SIGMOID:
+        return gate.sigmoid()
+    return F.hardsigmoid(gate) if a.gate == Gate.HARDSIGMOID else F.relu6(gate)
+
+
+def global_pool(a: GlobalPoolArgs) -> Tensor:
+    """The mean of ``a``, shape (N, C, 1, 1)."""
+    return a.x.mean((2, 3), keepdim=True)
+
+
+def linear(a: LinearArgs) -> Tensor:
+    """The fully connected layer of ``a``, shape (N, M)."""
+    return F.linear(a.x.flatten(1), a.weight, a.bias)
+
+
+def run(args: Step) -> Tensor:
+    """What the op of ``args`` computes."""
+    return _FUNCTIONS[type(args)](args)
+
+
+_FUNCTIONS: dict = {
+    GhostArgs: ghost_module,
+    DepthwiseArgs: depthwise,
+    SqueezeExciteArgs: squeeze_excite,
+    GlobalPoolArgs: global_pool,
+    LinearArgs: linear,
+}
+
+forward = run
+"""What a backend's function is called."""

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..reference import activate
-from ..spec import Act, GhostArgs
-from .training import Kernels, primary_conv, register
+from ..spec import GhostArgs
+from .reference import activate, differentiable
+from .training import KERNELS, Kernels, primary_conv
 
 _aten = torch.ops.aten
 
@@ -36,22 +36,9 @@ class _Half(NamedTuple):
         return activate(z, self.act, self.negative_slope, self.slope)
 
     def activate_backward(self, grad: Tensor, z: Tensor) -> Tensor:
-        if self.act == Act.RELU:
-            return _aten.threshold_backward(grad, z, 0)
-        if self.act == Act.RELU6:
-            return _aten.hardtanh_backward(grad, z, 0, 6)
-        if self.act == Act.SILU:
-            return _aten.silu_backward(grad, z)
-        if self.act == Act.HARDSWISH:
-            return _aten.hardswish_backward(grad, z)
-        if self.act == Act.LEAKY_RELU:
-            return _aten.leaky_relu_backward(grad, z, self.negative_slope, False)
-        if self.act == Act.PRELU:
-            assert self.slope is not None
-            return torch.where(z > 0, grad, grad * self.slope.view(-1, 1, 1))
-        if self.act == Act.GELU:
-            return _aten.gelu_backward(grad, z)
-        return grad
+        with differentiable():
+            z = z.detach().requires_grad_()
+            return torch.autograd.grad(self.activate(z), z, grad)[0]
 
     def sums(self, grad: Tensor, dz: Tensor, z: Tensor, y: Tensor) -> Tensor:
         return torch.stack([t.sum((0, 2, 3)) for t in (dz, dz * self.xhat(y), grad * z.clamp(max=0))])
@@ -89,7 +76,7 @@ def _depthwise(a: GhostArgs, y1: Tensor) -> Tensor:
 
 def _statistics(y: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     if y.numel() == 0:
-        return torch.zeros(y.shape[1], dtype=dtype), torch.zeros(y.shape[1], dtype=dtype)
+        return y.new_zeros(y.shape[1], dtype=dtype), y.new_zeros(y.shape[1], dtype=dtype)
     var, mean = torch.var_mean(y.to(dtype), (0, 2, 3), correction=0)
     return mean, var
 
@@ -191,7 +178,6 @@ def normalize_backward(a: GhostArgs, dz1: Tensor, y1: Tensor, means1: Tensor) ->
     dz1.copy_(p.scale * (dz1 - means1[0].view(-1, 1, 1) - p.xhat(y1) * means1[1].view(-1, 1, 1)))
 
 
-KERNELS = Kernels(
+KERNELS["reference"] = Kernels(
     supports, primary_statistics, cheap_statistics, normalize, cheap_backward, primary_backward, normalize_backward
 )
-register("reference", KERNELS, "CPU", "CUDA")

@@ -5,14 +5,12 @@ docs/training.md has the formulas and says what each kernel reads and writes.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import ops
 from ..spec import TENSORS, GhostArgs, memory_format
 
 UPSTREAM = ("x", "input_gate", *(n for n in TENSORS if n.startswith("primary_")))
@@ -52,13 +50,6 @@ class Kernels(NamedTuple):
     """
     normalize_backward: Callable[[GhostArgs, Tensor, Tensor, Tensor], None]
     """(args, dz1, y1, means1): dz1 becomes dy1 = scale1 * (dz1 - means1[0] - x̂1 * means1[1]), in place."""
-
-
-def register(name: str, kernels: Kernels, *dispatch_keys: str) -> None:
-    """Registers the training ops of the backend ``name``."""
-    KERNELS[name] = kernels
-    forward, gradients = functools.partial(train_forward, kernels), functools.partial(backward, kernels)
-    ops.implement_training(name, forward, gradients, *dispatch_keys)
 
 
 KERNELS: dict[str, Kernels] = {}

@@ -171,7 +171,7 @@ def run_subset(extension: Path, kernels: Iterable[str], order: str) -> tuple[boo
         "PTX_ON_CPU_CACHE": str(extension.parents[1] / "ptx"),
         "OPT": "-O0",  # most of the time goes into compiling the translated kernels, not into running them
         "PYTHON": sys.executable,
-        "PYTHONPATH": os.pathsep.join(map(str, (extension.parents[1], ROOT / "tests"))),
+        "PYTHONPATH": os.pathsep.join(map(str, (extension.parents[1], ROOT / "tests" / "helpers"))),
         "SHIM_ORDER": order,
     }
     tool = str((ROOT / os.environ["PTX_ON_CPU"]).resolve() / "run-extension")

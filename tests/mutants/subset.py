@@ -1,6 +1,6 @@
 """Runs small cases of some kernels under ptx-on-cpu: ``subset.py KERNEL…``; exit status 1 and the case's name if one fails.
 
-Each shape is one that tests/test_cuda.py or test_cuda_bottleneck.py has too, or a like one.
+Each shape is one that tests/kernels/test_cuda.py or test_cuda_bottleneck.py has too, or a like one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ghostfused.testing import (
     make_depthwise,
     make_squeeze_excite,
 )
-from ghostfused.testing_training import judge_training
+from ghostfused.testing.training import judge_training
 
 SM_COUNTS = (1, 132)
 """Few SMs mean large tiles, many mean many small blocks."""

@@ -1,0 +1,351 @@
+"""``capture(model, example)``: a network's inference as next to nothing but kernels.
+
+On a CPU what ``torch.export`` sees of the model becomes a program of our kernels (``lowering``); on a GPU its forward is
+recorded as one CUDA graph (``graphs``). Both read the model's parameters and buffers where they lie.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from ..fuse import fuse
+from ..numerics import relative_error
+from ..spec import memory_format
+from .graphs import RecordedGraph
+from .lowering import Lowered, lower
+
+Inputs = tuple[Tensor, ...]
+Key = tuple[tuple[torch.Size, torch.dtype], ...]
+
+_SAME = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
+"""How far two ways of computing a network may differ, relative to the largest output: ten times what their rounding makes."""
+
+
+class NotCaptured(ValueError):
+    """The model does something that no program of our kernels stands for; the message names the op and the module."""
+
+
+def capture(
+    model: nn.Module,
+    example: Tensor | Inputs | Sequence[Tensor | Inputs],
+    *,
+    partial: bool = False,
+    dynamic_batch: bool = False,
+    copy_output: bool = True,
+) -> Captured:
+    """``model``'s inference for inputs like ``example``, as one program on a CPU and as one CUDA graph on a GPU.
+
+    What is written into the model's parameters and buffers takes effect (``load_state_dict``, a weight average). Modules,
+    attributes and hooks are as they are now, and what the forward does in Python beside computing isn't done again.
+    The model itself stays as it is; it need not be fused before.
+
+    Args:
+        model: in eval mode, on one device.
+        example: an input, or the tuple of a call's inputs; or a list of these, one for each shape that will come. On a CPU
+            the model runs a few times on them, and on random numbers of these shapes, to prove that both compute the same.
+        partial: on a CPU, leave to PyTorch what no kernel of ours computes, between several programs, rather than raise
+            NotCaptured. A CUDA graph holds any op.
+        dynamic_batch: on a CPU, take any number of images; all else is as in the example.
+        copy_output: on a GPU, return fresh tensors at each call. If false, every call with one shape returns the same
+            tensors, which the next call overwrites, and one copy fewer runs.
+
+    Returns:
+        A function of the model's inputs, a ``Captured``, which computes no gradients.
+
+    Raises:
+        NotCaptured: the model runs something that no kernel of ours computes, and ``partial`` is false; or it can't be
+            exported; or the program computes something else than the model.
+        TypeError: ``model`` is no module, or ``example`` is neither tensors nor tuples or lists of them.
+        ValueError: ``model`` is in train mode, tensors are on several devices or of a device that is neither a CPU nor a
+            GPU, or ``dynamic_batch`` is asked for on a GPU.
+    """
+    examples = _examples(example)
+    device = check(model, [x for inputs in examples for x in inputs])
+    if device.type == "cuda":
+        if dynamic_batch:
+            raise ValueError("dynamic_batch: expected False on a GPU, where a CUDA graph is for one shape, got True")
+        fused = _shared_copy(model)
+        graphs = {_key(inputs): Recorded(fused, inputs, copy_output) for inputs in examples}
+        return Captured(graphs, device, partial, False)
+    if device.type != "cpu":
+        raise ValueError(f"model: expected it on a CPU or on a GPU, got {device}")
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        fused = _shared_copy(model)
+        variants = {}
+        for inputs in examples:
+            variant = Program(export(fused, inputs, dynamic_batch), inputs, partial)
+            _prove(variant, model, inputs, dynamic_batch)
+            variants[_key(inputs, dynamic_batch)] = variant
+    return Captured(variants, device, partial, dynamic_batch)
+
+
+class Captured:
+    """What ``capture`` returns: a function of the model's inputs for the shapes that it was made for."""
+
+    def __init__(self, variants: dict[Key, Any], device: torch.device, partial: bool, dynamic_batch: bool):
+        self._variants, self._device = variants, device
+        self._partial, self._dynamic_batch = partial, dynamic_batch
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        """What the model returns for ``inputs``: a tensor, or tuples, lists and dicts of tensors, without gradients.
+
+        Raises:
+            ValueError: there is no program for inputs of these shapes, dtypes and devices, or they ask for gradients.
+        """
+        for i, x in enumerate(inputs):
+            if not isinstance(x, Tensor) or x.device != self._device:
+                got = f"one on {x.device}" if isinstance(x, Tensor) else type(x).__name__
+                raise ValueError(f"input {i}: expected a tensor on {self._device}, got {got}")
+            if x.requires_grad and torch.is_grad_enabled():
+                raise ValueError(f"input {i}: expected one that asks for no gradient, got requires_grad=True")
+        variant = self._variants.get(_key(inputs, self._dynamic_batch))
+        if variant is None:
+            raise ValueError(
+                f"inputs: expected {' or '.join(map(self._shown, self._variants))}, got {_shown(_key(inputs))}"
+            )
+        with torch.no_grad():
+            if torch.is_autocast_enabled(self._device.type):
+                with torch.autocast(self._device.type, enabled=False):
+                    return variant(*inputs)
+            return variant(*inputs)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes one file that ``ghostfused.load`` reads in another process, or on another machine: what ``torch.export``
+        sees of the fused model for each shape, with its weights, in ``torch.export``'s own format.
+
+        Raises:
+            ValueError: the model can't be exported.
+        """
+        from . import saved
+
+        exported = [variant.exported for variant in self._variants.values()]
+        saved.write(path, exported, {"partial": self._partial, "dynamic_batch": self._dynamic_batch})
+
+    def __repr__(self) -> str:
+        lines = [f"{self._shown(key)}: {variant}" for key, variant in self._variants.items()]
+        return "\n".join([f"Captured on {self._device}", *(f"  {line}" for line in lines)])
+
+    def __reduce__(self) -> Any:
+        raise TypeError("Captured: it belongs to its process and can't be copied or pickled")
+
+    def _shown(self, key: Key) -> str:
+        return _shown(key, "batch" if self._dynamic_batch else None)
+
+
+def _key(inputs: Inputs, dynamic_batch: bool = False) -> Key:
+    return tuple([(x.shape[1:] if dynamic_batch else x.shape, x.dtype) for x in inputs])
+
+
+def _shown(key: Key, batch: str | None = None) -> str:
+    each = [f"({', '.join(map(str, [*([batch] if batch else []), *shape]))}) {dtype}" for shape, dtype in key]
+    return " and ".join(each) if each else "no inputs"
+
+
+def _examples(example: Any) -> list[Inputs]:
+    """Each call's inputs."""
+    examples = example if isinstance(example, list) else [example]
+    calls = [(each,) if isinstance(each, Tensor) else each for each in examples]
+    for inputs in calls:
+        if not isinstance(inputs, tuple) or not inputs or not all(isinstance(x, Tensor) for x in inputs):
+            raise TypeError(
+                f"example: expected a tensor or a tuple of tensors, or a list of these, got {_kinds(example)}"
+            )
+    if not calls:
+        raise TypeError("example: expected a tensor or a tuple of tensors, or a list of these, got an empty list")
+    return calls
+
+
+def _kinds(example: Any) -> str:
+    name = type(example).__name__
+    return (
+        f"a {name} of {', '.join(type(x).__name__ for x in example) or 'nothing'}"
+        if isinstance(example, list | tuple)
+        else name
+    )
+
+
+def check(model: nn.Module, inputs: Sequence[Tensor]) -> torch.device:
+    """The one device of ``model``, which must be in eval mode, and ``inputs``."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    if training := [name or type(model).__name__ for name, m in model.named_modules() if m.training]:
+        raise ValueError(f"model: expected eval mode, since there is no backward; in train mode: {training[0]}")
+    devices = {t.device for t in (*inputs, *model.parameters(), *model.buffers())}
+    if len(devices) != 1:
+        raise ValueError(f"example: expected the inputs and the model on one device, got {sorted(map(str, devices))}")
+    return devices.pop()
+
+
+def _shared_copy(model: nn.Module) -> nn.Module:
+    """A fused copy of ``model`` that has its very parameters and buffers."""
+    memo = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return fuse(copy.deepcopy(model, memo), inplace=True)
+
+
+def export(model: nn.Module, inputs: Inputs, dynamic_batch: bool) -> torch.export.ExportedProgram:
+    """What ``torch.export`` sees of ``model``, with no op left that writes into a tensor."""
+    shapes = None
+    if dynamic_batch:  # sizes 0 and 1 would be taken for constants
+        inputs = tuple(torch.cat([x[:1], x[:1]]) if x.dim() else x for x in inputs)
+        shapes = tuple({0: torch.export.Dim.DYNAMIC} if x.dim() else None for x in inputs)
+        if all(shape is None for shape in shapes):
+            raise ValueError("dynamic_batch: expected an input of at least one dimension, got none")
+    try:
+        exported = torch.export.export(model, inputs, dynamic_shapes=shapes, strict=False)
+        return exported.run_decompositions({})
+    except Exception as error:
+        what = "for any batch, torch.export" if dynamic_batch else "torch.export"
+        raise NotCaptured(f"{what} can't trace {type(model).__name__}: {type(error).__name__}: {error}") from error
+
+
+class Recorded(RecordedGraph):
+    """A CUDA graph that can be saved: by exporting its model."""
+
+    @property
+    def exported(self) -> torch.export.ExportedProgram:
+        with torch.no_grad():
+            return export(self.model, self.inputs, False)
+
+
+class Program:
+    """An exported graph, lowered."""
+
+    def __init__(self, exported: torch.export.ExportedProgram, inputs: Inputs, partial: bool):
+        signature = exported.graph_signature
+        if written := [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]:
+            raise NotCaptured(f"the forward writes into {written[0]}")
+        if attributes := [node for node in exported.graph.nodes if node.op == "get_attr"]:
+            raise NotCaptured(f"the forward has a graph of its own inside, {_where(next(iter(attributes[0].users)))}")
+        self.exported = exported
+        self.lowered: Lowered = lower(exported)
+        left = self.lowered.left
+        if left and not partial:
+            others = f", and {len(left) - 1} more" if len(left) > 1 else ""
+            raise NotCaptured(f"no kernel computes {_where(left[0])}{others}; partial=True leaves them to PyTorch")
+        self.formats = [memory_format(x) if x.dim() == 4 else None for x in inputs]
+        self.structure = exported.call_spec.out_spec
+        self.one_tensor = self.structure is not None and self.structure.is_leaf()
+        self.run: Callable[..., list] = self.lowered.graph.forward
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        # a graph's views hold for the example's memory format
+        outs = self.run(
+            *(x if f is None else x.contiguous(memory_format=f) for x, f in zip(inputs, self.formats, strict=True))
+        )
+        return outs[0] if self.one_tensor else pytree.tree_unflatten(outs, self.structure)  # type: ignore[arg-type]
+
+    def __repr__(self) -> str:
+        count = len(self.lowered.programs)
+        names = dict.fromkeys(str(node.target) for node in self.lowered.left)
+        by_torch = f", by PyTorch {', '.join(names)}" if names else ""
+        return f"{count} program{'s' if count != 1 else ''}{by_torch}"
+
+
+def _where(node: fx.Node) -> str:
+    """``aten.sort.default in blocks.3 (Block)``."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path, kind = next(reversed(stack.values()), ("", ""))
+    name = str(kind).rpartition(".")[2]
+    return f"{node.target} in {path or 'the model'} ({name})"
+
+
+def _prove(program: Program, model: nn.Module, inputs: Inputs, dynamic_batch: bool) -> None:
+    """Runs both on ``inputs`` and on random numbers."""
+    generator = torch.Generator("cpu").manual_seed(0)
+
+    def random(x: Tensor, batch: int | None) -> Tensor:
+        if not x.is_floating_point():
+            return x if batch is None or x.dim() == 0 else x[:1].expand(batch, *x.shape[1:]).contiguous()
+        shape = x.shape if batch is None or x.dim() == 0 else (batch, *x.shape[1:])
+        return torch.empty(shape, dtype=x.dtype).normal_(generator=generator)
+
+    calls = [
+        inputs,
+        *(tuple(random(x, batch) for x in inputs) for batch in ((None, 1, 3) if dynamic_batch else (None,))),
+    ]
+    for call in calls:
+        expected = pytree.tree_leaves(model(*(x.clone() for x in call)))
+        try:
+            outs = pytree.tree_leaves(program(*call))
+        except RuntimeError as error:  # a kernel refuses
+            raise NotCaptured(f"the program doesn't run on {_shown(_key(call))}: {error}") from error
+        if len(outs) != len(expected) or not all(map(_same, outs, expected)):
+            raise NotCaptured(
+                f"the program computes something else than {type(model).__name__} for {_shown(_key(call))}: its forward may "
+                "depend on more than its tensors, or draw random numbers"
+            )
+
+
+def _same(out: Any, expected: Any) -> bool:
+    if not isinstance(out, Tensor) or not isinstance(expected, Tensor):
+        return type(out) is type(expected) and out == expected
+    if out.shape != expected.shape or out.dtype != expected.dtype:
+        return False
+    if not expected.is_floating_point():
+        return torch.equal(out, expected)
+    finite = expected.isfinite()
+    if not torch.equal(out.isfinite(), finite):
+        return False
+    return not finite.any() or relative_error(out[finite], expected[finite]) < _SAME[expected.dtype]
+
+
+def graphed(model: nn.Module, example: Tensor | Inputs, *, copy_output: bool = True) -> Callable[..., Any]:
+    """Deprecated: ``capture``, but on a CPU ``model`` itself, with a warning."""
+    warnings.warn("graphed is deprecated: use ghostfused.capture", DeprecationWarning, stacklevel=2)
+    if not isinstance(example, Tensor | tuple):
+        raise TypeError(f"example: expected a tensor or a tuple of tensors, got {_kinds(example)}")
+    device = check(model, _examples(example)[0])
+    if device.type == "cuda":
+        return capture(model, example, copy_output=copy_output)
+    warnings.warn(f"graphed: CUDA graphs need a GPU, and the model is on {device}: it stays as it is", stacklevel=2)
+    return model
+
+
+def load(path: str | os.PathLike[str], *, copy_output: bool = True) -> Captured:
+    """What ``Captured.save`` wrote, captured again: on a CPU lowered to programs, on a GPU recorded as graphs.
+
+    The file is data: nothing is unpickled, and no code runs but PyTorch's operators and ours.
+
+    Args:
+        path: of the file.
+        copy_output: as in ``capture``.
+
+    Raises:
+        ValueError: the file is none that ``Captured.save`` wrote, or holds more than data.
+    """
+    from . import saved
+
+    programs, settings = saved.read(path)
+    variants: dict[Key, Any] = {}
+    device = torch.device("cpu")
+    partial, dynamic = bool(settings.get("partial")), bool(settings.get("dynamic_batch"))
+    for exported in programs:
+        inputs = _inputs_like(exported)
+        device = inputs[0].device
+        with torch.no_grad():
+            variants[_key(inputs, dynamic)] = (
+                Recorded(exported.module(check_guards=False), inputs, copy_output)
+                if device.type == "cuda"
+                else Program(exported, inputs, partial)
+            )
+    return Captured(variants, device, partial, dynamic)
+
+
+def _inputs_like(exported: torch.export.ExportedProgram) -> Inputs:
+    """Inputs of the shapes, strides and dtypes that ``exported`` was made for; of any batch, where that is free, two."""
+    values = {node.name: node.meta["val"] for node in exported.graph.nodes if node.op == "placeholder"}
+    inputs = []
+    for name in exported.graph_signature.user_inputs:
+        value = values[name]
+        layout = memory_format(value) if value.dim() == 4 else torch.contiguous_format
+        sizes = [size if isinstance(size, int) else 2 for size in value.shape]
+        inputs.append(torch.zeros(sizes, dtype=value.dtype, device=value.device).contiguous(memory_format=layout))
+    return tuple(inputs)

@@ -1,0 +1,1 @@
+"""``python -m ghostfused info | verify | fuse``: a file for each verb."""

@@ -1,0 +1,104 @@
+"""Fuses a network and prints what became of each of its modules, the error against float64 and the speed on this machine.
+
+Networks are "seed" (the blog's GhostNet), "paper", "timm:NAME", or "file.py:function" (a function that returns the model,
+or the model and an input). An untrained network is given statistics of its own activations, so that every layer counts.
+The exit code is 1 if the error misses its limit, 2 if nothing could be fused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from .. import backends
+from ..fuse import LEVELS, fuse_with_report
+from .verify import DTYPES, calibrate, load_model, network_verdict
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="seed|paper|timm:NAME|file.py:function")
+    parser.add_argument("--level", default="auto", choices=LEVELS)
+    parser.add_argument("--backend", default="auto", choices=["auto", *backends.BACKENDS])
+    parser.add_argument("--dtype", default="float32", choices=list(DTYPES))
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--size", type=int, default=224, help="height and width of the input (default 224)")
+    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
+    parser.add_argument("--rounds", type=int, default=30, help="timed calls of each, taking turns (default 30)")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def main(options: argparse.Namespace) -> int:
+    """fuse a network; print the report, the error and the speed here"""
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = DTYPES[options.dtype]
+    if options.dtype == "tf32":
+        torch.set_float32_matmul_precision("high")
+    torch.manual_seed(options.seed)
+    model, x = load_model(options.model)
+    if x is None:
+        x = torch.randn(options.batch, 3, options.size, options.size)
+        model = calibrate(model, x)
+    model, x = model.eval().to(device), x.to(device)
+    fused, report = fuse_with_report(model, level=options.level, backend=options.backend)
+    print(f"{report}\n")
+    if not any(swap.fused for swap in report):
+        print(f"nothing to fuse in {options.model}")
+        return 2
+
+    verdict = network_verdict(model, fused, x, dtype, options.dtype == "tf32")
+    print(
+        f"error against float64, relative to the largest output: {verdict.error:.2e} fused, "
+        f"{verdict.torch_error:.2e} unfused, limit {verdict.limit:.2e}: {'ok' if verdict.ok else 'MISS'}"
+    )
+    model, fused, x = model.to(dtype), fused.to(dtype), x.to(dtype)
+    with torch.inference_mode():
+        times = time_interleaved({"unfused": partial(model, x), "fused": partial(fused, x)}, options.rounds, device)
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
+    threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
+    print(f"{tuple(x.shape)} {options.dtype} on {where}{threads}; medians of {options.rounds}, quartiles in brackets:")
+    for name, each in times.items():
+        print(f"  {name:8} {quartiles(each)} ms")
+    ratios = [unfused / ours for unfused, ours in zip(times["unfused"], times["fused"], strict=True)]
+    low, _, high = statistics.quantiles(ratios, n=4)
+    print(f"  {'speed-up':8} {quartiles(ratios)}{', a tie' if low <= 1 <= high else ''}")
+    return int(not verdict.ok)
+
+
+def time_interleaved(
+    functions: dict[str, Callable[[], object]],
+    rounds: int,
+    device: torch.device,
+    tick: Callable[[], object] = lambda: None,
+) -> dict[str, list[float]]:
+    """Milliseconds of each function's calls, host time included; they take turns, so that drift hits all alike.
+
+    The i-th calls of all are made one right after the other: their ratios are what a busy machine disturbs least.
+    ``tick`` is called after each round.
+    """
+    synchronize = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for function in functions.values():
+        for _ in range(3):
+            function()
+    order = list(functions.items())
+    for i in range(rounds):
+        for name, function in order if i % 2 else reversed(order):
+            synchronize()
+            start = time.perf_counter()
+            function()
+            synchronize()
+            times[name].append((time.perf_counter() - start) * 1e3)
+        tick()
+    return times
+
+
+def quartiles(values: list[float]) -> str:
+    """``median [first–third quartile]``."""
+    low, median, high = statistics.quantiles(values, n=4)
+    return f"{median:.2f} [{low:.2f}–{high:.2f}]"

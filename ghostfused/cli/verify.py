@@ -1,0 +1,210 @@
+"""Checks Ghost modules or whole networks against float64, beside the error that PyTorch itself makes.
+
+``--configs FILE.jsonl`` checks one module a row; a row has in_channels, out_channels, height, width and optionally
+kernel_size, stride, dw_size, ratio, act_primary, act_cheap. ``--model`` checks a network, fused against unfused: "seed"
+(the blog's GhostNet), "paper", "timm:NAME", or "file.py:function" (a function that returns the model, or the model and an
+input). Prints a line a case; the exit code is 1 if any misses its limit, 2 if nothing could be checked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .. import backends, functional
+from ..fuse import fuse_with_report
+from ..nn.bottleneck import FusedGhostBottleneck
+from ..nn.ghost_module import FusedGhostModule
+from ..numerics import TOLERANCES, relative_error
+from ..testing import Case, Verdict, judge, make_args, to_device
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "tf32": torch.float32}
+_ROW_FIELDS = ("in_channels", "out_channels", "kernel_size", "stride", "dw_size", "ratio", "act_primary", "act_cheap")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--configs", type=Path, metavar="FILE.jsonl", help="check one module a row")
+    what.add_argument("--model", metavar="seed|paper|timm:NAME|file.py:function", help="check a whole network")
+    parser.add_argument("--backend", default="auto", choices=["auto", *backends.BACKENDS])
+    parser.add_argument("--dtype", default="float32", choices=list(DTYPES))
+    parser.add_argument("--layout", default="nchw", choices=["nchw", "nhwc"])
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--max-size", type=int, help="cut height and width to this, keeping odd sizes odd")
+    parser.add_argument("--size", type=int, default=224, help="height and width of a network's input (default 224)")
+    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def main(options: argparse.Namespace) -> int:
+    """compare modules or networks with float64; exit code 1 on any miss"""
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    cases = _modules(options, device) if options.configs else _network(options, device)
+    total = missed = 0
+    for name, verdict, note in cases:
+        total += 1
+        missed += not verdict.ok
+        print(
+            f"{'ok  ' if verdict.ok else 'MISS'} {name}  error {verdict.error:.2e}  "
+            f"torch {verdict.torch_error:.2e}  limit {verdict.limit:.2e}{f'  ({note})' if note else ''}",
+            flush=True,
+        )
+    print(f"{total - missed} passed, {missed} failed")
+    return 2 if total == 0 else int(missed > 0)
+
+
+def read_cases(path: Path, max_size: int | None = None, **settings) -> list[Case]:
+    """The distinct Ghost modules of a JSON Lines file as Cases; ``settings`` are further fields of Case."""
+    cases: dict[Case, None] = {}
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            fields = {k: row[k] for k in _ROW_FIELDS if k in row}
+            fields |= {side: cut(row[side], max_size) for side in ("height", "width")}
+            case = Case(**fields, **settings)
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise SystemExit(f"{path}:{number}: expected a JSON object with {_ROW_FIELDS}, got {error!r}") from None
+        cases[case] = None
+    return list(cases)
+
+
+def cut(size: int, max_size: int | None) -> int:
+    """``size``, or the largest number up to ``max_size`` that is odd where ``size`` is."""
+    if max_size is None or size <= max_size:
+        return size
+    return max(max_size - (max_size - size) % 2, 1)
+
+
+def _torch_runs_on(device: str) -> bool:
+    """False where "cuda" tensors exist and our kernels run, but PyTorch's own don't (PTX on the CPU)."""
+    try:
+        torch.ones(1, device=device).add_(1)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _modules(options: argparse.Namespace, device: str) -> Iterator[tuple[str, Verdict, str]]:
+    settings = {
+        "batch": options.batch,
+        "dtype": DTYPES[options.dtype],
+        "layout": options.layout,
+        "allow_tf32": options.dtype == "tf32",
+        "seed": options.seed,
+    }
+    torch_runs = _torch_runs_on(device)
+    for case in read_cases(options.configs, options.max_size, **settings):
+        args = make_args(case)
+        on_device = to_device(args, device)
+        backend, note = options.backend, ""
+        if backend != "auto" and (reason := backends.BACKENDS[backend].supports(on_device)):
+            if unavailable := backends.unavailable_on(backend, torch.device(device).type):
+                raise SystemExit(f"--backend {backend}: {unavailable}")
+            backend, note = "auto", f"by another path, since {backend} doesn't take {reason}"
+            on_device = on_device if torch_runs else args
+        with torch.inference_mode():
+            out = functional.run(on_device, backend)
+        yield str(case), judge(out, args), note
+
+
+def load_model(name: str) -> tuple[nn.Module, Tensor | None]:
+    """The network that a command's ``model`` names, and its input where the name's function gives one."""
+    if name in ("seed", "paper"):
+        from .. import models
+
+        return getattr(models, name).GhostNet(), None
+    if name.startswith("timm:"):
+        import timm
+
+        return timm.create_model(name.removeprefix("timm:")), None
+    path, _, function = name.rpartition(":")
+    if not path:
+        raise SystemExit(f"model: expected seed, paper, timm:NAME or file.py:function, got {name!r}")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    if spec is None or spec.loader is None or not Path(path).is_file():
+        raise SystemExit(f"model: {path!r} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    made = getattr(module, function)()
+    return made if isinstance(made, tuple) else (made, None)
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, x: Tensor, batches: int = 4) -> nn.Module:
+    """Gives an untrained network's BatchNorms statistics of its own activations on noisy copies of x, and signs mixed
+    into their weights, so that its output depends on every layer. Returns the model in eval mode."""
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    for m in norms:
+        m.weight.mul_(torch.empty_like(m.weight).uniform_(0.5, 1.5))
+        m.bias.add_(torch.empty_like(m.bias).normal_(std=0.3))
+    momenta = [m.momentum for m in norms]
+    model.train()
+    for m in norms:
+        m.reset_running_stats()
+        m.momentum = None  # a plain average
+    for _ in range(batches):
+        model(torch.cat([x, x.flip(-1)]) + 0.3 * torch.randn(2 * len(x), *x.shape[1:]))
+    for m, momentum in zip(norms, momenta, strict=True):
+        m.momentum = momentum
+    return model.eval()
+
+
+def _first_tensor(out) -> Tensor:
+    while not isinstance(out, Tensor):
+        out = next(iter(out.values())) if isinstance(out, dict) else out[0]
+    return out
+
+
+def network_verdict(model: nn.Module, fused: nn.Module, x: Tensor, dtype: torch.dtype, tf32: bool = False) -> Verdict:
+    """Errors of ``fused`` and of ``model`` in ``dtype``, each against ``model`` in float64 on the CPU."""
+    device = x.device
+    x = x.to(dtype)
+
+    def run(m: nn.Module) -> Tensor:
+        with torch.inference_mode():
+            return _first_tensor(copy.deepcopy(m).to(device, dtype)(x))
+
+    # weights rounded to dtype first: the reference answers the same question
+    exact = copy.deepcopy(model).cpu().to(dtype).double()
+    with torch.inference_mode():
+        expected = _first_tensor(exact(x.cpu().double()))
+    torch_error = relative_error(run(model), expected)
+    tolerance = TOLERANCES["tf32" if tf32 else dtype]
+    return Verdict(
+        relative_error(run(fused), expected), torch_error, max(tolerance.factor * torch_error, tolerance.floor)
+    )
+
+
+def _network(options: argparse.Namespace, device: str) -> Iterator[tuple[str, Verdict, str]]:
+    torch.manual_seed(options.seed)
+    model, x = load_model(options.model)
+    size = cut(options.size, options.max_size)
+    if x is None:
+        x = torch.randn(options.batch, 3, size, size)
+        model = calibrate(model, x)
+    model.eval()
+    fused, report = fuse_with_report(model, backend=options.backend)
+    modules, bottlenecks = (
+        sum(isinstance(m, kind) for m in fused.modules()) for kind in (FusedGhostModule, FusedGhostBottleneck)
+    )
+    if not modules:
+        raise SystemExit(f"--model: found no Ghost module to fuse in {options.model}: {report}")
+    memory_format = torch.channels_last if options.layout == "nhwc" else torch.contiguous_format
+    x = x.to(device).contiguous(memory_format=memory_format)
+    if options.dtype == "tf32":
+        torch.set_float32_matmul_precision("high")
+    verdict = network_verdict(model, fused, x, DTYPES[options.dtype], options.dtype == "tf32")
+    yield (
+        f"{options.model} {tuple(x.shape)} {options.dtype}",
+        verdict,
+        f"{modules} Ghost modules and {bottlenecks} bottlenecks fused",
+    )

@@ -1,0 +1,62 @@
+"""A Ghost module with DFC attention (Tang et al., "GhostNetV2: Enhance Cheap Operation with Long-Range Attention",
+NeurIPS 2022, section 3): its gate is made at half the size and goes into the fused kernel's epilogue."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops.transforms import runs_plain
+from ..recognize import ghost
+from . import layers
+from .ghost_module import FusedGhostModule
+
+
+class FusedAttentionGhostModule(FusedGhostModule):
+    """``ghost(x) * upsample(sigmoid(short_conv(avg_pool2d(x, 2))))``, (N, Cin, H, W) → (N, out_channels, H, W).
+
+    Made by ``FusedGhostModule.from_module`` of the V2 modules of the official repository and of timm.
+    ``short_conv`` is their name for a 1×1 conv, a 1×5 and a 5×1 depthwise conv, each with BatchNorm.
+    """
+
+    _attention: str
+    _runs: tuple[layers.Run, ...]
+
+    def runs_our_ops(self) -> bool:
+        return False  # pooling, and the gate's sigmoid
+
+    @staticmethod
+    def attributes(module: nn.Module, attention: str) -> dict:
+        """What this has beyond a FusedGhostModule, for ``module``, whose child ``attention`` makes the gate."""
+        block = module._modules[attention]
+        leaves: list[tuple[layers.Path, nn.Module]] = [((attention, name), m) for name, m in block.named_children()]  # type: ignore[union-attr]
+        sequential = type(block) is nn.Sequential
+        return {"_attention": attention, "_runs": tuple(layers.split(leaves)) if sequential else ()}
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        input_gate: Tensor | None = None,
+        residual: Tensor | None = None,
+        output_gate: Tensor | None = None,
+    ) -> Tensor:
+        """As ``FusedGhostModule.forward``; the module makes its output gate itself.
+
+        Raises:
+            ValueError: an ``output_gate`` is given.
+        """
+        if output_gate is not None:
+            raise ValueError("output_gate: expected None, since this module makes its own, got a tensor")
+        if self._is_changed() or runs_plain(self.backend):  # its own forward makes the gate as well
+            return self._run_children(x, input_gate, residual, None)
+        if input_gate is not None:
+            x = x * input_gate[:, :, None, None]
+        gate = F.avg_pool2d(x, kernel_size=2, stride=2)
+        block = self._modules[self._attention]
+        if not self._runs or ghost.has_hooks(block) or ghost.forward_replaced(block):  # type: ignore[arg-type]
+            gate = block(gate)  # type: ignore[misc]
+        else:
+            for run in self._runs:
+                gate = run(self, gate, self.backend)
+        return super().forward(x, residual=residual, output_gate=gate.sigmoid())

@@ -1,0 +1,103 @@
+"""A Ghost module with BatchNorm by the batch's statistics, and the running statistics that BatchNorm keeps."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import backends
+from ..backends import training
+from ..functional import arguments
+from ..ops.autograd import call_with_batch_statistics
+from ..ops.transforms import refuse_transforms
+from ..spec import GhostArgs
+from ..spec.checks import validate
+
+
+class TrainingResult(NamedTuple):
+    """What ``ghost_module_training`` returns. The statistics are float32, or float64 if x is."""
+
+    out: Tensor  # (N, out_channels, H', W')
+    primary_mean: Tensor  # (Cp,)
+    primary_var: Tensor  # (Cp,)  biased
+    cheap_mean: Tensor  # (Cp * (ratio - 1),)
+    cheap_var: Tensor  # (Cp * (ratio - 1),)  biased
+    samples: int | Tensor
+    """Samples per channel; of all processes, as a tensor of shape (1,), if there is a process group."""
+
+
+def ghost_module_training(
+    x: Tensor,
+    primary_weight: Tensor,
+    cheap_weight: Tensor,
+    *,
+    group_name: str = "",
+    backend: str = "auto",
+    **options: Any,
+) -> TrainingResult:
+    """``ghost_module`` with both norms by the batch's statistics, in three kernels where there are any; differentiable.
+
+    Args:
+        x, primary_weight, cheap_weight, backend, options: as for ``ghost_module``, but that primary_bn and cheap_bn,
+            both required, have None for mean and var. A backend that has no training kernels trains with the reference's.
+        group_name: of the process group over which to take the statistics, as SyncBatchNorm does; empty for none.
+
+    Raises:
+        ValueError, TypeError: an argument doesn't fit; the message names it, what was expected and what came.
+        RuntimeError: the backend asked for can't run this call; the message says why.
+    """
+    args = arguments(x, primary_weight, cheap_weight, **options)
+    _validate(args)
+    n, _, height, width = args.output_shape()
+    samples = n * height * width
+    if samples == 1 and not group_name:
+        raise ValueError(f"x: expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
+    refuse_transforms(backend)
+    name = training.choose(backends.choose(args, backend), args)
+    out, *statistics, count = call_with_batch_statistics(name, args, group_name)
+    return TrainingResult(out, *statistics, count if group_name else samples)  # type: ignore[call-arg]
+
+
+def _validate(a: GhostArgs) -> None:
+    """``validate`` with something of the right shape in place of the statistics."""
+    for half in ("primary", "cheap"):
+        if getattr(a, f"{half}_mean") is not None or getattr(a, f"{half}_var") is not None:
+            raise ValueError(f"{half}_bn: expected no mean and var, which are the batch's, got a tensor")
+    primary, cheap = (w[:, 0, 0, 0] if w.dim() == 4 and w.numel() else w for w in (a.primary_weight, a.cheap_weight))
+    validate(a._replace(primary_mean=primary, primary_var=primary, cheap_mean=cheap, cheap_var=cheap))
+
+
+@torch.no_grad()
+def update_running_statistics(norm: nn.Module, mean: Tensor, var: Tensor, samples: int | Tensor) -> None:
+    """What ``norm`` (BatchNorm2d, SyncBatchNorm) does to its buffers in forward, given the batch's biased variance."""
+    running_mean, running_var, batches = (
+        norm._buffers.get(name) for name in ("running_mean", "running_var", "num_batches_tracked")
+    )
+    if not (norm.training and norm.track_running_stats):
+        return
+    weight: Any = norm.momentum
+    if batches is not None:
+        batches.add_(1)
+    if isinstance(samples, int) and samples == 0:  # which have no statistics
+        return
+    if weight is None:  # the mean of all batches
+        weight = 0.0 if batches is None else 1 / batches.to(mean.dtype)
+    unbiased = var * (samples / (samples - 1))
+    for running, new in ((running_mean, mean), (running_var, unbiased)):
+        if running is not None:
+            new = new.to(running.dtype)
+            if isinstance(samples, Tensor):  # all processes' batches may be empty
+                new = torch.where(samples > 0, new, running)
+            running.lerp_(new, weight.to(new.dtype) if isinstance(weight, Tensor) else weight)
+
+
+def group_name(norm: nn.Module) -> str:
+    """The name of the process group over which ``norm`` would take its statistics; empty for none."""
+    if not isinstance(norm, nn.SyncBatchNorm) or not norm.training:
+        return ""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return ""
+    group: Any = norm.process_group or torch.distributed.group.WORLD
+    return group.group_name if group.size() > 1 else ""

@@ -1,0 +1,340 @@
+"""FusedGhostModule: a Ghost module as ``nn.Module``, with the seed blog's arguments."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import backends
+from ..functional import ghost_module
+from ..ops.recording import note_others
+from ..ops.transforms import runs_plain
+from ..recognize import ghost
+from ..recognize.equivalence import prove
+from ..recognize.reads import changed
+from ..recognize.swap import make_twin, original
+from ..spec import Act
+from ..spec.activations import BY_MODULE, TABLE
+from . import batch_statistics
+from .cache import CachesPrograms, ProgramCache, may_replay
+from .layers import get
+
+torch.fx.wrap("ghost_module")  # torch.fx's symbolic tracing records the call and doesn't look inside
+
+KEYS = {
+    "seed": ("primary_conv", "cheap_op"),
+    "paper": ("primary_conv", "cheap_operation"),
+    "ultralytics": ("cv1", "cv2"),
+}
+"""Names of the two halves in each layout of state_dict keys."""
+
+
+class FusedGhostModule(CachesPrograms, nn.Module):
+    """A Ghost module (Han et al., "GhostNet: More Features from Cheap Operations", CVPR 2020, section 3.1), fused.
+
+    (N, in_channels, H, W) → (N, out_channels, H', W'). ceil(out_channels / s) primary maps are made by
+    convolution, BatchNorm and activation, s - 1 ghost maps from each of them by a depthwise convolution, BatchNorm and
+    activation; what exceeds ``out_channels`` is dropped.
+
+    Weights, BatchNorms and activations live in ordinary child modules and are read afresh when anything about them has
+    changed, so whatever is done to them takes effect. Where a child is one that the fused function can't stand for
+    (hooks, parametrizations, other padding, …), or only one BatchNorm uses batch statistics, forward runs the children
+    themselves: same result, more kernels.
+
+    Args:
+        in_channels, out_channels: of input and output.
+        s: primary and ghost maps for each primary map (the paper's ratio), at least 2.
+        kernel_size, stride: of the primary conv, which pads by ``dilation * (kernel_size // 2)``.
+        use_relu: the blog's choice of the primary conv's activation, ReLU or none; ``act_primary`` overrides it.
+        dw_size: kernel size of the cheap operation, odd.
+        dilation, groups: of the primary conv.
+        act_primary, act_cheap: name or ``Act`` ("none", "relu", "relu6", "silu", "hardswish", "leaky_relu", "prelu",
+            "gelu"), or a module of one of these kinds, such as ``nn.LeakyReLU(0.1)`` or ``nn.PReLU(init_channels)``.
+            Defaults are the blog's: by ``use_relu``, and ReLU6.
+        keys: names of the children, hence of the state_dict's keys: "seed" (primary_conv.0, cheap_op.0, …), "paper"
+            (primary_conv.0, cheap_operation.0, …) or "ultralytics" (cv1.conv, cv1.bn, cv2.conv, …).
+        backend: as in ``ghostfused.functional.ghost_module``.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError, TypeError: an argument doesn't fit; the message names it, what was expected and what came.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        s: int = 2,
+        kernel_size: int = 1,
+        stride: int = 1,
+        use_relu: bool = True,
+        *,
+        dw_size: int = 3,
+        dilation: int = 1,
+        groups: int = 1,
+        act_primary: str | Act | nn.Module | None = None,
+        act_cheap: str | Act | nn.Module | None = None,
+        keys: str = "seed",
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        for name, value, least in (
+            ("in_channels", in_channels, 1), ("out_channels", out_channels, 1), ("kernel_size", kernel_size, 1),
+            ("stride", stride, 1), ("dw_size", dw_size, 1), ("dilation", dilation, 1), ("groups", groups, 1),
+        ):  # fmt: skip
+            _check_int(name, value, least)
+        _check_int("s", s, 2, "; with one map for each there are no ghosts: use nn.Conv2d")
+        if dw_size % 2 == 0:
+            raise ValueError(f"dw_size: expected an odd number, got {dw_size}")
+        init_channels = -(-out_channels // s)
+        new_channels = init_channels * (s - 1)
+        if in_channels % groups or init_channels % groups:
+            raise ValueError(
+                f"groups: expected a divisor of in_channels = {in_channels} and of init_channels = {init_channels}, "
+                f"got {groups}"
+            )
+        if keys not in KEYS:
+            raise ValueError(f"keys: expected one of {sorted(KEYS)}, got {keys!r}")
+        _check_backend(backend)
+        to = {"device": device, "dtype": dtype}
+
+        def half(name: str, conv: nn.Conv2d, act: str | Act | nn.Module) -> nn.Sequential:
+            channels = conv.out_channels
+            block = _ConvNormAct() if keys == "ultralytics" else nn.Sequential()
+            names = ("conv", "bn", "act") if keys == "ultralytics" else ("0", "1", "2")
+            norm = nn.BatchNorm2d(channels, **to)  # type: ignore[arg-type]
+            for key, child in zip(names, (conv, norm, _activation(name, act, channels, to)), strict=True):
+                block.add_module(key, child)
+            return block
+
+        padding = dilation * (kernel_size // 2)
+        primary_conv = nn.Conv2d(
+            in_channels,
+            init_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias=False,
+            **to,  # type: ignore[arg-type]
+        )
+        cheap_conv = nn.Conv2d(
+            init_channels,
+            new_channels,
+            dw_size,
+            padding=dw_size // 2,
+            groups=init_channels,
+            bias=False,
+            **to,  # type: ignore[arg-type]
+        )
+        if act_primary is None:
+            act_primary = Act.RELU if use_relu else Act.NONE
+        self._halves = KEYS[keys]
+        self.out_channels = out_channels
+        self.backend = backend
+        self._cache = ProgramCache()
+        self.add_module(self._halves[0], half("act_primary", primary_conv, act_primary))
+        self.add_module(self._halves[1], half("act_cheap", cheap_conv, Act.RELU6 if act_cheap is None else act_cheap))
+
+    @classmethod
+    def from_module(cls, module: nn.Module, backend: str = "auto") -> FusedGhostModule:
+        """The fused twin of somebody's Ghost module: the blog's, the paper's, timm's (v1), ultralytics' GhostConv, ….
+
+        The twin holds the very children of ``module``, so parameters and buffers are shared, and its state_dict keys,
+        BatchNorm settings, training flag, hooks and extra attributes are ``module``'s. The module is recognized by its
+        structure, and both are run in float64 on a small random input to prove that they compute the same, in eval and
+        train mode; neither its tensors nor PyTorch's random state change.
+
+        Raises:
+            TypeError: ``module`` is no nn.Module.
+            ValueError: it is not a Ghost module, or one that can't be fused; the message says why.
+        """
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"module: expected an nn.Module, got {type(module).__name__}")
+        _check_backend(backend)
+        adopted = ghost.read(module)
+        fused = adopted if isinstance(adopted, str) else cls.from_adopted(module, adopted, backend)
+        if isinstance(fused, str):
+            raise ValueError(f"module: expected a Ghost module that can be fused, got {type(module).__name__}: {fused}")
+        return fused
+
+    @classmethod
+    def from_adopted(cls, module: nn.Module, adopted: ghost.Adopted, backend: str) -> FusedGhostModule | str:
+        """As ``from_module``, for what ``ghost.read`` has read; returns how the two differ where that raises."""
+        kind, halves = cls, (adopted.primary, adopted.cheap)
+        attributes = {
+            "_halves": halves,
+            "out_channels": adopted.out_channels,
+            "backend": "reference",
+            "_cache": ProgramCache(),
+            "_reads": adopted.reads,
+        }
+        if adopted.attention is not None:
+            from .attention import FusedAttentionGhostModule  # it derives from this class
+
+            kind = FusedAttentionGhostModule
+            attributes |= FusedAttentionGhostModule.attributes(module, adopted.attention)
+        fused = make_twin(kind, module, **attributes)
+        reason = prove(module, fused, adopted.in_channels)
+        fused.backend = backend
+        return fused if reason is None else reason
+
+    def _read(self) -> tuple[ghost.Half, ghost.Half] | str:
+        """Both halves as they are now; or why the fused function can't stand for them."""
+        if self._is_changed():
+            return "an attribute that its own forward reads has changed"
+        modules = self.__dict__["_modules"]  # torch.export's stand-in for self has another self._modules
+        primary = ghost.read_half(modules[self._halves[0]])  # type: ignore[arg-type]
+        if isinstance(primary, str):
+            return primary
+        cheap = ghost.read_half(modules[self._halves[1]])  # type: ignore[arg-type]
+        if isinstance(cheap, str):
+            return cheap
+        if (primary.batch_norm is None) != (cheap.batch_norm is None):
+            return "one half's BatchNorm uses batch statistics, the other's doesn't"
+        return ghost.mismatch(primary, cheap) or (primary, cheap)
+
+    def _is_changed(self) -> bool:
+        """Whether an attribute that the forward of the module that this was made from reads isn't as it was."""
+        return changed(self, self.__dict__.get("_reads", {}), get)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        input_gate: Tensor | None = None,
+        residual: Tensor | None = None,
+        output_gate: Tensor | None = None,
+    ) -> Tensor:
+        """The Ghost module of x.
+
+        Args:
+            x: (N, in_channels, H, W).
+            input_gate: (N, in_channels), multiplies x.
+            residual: (N, out_channels, H', W'), added last.
+            output_gate: (N, out_channels, Hg, Wg), multiplies the output after nearest upsampling to (H', W').
+
+        Returns:
+            (N, out_channels, H', W'), a fresh tensor.
+        """
+        if input_gate is None and residual is None and output_gate is None and may_replay(x):
+            return self._cache(self, x, self._run)
+        return self._run(x, input_gate, residual, output_gate)
+
+    def _run(
+        self,
+        x: Tensor,
+        input_gate: Tensor | None = None,
+        residual: Tensor | None = None,
+        output_gate: Tensor | None = None,
+    ) -> Tensor:
+        """As ``forward``, read afresh."""
+        halves = self._read()
+        if isinstance(halves, str) or runs_plain(self.backend):
+            return self._run_children(x, input_gate, residual, output_gate)
+        primary, cheap = halves
+        conv = primary.conv
+        options: dict[str, Any] = {
+            "primary_bias": primary.bias,
+            "primary_bn": primary.norm,
+            "act_primary": primary.act,
+            "primary_slope": primary.slope,
+            "cheap_bias": cheap.bias,
+            "cheap_bn": cheap.norm,
+            "act_cheap": cheap.act,
+            "cheap_slope": cheap.slope,
+            "out_channels": self.out_channels,
+            "stride": conv.stride[0],
+            "dilation": conv.dilation[0],
+            "groups": conv.groups,
+            "input_gate": input_gate,
+            "residual": residual,
+            "output_gate": output_gate,
+            "backend": self.backend,
+        }
+        if primary.batch_norm is None or cheap.batch_norm is None:
+            return ghost_module(x, primary.weight, cheap.weight, **options)
+        norms = primary.batch_norm, cheap.batch_norm
+        groups = [batch_statistics.group_name(norm) for norm in norms]
+        if groups[0] != groups[1] or isinstance(x, torch.fx.Proxy):
+            return self._run_children(x, input_gate, residual, output_gate)
+        result = batch_statistics.ghost_module_training(
+            x, primary.weight, cheap.weight, group_name=groups[0], **options
+        )
+        batch_statistics.update_running_statistics(norms[0], result.primary_mean, result.primary_var, result.samples)
+        batch_statistics.update_running_statistics(norms[1], result.cheap_mean, result.cheap_var, result.samples)
+        return result.out
+
+    def _run_children(
+        self, x: Tensor, input_gate: Tensor | None, residual: Tensor | None, output_gate: Tensor | None
+    ) -> Tensor:
+        """Forward by calling the children, as an unfused Ghost module does; or as the one did that this was made from."""
+        note_others()
+        if input_gate is not None:
+            x = x * input_gate[:, :, None, None]
+        module = original(self) if self._is_changed() or runs_plain(self.backend) else None
+        if module is not None:
+            out = module.forward(x)
+        else:
+            primary, cheap = (cast(nn.Module, self._modules[name]) for name in self._halves)
+            x1 = primary(x)
+            # cut before the concatenation: the output is no view of a larger tensor
+            out = torch.cat([x1, cheap(x1)[:, : self.out_channels - x1.shape[1]]], dim=1)
+        if output_gate is not None:
+            out = out * F.interpolate(output_gate, size=out.shape[2:], mode="nearest")
+        return out if residual is None else out + residual
+
+    def extra_repr(self) -> str:
+        text = f"out_channels={self.out_channels}, backend={self.backend!r}"
+        halves = self._read()
+        if isinstance(halves, str):
+            return f"{text}, runs its layers one by one: {halves}"
+        primary, cheap = halves
+        ratio = cheap.weight.shape[0] // primary.weight.shape[0] + 1
+        return f"{text}, ratio={ratio}, act_primary={primary.act.name.lower()}, act_cheap={cheap.act.name.lower()}"
+
+
+class _ConvNormAct(nn.Sequential):
+    """conv, bn and act under these names."""
+
+
+def _activation(name: str, act: str | Act | nn.Module, channels: int, to: dict) -> nn.Module:
+    """The activation module for ``act``; ``name`` is the argument's, for errors."""
+    if isinstance(act, nn.Module):
+        if type(act) not in BY_MODULE and not isinstance(act, nn.Identity):
+            raise ValueError(
+                f"{name}: expected a module among {sorted(k.__name__ for k in BY_MODULE)}, got {type(act).__name__}"
+            )
+        if isinstance(act, nn.PReLU) and act.num_parameters not in (1, channels):
+            raise ValueError(f"{name}: expected a PReLU of 1 or {channels} parameters, got {act.num_parameters}")
+        return act
+    try:
+        kind = Act[act.upper()] if isinstance(act, str) else Act(act)
+    except (KeyError, ValueError):
+        names = [a.name.lower() for a in Act]
+        raise ValueError(f"{name}: expected one of {names} or a module, got {act!r}") from None
+    if kind == Act.NONE:
+        return nn.Sequential()
+    if kind == Act.PRELU:
+        return nn.PReLU(**to)
+    if kind in (Act.RELU, Act.RELU6):
+        return TABLE[kind].module(inplace=True)
+    return TABLE[kind].module()
+
+
+def _check_int(name: str, value: int, least: int, hint: str = "") -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}{hint}")
+
+
+def _check_backend(backend: str) -> None:
+    if backend != "auto" and backend not in backends.BACKENDS:
+        raise ValueError(f"backend: expected 'auto' or one of {sorted(backends.BACKENDS)}, got {backend!r}")

@@ -1,0 +1,84 @@
+"""The ops that run several steps in one call, for inference: ``program_<backend>``, whose arguments ``encoding.py`` describes,
+and ``replay_<backend>`` of a program that ``keep_program_<backend>`` was given."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import reference
+from ..spec import Step, tensor_names
+from ..spec.checks import check_memory
+from . import encoding
+from .schemas import define_op, fake_output, forward_op, library
+
+PROGRAM_BACKENDS, REPLAY_BACKENDS = ("cuda", "cpu", "reference"), ("cuda", "cpu")
+
+for _backend in PROGRAM_BACKENDS:
+    define_op(
+        f"program_{_backend}",
+        "(Tensor x, Tensor[] tensors, int[] code, float[] numbers) -> Tensor",
+        functools.partial(encoding.run, fake_output),
+        tags=torch.Tag.pt2_compliant_tag,
+    )
+
+
+class KeptProgram:
+    """A program that the extension of ``backend`` keeps, so that a call of it hands over nothing but x:
+    ``ghostfused::replay_<backend>(x, number)``. Its tensors live as long as this does."""
+
+    def __init__(self, backend: str, kept: encoding.Program, drop: Callable[[int], None]):
+        for i, t in enumerate(kept.tensors):
+            if t.is_neg():  # the dispatcher would hand over a copy, which misses what is written into t
+                raise RuntimeError(f"tensors[{i}]: expected no negative view (torch.resolve_neg makes it a tensor)")
+        self.program, self._drop, self._op = kept, drop, forward_op(backend, "replay")
+        keep: Callable[..., Any] = forward_op(backend, "keep_program")
+        self.number: int = keep(*kept)
+        _kept_programs[backend, self.number] = self
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The program's last result."""
+        return self._op(x, self.number)
+
+    def __del__(self) -> None:
+        if "number" in self.__dict__:
+            self._drop(self.number)
+
+
+_kept_programs: weakref.WeakValueDictionary[tuple[str, int], KeptProgram] = weakref.WeakValueDictionary()
+
+
+def kept_program(backend: str, number: int) -> encoding.Program:
+    """The program that the extension of ``backend`` keeps under ``number``."""
+    kept = _kept_programs.get((backend, number))
+    if kept is None:
+        raise RuntimeError(f"program: there is none of number {number}")
+    return kept.program
+
+
+def _fake_replay(backend: str, x: Tensor, number: int) -> Tensor:
+    return encoding.run(fake_output, x, *kept_program(backend, number))
+
+
+for _backend in REPLAY_BACKENDS:
+    define_op(f"keep_program_{_backend}", "(Tensor[] tensors, int[] code, float[] numbers) -> int", None)
+    define_op(
+        f"replay_{_backend}",
+        "(Tensor x, int number) -> Tensor",
+        functools.partial(_fake_replay, _backend),
+        tags=torch.Tag.pt2_compliant_tag,
+    )
+
+
+def _reference_step(args: Step) -> Tensor:
+    check_memory(tensor_names(type(args)), args.tensors)
+    return reference.run(args)
+
+
+for _key in ("CPU", "CUDA"):
+    library.impl("program_reference", torch.no_grad()(functools.partial(encoding.run, _reference_step)), _key)

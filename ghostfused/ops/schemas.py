@@ -1,0 +1,181 @@
+"""Op schemas and fakes.
+
+Per op and kernel backend one forward, ``ghostfused::<op>_<backend>``; the schema is that of the op's tuple of
+arguments. Those of "cuda" and "cpu" are registered by the extensions when they load. One backward per op serves
+all backends; but for Ghost modules each backend that can train has its own, ``backward_<backend>``, and
+``train_forward_<backend>``, with BatchNorm by the batch's statistics. ``programs.py`` has the ops that run several forwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import reference
+from ..spec import OPS, Args, GhostArgs, Step, tensor_names
+from ..spec.checks import check_memory, dimensions
+
+_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", int: "int", bool: "bool"}
+
+BACKENDS = ("cuda", "cpu", "triton", "triton_two_kernel", "reference")
+
+library = torch.library.Library("ghostfused", "DEF")
+
+
+def schema(args: type[Args]) -> str:
+    """``Tensor x, Tensor primary_weight, Tensor? primary_bias, …``."""
+    return ", ".join(f"{_TYPES[kind]} {name}" for name, kind in args.__annotations__.items())
+
+
+def fake_output(args: Step) -> Tensor:
+    """The output of a step that isn't run. One tensor on the meta device is enough to get here."""
+    dimensions(args)
+    for name, t in zip(tensor_names(type(args)), args.tensors, strict=True):
+        if t is not None and t.device != args.x.device:
+            raise RuntimeError(f"{name}: expected a tensor on x's device {args.x.device}, got {t.device}")
+    return args.new_output()
+
+
+_OTHER_KEYS = (
+    *(f"{kind}{device}" for kind in ("Sparse", "SparseCsr") for device in ("CPU", "CUDA", "Meta")),
+    *("QuantizedCPU", "QuantizedCUDA", "MkldnnCPU"),
+)
+"""Dispatch keys of tensors that have no strides, or no numbers, to read."""
+
+
+def define_op(name: str, signature: str, fake: Callable | None, **options: Any) -> None:
+    """Defines ``ghostfused::<name>``; tensors that have no strides to read are refused by name."""
+    library.define(f"{name}{signature}", **options)
+    if fake is not None:
+        torch.library.register_fake(f"ghostfused::{name}", fake, lib=library)
+
+    def refuse(*args):
+        for argument, value in zip(getattr(torch.ops.ghostfused, name).default._schema.arguments, args, strict=False):
+            for t in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(t, Tensor) and (t.layout != torch.strided or t.is_quantized):
+                    raise RuntimeError(f"{argument.name}: expected a dense tensor, got layout {t.layout}, {t.dtype}")
+        raise RuntimeError(f"ghostfused::{name}: expected dense tensors")
+
+    for key in _OTHER_KEYS:
+        library.impl(name, refuse, key)
+
+
+def forward_op(backend: str, op: str = "forward") -> Callable[..., Tensor]:
+    """The op ``ghostfused::<op>_<backend>``; call it with ``*args``."""
+    return getattr(torch.ops.ghostfused, f"{op}_{backend}").default
+
+
+def backward_op(op: str) -> Callable[..., list[Tensor]]:
+    """The op that gives the gradients of ``op``'s tensors; call it with the output's gradient, ``*args``, needs_grad."""
+    return getattr(torch.ops.ghostfused, f"{op}_backward").default
+
+
+def _backward(kind: type[Args], grad_output: Tensor, *args) -> list[Tensor]:
+    """Gradients of the tensor arguments for which ``needs_grad`` holds, by recomputing through the reference."""
+    *fields, needs_grad = args
+    count = len(tensor_names(kind))
+    if len(needs_grad) != count:
+        raise RuntimeError(f"needs_grad: expected {count} bools, one for each tensor, got {len(needs_grad)}")
+    check_memory(["grad_output", *tensor_names(kind)], [grad_output, *fields[:count]])
+    with reference.differentiable():
+        tensors = [
+            t.detach().requires_grad_(need) if t is not None else None
+            for t, need in zip(fields[:count], needs_grad, strict=True)
+        ]
+        out = reference.run(kind(*tensors, *fields[count:]))  # type: ignore[arg-type]
+        wanted = [t for t, need in zip(tensors, needs_grad, strict=True) if need and t is not None]
+        grads = torch.autograd.grad(out, wanted, grad_output, allow_unused=True, materialize_grads=True)
+    return [_owned(grad, like, grad_output) for grad, like in zip(grads, wanted, strict=True)]
+
+
+def _owned(grad: Tensor, like: Tensor, grad_output: Tensor) -> Tensor:
+    """``grad`` with the strides that the fake promises, and no alias of ``grad_output`` (the residual's is itself)."""
+    promised = torch.empty_like(like)
+    if grad.stride() == promised.stride() and grad.data_ptr() != grad_output.data_ptr():
+        return grad
+    return promised.copy_(grad)
+
+
+def _fake_backward(grad_output: Tensor, *args) -> list[Tensor]:
+    needs_grad = args[-1]
+    return [torch.empty_like(t) for t, need in zip(args[: len(needs_grad)], needs_grad, strict=True) if need]
+
+
+def _define(op: str, kind: type[Args]) -> None:
+    for backend in BACKENDS:
+        fake = lambda *args: fake_output(kind(*args))  # noqa: E731
+        define_op(f"{op}_{backend}", f"({schema(kind)}) -> Tensor", fake, tags=torch.Tag.pt2_compliant_tag)
+
+    if op == "forward":  # has backwards of its own, below
+        return
+    name = f"{op}_backward"
+    signature = f"(Tensor grad_output, {schema(kind)}, bool[] needs_grad) -> Tensor[]"
+    define_op(name, signature, _fake_backward, tags=torch.Tag.pt2_compliant_tag)
+    for key in ("CPU", "CUDA"):
+        library.impl(name, lambda *args: _backward(kind, *args), key)
+
+
+for _op, _kind in OPS.items():
+    _define(_op, _kind)
+
+
+STATISTICS = ("primary_mean", "primary_var", "cheap_mean", "cheap_var")
+TRAIN_FIELDS = [name for name in GhostArgs.__annotations__ if name not in STATISTICS]
+"""GhostArgs' fields but for the statistics, which the training forward computes."""
+TRAINING_OPS = ("cuda", "triton", "reference")
+"""The backends with training kernels: ``train_forward_<backend>`` and ``backward_<backend>``."""
+
+_TRAIN_SCHEMA = ", ".join(f"{_TYPES[GhostArgs.__annotations__[name]]} {name}" for name in TRAIN_FIELDS)
+
+
+def _fake_train_forward(*args) -> tuple[Tensor, ...]:
+    *fields, group_name = args
+    a = train_args(fields)
+    dtype = torch.float64 if a.x.dtype == torch.float64 else torch.float32
+    sizes = [a.init_channels] * 2 + [a.cheap_weight.shape[0]] * 2 + [1 if group_name else 0]
+    return fake_output(a), *(torch.empty(size, dtype=dtype, device=a.x.device) for size in sizes)
+
+
+for _backend in TRAINING_OPS:
+    define_op(
+        f"train_forward_{_backend}",
+        f"({_TRAIN_SCHEMA}, str group_name) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+        _fake_train_forward,
+        tags=torch.Tag.pt2_compliant_tag,
+    )
+    define_op(
+        f"backward_{_backend}",
+        f"(Tensor grad_output, {schema(GhostArgs)}, bool batch_statistics, str group_name, bool[] needs_grad) -> Tensor[]",
+        _fake_backward,
+        tags=torch.Tag.pt2_compliant_tag,
+    )
+
+
+TRAINING_KERNELS = {
+    "primary_statistics": "Tensor(a!) out, Tensor(b!) mean, Tensor(c!) var",
+    "cheap_statistics": "Tensor(a!) out, Tensor(b!) mean, Tensor(c!) var",
+    "normalize": "Tensor(a!) out",
+    "cheap_backward": "Tensor grad, Tensor y1, Tensor(a!) dz2, Tensor(b!)? y2, Tensor(c!)? product, Tensor(d!)? sums",
+    "primary_backward": "Tensor grad, Tensor y1, Tensor? dz2, Tensor? y2, Tensor? means2, bool batch_statistics, "
+    "Tensor(a!)? dz1, Tensor(b!)? sums, Tensor(c!)? weight",
+    "normalize_backward": "Tensor(a!) dz1, Tensor y1, Tensor means1",
+}
+"""The single kernels of ``backends.training.Kernels`` that an extension registers as ``<kernel>_cuda``, and what each takes
+after GhostArgs: memory to read and to fill. Only the two training ops call them, so they need no fakes."""
+
+for _kernel, _memory in TRAINING_KERNELS.items():
+    define_op(f"{_kernel}_cuda", f"({schema(GhostArgs)}, {_memory}) -> ()", None)
+
+
+def train_args(fields: Iterable) -> GhostArgs:
+    """The GhostArgs of a training forward's arguments (``TRAIN_FIELDS``), with no statistics."""
+    values: dict[str, Any] = dict(zip(TRAIN_FIELDS, fields, strict=True))
+    return GhostArgs(**values, **dict.fromkeys(STATISTICS))  # type: ignore[arg-type]
+
+
+def training_op(kind: str, backend: str) -> Callable[..., Any]:
+    """The op ``ghostfused::<kind>_<backend>``, ``kind`` being "train_forward" or "backward"."""
+    return getattr(torch.ops.ghostfused, f"{kind}_{backend}").default

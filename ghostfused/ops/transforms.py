@@ -1,0 +1,66 @@
+"""When PyTorch's own operations run in place of ours: wherever somebody looks at or changes each operation that runs."""
+
+from __future__ import annotations
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+# looked up once: they are on every call's way
+_interpreter = torch._C._functorch.peek_interpreter_stack
+_tracing_state = torch._C._get_tracing_state
+_has_function_mode = torch._C._is_torch_function_mode_enabled
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+
+
+def transformed() -> bool:
+    """Whether forward-mode differentiation or a function transform (``torch.func``'s vmap, grad, jvp, …) is at work: our
+    ops have no rule for either."""
+    return forward_ad._current_level >= 0 or _interpreter() is not None
+
+
+def batched_backward() -> bool:
+    """Whether ``torch.autograd.grad(is_grads_batched=True)``, which has a vmap of its own, computes several gradients at once."""
+    level = torch._C._vmapmode_increment_nesting()  # there is no way but this to ask for the level
+    torch._C._vmapmode_decrement_nesting()
+    return level > 1
+
+
+def undisturbed() -> bool:
+    """Whether nobody else takes an op's call, nor traces it: one program may stand for several."""
+    modes = _dispatch_modes() > 0 or _has_user_function_mode()
+    return not modes and _tracing_state() is None and not transformed()
+
+
+def _has_user_function_mode() -> bool:
+    """Whether there is one but ``torch.device``'s, which concerns nothing but where new tensors are."""
+    return _has_function_mode() and any(type(m) is not DeviceContext for m in _get_current_function_mode_stack())
+
+
+def runs_plain(backend: str = "auto") -> bool:
+    """Whether PyTorch's operations are to run and no op of ours: under ``transformed``, TorchScript's tracer, the ONNX
+    exporter, or a user's mode. Those of PyTorch's compilers and their fake tensors take our ops.
+
+    A ``backend`` that was asked for by name runs, or says why it can't.
+    """
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+    if _tracing_state() is not None:
+        return backend == "auto" or torch.onnx.is_in_onnx_export()
+    if backend != "auto":
+        return False
+    return (
+        transformed()
+        or _has_user_function_mode()
+        or (_dispatch_modes() > 0 and not all(m.is_infra_mode() for m in _get_current_dispatch_mode_stack()))
+    )
+
+
+def refuse_transforms(backend: str) -> None:
+    """Raises RuntimeError where only PyTorch's operations give the right result, and ``backend`` was asked for by name."""
+    if not torch.compiler.is_compiling() and transformed():
+        raise RuntimeError(
+            f"backend={backend!r} can't run under torch.func's transforms or forward-mode differentiation (backend='auto' can)"
+        )

@@ -1,0 +1,132 @@
+"""The package's rooms: each file imports from its own room and from lower ones, and the call path of docs/kernels.md exists."""
+
+import ast
+import inspect
+import itertools
+import re
+from pathlib import Path
+
+import documents
+import pytest
+import torch
+
+import ghostfused
+from ghostfused.ops import autograd
+
+PACKAGE = Path(ghostfused.__file__).parent
+ROOMS = {  # what each may import, beside itself
+    "numerics": "",
+    "spec": "",
+    "models": "",
+    "backends": "spec",
+    "ops": "backends spec",
+    "functional": "ops backends spec",
+    "recognize": "numerics spec",
+    "nn": "functional recognize ops backends spec",
+    "fuse": "nn recognize backends spec numerics",
+    "capture": "fuse ops backends spec numerics",
+    "testing": "ops backends spec numerics",
+    "cli": "capture fuse nn functional models testing ops backends spec numerics",
+    "__main__": "cli",
+}
+
+
+def imported(path: Path) -> set[str]:
+    """The rooms that the file imports, wherever in it: first parts of names inside the package."""
+    package = path.relative_to(PACKAGE).with_suffix("").parts[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {name.name.split(".")[1] for name in node.names if name.name.startswith("ghostfused.")}
+        elif isinstance(node, ast.ImportFrom):
+            module = (node.module or "").split(".") if node.module else []
+            if node.level:
+                module = [*package[: len(package) - node.level + 1], *module]
+            elif module[:1] != ["ghostfused"]:
+                continue
+            else:
+                module = module[1:]
+            found |= {module[0]} if module else {name.name for name in node.names}
+    return found
+
+
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(PACKAGE)) for path in FILES])
+def test_imports_go_one_way(path):
+    room = path.relative_to(PACKAGE).with_suffix("").parts[0]
+    own_version = {"__version__"} if room == "cli" else set()
+    assert imported(path) <= {room, *ROOMS[room].split()} | own_version
+
+
+def test_the_rooms_have_an_order():
+    for room, lower in ROOMS.items():
+        for each in lower.split():
+            assert room not in ROOMS[each].split(), f"{room} and {each} import each other"
+
+
+def test_backends_do_not_import_each_other():
+    backends = PACKAGE / "backends"
+    names = {"cpu", "cuda", "triton", "reference"}
+    for path in backends.rglob("*.py"):
+        own = path.relative_to(backends).parts[0].removesuffix(".py").removesuffix("_training")
+        if own in names:
+            tree = ast.walk(ast.parse(path.read_text()))
+            top = [
+                n for n in tree if isinstance(n, ast.ImportFrom) and n.level == len(path.relative_to(backends).parts)
+            ]
+            others = {name.name for n in top if n.module is None for name in n.names} | {
+                n.module for n in top if n.module
+            }
+            assert not {each.removesuffix("_training") for each in others} & names - {own}, path
+
+
+HOP = re.compile(r"^(\d)  (\S+) +(\S+\.\w+) ", re.MULTILINE)
+
+
+def test_the_call_path_exists():
+    hops = HOP.findall((documents.ROOT / "docs" / "kernels.md").read_text())
+    assert [int(number) for number, _, _ in hops] == list(range(1, len(hops) + 1))
+    assert 1 < len(hops) <= 6
+    for _, name, file in hops:
+        text = (documents.ROOT / file).read_text()
+        last = name.rpartition("::")[2].rpartition(".")[2]
+        if name.startswith("ghostfused::"):
+            last = name.rpartition("::")[2].partition("_")[0]  # the op's names are made of those of spec.OPS
+        assert last == "binding" or re.search(rf"\b{last}\b", text), f"{file} has no {name}"
+
+
+def test_the_call_path_is_what_runs(monkeypatch):
+    hops = HOP.findall((documents.ROOT / "docs" / "kernels.md").read_text())
+    stacks = []
+
+    def look(*args):
+        stacks.append([Path(frame.filename) for frame in inspect.stack()])
+        return forward_op(*args)
+
+    forward_op = autograd.forward_op
+    monkeypatch.setattr(autograd, "forward_op", look)
+    module = ghostfused.FusedGhostModule(4, 8)
+    module.eval()(torch.randn(1, 4, 5, 5))  # with gradients: read afresh
+    inside = [path.relative_to(PACKAGE.parent) for path in reversed(stacks[0]) if PACKAGE in path.parents]
+    files = [str(path) for path, _ in itertools.groupby(inside)]
+    assert files == [file for _, _, file in hops if file.startswith("ghostfused/")][:-1]
+
+
+def test_an_activation_goes_to_five_places():
+    """Those that docs/development.md names: of an activation with a formula of its own, nothing else has any code."""
+    text = (documents.ROOT / "docs" / "development.md").read_text()
+    table = text[text.index("An **activation** goes") : text.index("A **dtype** is")]
+    named = re.findall(r"^\| `(\S+)` \|", table, re.MULTILINE)
+    code = re.compile(r"HARDSWISH|kHardswish|\b(nn|F|aten)\.[Hh]ardswish")
+    folders = (documents.ROOT / folder for folder in ("ghostfused", "csrc"))
+    files = [p for folder in folders for p in folder.rglob("*") if p.suffix in (".py", ".h", ".cuh", ".cpp", ".cu")]
+    assert {str(p.relative_to(documents.ROOT)) for p in files if code.search(p.read_text())} == set(named)
+    assert len(named) <= 5
+
+
+def test_no_test_is_imported_by_another():
+    for path in (documents.ROOT / "tests").rglob("*.py"):
+        names = re.findall(r"^(?:from|import) (\w+)", path.read_text(), re.MULTILINE)
+        assert not [name for name in names if name.startswith("test_")], path

@@ -1,0 +1,78 @@
+"""What the CUDA tests share: whether kernels can run here, and how one case is run and judged."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from ghostfused import ops
+from ghostfused.backends import cuda
+from ghostfused.spec import Args
+from ghostfused.testing import Case, judge, make_args, to_device
+
+try:
+    from ghostfused import _C
+except ImportError:
+    _C = None  # type: ignore[assignment]
+
+ON_CPU = "libcudart-cpu" in os.environ.get("LD_PRELOAD", "")
+"""Whether kernels run under ptx-on-cpu."""
+
+needs_extension = pytest.mark.skipif(
+    _C is None, reason=f"{cuda.unavailable()}: pip install -e . --no-build-isolation where there is nvcc"
+)
+needs_cuda = pytest.mark.skipif(
+    cuda.unavailable() is not None,
+    reason=f"{cuda.unavailable()}. On a machine with an NVIDIA GPU these tests run on it; on one without, "
+    'build with TORCH_CUDA_ARCH_LIST="8.0+PTX" and run '
+    "$PTX_ON_CPU/run-extension ghostfused/_C*.so python -m pytest tests/kernels/test_cuda.py",
+)
+
+
+@contextlib.contextmanager
+def planned_for(sm_count: int) -> Iterator[None]:
+    """Plans launches as for a device of so many SMs: few mean large tiles, many mean many small blocks."""
+    _C.pretend_device(sm_count, 101376, 102400)
+    try:
+        yield
+    finally:
+        _C.pretend_device()
+
+
+def forward(args: Args) -> Tensor:
+    """The kernel's output for CPU tensors ``args``, on the CPU. Memory it may get is NaN before."""
+    on_gpu = to_device(args, "cuda")
+    if not ON_CPU:  # there, fresh memory is NaN anyway
+        poison = torch.full(args.output_shape(), float("nan"), dtype=args.x.dtype, device="cuda")
+        del poison
+    out = ops.forward_op("cuda", args.op)(*on_gpu)
+    expected = args.new_output()
+    assert out.shape == expected.shape
+    assert out.stride() == expected.stride()
+    assert out.dtype == expected.dtype
+    return out.cpu()
+
+
+def check(case: Case) -> None:
+    check_args(make_args(case), str(case))
+
+
+def check_args(args: Args, name: str = "") -> None:
+    verdict = judge(forward(args), args)
+    assert verdict.ok, f"error {verdict.error:.2e}, limit {verdict.limit:.2e}: {name}"
+
+
+def run_in_order(file: str, order: str) -> None:
+    """``file``'s test_thread_order with the CPU runner's threads in another order."""
+    if "SHIM_ORDER" in os.environ:
+        pytest.skip("runs inside one of those orders")
+    command = [sys.executable, "-m", "pytest", file, "-k", "test_thread_order", "-p", "no:cacheprovider"]
+    run = subprocess.run(command, env=os.environ | {"SHIM_ORDER": order}, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]

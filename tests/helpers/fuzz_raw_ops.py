@@ -1,0 +1,401 @@
+"""Malformed calls of the raw ops, drawn by seed: each ends in an error that names an argument, or in the right result.
+
+``python tests/helpers/fuzz_raw_ops.py --calls 100000 --seed 1`` draws others than the tests do. A crash is told apart by the last
+line that ``--trace FILE`` has written: the call's number, with which ``--first`` begins anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import functools
+import math
+import os
+import random
+import re
+import resource
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+if __name__ == "__main__":
+    sys.path.append(str(Path(__file__).parents[2]))
+
+import torch
+from torch import Tensor, nn
+
+from ghostfused import capture, fuse, ops
+from ghostfused.backends import BACKENDS, reference
+from ghostfused.cli.verify import calibrate
+from ghostfused.models import paper
+from ghostfused.numerics import TOLERANCES, relative_error
+from ghostfused.ops import encoding
+from ghostfused.spec import STEPS, Act, Step, tensor_names
+from ghostfused.spec.checks import absent_memory, check_memory
+from ghostfused.testing import Case, DepthwiseCase, SqueezeExciteCase, convert, make
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+INTS = (-(2**63), -(2**31), -7, -1, 0, 1, 2, 3, 4, 5, 8, 31, 2**20, 2**31 - 1, 2**31, 2**40, 2**62, 2**63 - 1)
+FLOATS = (math.nan, math.inf, -math.inf, -1.0, -1e-9, 0.0, 1e-5, 0.5, 1e300)
+LONG = (2**31 - 1, 2**31, 2**33, 2**40)
+"""Sizes of a dimension that no kernel takes."""
+WORDS = {"code", "numbers", "tensors", "program", *(name for kind in STEPS.values() for name in kind.__annotations__)}
+
+
+_MEMORY = 12 << 30
+"""Bytes of addresses that the command may use: a call that needs more of them has slipped through the bounds."""
+
+
+class Call(NamedTuple):
+    op: str
+    arguments: list
+    names: list[str]
+
+
+# ---- what a valid call is
+
+
+def _ghost(rng: random.Random, backend: str) -> Case:
+    conv = backend == "cpu" and rng.random() < 0.3
+    norms = ("bn", "bias", "bn+bias", "bn_no_affine", "none")
+    acts = [act.name.lower() for act in Act if act != Act.GELU]
+    ratio = rng.choice((2, 2, 3))
+    return Case(
+        batch=rng.choice((0, 1, 2, 5)), in_channels=rng.randint(1, 9), height=rng.randint(1, 9), width=rng.randint(1, 18),
+        out_channels=ratio * rng.randint(1, 9), ratio=ratio, dw_size=rng.choice((1, 3, 5, 7)),
+        kernel_size=rng.choice((3, 5)) if conv else 1, stride=rng.choice((1, 2)) if conv else 1,
+        dilation=rng.choice((1, 2)) if conv else 1, act_primary=rng.choice(acts), act_cheap=rng.choice(acts),
+        per_channel_slope=rng.random() < 0.5, primary_norm=rng.choice(norms), cheap_norm=rng.choice(norms),
+        input_gate=rng.random() < 0.3, residual=rng.random() < 0.3, output_gate=rng.random() < 0.3,
+    )  # fmt: skip
+
+
+def _case(rng: random.Random, backend: str) -> Case | DepthwiseCase | SqueezeExciteCase:
+    common: dict[str, Any] = {
+        "dtype": rng.choice(DTYPES), "layout": rng.choice(("nchw", "nhwc")), "sliced": rng.random() < 0.3,
+        "seed": rng.randrange(2**20),
+    }  # fmt: skip
+    kind = rng.randrange(3)
+    if kind == 0:
+        case: Any = _ghost(rng, backend)
+    elif kind == 1:
+        kernel = rng.choice(((3, 3), (5, 5), (7, 7), (1, 5), (5, 1)))
+        case = DepthwiseCase(rng.choice((0, 1, 2)), rng.randint(1, 20), rng.randint(1, 9), rng.randint(1, 20), kernel)
+    else:
+        case = SqueezeExciteCase(rng.choice((0, 1, 3)), rng.randint(1, 20), rng.randint(1, 6), rng.randint(1, 9), 5)
+    return case.__class__(**{**case.__dict__, **common})
+
+
+class _Net(nn.Module):
+    """A stem, bottlenecks and a classifier."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(
+            paper.ConvBnAct(3, 8),
+            paper.GhostBottleneck(8, 17, 12, stride=2, se_ratio=0.25),
+            paper.GhostBottleneck(12, 24, 12),
+        )
+        self.pool, self.classifier = nn.AdaptiveAvgPool2d(1), nn.Linear(12, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.pool(self.body(x)).flatten(1))
+
+
+def compared(kept: encoding.Program, x: Tensor) -> encoding.Program:
+    """``kept``, whose result is a matrix, and each image's likeness to all others: a result as another's weight."""
+    steps: list[Step] = []
+    encoding.run(lambda args: steps.append(args) or args.new_output(), x, *kept)  # type: ignore[func-returns-value]
+    last = 2 * (len(kept.tensors) + len(steps))
+    return kept._replace(code=[*kept.code, list(STEPS).index("linear"), last, last + 1, -1])
+
+
+@functools.cache
+def _programs(backend: str) -> list[tuple[int, encoding.Program]]:
+    """What fused bottlenecks record of themselves and what a captured network is, and the channels of their input."""
+    torch.manual_seed(3)
+    net = calibrate(_Net(), torch.randn(4, 3, 9, 10))
+    found = []
+    for channels, model in ((8, net.body[1]), (12, net.body[2])):
+        fused = fuse(model)
+        with torch.no_grad():
+            fused(torch.randn(2, channels, 9, 10))
+        (kept,) = fused._cache._state.programs.values()
+        found.append((channels, kept.program))
+    if backend == "cpu":  # whose programs have the steps of whole networks
+        x = torch.randn(2, 3, 9, 10)
+        whole = program_of(net, x)
+        found += [(3, whole), (3, compared(whole, x))]
+    return found
+
+
+def program_of(model: nn.Module, x: Tensor) -> encoding.Program:
+    """The one program that ``model`` is when it is captured."""
+    (variant,) = capture(model, x)._variants.values()
+    (kept,) = variant.lowered.programs
+    return kept.program
+
+
+def _valid(rng: random.Random, backend: str) -> Call:
+    if rng.random() < 0.6:
+        args = make(_case(rng, backend))
+        return Call(args.op, list(args), list(type(args).__annotations__))
+    channels, (tensors, code, numbers) = rng.choice(_programs(backend))
+    x = torch.randn(rng.choice((0, 1, 2, 7, 17)), channels, rng.randint(1, 9), rng.randint(1, 12))
+    if rng.random() < 0.3:
+        x = x.to(memory_format=torch.channels_last)
+    op = rng.choice(("program", "replay"))
+    return Call(op, [x, [t.detach() for t in tensors], list(code), list(numbers)], ["x", "tensors", "code", "numbers"])
+
+
+# ---- what may be wrong with it
+
+
+def _cut(rng: random.Random, t: Tensor) -> Tensor:
+    """Its storage is freed, or has lost some bytes at the end."""
+    t = t.clone()
+    t.untyped_storage().resize_(0 if rng.random() < 0.5 else max(t.untyped_storage().nbytes() - rng.randint(1, 64), 0))
+    return t
+
+
+def _resized(rng: random.Random, t: Tensor) -> Tensor:
+    if not t.dim():
+        return t
+    sizes, d = list(t.shape), rng.randrange(t.dim())
+    sizes[d] = max(sizes[d] + rng.choice((-2, -1, 1, 2, 7)), 0)
+    return torch.randn(sizes).to(t.dtype)
+
+
+def _expanded(rng: random.Random, t: Tensor) -> Tensor:
+    """One number everywhere, along one dimension as many as no kernel takes, or as many as there were."""
+    sizes = list(t.shape)
+    if sizes and rng.random() < 0.5:
+        sizes[rng.randrange(len(sizes))] = rng.choice(LONG)
+    try:
+        return torch.ones((), dtype=t.dtype).expand(sizes)
+    except RuntimeError:  # more elements than PyTorch counts
+        return t
+
+
+def _strided(rng: random.Random, t: Tensor) -> Tensor:
+    """The same numbers with gaps between them, in any order of dimensions, and any stride where the size is one."""
+    order = rng.sample(range(t.dim()), t.dim())
+    strides, step = [0] * t.dim(), rng.choice((1, 2))
+    for d in order:
+        strides[d] = rng.choice((2**62, 2**40, 0)) if t.shape[d] == 1 else step
+        step *= max(t.shape[d], 1)
+    buffer = torch.zeros(step + 5, dtype=t.dtype)
+    return buffer.as_strided(t.shape, strides, rng.randint(0, 4)).copy_(t)
+
+
+TENSOR_FAULTS: list[Callable[[random.Random, Tensor], Any]] = [
+    _cut,
+    _resized,
+    _expanded,
+    _strided,
+    lambda rng, t: t.to(rng.choice((*DTYPES, torch.float64, torch.int32, torch.complex64, torch.bool))),
+    lambda rng, t: t.to("meta"),
+    lambda rng, t: t.to_sparse(),
+    lambda rng, t: t.unsqueeze(rng.randint(0, t.dim())),
+    lambda rng, t: t[0] if t.dim() and t.shape[0] else t,
+    lambda rng, t: t.transpose(0, -1) if t.dim() else t,
+    lambda rng, t: torch._neg_view(t) if t.is_floating_point() else t,
+    lambda rng, t: t.reshape(-1)[:0],
+    lambda rng, t: None,
+]
+
+
+def _damage_list(rng: random.Random, values: list, fault: Callable[[Any], Any]) -> None:
+    """Changes, drops, repeats or swaps some of ``values``, or cuts them short."""
+    at, other = (rng.randrange(len(values)) if values else 0 for _ in range(2))
+    kind = rng.randrange(5)
+    if kind == 0 or not values:
+        values.insert(at, fault(values[at] if values else None))
+    elif kind == 1:
+        del values[at : len(values) if rng.random() < 0.3 else at + 1]
+    elif kind == 2:
+        values[at], values[other] = values[other], values[at]
+    else:
+        values[at] = fault(values[at])
+
+
+def _near(rng: random.Random, value: int | None) -> int:
+    """Another number, near ``value`` more often than not."""
+    return rng.choice(INTS) if value is None or rng.random() < 0.3 else value + rng.choice((-3, -2, -1, 1, 2, 4))
+
+
+def _damage(rng: random.Random, call: Call) -> None:
+    def tensor_fault(t: Tensor | None) -> Tensor | None:
+        if t is None:
+            t = torch.ones(3)
+        # PyTorch itself can't touch memory that isn't there, or so much of it
+        untouchable = t.is_meta or absent_memory(t) or t.numel() >= min(LONG)
+        return t if untouchable else rng.choice(TENSOR_FAULTS)(rng, t)
+
+    def list_fault(t: Tensor | None) -> Tensor:
+        changed = tensor_fault(t)
+        return torch.ones(2, 1) if changed is None else changed
+
+    at = rng.randrange(len(call.arguments))
+    value = call.arguments[at]
+    if call.names[at] == "tensors":
+        _damage_list(rng, value, list_fault)
+    elif call.names[at] == "code":
+        _damage_list(rng, value, lambda number: _near(rng, number))
+    elif call.names[at] == "numbers":
+        _damage_list(rng, value, lambda _: rng.choice(FLOATS))
+    elif value is None or isinstance(value, Tensor):
+        call.arguments[at] = tensor_fault(value)
+    elif isinstance(value, bool):
+        call.arguments[at] = not value
+    elif isinstance(value, int):
+        call.arguments[at] = _near(rng, value)
+    else:
+        call.arguments[at] = rng.choice(FLOATS)
+
+
+# ---- what comes of it
+
+
+def _moved(value: Any, device: str) -> Any:
+    """``value`` with its tensors on ``device``, of the same strides, and with as little memory as they have here."""
+    if isinstance(value, list):
+        return [_moved(each, device) for each in value]
+    if not isinstance(value, Tensor) or value.is_meta or value.layout != torch.strided:
+        return value
+    t = value.resolve_neg()
+    if absent_memory(t) is None:
+        buffer = torch.empty(0, dtype=t.dtype).set_(t.untyped_storage())
+        return buffer.to(device).as_strided(t.shape, t.stride(), t.storage_offset())
+    gone = torch.empty(t.shape, dtype=t.dtype, device=device)
+    gone.untyped_storage().resize_(0)
+    return gone
+
+
+def _run(call: Call, backend: str) -> Tensor:
+    arguments = call.arguments if backend == "cpu" else _moved(call.arguments, backend)
+    torch.set_num_threads(2)  # a batch is cut into pieces for them
+    try:
+        if call.op != "replay":
+            return ops.forward_op(backend, call.op)(*arguments).cpu()
+        x, *rest = arguments
+        drop = BACKENDS[backend].extension.module.drop_program
+        return ops.KeptProgram(backend, encoding.Program(*rest), drop)(x).cpu()
+    finally:
+        torch.set_num_threads(1)  # PyTorch's small convolutions would wait for each other
+
+
+def _check(out: Tensor, args: Step) -> None:
+    """One step against the reference in float64.
+
+    One run of PyTorch's may be near it by luck: then others count, on inputs that differ by less than their rounding.
+    """
+    expected = reference.run(convert(args, torch.float64))  # type: ignore[arg-type,type-var]
+    assert out.shape == expected.shape, f"shape {tuple(out.shape)}, expected {tuple(expected.shape)}"
+    half_unit, tolerance = torch.finfo(out.dtype).eps / 2, TOLERANCES[out.dtype]
+    error = relative_error(out, expected) if expected.numel() else 0.0
+    own, limit = reference.run(args), tolerance.floor
+    for _ in range(5):
+        if not expected.numel() or not (expected.isfinite().all() and own.isfinite().all()):
+            return  # of what isn't finite only the shape is compared
+        limit = max(limit, tolerance.factor * relative_error(own, expected))
+        if error <= limit:
+            return
+        own = reference.run(args._replace(x=args.x * (1 + half_unit * (2 * torch.rand_like(args.x) - 1))))
+    raise AssertionError(f"error {error:.2e}, limit {limit:.2e}")
+
+
+def _checked_step(backend: str, args: Step) -> Tensor:
+    """The step by itself, as an op or as a program of one."""
+    if args.op in ops.OPS:
+        out = _run(Call(args.op, list(args), []), backend)
+    else:
+        x, *others = args
+        code = [list(STEPS).index(args.op), 0]
+        for t in others:
+            code.append(-1 if t is None else 2 * (1 + sum(other is not None for other in others[: len(code) - 2])))
+        out = _run(Call("program", [x, [t for t in others if t is not None], code, []], []), backend)
+    check_memory(tensor_names(type(args)), args.tensors)
+    _check(out, args)
+    return out
+
+
+def _check_call(out: Tensor, call: Call, backend: str) -> None:
+    """A program makes bit for bit what its steps make one by one."""
+    if call.op in STEPS:
+        return _check(out, STEPS[call.op](*call.arguments))
+    expected = encoding.run(functools.partial(_checked_step, backend), *call.arguments)
+    assert out.shape == expected.shape, f"shape {tuple(out.shape)}, expected {tuple(expected.shape)}"
+    assert torch.equal(out.nan_to_num(), expected.nan_to_num()), "not what the program's steps make"
+    return None
+
+
+def describe(call: Call) -> str:
+    def text(value: Any) -> str:
+        if isinstance(value, list):
+            return f"[{', '.join(map(text, value))}]"
+        if isinstance(value, Tensor):
+            memory = f"{value.stride()}" if value.layout == torch.strided else f"{value.layout}"
+            return f"{value.dtype} {tuple(value.shape)} {memory} {value.device} {absent_memory(value) or ''}"
+        return repr(value)
+
+    return "\n".join([call.op, *(f"  {name}: {text(v)}" for name, v in zip(call.names, call.arguments, strict=True))])
+
+
+def one(seed: int, number: int, backend: str) -> str:
+    """Draws and makes one call; returns what came of it, and raises AssertionError if it may not."""
+    rng = random.Random(f"{seed}:{number}")
+    torch.manual_seed(rng.randrange(2**31))
+    call = _valid(rng, backend)
+    faults = rng.choice((0, 1, 1, 1, 2, 3))
+    for _ in range(faults):
+        _damage(rng, call)
+    try:
+        out = _run(call, backend)
+    except (RuntimeError, TypeError, ValueError) as error:
+        if not faults and backend == "cpu":
+            raise AssertionError(f"a valid call is refused\n{describe(call)}") from error
+        # PyTorch finds the op by its tensors, and says so where there are none
+        if not WORDS & set(re.findall(r"\w+", str(error))) and "no tensor arguments" not in str(error):
+            raise AssertionError(f"an error that names no argument\n{describe(call)}") from error
+        return "error"
+    try:
+        _check_call(out, call, backend)
+    except Exception as error:
+        if "eps must be positive" in str(error):  # says the batch_norm of torch 2.11; the kernels take 0
+            return "error"
+        raise AssertionError(f"not what PyTorch makes of it: {error}\n{describe(call)}") from error
+    return "right result"
+
+
+def run(seed: int, calls: int, backend: str, first: int = 0, trace: Path | None = None) -> collections.Counter[str]:
+    """How often what came of calls ``first`` … ``first + calls - 1``."""
+    counts: collections.Counter[str] = collections.Counter()
+    for number in range(first, first + calls):
+        if trace:
+            trace.write_text(f"{number}\n")
+        try:
+            counts[one(seed, number, backend)] += 1
+        except AssertionError as error:
+            raise AssertionError(f"call {number} of seed {seed}: {error}") from error
+    return counts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--calls", type=int, default=5000)
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--backend", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--trace", type=Path)
+    options = parser.parse_args()
+    if "libasan" not in os.environ.get("LD_PRELOAD", ""):  # which takes addresses for all the memory there could be
+        # what takes this much has gone wrong, and would take the machine along
+        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+    counts = run(options.seed, options.calls, options.backend, options.first, options.trace)
+    print(f"{Path(ops.__file__).parent}: {options.backend}, seed {options.seed}, {options.calls} calls: {dict(counts)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""Which ops a module calls, for tests of the programs that fused modules keep."""
+
+import pytest
+import torch
+from torch import nn
+
+from ghostfused import backends
+
+needs_cpu_kernels = pytest.mark.skipif(
+    backends.BACKENDS["cpu"].unavailable() is not None,
+    reason=f"no CPU kernel: {backends.BACKENDS['cpu'].unavailable()}",
+)
+
+
+class Ops:
+    """Names of the ops that are called within, but for those that they call: by the profiler, since a mode that looks on
+    sees no op of ours."""
+
+    def __enter__(self):
+        self._profiler = torch.autograd.profiler.profile()
+        self._profiler.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self._profiler.__exit__(*error)
+        events = [e for e in self._profiler.function_events if "::" in e.name]
+        outer = [e for e in events if e.cpu_parent is None or "::" not in e.cpu_parent.name]  # or an autograd.Function
+        self.names = [e.name.replace("::", ".") for e in outer]
+
+
+def replays(module: nn.Module, x: torch.Tensor) -> bool:
+    """Whether a call of ``module`` is one op."""
+    with torch.no_grad(), Ops() as called:
+        module(x)
+    return called.names == ["ghostfused.replay_cpu"]

@@ -1,0 +1,96 @@
+"""What the tests of compiled Triton kernels share: what spills, and a launch of the compiled PTX on the CPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ghostfused.backends import triton
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+if triton.INTERPRETED:
+    pytest.skip("compiles, so TRITON_INTERPRET must not be set", allow_module_level=True)
+
+from ghostfused.backends.triton.compile import describe
+
+SHARED_LIMIT = 99 * 1024  # of sm_86 and sm_89
+ORDERS = ("asc", "desc", "rand:7")
+"""Of blocks and threads, as ptx-on-cpu's SHIM_ORDER."""
+
+
+def spilled(cubin: bytes, tmp_path: Path) -> int:
+    """Bytes of local memory that a thread uses."""
+    tool = Path(importlib.util.find_spec("triton").origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    (tmp_path / "kernel.cubin").write_bytes(cubin)
+    usage = subprocess.run(
+        [tool, "-res-usage", tmp_path / "kernel.cubin"], capture_output=True, text=True, check=True
+    ).stdout
+    stack, local = re.search(r"STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage).groups()
+    return int(stack) + int(local)
+
+
+def launch_on_cpu(compiled_on_cpu: Callable, kernel: Any, programs: int, kwargs: dict[str, Any]) -> None:
+    """Runs ``kernel[programs,](**kwargs)``, compiled, on CPU tensors: with blocks and threads in three orders, which must
+    leave the same bits in every tensor.
+
+    The tool reads its order once per process, so each order runs in a fork, on copies of the tensors in shared memory.
+    """
+    signature, constexprs, attributes, options = describe(kwargs, kernel)
+    compiled = compiled_on_cpu(kernel, signature, constexprs, attrs=attributes, **options)
+    names = [name for name, kind in signature.items() if kind != "constexpr"]
+    tensors = {name: kwargs[name] for name in names if isinstance(kwargs[name], Tensor)}
+    results = {}
+    for order in ORDERS:
+        storages: dict[int, torch.UntypedStorage] = {}  # by address: two names of one buffer are one buffer there too
+        results[order] = {name: _shared(t, storages) for name, t in tensors.items()}
+        values = [results[order].get(name, kwargs[name]) for name in names]
+        process = multiprocessing.get_context("fork").Process(target=_launch, args=(order, compiled, programs, values))
+        process.start()
+        process.join()
+        assert process.exitcode == 0, f"{kernel.__name__} with SHIM_ORDER={order}"
+    for name, t in tensors.items():
+        first, *others = (results[order][name] for order in ORDERS)
+        for order, other in zip(ORDERS[1:], others, strict=True):
+            same = torch.equal(_bits(first), _bits(other))
+            assert same, f"{kernel.__name__} leaves other bits in {name} with SHIM_ORDER={order}"
+        t.copy_(first)
+
+
+def _shared(t: Tensor, storages: dict[int, torch.UntypedStorage]) -> Tensor:
+    """A copy of t's whole storage in shared memory, viewed as t is."""
+    storage = t.untyped_storage()
+    copy = storages.setdefault(storage.data_ptr(), storage.clone().share_memory_())
+    return torch.empty(0, dtype=t.dtype).set_(copy, t.storage_offset(), t.shape, t.stride())
+
+
+def _bits(t: Tensor) -> Tensor:
+    return t.contiguous().view(torch.uint8)
+
+
+def _launch(order: str, compiled: Any, programs: int, values: list) -> None:
+    os.environ["SHIM_ORDER"] = order
+    compiled((programs,), *values)
+
+
+@pytest.fixture(scope="session")
+def compiled_on_cpu() -> Callable:
+    """ptx-on-cpu's class that compiles a kernel for the CPU."""
+    folder = os.environ.get("PTX_ON_CPU")
+    if not folder:
+        pytest.skip("set PTX_ON_CPU to a ptx-on-cpu folder to run the compiled PTX on the CPU")
+    sys.path.insert(0, folder)
+    from triton_ptx import CompiledOnCPU
+
+    return CompiledOnCPU

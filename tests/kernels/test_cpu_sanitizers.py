@@ -1,0 +1,164 @@
+"""The CPU kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer: without Torch, and under the first
+two the ops as well, with malformed calls."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils import cpp_extension
+
+from ghostfused.backends import cpu
+
+ROOT = Path(__file__).parents[2]
+CPU = ROOT / "csrc" / "cpu"
+KERNELS = [CPU / "dispatch.cpp", CPU / "pool.cpp", *sorted((CPU / "isa").glob("*.cpp"))]
+DRIVER, BINDING = ROOT / "tests" / "helpers" / "cpu_driver.cpp", CPU / "binding.cpp"
+ISAS = ["baseline", "avx2", "avx512vl", "avx512vl_bf16", "avx512", "avx512_bf16"]
+
+CASES = [  # as tests/helpers/cpu_driver.cpp describes them
+    "ghost 2 5 7 7 12 2 3 nchw float32 0",
+    "ghost 2 5 7 7 12 2 3 nhwc float32 0",
+    "ghost 1 40 9 19 20 2 5 nchw float32 0",
+    "ghost 1 40 9 19 20 2 5 nhwc float32 0",
+    "ghost 3 3 1 1 1 2 3 nchw float32 1",
+    "ghost 3 3 1 1 1 2 3 nhwc float32 1",
+    "ghost 2 17 6 3 5 3 7 nchw float16 1",
+    "ghost 2 17 6 3 5 3 7 nhwc float16 1",
+    "ghost 1 33 30 33 26 2 3 nchw bfloat16 1",
+    "ghost 1 33 30 33 26 2 1 nhwc bfloat16 1",
+    "ghost 1 300 56 56 9 2 3 nchw float32 0",
+    "ghost 2 20 7 7 90 2 3 nchw float32 0",  # packed panels
+    "ghost 2 20 13 14 90 2 3 nchw float32 1",
+    "ghost 2 20 13 14 90 2 3 nchw bfloat16 0",
+    "ghost 2 21 13 14 90 2 3 nchw bfloat16 1",
+    "ghost 2 20 9 11 37 2 3 nhwc bfloat16 0",  # read as it lies where bf16 is multiplied in pairs
+    "ghost 2 21 9 11 37 2 5 nhwc bfloat16 0",
+    "ghost 2 20 5 3 37 2 5 nchw bfloat16 0",
+    "ghost 2 20 9 11 37 1 1 nchw float32 0",
+    "ghost 2 20 9 11 37 1 1 nhwc float32 1",
+    "ghost 3 20 1 1 37 1 1 nchw float32 1",
+    "ghost 5 21 1 1 6 1 1 nchw float16 0",
+    "conv 1 3 20 30 16 3 2 nchw float32 0",
+    "conv 1 3 20 30 16 3 2 nhwc float32 0",
+    "conv 2 5 9 11 19 5 1 nchw bfloat16 1",
+    "conv 2 5 9 11 19 5 2 nhwc bfloat16 0",
+    "conv 2 5 2 35 9 3 2 nchw float16 1",
+    "conv 2 5 2 35 9 7 1 nhwc float32 1",
+    "conv 2 4 1 1 9 3 1 nchw float32 0",
+    "depthwise 2 5 9 11 3 3 2 nchw float32 0",
+    "depthwise 2 21 9 11 3 3 2 nhwc float32 1",
+    "depthwise 1 5 14 14 5 5 2 nchw float32 1",
+    "depthwise 1 70 7 7 5 5 1 nhwc bfloat16 0",
+    "depthwise 2 3 2 40 1 5 1 nchw float16 1",
+    "depthwise 2 3 40 2 5 1 1 nhwc float16 1",
+    "depthwise 3 3 1 1 7 7 2 nchw float32 0",
+    "depthwise 2 3 13 37 3 3 2 nchw bfloat16 0",
+    "depthwise 1 3 8 66 5 5 2 nchw float16 1",
+    "squeeze 2 21 7 9 6 0 0 nchw float32 1",
+    "squeeze 2 21 7 9 6 1 0 nhwc float32 0",
+    "squeeze 5 200 3 3 30 2 0 nchw bfloat16 1",
+    "squeeze 1 3 1 1 1 0 0 nhwc float16 0",
+    "squeeze 2 21 7 9 0 0 0 nchw float32 0",
+    "squeeze 2 21 7 9 0 0 0 nhwc bfloat16 0",
+]
+
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+both = pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
+
+
+def compiler(sanitizers: str, tmp_path: Path) -> list:
+    """g++ and its flags; skips the test where it lacks these sanitizers."""
+    flags = ["-std=c++20", f"-I{ROOT / 'csrc'}", "-O1", "-g1", "-fPIC", f"-fsanitize={sanitizers}"]
+    command = ["g++", *flags, "-fno-sanitize-recover=all"]
+    probe = [*command, "-x", "c++", "-", "-o", tmp_path / "probe"]
+    if subprocess.run(probe, input=b"int main() {}", capture_output=True).returncode:
+        pytest.skip(f"this g++ has no -fsanitize={sanitizers}")
+    return command
+
+
+@both
+def test_the_pool(sanitizers, tmp_path):
+    sources = [ROOT / "tests" / "helpers" / "cpu_pool_driver.cpp", CPU / "pool.cpp"]
+    subprocess.run([*compiler(sanitizers, tmp_path), *sources, "-o", tmp_path / "pool"], check=True)
+    run = subprocess.run([tmp_path / "pool"], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, f"{run.stdout}{run.stderr[:6000]}"
+
+
+@both
+def test_sanitizers_find_nothing(sanitizers, tmp_path):
+    command = compiler(sanitizers, tmp_path)
+
+    def compile_one(source: Path) -> Path:
+        target = tmp_path / f"{source.stem}.o"
+        torch_flags = _torch_flags() if source == BINDING else []
+        subprocess.run([*command, *torch_flags, "-c", source, "-o", target], check=True, capture_output=True, text=True)
+        return target
+
+    with_ops = "address" in sanitizers and cpu.unavailable() is None
+    with ThreadPoolExecutor(2) as pool:
+        # the longest first
+        binding, main, *kernels = pool.map(compile_one, [BINDING if with_ops else DRIVER, DRIVER, *KERNELS])
+    driver = tmp_path / "driver"
+    subprocess.run([*command, main, *kernels, "-o", driver], check=True)
+    if with_ops:
+        _malformed_calls([*command, "-shared", binding, *kernels], tmp_path)
+    checksums = {}
+    for isa in ISAS:
+        for threads in ("1", "3"):
+            run = subprocess.run(
+                [driver, "--isa", isa, "--threads", threads, *" ".join(CASES).split()], capture_output=True, text=True
+            )
+            if "no such instruction set here" in run.stderr:
+                continue
+            assert run.returncode == 0, f"{isa}, {threads} threads:\n{run.stdout}{run.stderr[:6000]}"
+            assert run.stdout == checksums.setdefault(isa, run.stdout)
+    assert "baseline" in checksums
+
+
+def _torch_flags() -> list[str]:
+    """As setup.py compiles the binding."""
+    folders = [*cpp_extension.include_paths(), sysconfig.get_paths()["include"]]
+    return [
+        "-DTORCH_TARGET_VERSION=0x020b000000000000",
+        "-DTORCH_EXTENSION_NAME=_cpu",
+        *(f"-I{path}" for path in folders),
+    ]
+
+
+def _malformed_calls(link: list, tmp_path: Path) -> None:
+    """tests/helpers/fuzz_raw_ops.py, on a copy of the package with an extension that ``link`` makes."""
+    package = tmp_path / "ghostfused"
+    package.mkdir()
+    for path in (ROOT / "ghostfused").iterdir():
+        if path.suffix != ".so":
+            (package / path.name).symlink_to(path)
+    library = package / f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
+    torch_libraries = Path(torch.__file__).parent / "lib"
+    subprocess.run(
+        [*link, f"-L{torch_libraries}", "-lc10", "-ltorch", "-ltorch_cpu", f"-Wl,-rpath,{torch_libraries}", "-o", library],
+        check=True,
+    )  # fmt: skip
+    # the sanitizer wants to be first, and the library whose exceptions it watches with it
+    preloaded = [
+        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so.6")
+    ]
+    environment = os.environ | {
+        "LD_PRELOAD": " ".join(preloaded), "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "2",
+        # Python and PyTorch keep what they have; what PyTorch can't allocate is an error there
+        "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
+    }  # fmt: skip
+    command = [sys.executable, ROOT / "tests" / "helpers" / "fuzz_raw_ops.py", "--calls", "400", "--seed", "7"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
+    assert run.returncode == 0, f"{run.stdout}{run.stderr[-8000:]}"
+    print(run.stdout)
+    assert f"{library.parent}" in run.stdout

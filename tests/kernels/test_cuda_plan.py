@@ -1,0 +1,136 @@
+"""The launch planner: a pure function, so it is tested over every real module and batch, with no GPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from cuda_runtime import _C, needs_extension
+
+pytestmark = needs_extension
+
+DEVICES = {  # SMs, shared memory of a block and of an SM
+    "A100": (108, 166912, 167936),
+    "RTX 3090": (82, 101376, 102400),
+    "H100": (132, 232448, 233472),
+}
+CONFIGS = [
+    json.loads(line) for line in (Path(__file__).parents[1] / "data" / "ghost_configs.jsonl").read_text().splitlines()
+]
+SHAPES = sorted(
+    {
+        (r["in_channels"], r["out_channels"], r["height"], r["width"], r["dw_size"], r["ratio"])
+        for r in CONFIGS
+        if r["kernel_size"] == 1 and r["stride"] == 1
+    }
+)
+ELEMENT = {"float16": 2, "bfloat16": 2, "tf32": 4, "float32": 4}
+
+
+def plan(shape, batch, device="H100", path="float16", channels_last=True) -> dict:
+    cin, cout, height, width, dw_size, ratio = shape
+    sm_count, smem_per_block, smem_per_sm = DEVICES[device]
+    return _C.plan(
+        batch=batch,
+        in_channels=cin,
+        height=height,
+        width=width,
+        init_channels=-(-cout // ratio),
+        out_channels=cout,
+        ratio=ratio,
+        dw_size=dw_size,
+        path=path,
+        channels_last=channels_last,
+        sm_count=sm_count,
+        smem_per_block=smem_per_block,
+        smem_per_sm=smem_per_sm,
+    )
+
+
+def check_plan(p: dict, shape, batch: int, device: str, path: str) -> None:
+    cin, cout, height, width, _, ratio = shape
+    init, element = -(-cout // ratio), ELEMENT[path]
+    assert p, "nothing fits"
+    assert 0 < p["smem_bytes"] <= DEVICES[device][1]
+    assert p["threads"] in (128, 256)
+    assert 0 < p["grid"] < 2**31
+    # tiles cover rows, columns and channels, each once, and none is empty
+    for size, tile, tiles in (
+        (height, p["tile_h"], p["tiles_h"]),
+        (width, p["tile_w"], p["tiles_w"]),
+        (init, p["block_c"], p["channel_blocks"]),
+    ):
+        assert (tiles - 1) * tile < size <= tiles * tile
+    assert p["grid"] == batch * p["tiles_h"] * p["tiles_w"] * p["channel_blocks"]
+    assert p["block_c"] % 8 == 0
+    assert p["block_c"] <= 32 * p["warps_n"]
+    assert p["block_k"] * element % 32 == 0
+    assert p["k_chunks"] * p["block_k"] >= cin
+    assert 2 <= p["stages"] <= 4
+    assert 1 <= p["strip_h"] <= p["tile_h"]
+    image = height * width
+    assert p["recompute"] >= 1
+    assert p["dram_write"] == batch * cout * image * element
+    assert p["dram_read"] >= batch * cin * image * element
+    assert p["l2_read"] >= batch * cin * image * element
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("channels_last", [True, False], ids=["nhwc", "nchw"])
+@pytest.mark.parametrize("path", ["float16", "float32"])
+def test_every_module_and_batch(device, channels_last, path):
+    for shape in SHAPES:
+        for batch in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024):
+            check_plan(plan(shape, batch, device, path, channels_last), shape, batch, device, path)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_extremes(device):
+    for shape in [
+        (4, 8, 1, 1, 3, 2),
+        (2048, 4096, 1, 1, 3, 2),
+        (2048, 4096, 7, 7, 7, 2),
+        (2048, 8, 512, 512, 7, 2),
+        (4, 4096, 3, 10_000, 5, 2),
+        (5, 33, 4096, 1, 3, 3),
+        (64, 256, 1024, 1024, 3, 4),
+    ]:
+        for batch in (1, 70_000):
+            for path in ELEMENT:
+                for channels_last in (True, False):
+                    p = plan(shape, batch, device, path, channels_last)
+                    if p or batch == 1:  # 2^31 blocks are refused, not truncated
+                        check_plan(p, shape, batch, device, path)
+
+
+def test_ghostnet_at_batch_64_meets_the_traffic_goal():
+    """fp16 channels_last on an H100: x once and the output once, within a tenth, and all SMs at work."""
+    modules = [
+        (r["in_channels"], r["out_channels"], r["height"], r["width"], 3, 2)
+        for r in CONFIGS
+        if r["source"] == "timm/ghostnet_100@224"
+    ]
+    assert len(modules) > 20
+    for shape in modules:
+        p = plan(shape, 64)
+        floor = 64 * (shape[0] + shape[1]) * shape[2] * shape[3] * 2
+        assert (p["dram_read"] + p["dram_write"]) <= 1.10 * floor, shape
+        assert p["grid"] >= 0.9 * 132, shape
+        assert p["x_vector_bytes"] == 16, shape
+
+
+def test_vectors():
+    """The widest that alignment allows."""
+    assert plan((20, 40, 28, 28, 3, 2), 1)["x_vector_bytes"] == 8
+    assert plan((5, 10, 28, 28, 3, 2), 1)["x_vector_bytes"] == 2
+    assert plan((16, 24, 56, 56, 3, 2), 64)["out_vector_bytes"] == 16  # whole rows, though x2 starts at 24 bytes
+    assert plan((16, 32, 7, 7, 3, 2), 64, channels_last=False)["x_vector_bytes"] == 2
+    assert plan((16, 32, 28, 28, 3, 2), 64, channels_last=False)["x_vector_bytes"] in (8, 16)
+
+
+def test_bad_queries():
+    with pytest.raises(ValueError, match="path"):
+        plan((16, 32, 7, 7, 3, 2), 1, path="float8")
+    with pytest.raises(ValueError, match="positive"):
+        plan((16, 32, 0, 7, 3, 2), 1)

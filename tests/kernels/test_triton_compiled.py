@@ -1,0 +1,155 @@
+"""What Triton's compiler makes of the kernels, with no GPU: builds for each target, resources, the barrier, and the
+compiled PTX run on the CPU by ptx-on-cpu (set PTX_ON_CPU to its folder)."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from triton_compiler import SHARED_LIMIT, compiled_on_cpu, launch_on_cpu, spilled  # noqa: F401 (a fixture)
+
+from ghostfused import ghost_module
+from ghostfused.backends import triton
+from ghostfused.backends.triton.compile import compile_launch
+from ghostfused.backends.triton.kernels import ghost_kernel
+from ghostfused.testing import Case, judge, make_args
+
+TARGETS = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx942"]
+STEPS = {"triton": [(True, True)], "triton_two_kernel": [(True, False), (False, True)]}
+CASES = [
+    Case(batch=1, in_channels=24, out_channels=72, height=56, width=56, dtype=torch.float16, layout="nhwc"),
+    Case(batch=1, in_channels=112, out_channels=672, height=14, width=14, act_primary="silu", act_cheap="hardswish"),
+]
+WITH_ALL_INPUTS = Case(
+    batch=1, in_channels=20, out_channels=39, height=13, width=17, dtype=torch.bfloat16, norm_dtype=torch.float32,
+    input_gate=True, residual=True, output_gate=True, act_primary="prelu", act_cheap="leaky_relu", ratio=3,
+)  # fmt: skip
+
+
+def plans(case: Case, backend: str = "triton") -> list[dict]:
+    args = make_args(case)
+    out = args.new_output()
+    return [triton.plan(args, out, triton.scratch(args, out), *steps) for steps in STEPS[backend]]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("case", [*CASES, WITH_ALL_INPUTS], ids=str)
+def test_compiles(case, target):
+    (plan,) = plans(case)
+    compiled = compile_launch(plan, target)
+    assert compiled.asm["hsaco" if target.startswith("gfx") else "cubin"]
+    assert compiled.metadata.shared <= SHARED_LIMIT
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("in_channels", "out_channels", "size", "dw_size"),
+    [(16, 16, 112, 3), (160, 960, 7, 3), (61, 59, 28, 5), (64, 128, 20, 7)],
+)
+def test_spills_nothing(in_channels, out_channels, size, dw_size, dtype, layout, target, tmp_path):
+    if (in_channels, dw_size, dtype, layout, target) == (61, 5, torch.float32, "nchw", "sm_90"):
+        pytest.xfail("known: 8 bytes spill in this unaligned shape, which the search for block sizes doesn't try")
+    (plan,) = plans(Case(1, in_channels, size, size, out_channels, dw_size=dw_size, dtype=dtype, layout=layout))
+    assert spilled(compile_launch(plan, target).asm["cubin"], tmp_path) == 0
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_barrier_between_the_steps(case, target):
+    """The compiler keeps the barrier between the stores of x1 and its loads, which the read-only cache doesn't serve."""
+    (plan,) = plans(case)
+    ptx = compile_launch(plan, target).asm["ptx"]
+    assert "ld.global.nc" not in ptx
+    primary = compile_launch(plan | {"CHEAP": False}, target).asm["ptx"].count("st.global")
+    order = re.findall(r"st\.global|ld\.global|bar\.sync", ptx)
+    stores = [i for i, name in enumerate(order) if name == "st.global"]
+    assert len(stores) > primary > 0
+    between = order[stores[primary - 1] + 1 : stores[primary]]
+    assert "bar.sync" in between
+    assert between[between.index("bar.sync") :].count("ld.global") >= plan["DW_SIZE"] ** 2
+
+
+def test_channels_last_accesses_are_wide():
+    """Without the *_ALIGN constants Triton would move one value at a time."""
+    (plan,) = plans(CASES[0])
+    ptx = compile_launch(plan, "sm_80").asm["ptx"]
+    assert "st.global.v2.b32" in ptx or "st.global.v4.b32" in ptx
+    assert not re.search(r"st\.global\.b16", ptx)
+
+
+def test_refused_on_cpu_tensors():
+    args = make_args(Case())
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
+        ghost_module(args.x, args.primary_weight, args.cheap_weight, backend="triton")
+
+
+def test_import_without_triton():
+    """The package imports, and says why, where Triton is not installed."""
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, ghostfused\n"
+        "from ghostfused.backends import BACKENDS\n"
+        "print(BACKENDS['triton'].unavailable())\n"
+        "print(BACKENDS['triton_two_kernel'].unavailable())"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("triton can't be imported") == 2
+
+
+PTX_CASES = {
+    "fp16 nhwc": Case(batch=2, in_channels=40, height=12, width=20, dtype=torch.float16, layout="nhwc"),
+    "fp32 nchw": Case(batch=1, in_channels=24, height=5, width=48),
+    "bf16 nchw": Case(batch=1, in_channels=70, height=14, width=14, out_channels=33, dtype=torch.bfloat16, dw_size=5),
+    "tf32 nhwc": Case(batch=1, in_channels=24, height=9, width=15, layout="nhwc", allow_tf32=True),
+    "all inputs": WITH_ALL_INPUTS,
+    "sliced": Case(batch=2, in_channels=16, height=9, width=11, dtype=torch.float16, sliced=True),
+}
+
+
+def check_compiled(compiled_on_cpu, kernel, case: Case, backend: str = "triton") -> None:  # noqa: F811
+    """Judges the compiled ``kernel``. Runs are at most 64 pixels, so that each program has neighbours whose halos overlap
+    its run."""
+    args = make_args(case)
+    pixels = args.x.shape[2] * args.x.shape[3]
+    out = args.new_output().fill_(float("nan"))
+    x1 = triton.scratch(args, out).fill_(float("nan"))
+    for steps in STEPS[backend]:
+        plan = triton.plan(args, out, x1, *steps) | {"run": 64 if pixels > 128 else 32}
+        programs = len(args.x) * -(-pixels // plan["run"]) * -(-args.init_channels // plan["BLOCK_N"])
+        launch_on_cpu(compiled_on_cpu, kernel, programs, plan)
+    verdict = judge(out, args)
+    assert verdict.ok, verdict
+
+
+@pytest.mark.parametrize("backend", STEPS)
+@pytest.mark.parametrize("name", PTX_CASES)
+def test_compiled_ptx(name, backend, compiled_on_cpu):  # noqa: F811
+    check_compiled(compiled_on_cpu, ghost_kernel, PTX_CASES[name], backend)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("        tl.debug_barrier()", "        pass"),
+        ("halo = DW_SIZE // 2 * (W + 1) if", "halo = DW_SIZE // 2 * W if"),
+        ("(column + dx < W)", "(column + dx <= W)"),
+    ],
+    ids=["no barrier", "halo too short", "padding not masked"],
+)
+def test_compiled_ptx_sees_faults(right, wrong, compiled_on_cpu, tmp_path):  # noqa: F811
+    """The run above fails for a kernel with a planted fault."""
+    source = Path(sys.modules[ghost_kernel.__module__].__file__).read_text()
+    assert source.count(right) == 1
+    path = tmp_path / "faulty_kernels.py"
+    path.write_text(source.replace(right, wrong).replace("from ..spec", "from ghostfused.spec"))
+    spec = importlib.util.spec_from_file_location("faulty_kernels", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with pytest.raises(AssertionError):
+        check_compiled(compiled_on_cpu, module.ghost_kernel, PTX_CASES["fp32 nchw"])

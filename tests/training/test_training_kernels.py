@@ -1,0 +1,277 @@
+"""The training kernels against float64 autograd: Triton's on a GPU or in its interpreter (TRITON_INTERPRET=1), CUDA's on a GPU
+or compiled and run on the CPU by ptx-on-cpu. What only one of them has is in test_triton_training.py and
+test_cuda_training.py."""
+
+import dataclasses
+
+import draws
+import pytest
+import torch
+import training_runtime
+from draws import ACTS, DTYPES, LAYOUTS
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from training_runtime import ALL_INPUTS, BACKENDS, NEEDS, NORMS, check_args, kernels, rows
+
+from ghostfused import ops
+from ghostfused.backends.training import KERNELS
+from ghostfused.numerics import relative_error
+from ghostfused.spec import TENSORS, GhostArgs, memory_format
+from ghostfused.testing import Case, make_args
+
+pytestmark = [pytest.mark.cuda, pytest.mark.triton, pytest.mark.skipif(not BACKENDS, reason=NEEDS)]
+
+SMOOTH = ["none", "silu"]
+
+
+@pytest.fixture(autouse=True)
+def _poisoned(monkeypatch):
+    """Fresh memory, outputs and scratch buffers among it, is NaN: what a kernel forgets to write can't pass."""
+    empty, empty_like = torch.empty, torch.empty_like
+
+    def poison(t):  # ptx-on-cpu has NaN in fresh memory by itself
+        fill = t.is_floating_point() and t.device.type != "meta" and not (t.is_cuda and training_runtime.ON_CPU)
+        return t.fill_(float("nan")) if fill else t
+
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: poison(empty(*args, **kwargs)))
+    monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: poison(empty_like(*args, **kwargs)))
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def check(backend):
+    return lambda case, batch_statistics=True: training_runtime.check(backend, case, batch_statistics)
+
+
+@pytest.mark.parametrize("batch_statistics", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dtypes_and_layouts(check, dtype, layout, batch_statistics):
+    check(
+        Case(dtype=dtype, layout=layout, height=7, width=9, out_channels=16, act_primary="silu", act_cheap="none"),
+        batch_statistics,
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("act", ACTS)
+def test_activations(check, act, layout):
+    acts = {"act_primary": act, "act_cheap": ACTS[ACTS.index(act) - 1]}
+    check(Case(**acts, layout=layout, per_channel_slope=layout == "nchw", height=5, width=6), layout == "nchw")
+
+
+@pytest.mark.parametrize("primary", [*NORMS, "bias", "none"])
+def test_norms(check, primary):
+    check(Case(primary_norm=primary, cheap_norm="bias", height=5, width=6, layout="nhwc"), False)
+    if primary in NORMS:
+        check(Case(primary_norm=primary, cheap_norm=NORMS[NORMS.index(primary) - 1], height=5, width=6))
+
+
+@pytest.mark.parametrize("dw_size", [1, 3, 5, 7])
+def test_dw_sizes(check, dw_size):
+    check(
+        Case(dw_size=dw_size, batch=1, height=9, width=8, out_channels=8, layout=LAYOUTS[dw_size // 2 % 2]), dw_size > 1
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("ratio", "out_channels"), [(2, 15), (3, 13), (5, 8)])
+def test_ratio_and_cut_channels(check, ratio, out_channels, layout):
+    check(
+        Case(ratio=ratio, out_channels=out_channels, layout=layout, height=5, width=7), layout == "nhwc" or ratio == 3
+    )
+
+
+@pytest.mark.parametrize("batch_statistics", [False, True])
+def test_all_ghosts_cut(check, batch_statistics):
+    check(Case(init_channels=9, out_channels=9, height=5, width=7), batch_statistics)
+    check(Case(init_channels=9, out_channels=9, height=5, width=7, output_gate=True), batch_statistics)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("options", [*({name: True} for name in ALL_INPUTS), ALL_INPUTS], ids=str)
+def test_optional_inputs(check, options, layout):
+    for batch_statistics in (False, True) if len(options) == 3 else (layout == "nchw",):
+        check(Case(layout=layout, height=7, width=5, out_channels=13, ratio=3, **options), batch_statistics)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("size", [(1, 2), (2, 1), (1, 40), (12, 13)], ids=str)
+def test_sizes(check, size, layout):
+    check(Case(batch=4, height=size[0], width=size[1], layout=layout, out_channels=8, in_channels=5))
+
+
+@pytest.mark.parametrize("channels", [1, 5, 33, 70])
+def test_odd_channels(check, channels):
+    check(
+        Case(
+            in_channels=channels,
+            out_channels=10,
+            height=5,
+            width=4,
+            layout="nhwc",
+            act_primary="silu",
+            act_cheap="none",
+        )
+    )
+    check(Case(in_channels=9, out_channels=min(channels * 2, 40), height=4, width=5))
+    check(Case(in_channels=channels, out_channels=max(channels - 2, 3), height=4, width=5, layout="nhwc"))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("batch_statistics", [False, True])
+def test_sliced_input(check, batch_statistics, layout):
+    check(Case(sliced=True, layout=layout, height=6, width=7), batch_statistics)
+
+
+def test_grad_output_of_any_strides(backend):
+    a = make_args(Case(height=5, width=6))
+    for grad in (torch.ones(()).expand(a.output_shape()), torch.randn(2, 6, 5, 24).permute(0, 3, 2, 1)):
+        check_args(backend, a, grad)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("programs", [1, 3, 10**6])
+def test_any_number_of_rows(backend, check, programs, layout, monkeypatch):
+    """One program walks through several images, or each through a part of one; and many rows are combined."""
+    with rows(backend, programs, monkeypatch):
+        check(Case(batch=3, height=9, width=15, in_channels=4, out_channels=8, layout=layout))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("programs", [1, 4, 132])
+def test_statistics_do_not_cancel(backend, programs, layout, monkeypatch):
+    """Where the mean is a thousand standard deviations, E[y²] - E[y]² in float32 would leave no digit."""
+    with rows(backend, programs, monkeypatch):
+        case = Case(batch=3, in_channels=8, out_channels=12, height=17, width=13, act_primary="none", act_cheap="none")
+        a = make_args(dataclasses.replace(case, layout=layout))
+        a = a._replace(x=a.x / 1000 + 1, primary_weight=a.primary_weight.abs() + 0.1)
+        mean, var = primary_statistics(backend, a)
+        y1 = torch.nn.functional.conv2d(a.x.double(), a.primary_weight.double())
+        exact_var, exact_mean = torch.var_mean(y1, (0, 2, 3), correction=0)
+        assert (exact_mean.abs() / exact_var.sqrt()).min() > 300
+        assert relative_error(mean, exact_mean) < 1e-6
+        # y1 itself, rounded to float32, has a variance that differs by about 2⁻²⁴ · mean/std
+        assert relative_error(var, exact_var) < 1e-4
+
+
+def primary_statistics(backend: str, a: GhostArgs) -> tuple[torch.Tensor, torch.Tensor]:
+    a = a._replace(**dict.fromkeys(ops.STATISTICS))
+    return kernels(backend).primary_statistics(a, a.new_output())
+
+
+def test_statistics_of_a_constant_are_exact(backend):
+    a = make_args(Case(height=8, width=9))
+    a = a._replace(x=torch.full_like(a.x, 3.0), primary_weight=torch.full_like(a.primary_weight, 7.0))
+    mean, var = primary_statistics(backend, a)
+    assert torch.equal(mean, torch.full((12,), 16 * 21.0))
+    assert torch.equal(var, torch.zeros(12))
+
+
+@pytest.mark.parametrize("batch_statistics", [False, True])
+def test_empty_batch(backend, batch_statistics):
+    a = make_args(Case(batch=1, out_channels=23, **ALL_INPUTS))
+    cut = {name: getattr(a, name)[:0] for name in ("x", "input_gate", "residual", "output_gate")}
+    a = a._replace(**cut)
+    results = training_runtime.run(backend, a, torch.empty(a.output_shape()), batch_statistics)
+    for name in TENSORS:
+        if name in results and name not in cut:
+            assert torch.equal(results[name], torch.zeros_like(getattr(a, name)))
+
+
+def test_deterministic(backend, monkeypatch):
+    a = make_args(Case(height=9, width=8, out_channels=8, dtype=torch.float16, layout="nhwc", **ALL_INPUTS))
+    grad = torch.randn(a.output_shape()).half()
+    with rows(backend, 16, monkeypatch):
+        first, second = (training_runtime.run(backend, a, grad, True) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@given(
+    case=draws.ghost_modules(
+        in_channels=st.integers(1, 20),
+        height=st.integers(2, 8),
+        width=st.integers(2, 9),
+        out_channels=st.integers(4, 20),
+        dw_size=st.sampled_from([3, 3, 5]),
+        primary_norm=st.sampled_from(NORMS),
+        cheap_norm=st.sampled_from(NORMS),
+    ),
+    batch_statistics=st.booleans(),
+)
+@settings(max_examples=16, phases=[Phase.generate])  # shrinking takes minutes in the interpreter
+def test_any_module(case, batch_statistics):
+    case = dataclasses.replace(case, out_channels=max(case.out_channels, case.ratio))
+    if case.dtype.itemsize == 2:  # no kinks: see testing_training
+        smooth = {f"act_{half}": SMOOTH[getattr(case, f"act_{half}") != "none"] for half in ("primary", "cheap")}
+        case = dataclasses.replace(case, **smooth)
+    if not batch_statistics:  # PyTorch's batch_norm wants one dtype for the norm tensors and stored statistics
+        case = dataclasses.replace(case, norm_dtype=None)
+    for backend in BACKENDS:
+        training_runtime.check(backend, case, batch_statistics)
+
+
+STEPS = {
+    "mixed": Case(height=7, width=9, out_channels=15, act_primary="prelu", act_cheap="hardswish", **ALL_INPUTS),
+    "ratio": Case(height=5, width=8, out_channels=21, ratio=3, dw_size=5, act_primary="relu6", act_cheap="silu"),
+    "vectors": Case(height=8, width=8, out_channels=32, act_primary="leaky_relu", act_cheap="relu", dw_size=7),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", STEPS.values(), ids=list(STEPS))
+def test_every_step(backend, case, layout):
+    """Each kernel on the same arguments as the reference's, in float32: they differ by a few roundings only."""
+    a, grad = training_runtime.make(dataclasses.replace(case, layout=layout))
+    own, reference = kernels(backend), KERNELS["reference"]
+
+    def dense(t: torch.Tensor) -> torch.Tensor:
+        return t.contiguous(memory_format=memory_format(a.x))
+
+    out = a.new_output().fill_(float("nan"))
+    expected = reference.primary_statistics(a, out)
+    assert_close(own.primary_statistics(a, mine := a.new_output()), expected)
+    assert_close(mine[:, : a.init_channels], out[:, : a.init_channels])
+    y1, grad = dense(out[:, : a.init_channels]), dense(grad)
+    mine = out.clone()
+    expected = reference.cheap_statistics(a, out)
+    assert_close(own.cheap_statistics(a, mine), expected)
+    assert_close(mine, out)
+    own.normalize(a, mine := out.clone())
+    reference.normalize(a, out)
+    assert_close(mine, out)
+    for batch in (False, True):
+        product = None if a.output_gate is None else (torch.empty_like(grad), torch.empty_like(grad))
+        results, expected = (
+            k.cheap_backward(a, grad, y1, batch, True, product and product[i]) for i, k in enumerate((own, reference))
+        )
+        assert_close(results, expected)
+        if product:
+            assert_close(*product)
+        dz2, y2, sums = (t if t is None or t.dim() == 2 else dense(t) for t in expected)
+        means = sums[:2] / grad[:, 0].numel() if batch else None
+        for asked in ((True, True, True), (True, False, False), (False, False, True)):
+            results, expected = (
+                k.primary_backward(a, grad, y1, dz2, y2, means, batch, *asked) for k in (own, reference)
+            )
+            assert_close(results, expected)
+        if batch:
+            dz1, sums, _ = reference.primary_backward(a, grad, y1, dz2, y2, means, True, True, True, True)
+            means = sums[:2] / grad[:, 0].numel()
+            own.normalize_backward(a, mine := dense(dz1.clone()), y1, means)
+            reference.normalize_backward(a, dz1, y1, means)
+            assert_close(mine, dz1)
+
+
+def assert_close(got, expected) -> None:
+    if isinstance(expected, tuple):
+        for pair in zip(got, expected, strict=True):
+            assert_close(*pair)
+    elif expected is None:
+        assert got is None
+    else:
+        assert relative_error(got, expected.double()) < 1e-5

@@ -1,0 +1,77 @@
+"""What only the Triton training kernels have: launches, the ops and modules that run them. test_training_kernels.py has the
+rest."""
+
+import pytest
+import torch
+from training_runtime import ALL_INPUTS
+from triton_runtime import DEVICE, needs_triton
+
+from ghostfused import FusedGhostModule, ops
+from ghostfused.backends import training
+from ghostfused.backends.triton import training as triton_training
+from ghostfused.spec import TENSORS
+from ghostfused.testing import Case, make_args, to_device
+from ghostfused.testing.training import wanted
+
+pytestmark = [pytest.mark.triton, needs_triton]
+
+
+def test_only_what_is_asked_for(monkeypatch):
+    """No kernel, no partial sums and no product for gradients that nobody wants."""
+    launched = []
+    call = triton_training._Launch.__call__
+
+    def spy(self, kernel, **arguments):
+        launched.append((kernel.__name__, [n for n, t in arguments.items() if "partial" in n and t is not None]))
+        call(self, kernel, **arguments)
+
+    monkeypatch.setattr(triton_training._Launch, "__call__", spy)
+    a = to_device(make_args(Case(height=5, width=6, out_channels=8)), DEVICE)
+    grad = torch.randn(a.output_shape(), device=DEVICE)
+    for asked, batch, expected in (
+        ("x", False, [("cheap_backward_kernel", []), ("primary_backward_kernel", [])]),
+        ("cheap_beta", True, [("cheap_backward_kernel", ["partial_ptr"])]),
+        ("cheap_weight", False, [("cheap_backward_kernel", []), ("primary_backward_kernel", ["weight_partial_ptr"])]),
+        ("primary_weight", True, [("cheap_backward_kernel", ["partial_ptr"]), ("primary_backward_kernel", ["partial_ptr"]),
+                                  ("normalize_backward_kernel", [])]),
+    ):  # fmt: skip
+        launched.clear()
+        ops.training_op("backward", "triton")(grad, *a, batch, "", [name == asked for name in TENSORS])
+        assert launched == expected
+
+
+def test_forward_is_three_kernels(monkeypatch):
+    launched = []
+    monkeypatch.setattr(triton_training._Launch, "__call__", lambda self, kernel, **_: launched.append(kernel.__name__))
+    a = to_device(make_args(Case(**ALL_INPUTS)), DEVICE)
+    training.train_forward(training.KERNELS["triton"], a, "")
+    assert launched == ["primary_statistics_kernel", "cheap_statistics_kernel", "normalize_kernel"]
+
+
+@pytest.mark.parametrize("batch_statistics", [False, True])
+def test_opcheck(batch_statistics):
+    a = to_device(make_args(Case(sliced=True, height=5, width=6, out_channels=7, **ALL_INPUTS)), DEVICE)
+    if batch_statistics:
+        torch.library.opcheck(
+            ops.training_op("train_forward", "triton"), (*(getattr(a, n) for n in ops.TRAIN_FIELDS), "")
+        )
+    arguments = torch.randn(a.output_shape(), device=DEVICE), *a, batch_statistics, "", wanted(a)
+    torch.library.opcheck(ops.training_op("backward", "triton"), arguments)
+
+
+@pytest.mark.parametrize("training_mode", [False, True])
+def test_module_trains_on_triton(training_mode):
+    m = FusedGhostModule(6, 9, backend="triton").to(DEVICE).train(training_mode)
+    x = torch.randn(2, 6, 5, 6, device=DEVICE, requires_grad=True)
+    m(x).square().sum().backward()
+    ours = [p.grad for p in (x, *m.parameters())]
+    m.zero_grad(), setattr(x, "grad", None)
+    m._run_children(x, None, None, None).square().sum().backward()
+    for grad, p in zip(ours, (x, *m.parameters()), strict=True):
+        torch.testing.assert_close(grad, p.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_what_the_kernels_refuse_trains_on_the_reference():
+    a = to_device(make_args(Case(kernel_size=3)), DEVICE)
+    assert training.choose("triton", a) == "reference"
+    assert training.choose("triton", to_device(make_args(Case()), DEVICE)) == "triton"
