@@ -10,11 +10,9 @@ namespace ghostfused::cpu::GHOSTFUSED_ISA {
 #ifdef GHOSTFUSED_X86_MASKS
 
 #if GHOSTFUSED_LANES == 8
-GHOSTFUSED_INLINE Vec load_masked(const float* p, uint32_t mask) { return (Vec)_mm256_maskz_loadu_ps(mask, p); }
 GHOSTFUSED_INLINE Ints load_pairs(const void* p, uint32_t mask) { return (Ints)_mm256_maskz_loadu_epi16(mask, p); }
 GHOSTFUSED_INLINE Halves low_halves(Ints pairs) { return (Halves)_mm256_cvtepi32_epi16((__m256i)pairs); }
 #else
-GHOSTFUSED_INLINE Vec load_masked(const float* p, uint32_t mask) { return (Vec)_mm512_maskz_loadu_ps(mask, p); }
 GHOSTFUSED_INLINE Ints load_pairs(const void* p, uint32_t mask) { return (Ints)_mm512_maskz_loadu_epi16(mask, p); }
 GHOSTFUSED_INLINE Halves low_halves(Ints pairs) { return (Halves)_mm512_cvtepi32_epi16((__m512i)pairs); }
 #endif

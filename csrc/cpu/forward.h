@@ -118,7 +118,7 @@ class Worker {
   // Whether the multiplication writes whole vectors of nothing but x1's place in the output.
   bool can_store_directly() const {
     if (!output.plain) return false;
-    if (kChannelsLast) return channels == plan.padded_block;
+    if (kChannelsLast) return kMasks || channels % kLanes == 0;
     // the last vector of a run of pixels goes back
     return s.width >= kLanes || (plan.chunk == s.height && int64_t{s.height} * s.width >= kLanes);
   }
@@ -147,7 +147,8 @@ class Worker {
         panel.y = scratch + at.tile;
         panel.y_row = kMaxVecs * kLanes;
         if constexpr (std::is_same_v<T, float>) {
-          if (!panel.residual) panel.y = panel.copy, panel.y_row = panel.copy_row, panel.copy = nullptr;
+          const bool whole = !kChannelsLast || channels % kLanes == 0;
+          if (whole && !panel.residual) panel.y = panel.copy, panel.y_row = panel.copy_row, panel.copy = nullptr;
         }
       }
       kernel(panel);
@@ -167,12 +168,13 @@ class Worker {
       panel.y_row = plan.padded_block;
       panel.copy_row = p.out.stride_w;
       panel.residual_row = p.residual.stride_w;
-      const int64_t panels = div_up(s.width, kMaxRows);
+      const int64_t panels = div_up(s.width, kMaxRows), vecs = div_up(channels, kLanes);
+      panel.last = static_cast<int>(channels - (vecs - 1) * kLanes);
       for (int64_t h = begin; h < end; ++h, x += x_h, x1 += at.x1_row) {
         for (int64_t i = 0; i < panels; ++i) {
           const int64_t w = i * s.width / panels, rows = (i + 1) * s.width / panels - w;
           panel.a = x + w * x_w;
-          go(multiply_kernels[rows][plan.padded_block / kLanes], x1 + (pad + w) * plan.padded_block, h, w);
+          go(multiply_kernels[rows][vecs], x1 + (pad + w) * plan.padded_block, h, w);
         }
       }
     } else {

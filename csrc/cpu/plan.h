@@ -64,7 +64,10 @@ inline Plan make_plan(const GhostForwardParams& p, int threads) {
   if (s.batch * plan.tiles % threads != 0) {  // few units: give each thread as many
     const int64_t least = s.channels_last ? kLanes : 4;
     const int64_t blocks = div_up(plan.blocks, threads) * threads;
-    if (blocks * least <= s.init_channels) {
+    // in channels_last a block is whole vectors: of few of them some threads would have more than others
+    const int64_t vectors = div_up(s.init_channels, kLanes);
+    const bool uneven = s.channels_last && vectors < 4 * blocks && vectors % blocks != 0 && s.height >= 8 * threads;
+    if (blocks * least <= s.init_channels && !uneven) {
       plan.blocks = blocks;
     } else if (s.batch * plan.tiles * plan.blocks % threads != 0) {
       plan.tiles = min_of<int64_t>(div_up(plan.tiles, threads) * threads, div_up(height, 4));

@@ -44,10 +44,25 @@ struct Panel {
   int64_t copy_row;
   const T* residual;
   int64_t residual_row;
+  int last;  // lanes of the copy's last vector, where parts may be stored: the channels end there
   const float *scale, *shift, *slope;  // one per row, or one per column of b
   Act act;
   Clamp clamp;  // that of act
 };
+
+// A vector of the copy, of which ``lanes`` are there: all, unless the vectors lie along channels.
+template <bool kRowsAreChannels, typename T>
+GHOSTFUSED_INLINE Vec load_copy(const T* p, int lanes) {
+  return kMasks && !kRowsAreChannels ? load_part(p, lanes) : load_float(p);
+}
+template <bool kRowsAreChannels, typename T>
+GHOSTFUSED_INLINE void store_copy(T* p, Vec v, int lanes) {
+  if constexpr (kMasks && !kRowsAreChannels) {
+    store_part(p, v, lanes);
+  } else {
+    store_float(p, v);
+  }
+}
 
 // The other activations, in place. Out of line, since a call would make the kernels save every accumulator.
 template <typename T, bool kRowsAreChannels>
@@ -59,8 +74,10 @@ __attribute__((noinline)) void activate_panel(const Panel<T>& p, int rows, int v
       const Vec y = activate(load(p.y + i * p.y_row + at), slope, p.act);
       store(p.y + i * p.y_row + at, y);
       if (p.copy) {
-        store_float(p.copy + i * p.copy_row + at,
-                    p.residual ? y + load_float(p.residual + i * p.residual_row + at) : y);
+        const int lanes = j == vecs - 1 ? p.last : kLanes;
+        Vec result = y;
+        if (p.residual) result += load_copy<kRowsAreChannels>(p.residual + i * p.residual_row + at, lanes);
+        store_copy<kRowsAreChannels>(p.copy + i * p.copy_row + at, result, lanes);
       }
     }
   }
@@ -139,14 +156,16 @@ void multiply(const Panel<T>& p) {
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i, residual = next_row(residual, p.residual_row)) {
 #pragma GCC unroll 8
-        for (int j = 0; j < kVecs; ++j) sum[i][j] += load_float(residual + j * kLanes);
+        for (int j = 0; j < kVecs; ++j) {
+          sum[i][j] += load_copy<kRowsAreChannels>(residual + j * kLanes, j == kVecs - 1 ? p.last : kLanes);
+        }
       }
     }
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i, copy = next_row(copy, p.copy_row)) {
 #pragma GCC unroll 8
       for (int j = 0; j < kVecs; ++j) {
-        store_float(copy + j * kLanes, sum[i][j]);
+        store_copy<kRowsAreChannels>(copy + j * kLanes, sum[i][j], j == kVecs - 1 ? p.last : kLanes);
         if (kRowsAreChannels && j != 1) __builtin_prefetch(copy + j * kLanes + kPrefetchOut, 1);
       }
     }
