@@ -25,6 +25,7 @@ FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "overhead": {"backend": str, "step": str, "us": float, "spread_us": float},
     "cpu_peak": {"name": str, "count": int, "batch": int, "dtype": str, "layout": str, "isa": str, "gflops": float,
                  "peak_gflops": float, "peak_percent": float},
+    "busy": {"name": str, "batch": int, "dtype": str, "layout": str, "quiet_ms": dict, "busy_ms": dict, "ratio": float},
     "end": {"seconds": float},
 }  # fmt: skip
 """Fields that a row of each kind has at least."""

@@ -5,13 +5,13 @@
 
 #include <algorithm>
 #include <exception>
-#include <mutex>
 #include <string>
 
 #include "common/arguments.h"
 #include "common/guard.h"
 #include "common/program.h"
 #include "cpu/dispatch.h"
+#include "cpu/pool.h"
 
 namespace py = pybind11;
 
@@ -38,32 +38,9 @@ Tensor new_map(int64_t n, int64_t c, int64_t h, int64_t w, ScalarType dtype, boo
   return tensor;
 }
 
-// What a body throws comes out of here, with its message, which Torch's C interface would lose.
-void parallel_for(int64_t count, Body body, void* context) {
-  struct Guarded {
-    Body body;
-    void* context;
-    std::mutex mutex;
-    std::exception_ptr error;
-  } guarded{body, context, {}, nullptr};
-  const auto run = [](int64_t begin, int64_t end, void* self) {
-    Guarded& g = *static_cast<Guarded*>(self);
-    try {
-      g.body(begin, end, g.context);
-    } catch (...) {
-      const std::lock_guard lock(g.mutex);
-      g.error = std::current_exception();
-    }
-  };
-  TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, 1, run, &guarded));
-  if (guarded.error) std::rethrow_exception(guarded.error);
-}
-
 thread_local bool whole_images = false;  // other threads are at work on other images
 
-Threads torch_threads() {
-  return {whole_images ? 1 : static_cast<int>(torch::stable::get_num_threads()), &parallel_for};
-}
+int torch_threads() { return whole_images ? 1 : static_cast<int>(torch::stable::get_num_threads()); }
 
 const Kernels& kernels() {
   const char* error = nullptr;
@@ -167,8 +144,9 @@ class Batch {
   }
 
   Tensor run() {
-    const auto body = [](int64_t begin, int64_t end, void* self) { static_cast<Batch*>(self)->run_pieces(begin, end); };
-    parallel_for(static_cast<int64_t>(pieces_.size()), body, this);
+    const int64_t pieces = static_cast<int64_t>(pieces_.size());
+    const auto body = [](Items& items, void* self) { static_cast<Batch*>(self)->run_pieces(items); };
+    parallel_for(torch_threads(), pieces, pieces, body, this);
     for (const std::string& error : errors_) {
       if (!error.empty()) fail(error);
     }
@@ -176,13 +154,15 @@ class Batch {
   }
 
  private:
-  void run_pieces(int64_t begin, int64_t end) {
+  void run_pieces(Items& items) {
     whole_images = true;
-    for (int64_t i = begin; i < end; ++i) {
-      try {
-        results_[i] = run_steps(pieces_[i], program_);
-      } catch (const std::exception& error) {  // the other pieces are to be made all the same
-        errors_[i] = error.what();
+    for (int64_t begin, end; items.next(&begin, &end);) {
+      for (int64_t i = begin; i < end; ++i) {
+        try {
+          results_[i] = run_steps(pieces_[i], program_);
+        } catch (const std::exception& error) {  // the other pieces are to be made all the same
+          errors_[i] = error.what();
+        }
       }
     }
     whole_images = false;
@@ -218,7 +198,7 @@ class Batch {
 
 Tensor run_batch(Tensor x, const Program& program) {
   if (program.per_image && x.dim() == 4) {
-    const int64_t batch = x.size(0), threads = torch_threads().count;
+    const int64_t batch = x.size(0), threads = torch_threads();
     // as many for each thread
     const int64_t rounds = std::min((batch + kImages * threads - 1) / (kImages * threads), kMaxRounds);
     const int64_t pieces = rounds * threads;
@@ -258,20 +238,21 @@ py::dict build_info() {
   return info;
 }
 
-// On each of PyTorch's threads. Returns the operations that all of them did.
+// On as many threads as PyTorch has. Returns the operations that all of them did.
 double multiply_adds(int64_t count, bool bfloat16) {
   struct Loop {
     int64_t count;
     Path path;
   } loop{count, bfloat16 ? Path::kBFloat16 : Path::kFloat32};
-  const Threads threads = torch_threads();
+  const int threads = torch_threads(), items = 8 * threads;  // should a thread begin late, the others do more
+  loop.count = (count + 7) / 8;
   const py::gil_scoped_release release;
-  const auto body = [](int64_t begin, int64_t end, void* context) {
+  const auto body = [](Items& items, void* context) {
     const Loop& loop = *static_cast<Loop*>(context);
-    for (int64_t i = begin; i < end; ++i) kernels().multiply_adds(loop.count, loop.path);
+    for (int64_t begin, end; items.next(&begin, &end);) kernels().multiply_adds(loop.count, loop.path);
   };
-  threads.parallel_for(threads.count, body, &loop);
-  return threads.count * (kernels().multiply_adds(1, loop.path) * static_cast<double>(count));
+  parallel_for(threads, items, items, body, &loop);
+  return items * (kernels().multiply_adds(1, loop.path) * static_cast<double>(loop.count));
 }
 
 }  // namespace

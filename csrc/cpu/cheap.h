@@ -4,7 +4,7 @@
 #include "cpu/output.h"
 #include "cpu/parameters.h"
 #include "cpu/plan.h"
-#include "cpu/primary.h"
+#include "cpu/strip.h"
 
 namespace ghostfused::cpu::GHOSTFUSED_ISA {
 
@@ -47,56 +47,38 @@ class Cheap {
   // x2 of the image rows begin … end - 1 and the channels from c0 on. x1 begins pad rows above them.
   void run(int64_t begin, int64_t end, int64_t c0, int64_t channels, const float* parameters) const {
     const int64_t d = s.dw_size, per_channel = s.ratio - 1;
-    Walk walk{};
-    walk.act = p.cheap.act;
-    walk.clamp = clamp_of(p.cheap.act);
-    const float* norm = parameters + at.block_norms;
+    Strip<T> strip{};
+    strip.act = p.cheap.act;
+    strip.norm_step = plan.padded_block;
     for (int64_t j = 0; j < per_channel; ++j) {
-      norm += 3 * plan.padded_block;
+      const float* norm = parameters + at.block_norms + (1 + j) * 3 * plan.padded_block;
       // channels whose ghost is not cut off
       const int64_t room = s.out_channels - s.init_channels - j;
       const int64_t valid = min_of(channels, div_up(max_of<int64_t>(room, 0), per_channel) - c0);
       const float* weight = parameters + at.block_cheap + j * d * d * plan.padded_block;
       if constexpr (kChannelsLast) {
-        walk.walk = plan.padded_block;
-        walk.cross = at.x1_row;
-        walk.weight_step = plan.padded_block;
         for (int64_t v = 0; v < valid; v += kLanes) {
           int64_t lanes = min_of<int64_t>(valid - v, kLanes);
           int64_t first = v;
           if (lanes < kLanes && valid >= kLanes) first = valid - kLanes, lanes = kLanes;
-          set_norm(walk, norm + first);
-          walk.weight = weight + first;
+          strip.norm = norm + first;
+          strip.weight = weight + first;
           for (int64_t h = begin; h < end; ++h) {
-            walk.x1 = scratch + at.x1 + (h - begin) * at.x1_row + first;
-            walk.steps = s.width;
-            run_walk<false>(walk, lanes, s.init_channels + (c0 + first) * per_channel + j, h, 0, lanes == kLanes);
+            strip.x1 = scratch + at.x1 + (h - begin) * at.x1_row + first;
+            run_row(strip, lanes, s.init_channels + (c0 + first) * per_channel + j, h);
           }
         }
       } else {
-        walk.walk = at.x1_row;
-        walk.cross = 1;
-        walk.steps = end - begin;
         for (int64_t c = 0; c < valid; ++c) {
           const int64_t index = (c0 + c) * per_channel + j;
-          walk.weight = plan.pack_taps ? weight + c * d * d
-                                       : static_cast<const float*>(p.cheap_weight) + index * p.cheap_weight_stride_c;
-          set_norm(walk, norm + c);
+          strip.norm = norm + c;
+          strip.weight = plan.pack_taps ? weight + c * d * d
+                                        : static_cast<const float*>(p.cheap_weight) + index * p.cheap_weight_stride_c;
+          strip.x1 = scratch + at.x1 + c * at.x1_channel - plan.pad;
           // what a vector writes past the end of the plane, the next channel overwrites
           const bool next_follows = begin == 0 && end == s.height && per_channel == 1 && c + 1 < valid &&
                                     int64_t{s.height} * s.width >= kLanes;
-          const float* mask = scratch + at.masks;
-          for (int64_t w = 0; w < s.width; w += kLanes, mask += d * kLanes) {
-            const int64_t first = first_of(w), lanes = min_of<int64_t>(s.width - first, kLanes);
-            walk.x1 = scratch + at.x1 + c * at.x1_channel + first - plan.pad;
-            walk.mask = mask;
-            const int64_t out_c = s.init_channels + index;
-            if (first >= plan.pad && first + kLanes + plan.pad <= s.width) {
-              run_walk<false>(walk, lanes, out_c, begin, first, true);
-            } else {
-              run_walk<true>(walk, lanes, out_c, begin, first, next_follows || lanes == kLanes);
-            }
-          }
+          run_plane(strip, s.init_channels + index, begin, end, next_follows);
         }
       }
     }
@@ -108,53 +90,70 @@ class Cheap {
   // Where the vector for the columns from w on begins: at a row's end it goes back, unless the row is shorter than it.
   int64_t first_of(int64_t w) const { return max_of<int64_t>(min_of<int64_t>(w, s.width - kLanes), 0); }
 
-  void set_norm(Walk& walk, const float* norm) const {
-    const int64_t next = plan.padded_block;
-    walk.scale = kChannelsLast ? load(norm) : splat(norm[0]);
-    walk.shift = kChannelsLast ? load(norm + next) : splat(norm[next]);
-    walk.slope = kChannelsLast ? load(norm + 2 * next) : splat(norm[2 * next]);
-  }
-
-  // The walk's outputs begin at (c, h, w) and have ``lanes`` numbers each. ``whole``: all of them may be stored as
-  // whole vectors.
-  template <bool kMasked>
-  void run_walk(Walk& walk, int64_t lanes, int64_t c, int64_t h, int64_t w, bool whole) const {
-    const Depthwise kernel = depthwise_kernel<kMasked, !kChannelsLast>(s.dw_size);
-    const int step = kChannelsLast ? s.ratio - 1 : 1;
-    T* out = output.at(c, h, w);
-    const T* residual = output.residual_at(c, h, w);
-    const int64_t out_walk = kChannelsLast ? p.out.stride_w : p.out.stride_h;
-    const int64_t residual_walk = kChannelsLast ? p.residual.stride_w : p.residual.stride_h;
-    int64_t vectors = 0;  // the steps whose results are stored as whole vectors
-    if (output.plain && step == 1) {
-      vectors = walk.steps;
-      // short rows: what is written past a row's end, the next row overwrites, but for the last ones
-      if (!whole) vectors = kChannelsLast ? 0 : max_of<int64_t>(walk.steps - div_up(kLanes, s.width) + 1, 0);
+  // NCHW: rows begin … end - 1 of channel c. ``overwritten``: what is written past the last row's end, is so later.
+  void run_plane(Strip<T>& strip, int64_t c, int64_t begin, int64_t end, bool overwritten) const {
+    strip.walk = at.x1_row;
+    strip.cross = 1;
+    strip.width = s.width;
+    strip.masks = scratch + at.masks;
+    int64_t direct = 0;  // the rows that are stored as whole vectors: what these have too much, the next row overwrites
+    if (output.plain) {
+      const int64_t last_ones = overwritten ? 0 : div_up(kLanes, min_of<int64_t>(s.width, kLanes)) - 1;
+      direct = max_of<int64_t>(end - begin - last_ones, 0);
+      strip.out = output.at(c, begin, 0);
+      strip.out_walk = p.out.stride_h;
+      strip.residual = output.residual_at(c, begin, 0);
+      strip.residual_walk = p.residual.stride_h;
+      strip.steps = direct;
+      depthwise_kernel<T, true>(s.dw_size)(strip);
     }
-    const int64_t direct = sizeof(T) == sizeof(float) ? vectors : 0, staged = walk.steps - direct;
-    if (direct) {
-      walk.out = reinterpret_cast<float*>(out);
-      walk.out_walk = out_walk;
-      walk.residual = reinterpret_cast<const float*>(residual);
-      walk.residual_walk = residual_walk;
-      walk.steps = direct;
-      kernel(walk);
-    }
-    if (staged) {
-      Walk rest = walk;
-      rest.steps = staged;
-      rest.x1 += direct * walk.walk;
-      rest.out = scratch + at.stage;
-      rest.out_walk = kLanes;
-      rest.residual = nullptr;
-      kernel(rest);
-      if (!direct) output.put_whole(rest.out, vectors, out, out_walk, residual, residual_walk);
-      for (int64_t at_step = vectors; at_step < direct + staged; ++at_step) {
-        output.put(load(rest.out + (at_step - direct) * kLanes), c, kChannelsLast ? h : h + at_step,
-                   kChannelsLast ? w + at_step : w, lanes, step);
+    for (int64_t h = begin + direct; h < end; h += kStripRows) {
+      const int64_t rows = min_of<int64_t>(kStripRows, end - h), row = max_of<int64_t>(s.width, kLanes);
+      const float* y = stage(strip, strip.x1 + (h - begin) * at.x1_row, row, rows);
+      for (int64_t i = 0; i < rows; ++i, y += row) {
+        for (int64_t w = 0; w < s.width; w += kLanes) {
+          const int64_t first = first_of(w);
+          output.put(load(y + first), c, h + i, first, min_of<int64_t>(s.width - first, kLanes));
+        }
       }
     }
-    walk.steps = direct + staged;
+  }
+
+  // channels_last: row h of the vector of ``lanes`` channels from c on.
+  void run_row(Strip<T>& strip, int64_t lanes, int64_t c, int64_t h) const {
+    strip.walk = strip.weight_step = plan.padded_block;
+    strip.cross = at.x1_row;
+    if (output.plain && s.ratio == 2 && lanes == kLanes) {
+      strip.out = output.at(c, h, 0);
+      strip.out_walk = p.out.stride_w;
+      strip.residual = output.residual_at(c, h, 0);
+      strip.residual_walk = p.residual.stride_w;
+      strip.steps = s.width;
+      return depthwise_kernel<T, false>(s.dw_size)(strip);
+    }
+    const float* y = stage(strip, strip.x1, kLanes, s.width);
+    for (int64_t w = 0; w < s.width; ++w, y += kLanes) output.put(load(y), c, h, w, lanes, s.ratio - 1);
+  }
+
+  // Outputs of the strip that can't be stored as they are, to scratch memory.
+  const float* stage(const Strip<T>& strip, const float* x1, int64_t out_walk, int64_t steps) const {
+    Strip<float> staged{x1,
+                        strip.walk,
+                        strip.cross,
+                        strip.weight,
+                        strip.weight_step,
+                        strip.norm,
+                        strip.norm_step,
+                        strip.act,
+                        scratch + at.stage,
+                        out_walk,
+                        nullptr,
+                        0,
+                        steps,
+                        strip.width,
+                        strip.masks};
+    depthwise_kernel<float, !kChannelsLast>(s.dw_size)(staged);
+    return staged.out;
   }
 
   const GhostForwardParams& p;

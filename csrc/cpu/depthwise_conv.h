@@ -1,6 +1,7 @@
 // The depthwise op: a depthwise convolution of any odd kernel at stride 1 or 2, its norm and activation.
 #pragma once
 
+#include "cpu/depthwise_halving.h"
 #include "cpu/parallel.h"
 #include "cpu/parameters.h"
 
@@ -35,17 +36,6 @@ struct Window {
   }
 };
 
-struct Finish {
-  Vec scale, shift, slope;
-  Act act;
-  Clamp clamp;
-
-  GHOSTFUSED_INLINE Vec operator()(Vec sum) const {
-    const Vec y = ghostfused::cpu::GHOSTFUSED_ISA::clamp(sum * scale + shift, clamp);
-    return is_clamp(act) ? y : activate(y, slope, act);
-  }
-};
-
 constexpr int kMaxKernel = 7;
 constexpr int kStrip = 4;  // outputs that share a load of a weight
 
@@ -54,7 +44,7 @@ constexpr int kStrip = 4;  // outputs that share a load of a weight
 template <typename T>
 class PlaneWorker {
  public:
-  PlaneWorker(const DepthwiseParams& p, int64_t begin, int64_t end)
+  explicit PlaneWorker(const DepthwiseParams& p)
       : p(p),
         phase(div_up(int64_t{p.width} + p.kernel_w - 1, p.stride) + 2 * kLanes),
         row(p.stride * phase),
@@ -62,7 +52,7 @@ class PlaneWorker {
         x_end(static_cast<const T*>(p.x.data) + (p.batch - 1) * p.x.stride_n + (p.channels - 1) * p.x.stride_c +
               (p.height - 1) * p.x.stride_h + (p.width - 1) * p.x.stride_w + 1),
         strips{strip_kernel<1>(), strip_kernel<2>(), strip_kernel<3>(), strip_kernel<4>()} {
-    const int64_t rows = int64_t{p.height} + p.kernel_h - 1, norms = min_of<int64_t>(end - begin, p.channels);
+    const int64_t rows = int64_t{p.height} + p.kernel_h - 1;
     const int64_t all_norms = 3 * int64_t{p.channels}, line_size = int64_t{p.width} + 2 * kLanes;
     plane = thread_scratch(rows * row + all_norms + line_size + kMaxKernel * kMaxKernel);
     norm = plane + rows * row;
@@ -70,11 +60,6 @@ class PlaneWorker {
     weight = line + line_size;
     __builtin_memset(plane, 0, rows * row * sizeof(float));
     __builtin_memset(line, 0, line_size * sizeof(float));
-    for (int64_t done = 0; done < norms;) {
-      const int64_t c = (begin + done) % p.channels, count = min_of(p.channels - c, norms - done);
-      prepare_norm<T>(p.norm, c, 1, count, norm + c, p.channels);
-      done += count;
-    }
     for (int j = 0; j < p.kernel_w; ++j) column[j] = j % p.stride * phase + j / p.stride;
     // where the first of two vectors of a row goes, and the second; at stride 2 column w of x is w + pad of the padded
     // row
@@ -88,15 +73,23 @@ class PlaneWorker {
     }
   }
 
+  // The norms of units begin … end - 1.
+  void prepare(int64_t begin, int64_t end) {
+    const int64_t all = min_of<int64_t>(end - begin, p.channels);
+    for (int64_t done = 0; done < all;) {
+      const int64_t c = (begin + done) % p.channels, count = min_of(p.channels - c, all - done);
+      prepare_norm<T>(p.norm, c, 1, count, norm + c, p.channels);
+      done += count;
+    }
+  }
+
   void run(int64_t unit) {
     const int64_t n = unit / p.channels, c = unit % p.channels;
     const T* x = static_cast<const T*>(p.x.data) + n * p.x.stride_n + c * p.x.stride_c;
     T* out = static_cast<T*>(p.out.data) + n * p.out.stride_n + c * p.out.stride_c;
     const Taps taps{p.weight, p.weight_stride_c, p.weight_stride_h, p.weight_stride_w, p.kernel_h, p.kernel_w};
     prepare_taps<T>(taps, false, c, 1, 1, weight, 0, 1);
-    const float* of_c = norm + c;
-    const Finish finish{splat(of_c[0]), splat(of_c[p.channels]), splat(of_c[2 * int64_t{p.channels}]), p.norm.act,
-                        clamp_of(p.norm.act)};
+    const Finish finish(norm + c, p.channels, p.norm.act, Finish::kNumbers);
     int64_t copied = 0;
     for (int64_t h = 0; h < p.out_height; h += kStrip) {
       const int strip = static_cast<int>(min_of<int64_t>(kStrip, p.out_height - h));
@@ -180,10 +173,23 @@ class PlaneWorker {
   Ints first_mask, second_mask;
 };
 
+template <typename Worker>
+void run_planes(Items& items, const DepthwiseParams& p) {
+  Worker worker(p);
+  for (int64_t begin, end; items.next(&begin, &end);) {
+    worker.prepare(begin, end);
+    for (int64_t unit = begin; unit < end; ++unit) worker.run(unit);
+  }
+}
+
 template <typename T>
-void depthwise_planes(int64_t begin, int64_t end, void* context) {
-  PlaneWorker<T> worker(*static_cast<const DepthwiseParams*>(context), begin, end);
-  for (int64_t unit = begin; unit < end; ++unit) worker.run(unit);
+void depthwise_planes(Items& items, void* context) {
+  const DepthwiseParams& p = *static_cast<const DepthwiseParams*>(context);
+#ifdef GHOSTFUSED_X86_MASKS
+  if (HalvingWorker<T, 3>::takes(p)) return run_planes<HalvingWorker<T, 3>>(items, p);
+  if (HalvingWorker<T, 5>::takes(p)) return run_planes<HalvingWorker<T, 5>>(items, p);
+#endif
+  run_planes<PlaneWorker<T>>(items, p);
 }
 
 // channels_last: a unit is one block of channels of one row of one image. x is read where it lies, and a window that
@@ -209,8 +215,7 @@ class RowWorker {
     for (int64_t i = begin; i < end; ++i) {
       for (int64_t c = 0; c < count; c += kLanes) {
         const int64_t at = count - c < kLanes && count >= kLanes ? count - kLanes : c;
-        const Finish finish{load(norm + at), load(norm + kChannelBlock + at), load(norm + 2 * kChannelBlock + at),
-                            p.norm.act, clamp_of(p.norm.act)};
+        const Finish finish(norm + at, kChannelBlock, p.norm.act, Finish::kVectors);
         output_row(i / p.out_height, i % p.out_height, first + at, min_of<int64_t>(count - at, kLanes), weight + at,
                    finish);
       }
@@ -281,18 +286,20 @@ class RowWorker {
 };
 
 template <typename T>
-void depthwise_rows(int64_t begin, int64_t end, void* context) {
+void depthwise_rows(Items& items, void* context) {
   const DepthwiseParams& p = *static_cast<const DepthwiseParams*>(context);
   RowWorker<T> worker(p);
   const int64_t rows = int64_t{p.batch} * p.out_height;
-  while (begin < end) {
-    const int64_t block = begin / rows, until = min_of((block + 1) * rows, end);
-    worker.run(block * kChannelBlock, begin - block * rows, until - block * rows);
-    begin = until;
+  for (int64_t begin, end; items.next(&begin, &end);) {
+    while (begin < end) {
+      const int64_t block = begin / rows, until = min_of((block + 1) * rows, end);
+      worker.run(block * kChannelBlock, begin - block * rows, until - block * rows);
+      begin = until;
+    }
   }
 }
 
-inline void depthwise(const DepthwiseParams& p, const Threads& threads) {
+inline void depthwise(const DepthwiseParams& p, int threads) {
   DepthwiseParams params = p;
   const double work = static_cast<double>(p.batch) * p.channels * p.out_height * p.out_width * p.kernel_h * p.kernel_w;
   if (p.channels_last) {

@@ -4,30 +4,22 @@
 #include <cstdint>
 
 #include "common/parameters.h"
+#include "cpu/pool.h"
 
 namespace ghostfused::cpu {
 
-// Calls body(begin, end, context) for ranges that make up [0, count), on any threads, and returns when all are done.
-using Body = void (*)(int64_t begin, int64_t end, void* context);
-using ParallelFor = void (*)(int64_t count, Body body, void* context);
-
-struct Threads {
-  int count;
-  ParallelFor parallel_for;
-};
-
-// One compilation of the kernels.
+// One compilation of the kernels. ``threads``: at most so many work on a call, the calling one among them.
 struct Kernels {
-  void (*forward)(const GhostForwardParams& params, const Threads& threads);
-  void (*depthwise)(const DepthwiseParams& params, const Threads& threads);
-  void (*squeeze_excite)(const SqueezeExciteParams& params, const Threads& threads);
+  void (*forward)(const GhostForwardParams& params, int threads);
+  void (*depthwise)(const DepthwiseParams& params, int threads);
+  void (*squeeze_excite)(const SqueezeExciteParams& params, int threads);
   // the means of x over height and width, to out
-  void (*global_pool)(const SqueezeExciteParams& params, const Threads& threads);
+  void (*global_pool)(const SqueezeExciteParams& params, int threads);
   // nothing but that, in registers, as the path's 1×1 convolution does; returns the operations done
   double (*multiply_adds)(int64_t count, Path path);
 };
 extern const Kernels kBaseline, kAvx2, kAvx512vl, kAvx512vlBf16, kAvx512,
-    kAvx512Bf16;  // each in the kernel_*.cpp file of its name
+    kAvx512Bf16;  // each in the file of isa/ that has its name
 
 struct Isa {
   const char* name;

@@ -31,14 +31,13 @@ class Worker {
     for (int64_t b = 0; b < plan.blocks; ++b) block_image[b] = -1;
     for (int vecs = 1; vecs <= kMaxVecs; ++vecs) {
       for (int rows = 1; rows <= kMaxRows; ++rows) {
-        multiply_kernels[rows][vecs] = multiply_kernel<!kChannelsLast, kPerLane>(rows, vecs);
+        multiply_kernels[rows][vecs] = multiply_kernel<T, !kChannelsLast>(rows, vecs);
       }
     }
   }
 
   // Units follow each other block by block, then tile by tile, so that x stays in cache and is packed once.
   void run(int64_t begin, int64_t end) {
-    int64_t packed = -1;
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t tile = unit / plan.blocks, block = unit % plan.blocks;
       output.n = tile / plan.tiles;
@@ -118,8 +117,10 @@ class Worker {
 
   // Whether the multiplication writes whole vectors of nothing but x1's place in the output.
   bool can_store_directly() const {
-    if (sizeof(T) != sizeof(float) || !output.plain) return false;
-    return kChannelsLast ? channels == plan.padded_block : plan.panels || !plan.pack_x || s.width >= kLanes;
+    if (!output.plain) return false;
+    if (kChannelsLast) return kMasks || channels % kLanes == 0;
+    // the last vector of a run of pixels goes back
+    return s.width >= kLanes || (plan.chunk == s.height && int64_t{s.height} * s.width >= kLanes);
   }
 
   // x1 of the image rows begin … end - 1.
@@ -127,21 +128,28 @@ class Worker {
     if (begin >= end) return;
     float* x1 = scratch + at.x1 + (begin - top) * at.x1_row;
     const float* norm = parameters + at.block_norms;
-    Panel panel{};
+    Panel<T> panel{};
     panel.depth = plan.depth;
     panel.scale = norm;
     panel.shift = norm + plan.padded_block;
     panel.slope = norm + 2 * plan.padded_block;
     panel.act = p.primary.act;
     panel.clamp = clamp_of(p.primary.act);
-    // where there are no ghosts, nobody needs x1 anywhere else
-    const bool only_out = store_too && !plan.ghosts && !p.residual.data;
-    const auto go = [&](Multiply kernel, float* x1_to, int64_t h, int64_t w) {
+    // where there are no ghosts nobody needs x1 anywhere else: the sums wait for their end in the output, or in a tile
+    const bool only_out = store_too && !plan.ghosts;
+    const auto go = [&](Multiply<T> kernel, float* x1_to, int64_t h, int64_t w) {
       panel.y = x1_to;
       if (store_too) {
-        float* out = reinterpret_cast<float*>(output.at(c0, h, w));
-        (only_out ? panel.y : panel.copy) = out;
-        panel.residual = reinterpret_cast<const float*>(output.residual_at(c0, h, w));
+        panel.copy = output.at(c0, h, w);
+        panel.residual = output.residual_at(c0, h, w);
+      }
+      if (only_out) {
+        panel.y = scratch + at.tile;
+        panel.y_row = kMaxVecs * kLanes;
+        if constexpr (std::is_same_v<T, float>) {
+          const bool whole = !kChannelsLast || channels % kLanes == 0;
+          if (whole && !panel.residual) panel.y = panel.copy, panel.y_row = panel.copy_row, panel.copy = nullptr;
+        }
       }
       kernel(panel);
     };
@@ -157,15 +165,16 @@ class Worker {
       panel.b = parameters + at.block_weight;
       panel.b_row = plan.padded_block;
       panel.a_row = x_w;
-      panel.y_row = only_out ? p.out.stride_w : plan.padded_block;
+      panel.y_row = plan.padded_block;
       panel.copy_row = p.out.stride_w;
       panel.residual_row = p.residual.stride_w;
-      const int64_t panels = div_up(s.width, kMaxRows);
+      const int64_t panels = div_up(s.width, kMaxRows), vecs = div_up(channels, kLanes);
+      panel.last = static_cast<int>(channels - (vecs - 1) * kLanes);
       for (int64_t h = begin; h < end; ++h, x += x_h, x1 += at.x1_row) {
         for (int64_t i = 0; i < panels; ++i) {
           const int64_t w = i * s.width / panels, rows = (i + 1) * s.width / panels - w;
           panel.a = x + w * x_w;
-          go(multiply_kernels[rows][plan.padded_block / kLanes], x1 + (pad + w) * plan.padded_block, h, w);
+          go(multiply_kernels[rows][vecs], x1 + (pad + w) * plan.padded_block, h, w);
         }
       }
     } else {
@@ -174,7 +183,7 @@ class Worker {
       panel.a = weight + c0 * panel.a_row;
       if (plan.pack_weight) panel.a = parameters + at.block_weight, panel.a_row = plan.depth;
       panel.b_row = x_c;
-      panel.y_row = only_out ? p.out.stride_c : at.x1_channel;
+      panel.y_row = at.x1_channel;
       panel.copy_row = p.out.stride_c;
       panel.residual_row = p.residual.stride_c;
       const auto run = [&](int64_t pixel, int64_t vecs) {  // counted from row begin's first
@@ -296,9 +305,11 @@ class Worker {
   float* const scratch;
   int32_t* const block_image;  // per block: that for which its parameters were prepared last, or -1
   const int64_t pad = plan.pad;
-  Multiply multiply_kernels[kMaxRows + 1][kMaxVecs + 1];
+  Multiply<T> multiply_kernels[kMaxRows + 1][kMaxVecs + 1];
   Output<T> output;
   Cheap<T, kChannelsLast> cheap;
+
+  int64_t packed = -1;  // the tile that x was packed for last
 
   // the current unit
   int64_t h0, h1, x_h0, c0, channels;
@@ -310,20 +321,26 @@ struct Task {
   const Plan& plan;
 };
 
+template <typename Worker>
+void run_worker(Items& items, const Task& task) {
+  Worker worker(task.p, task.plan);
+  for (int64_t begin, end; items.next(&begin, &end);) worker.run(begin, end);
+}
+
 template <typename T>
-void run_units(int64_t begin, int64_t end, void* context) {
+void run_units(Items& items, void* context) {
   const Task& task = *static_cast<const Task*>(context);
   if (task.p.shape.channels_last) {
-    Worker<T, true>(task.p, task.plan).run(begin, end);
+    run_worker<Worker<T, true>>(items, task);
   } else {
-    Worker<T, false>(task.p, task.plan).run(begin, end);
+    run_worker<Worker<T, false>>(items, task);
   }
 }
 
-inline void forward(const GhostForwardParams& p, const Threads& threads) {
+inline void forward(const GhostForwardParams& p, int threads) {
   const GhostShape& s = p.shape;
   if (is_fully_connected(p)) return fully_connected(p, threads);
-  const Plan plan = make_plan(p, threads.count);
+  const Plan plan = make_plan(p, threads);
   Task task{p, plan};
   const double work = static_cast<double>(s.batch) * s.height * s.width * s.init_channels *
                       (s.in_channels + static_cast<double>(s.dw_size * s.dw_size) * (s.ratio - 1));

@@ -17,30 +17,30 @@ inline bool is_fully_connected(const GhostForwardParams& p) {
 
 // A unit is one vector of output channels, for all images.
 template <typename T>
-void fully_connected(int64_t begin, int64_t end, void* context) {
+void fully_connected(Items& items, void* context) {
   const GhostForwardParams& p = *static_cast<const GhostForwardParams*>(context);
   const GhostShape& s = p.shape;
   const int64_t depth = s.in_channels, images = s.batch, channels = s.init_channels;
-  const int64_t first = begin * kLanes, last = min_of(end * kLanes, channels), padded = (end - begin) * kLanes;
-  float* x = thread_scratch(images * (depth + kLanes) + 3 * padded);
+  float* x = thread_scratch(images * (depth + kLanes) + 3 * kLanes);
   float *y = x + images * depth, *norm = y + images * kLanes;
   for (int64_t n = 0; n < images; ++n) pack_pixels(p, gate_of<T>(p, n), n, 0, 1, x + n * depth, depth);
-  prepare_norm<T>(p.primary, first, 1, last - first, norm, padded);
   const Clamp bounds = clamp_of(p.primary.act);
   Output<T> output(p);
-  for (int64_t c = first; c < last; c += kLanes, norm += kLanes) {
-    const int lanes = min_of<int64_t>(kLanes, last - c);
+  for_each_unit(items, [&](int64_t unit) {
+    const int64_t c = unit * kLanes;
+    const int lanes = min_of<int64_t>(kLanes, channels - c);
+    prepare_norm<T>(p.primary, c, 1, lanes, norm, kLanes);
     const T* weight = static_cast<const T*>(p.primary_weight) + c * p.primary_weight_stride_n;
     dot(weight, p.primary_weight_stride_n, lanes, x, depth, s.batch, depth, y, kLanes);
     for (output.n = 0; output.n < images; ++output.n) {
-      Vec v = load(y + output.n * kLanes) * load(norm) + load(norm + padded);
-      v = is_clamp(p.primary.act) ? clamp(v, bounds) : activate(v, load(norm + 2 * padded), p.primary.act);
+      Vec v = load(y + output.n * kLanes) * load(norm) + load(norm + kLanes);
+      v = is_clamp(p.primary.act) ? clamp(v, bounds) : activate(v, load(norm + 2 * kLanes), p.primary.act);
       output.put(v, c, 0, 0, lanes);
     }
-  }
+  });
 }
 
-inline void fully_connected(const GhostForwardParams& p, const Threads& threads) {
+inline void fully_connected(const GhostForwardParams& p, int threads) {
   GhostForwardParams params = p;
   const double work = static_cast<double>(p.shape.batch) * p.shape.init_channels * p.shape.in_channels;
   run(threads, div_up(p.shape.init_channels, kLanes), work, GHOSTFUSED_BY_PATH(p.shape.path, fully_connected), &params);

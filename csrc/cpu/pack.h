@@ -90,6 +90,28 @@ class LaneChannels {
     return kCount == 1 ? v[0] : pair_of(v[0], v[kCount - 1]);
   }
 
+  // The same for ``vecs`` whole vectors of neighbours.
+  void read_run(const T* from, int64_t vecs, float* to) const {
+    const auto each = [&](auto vector_at) {
+      for (int64_t i = 0; i < vecs; ++i) store(to + i * kLanes, vector_at(from + i * kLanes));
+    };
+    if constexpr (kCount == 2) {  // no number need become fp32 on its way
+      const int64_t next = stride;
+      const auto halves = [](Halves even, Halves odd) {
+        return reinterpret_cast<Vec>(widen(even) | (widen(odd) << 16));
+      };
+      if (whole && !gate) {
+        return each([=](const T* x) { return halves(load<Halves>(x), load<Halves>(x + next)); });
+      }
+      if (whole) {
+        return each([=, even = factor[0], odd = factor[1]](const T* x) {
+          return halves(narrow(load_float(x) * even, T{}), narrow(load_float(x + next) * odd, T{}));
+        });
+      }
+    }
+    each([&](const T* x) { return read(x, 1, kLanes); });
+  }
+
  private:
   bool has(int i) const { return i == 0 || (i < kCount && whole); }
 
@@ -113,7 +135,9 @@ void pack_planes(const GhostForwardParams& p, const T* gate, int64_t n, int64_t 
     const LaneChannels<T> channels(p, gate, k);
     const T* from = x + k * channels.kCount * p.x.stride_c;
     for (int64_t begin = 0; begin < pixels; begin += run, from += p.x.stride_h) {
-      for (int64_t i = 0; i < run; i += kLanes) {
+      const int64_t vecs = p.x.stride_w == 1 ? run / kLanes : 0;
+      channels.read_run(from, vecs, to + begin);
+      for (int64_t i = vecs * kLanes; i < run; i += kLanes) {
         const int count = min_of<int64_t>(run - i, kLanes);
         store(to + begin + i, channels.read(from + i * p.x.stride_w, p.x.stride_w, count));
       }
@@ -138,8 +162,8 @@ void pack_panels(const GhostForwardParams& p, const T* gate, int64_t n, float* t
     const PanelPixels panel(i, pixels);
     for (int64_t k = 0; k < depth; ++k) {
       const LaneChannels<T> channels(p, gate, k);
-      const T* from = x + panel.begin + k * channels.kCount * p.x.stride_c;
-      for (int64_t j = 0; j < panel.vecs; ++j, to += kLanes) store(to, channels.read(from + j * kLanes, 1, kLanes));
+      channels.read_run(x + panel.begin + k * channels.kCount * p.x.stride_c, panel.vecs, to);
+      to += panel.vecs * kLanes;
     }
   }
 }

@@ -7,11 +7,21 @@ namespace ghostfused::cpu::GHOSTFUSED_ISA {
 
 constexpr double kSerialWork = 200 << 10;  // multiply-adds that are done before other threads would wake up
 
-inline void run(const Threads& threads, int64_t units, double work, Body body, void* context) {
-  if (threads.count == 1 || units == 1 || work < kSerialWork) {
-    body(0, units, context);
-  } else {
-    threads.parallel_for(units, body, context);
+// An item takes long beside taking it, and not long beside the whole: the others may have to wait for the last one.
+constexpr double kItemWork = 100 << 10;
+constexpr int64_t kItemsPerThread = 8;
+
+inline void run(int threads, int64_t units, double work, Body body, void* context) {
+  int64_t items = min_of<int64_t>(static_cast<int64_t>(work / kItemWork), kItemsPerThread * threads);
+  items = work < kSerialWork ? 1 : max_of<int64_t>(items, threads);
+  parallel_for(threads, units, items, body, context);
+}
+
+// What a body does of its job: each(unit).
+template <typename Each>
+GHOSTFUSED_INLINE void for_each_unit(Items& items, const Each& each) {
+  for (int64_t begin, end; items.next(&begin, &end);) {
+    for (int64_t unit = begin; unit < end; ++unit) each(unit);
   }
 }
 

@@ -15,6 +15,7 @@ void read_channels(const ChannelVector& v, bool is_float32, int64_t c, int64_t s
     for (int i = 0; i < count; ++i) to[i] = from[i * stride];
   } else {
     const T* from = static_cast<const T*>(v.data) + c * v.stride;
+    if (stride == 1 && count == kLanes) return store(to, load_float(from));
     for (int i = 0; i < count; ++i) to[i] = to_float(from[i * stride]);
   }
 }
@@ -68,6 +69,15 @@ struct Taps {
 template <typename T>
 void prepare_taps(const Taps& taps, bool by_column, int64_t first, int64_t step, int64_t count, float* to,
                   int64_t to_channel, int64_t to_tap) {
+  const int64_t size = int64_t{taps.rows} * taps.columns, numbers = count * size;
+  const bool as_it_lies = !by_column && to_tap == 1 && taps.stride_w == 1 && taps.stride_h == taps.columns;
+  if (as_it_lies && (count == 1 || (to_channel == size && step * taps.stride_c == size))) {
+    const T* from = static_cast<const T*>(taps.data) + first * taps.stride_c;
+    int64_t i = 0;
+    for (; i + kLanes <= numbers; i += kLanes) store(to + i, load_float(from + i));
+    for (; i < numbers; ++i) to[i] = to_float(from[i]);
+    return;
+  }
   for (int64_t i = 0; i < count; ++i, to += to_channel) {
     const T* from = static_cast<const T*>(taps.data) + (first + i * step) * taps.stride_c;
     for (int h = 0; h < taps.rows; ++h) {
@@ -78,5 +88,34 @@ void prepare_taps(const Taps& taps, bool by_column, int64_t first, int64_t step,
     }
   }
 }
+
+// What follows a sum, with the parameters that prepare_norm made of a channel, in all lanes, or of a vector of
+// channels.
+class Finish {
+ public:
+  enum Kind { kNumbers, kVectors };
+
+  GHOSTFUSED_INLINE Finish(const float* norm, int64_t next, Act act, Kind kind)
+      : scale(read(norm, kind)),
+        shift(read(norm + next, kind)),
+        slope(read(norm + 2 * next, kind)),
+        act(act),
+        bounds(clamp_of(act)) {}
+
+  GHOSTFUSED_INLINE bool only_clamps() const { return is_clamp(act); }
+  GHOSTFUSED_INLINE Vec clamped(Vec sum) const { return clamp(sum * scale + shift, bounds); }
+  GHOSTFUSED_INLINE Vec activated(Vec y) const { return activate(y, slope, act); }
+  GHOSTFUSED_INLINE Vec operator()(Vec sum) const {
+    const Vec y = clamped(sum);
+    return only_clamps() ? y : activated(y);
+  }
+
+ private:
+  static GHOSTFUSED_INLINE Vec read(const float* p, Kind kind) { return kind == kNumbers ? splat(*p) : load(p); }
+
+  Vec scale, shift, slope;
+  Act act;
+  Clamp bounds;
+};
 
 }  // namespace ghostfused::cpu::GHOSTFUSED_ISA

@@ -64,7 +64,10 @@ inline Plan make_plan(const GhostForwardParams& p, int threads) {
   if (s.batch * plan.tiles % threads != 0) {  // few units: give each thread as many
     const int64_t least = s.channels_last ? kLanes : 4;
     const int64_t blocks = div_up(plan.blocks, threads) * threads;
-    if (blocks * least <= s.init_channels) {
+    // in channels_last a block is whole vectors: of few of them some threads would have more than others
+    const int64_t vectors = div_up(s.init_channels, kLanes);
+    const bool uneven = s.channels_last && vectors < 4 * blocks && vectors % blocks != 0 && s.height >= 8 * threads;
+    if (blocks * least <= s.init_channels && !uneven) {
       plan.blocks = blocks;
     } else if (s.batch * plan.tiles * plan.blocks % threads != 0) {
       plan.tiles = min_of<int64_t>(div_up(plan.tiles, threads) * threads, div_up(height, 4));
@@ -115,7 +118,7 @@ inline Plan make_plan(const GhostForwardParams& p, int threads) {
 struct Scratch {
   int64_t block_weight, block_cheap, block_norms, block_size;  // of one block's parameters
   int64_t x1, x1_channel, x1_row;  // NCHW: (channel, row, w); channels_last: (row, w, channel)
-  int64_t packed_x, packed_x_row, stage, masks, blocks, total;
+  int64_t packed_x, packed_x_row, stage, masks, tile, blocks, total;
 };
 
 inline Scratch scratch_layout(const GhostShape& s, const Plan& plan) {
@@ -131,8 +134,9 @@ inline Scratch scratch_layout(const GhostShape& s, const Plan& plan) {
   at.x1_channel = s.channels_last ? 1 : rows * s.width + kLanes;
   const int64_t x1_size = s.channels_last ? rows * at.x1_row : plan.block * at.x1_channel;
   at.stage = at.x1 + x1_size + margin;
-  at.masks = at.stage + max_of<int64_t>(plan.chunk, s.width) * kLanes;
-  at.packed_x = at.masks + (s.channels_last ? 0 : div_up(s.width, kLanes) * s.dw_size * kLanes);
+  at.masks = at.stage + max_of<int64_t>(s.width, kLanes) * kLanes;
+  at.tile = at.masks + (s.channels_last ? 0 : div_up(s.width, kLanes) * s.dw_size * kLanes);
+  at.packed_x = at.tile + kMaxRows * kMaxVecs * kLanes;
   const int64_t pixels = min_of<int64_t>(plan.rows + 2 * pad, s.height) * s.width;
   at.packed_x_row = s.channels_last ? plan.depth : plan.panels ? div_up(pixels, kLanes) * kLanes : pixels + kLanes;
   at.blocks = at.packed_x + (plan.pack_x ? (s.channels_last ? pixels : plan.depth) * at.packed_x_row : 0) + margin;

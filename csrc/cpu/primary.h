@@ -1,4 +1,5 @@
-// The two inner kernels. Both serve NCHW and channels_last: what a vector lies along is the caller's choice.
+// The inner kernel of the 1×1 convolution. It serves NCHW and channels_last: what a vector lies along is the caller's
+// choice.
 #pragma once
 
 #include "cpu/operand.h"
@@ -28,6 +29,7 @@ GHOSTFUSED_INLINE P next_row(P p, int64_t step) {
 // y = act(scale * (a b) + shift): a (rows, depth) read by broadcasts, b (depth, vecs * kLanes), row-major all. a and b
 // are made of the lanes of operand.h, which ``float`` stands for.
 // NCHW: rows are channels, vectors lie along pixels. channels_last: rows are pixels, vectors lie along channels.
+template <typename T>
 struct Panel {
   const float* a;
   int64_t a_row;
@@ -38,18 +40,33 @@ struct Panel {
   int64_t depth;
   float* y;
   int64_t y_row;
-  float* copy;  // where y goes too, with the residual added if there is one; or null
+  T* copy;  // where y goes too, rounded, with the residual added if there is one; or null
   int64_t copy_row;
-  const float* residual;
+  const T* residual;
   int64_t residual_row;
+  int last;  // lanes of the copy's last vector, where parts may be stored: the channels end there
   const float *scale, *shift, *slope;  // one per row, or one per column of b
   Act act;
   Clamp clamp;  // that of act
 };
 
+// A vector of the copy, of which ``lanes`` are there: all, unless the vectors lie along channels.
+template <bool kRowsAreChannels, typename T>
+GHOSTFUSED_INLINE Vec load_copy(const T* p, int lanes) {
+  return kMasks && !kRowsAreChannels ? load_part(p, lanes) : load_float(p);
+}
+template <bool kRowsAreChannels, typename T>
+GHOSTFUSED_INLINE void store_copy(T* p, Vec v, int lanes) {
+  if constexpr (kMasks && !kRowsAreChannels) {
+    store_part(p, v, lanes);
+  } else {
+    store_float(p, v);
+  }
+}
+
 // The other activations, in place. Out of line, since a call would make the kernels save every accumulator.
-template <bool kRowsAreChannels>
-__attribute__((noinline)) void activate_panel(const Panel& p, int rows, int vecs) {
+template <typename T, bool kRowsAreChannels>
+__attribute__((noinline)) void activate_panel(const Panel<T>& p, int rows, int vecs) {
   for (int i = 0; i < rows; ++i) {
     for (int j = 0; j < vecs; ++j) {
       const int at = j * kLanes;
@@ -57,14 +74,18 @@ __attribute__((noinline)) void activate_panel(const Panel& p, int rows, int vecs
       const Vec y = activate(load(p.y + i * p.y_row + at), slope, p.act);
       store(p.y + i * p.y_row + at, y);
       if (p.copy) {
-        store(p.copy + i * p.copy_row + at, p.residual ? y + load(p.residual + i * p.residual_row + at) : y);
+        const int lanes = j == vecs - 1 ? p.last : kLanes;
+        Vec result = y;
+        if (p.residual) result += load_copy<kRowsAreChannels>(p.residual + i * p.residual_row + at, lanes);
+        store_copy<kRowsAreChannels>(p.copy + i * p.copy_row + at, result, lanes);
       }
     }
   }
 }
 
-template <int kRows, int kVecs, bool kRowsAreChannels, int kChannels>
-void multiply(const Panel& p) {
+template <typename T, int kRows, int kVecs, bool kRowsAreChannels>
+void multiply(const Panel<T>& p) {
+  constexpr int kChannels = Operand<T>::kChannels;
   Vec sum[kRows][kVecs];
   const int64_t part = part_of<kChannels>(p.depth);
   const float *a = p.a, *b = p.b, *ahead = p.ahead;
@@ -116,8 +137,10 @@ void multiply(const Panel& p) {
     }
   }
   const Clamp bounds = p.clamp;
-  float *y = p.y, *copy = p.copy;
-  const float *scales = p.scale, *shifts = p.shift, *residual = p.residual;
+  float* y = p.y;
+  T* copy = p.copy;
+  const float *scales = p.scale, *shifts = p.shift;
+  const T* residual = p.residual;
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i, y = next_row(y, p.y_row)) {
 #pragma GCC unroll 8
@@ -133,114 +156,35 @@ void multiply(const Panel& p) {
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i, residual = next_row(residual, p.residual_row)) {
 #pragma GCC unroll 8
-        for (int j = 0; j < kVecs; ++j) sum[i][j] += load(residual + j * kLanes);
+        for (int j = 0; j < kVecs; ++j) {
+          sum[i][j] += load_copy<kRowsAreChannels>(residual + j * kLanes, j == kVecs - 1 ? p.last : kLanes);
+        }
       }
     }
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i, copy = next_row(copy, p.copy_row)) {
 #pragma GCC unroll 8
       for (int j = 0; j < kVecs; ++j) {
-        store(copy + j * kLanes, sum[i][j]);
+        store_copy<kRowsAreChannels>(copy + j * kLanes, sum[i][j], j == kVecs - 1 ? p.last : kLanes);
         if (kRowsAreChannels && j != 1) __builtin_prefetch(copy + j * kLanes + kPrefetchOut, 1);
       }
     }
   }
-  if (!is_clamp(p.act)) activate_panel<kRowsAreChannels>(p, kRows, kVecs);
+  if (!is_clamp(p.act)) activate_panel<T, kRowsAreChannels>(p, kRows, kVecs);
 }
 
-using Multiply = void (*)(const Panel&);
+template <typename T>
+using Multiply = void (*)(const Panel<T>&);
 
-template <bool kRowsAreChannels, int kChannels, int... kIndex>
-Multiply multiply_kernel(int rows, int vecs, std::integer_sequence<int, kIndex...>) {
-  static constexpr Multiply kernels[] = {
-      multiply<kIndex / kMaxVecs + 1, kIndex % kMaxVecs + 1, kRowsAreChannels, kChannels>...};
+template <typename T, bool kRowsAreChannels, int... kIndex>
+Multiply<T> multiply_kernel(int rows, int vecs, std::integer_sequence<int, kIndex...>) {
+  static constexpr Multiply<T> kernels[] = {
+      multiply<T, kIndex / kMaxVecs + 1, kIndex % kMaxVecs + 1, kRowsAreChannels>...};
   return kernels[(rows - 1) * kMaxVecs + vecs - 1];
 }
-template <bool kRowsAreChannels, int kChannels>
-Multiply multiply_kernel(int rows, int vecs) {
-  return multiply_kernel<kRowsAreChannels, kChannels>(rows, vecs,
-                                                      std::make_integer_sequence<int, kMaxRows * kMaxVecs>{});
-}
-
-// A depthwise convolution of one vector's channels or pixels, walking along one side of the image: down the rows in
-// NCHW (where a vector lies along a row), along a row in channels_last. ``cross`` leads to the taps at right angles.
-struct Walk {
-  const float* x1;  // at the first tap of the first output
-  int64_t walk, cross;
-  const float* weight;  // (size along the walk, size across): vectors ``weight_step`` apart, or numbers for all lanes
-  int64_t weight_step;
-  const float* mask;  // per tap across: lanes inside the image. All are at the middle tap
-  float* out;
-  int64_t out_walk;
-  const float* residual;  // added to what goes out, or null
-  int64_t residual_walk;
-  int steps;
-  Vec scale, shift, slope;
-  Act act;
-  Clamp clamp;  // that of act
-};
-
-// kOutputs steps at once, so that each loaded vector serves all the taps that it lies under.
-template <int kSize, int kOutputs, bool kMasked, bool kSplat>
-GHOSTFUSED_INLINE void depthwise_step(const Walk& p, const float* x1, float* out, const float* residual) {
-  constexpr bool kInParts = kSize > 3;  // for the same reason
-  Vec sum[kOutputs] = {};
-#pragma GCC unroll 16
-  for (int i = 0; i < kOutputs + kSize - 1; ++i) {
-    Vec part[kOutputs] = {};
-#pragma GCC unroll 16
-    for (int j = 0; j < kSize; ++j) {
-      Vec x = load(x1 + i * p.walk + j * p.cross);
-      if (kMasked && j != kSize / 2)
-        x = reinterpret_cast<Vec>(reinterpret_cast<Ints>(x) & load<Ints>(p.mask + j * kLanes));
-#pragma GCC unroll 16
-      for (int o = 0; o < kOutputs; ++o) {
-        const int tap = i - o;
-        if (tap < 0 || tap >= kSize) continue;
-        Vec& to = kInParts ? part[o] : sum[o];
-        to += x * (kSplat ? splat(p.weight[tap * kSize + j]) : load(p.weight + (tap * kSize + j) * p.weight_step));
-      }
-    }
-#pragma GCC unroll 16
-    for (int o = 0; kInParts && o < kOutputs; ++o) sum[o] += part[o];
-  }
-  for (int o = 0; o < kOutputs; ++o) __builtin_prefetch(out + o * p.out_walk + kLine, 1);
-  for (int o = 0; o < kOutputs; ++o) {
-    sum[o] = clamp(sum[o] * p.scale + p.shift, p.clamp);
-    if (__builtin_expect(!is_clamp(p.act), 0)) sum[o] = activate(sum[o], p.slope, p.act);
-    if (residual) sum[o] += load(residual + o * p.residual_walk);
-    store(out + o * p.out_walk, sum[o]);
-  }
-}
-
-template <int kSize, bool kMasked, bool kSplat>
-void depthwise(const Walk& p) {
-  const float *x1 = p.x1, *residual = p.residual;
-  float* out = p.out;
-  int left = p.steps;
-  for (; left >= 4; left -= 4, x1 += 4 * p.walk, out += 4 * p.out_walk) {
-    depthwise_step<kSize, 4, kMasked, kSplat>(p, x1, out, residual);
-    if (residual) residual += 4 * p.residual_walk;
-  }
-  if (left == 3) return depthwise_step<kSize, 3, kMasked, kSplat>(p, x1, out, residual);
-  if (left == 2) return depthwise_step<kSize, 2, kMasked, kSplat>(p, x1, out, residual);
-  if (left == 1) return depthwise_step<kSize, 1, kMasked, kSplat>(p, x1, out, residual);
-}
-
-using Depthwise = void (*)(const Walk&);
-
-template <bool kMasked, bool kSplat>
-Depthwise depthwise_kernel(int size) {
-  switch (size) {
-    case 1:
-      return depthwise<1, kMasked, kSplat>;
-    case 3:
-      return depthwise<3, kMasked, kSplat>;
-    case 5:
-      return depthwise<5, kMasked, kSplat>;
-    default:
-      return depthwise<7, kMasked, kSplat>;
-  }
+template <typename T, bool kRowsAreChannels>
+Multiply<T> multiply_kernel(int rows, int vecs) {
+  return multiply_kernel<T, kRowsAreChannels>(rows, vecs, std::make_integer_sequence<int, kMaxRows * kMaxVecs>{});
 }
 
 }  // namespace ghostfused::cpu::GHOSTFUSED_ISA

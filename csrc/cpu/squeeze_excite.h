@@ -65,7 +65,7 @@ GHOSTFUSED_INLINE void add_run(Total& total, const T* p, int64_t stride, int64_t
 
 // Means of x; a unit is the planes of up to kLanes channels of an image.
 template <typename T>
-void squeeze(int64_t begin, int64_t end, void* context) {
+void squeeze(Items& items, void* context) {
   const SqueezeExciteTask& task = *static_cast<const SqueezeExciteTask*>(context);
   const SqueezeExciteParams& p = task.p;
   const float scale = static_cast<float>(1 / (static_cast<double>(p.height) * p.width));
@@ -73,7 +73,7 @@ void squeeze(int64_t begin, int64_t end, void* context) {
   const int64_t rows = flat ? 1 : p.height, run = flat ? int64_t{p.height} * p.width : p.width;
   const int64_t groups = div_up(p.channels, kLanes), step = p.x.stride_w;
   const bool along_channels = p.x.stride_c == 1 && step != 1;  // channels_last
-  for (int64_t unit = begin; unit < end; ++unit) {
+  for_each_unit(items, [&](int64_t unit) {
     const int64_t n = unit / groups, first = unit % groups * kLanes, last = min_of<int64_t>(first + kLanes, p.channels);
     const T* x = static_cast<const T*>(p.x.data) + n * p.x.stride_n;
     float* mean = task.mean + n * p.channels + first;
@@ -92,21 +92,21 @@ void squeeze(int64_t begin, int64_t end, void* context) {
       }
       const Vec means = total.value() * scale;
       for (int64_t c = first; c < last; ++c) *mean++ = means[c - start];
-      continue;
+      return;
     }
     for (int64_t c = first; c < last; ++c) {
       Total total;
       for (int64_t h = 0; h < rows; ++h) add_run(total, x + c * p.x.stride_c + h * p.x.stride_h, step, run);
       *mean++ = sum_of_lanes(total.value()) * scale;
     }
-  }
+  });
 }
 
-// Units begin … end - 1, each kUnitRows outputs for all images, of weight b + bias.
+// Units of kUnitRows outputs for all images, of weight b + bias.
 template <typename T, typename Finish>
-void layer(int64_t begin, int64_t end, const SqueezeExciteParams& p, const void* weight, const ChannelVector& bias,
-           const float* b, int64_t depth, int64_t channels, const Finish& finish) {
-  for (int64_t unit = begin; unit < end; ++unit) {
+void layer(Items& items, const SqueezeExciteParams& p, const void* weight, const ChannelVector& bias, const float* b,
+           int64_t depth, int64_t channels, const Finish& finish) {
+  for_each_unit(items, [&](int64_t unit) {
     const int64_t first = unit * kUnitRows;
     const int rows = min_of<int64_t>(kUnitRows, channels - first);
     const T* a = static_cast<const T*>(weight) + first * depth;
@@ -123,21 +123,21 @@ void layer(int64_t begin, int64_t end, const SqueezeExciteParams& p, const void*
         finish(n + j, first, y + j * kUnitRows, rows);
       }
     }
-  }
+  });
 }
 
 template <typename T>
-void reduce(int64_t begin, int64_t end, void* context) {
+void reduce(Items& items, void* context) {
   const SqueezeExciteTask& task = *static_cast<const SqueezeExciteTask*>(context);
   const SqueezeExciteParams& p = task.p;
   const auto finish = [&](int64_t n, int64_t r, const float* y, int count) {
     store_part(task.hidden + n * p.reduced + r, activate(load_part(y, count), Vec{}, p.act), count);
   };
-  layer<T>(begin, end, p, p.reduce.data, p.reduce_bias, task.mean, p.channels, p.reduced, finish);
+  layer<T>(items, p, p.reduce.data, p.reduce_bias, task.mean, p.channels, p.reduced, finish);
 }
 
 template <typename T>
-void excite(int64_t begin, int64_t end, void* context) {
+void excite(Items& items, void* context) {
   const SqueezeExciteTask& task = *static_cast<const SqueezeExciteTask*>(context);
   const SqueezeExciteParams& p = task.p;
   const auto finish = [&](int64_t n, int64_t c, const float* y, int count) {
@@ -150,11 +150,11 @@ void excite(int64_t begin, int64_t end, void* context) {
     }
     store_part(static_cast<T*>(p.out) + n * p.channels + c, v, count);
   };
-  layer<T>(begin, end, p, p.expand.data, p.expand_bias, task.hidden, p.reduced, p.channels, finish);
+  layer<T>(items, p, p.expand.data, p.expand_bias, task.hidden, p.reduced, p.channels, finish);
 }
 
 template <typename T>
-void squeeze_excite(const SqueezeExciteParams& p, const Threads& threads) {
+void squeeze_excite(const SqueezeExciteParams& p, int threads) {
   const int64_t images = p.batch, planes = images * p.channels;
   float* scratch = thread_scratch(planes + images * p.reduced);
   SqueezeExciteTask task{p, scratch, scratch + planes};
@@ -168,7 +168,7 @@ void squeeze_excite(const SqueezeExciteParams& p, const Threads& threads) {
 
 // The means alone, of x's type.
 template <typename T>
-void global_pool(const SqueezeExciteParams& p, const Threads& threads) {
+void global_pool(const SqueezeExciteParams& p, int threads) {
   const int64_t planes = int64_t{p.batch} * p.channels;
   SqueezeExciteTask task{p, thread_scratch(planes), nullptr};
   run(threads, p.batch * div_up(p.channels, kLanes), static_cast<double>(planes) * p.height * p.width, squeeze<T>,
@@ -179,11 +179,11 @@ void global_pool(const SqueezeExciteParams& p, const Threads& threads) {
   }
 }
 
-inline void global_pool(const SqueezeExciteParams& p, const Threads& threads) {
+inline void global_pool(const SqueezeExciteParams& p, int threads) {
   GHOSTFUSED_BY_PATH(p.path, global_pool)(p, threads);
 }
 
-inline void squeeze_excite(const SqueezeExciteParams& p, const Threads& threads) {
+inline void squeeze_excite(const SqueezeExciteParams& p, int threads) {
   GHOSTFUSED_BY_PATH(p.path, squeeze_excite)(p, threads);
 }
 

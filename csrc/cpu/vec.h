@@ -111,20 +111,62 @@ GHOSTFUSED_INLINE void store_float(T* p, Vec v) {
   store(p, narrow(v, T{}));
 }
 GHOSTFUSED_INLINE float to_float(float x) { return x; }
+GHOSTFUSED_INLINE float to_float(BFloat16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float y;
+  __builtin_memcpy(&y, &bits, sizeof y);
+  return y;
+}
 template <typename T>
 GHOSTFUSED_INLINE float to_float(T x) {
   return widen(Halves{} + x.bits, T{})[0];
 }
+
+#ifdef GHOSTFUSED_X86_MASKS
+constexpr bool kMasks = true;  // a part of a vector is loaded and stored by one instruction
+#if GHOSTFUSED_LANES == 8
+GHOSTFUSED_INLINE Vec load_masked(const float* p, uint32_t mask) { return (Vec)_mm256_maskz_loadu_ps(mask, p); }
+GHOSTFUSED_INLINE Halves load_masked(const void* p, uint32_t mask) { return (Halves)_mm_maskz_loadu_epi16(mask, p); }
+GHOSTFUSED_INLINE void store_masked(float* p, Vec v, uint32_t mask) { _mm256_mask_storeu_ps(p, mask, (__m256)v); }
+GHOSTFUSED_INLINE void store_masked(void* p, Halves h, uint32_t mask) { _mm_mask_storeu_epi16(p, mask, (__m128i)h); }
+#else
+GHOSTFUSED_INLINE Vec load_masked(const float* p, uint32_t mask) { return (Vec)_mm512_maskz_loadu_ps(mask, p); }
+GHOSTFUSED_INLINE Halves load_masked(const void* p, uint32_t mask) { return (Halves)_mm256_maskz_loadu_epi16(mask, p); }
+GHOSTFUSED_INLINE void store_masked(float* p, Vec v, uint32_t mask) { _mm512_mask_storeu_ps(p, mask, (__m512)v); }
+GHOSTFUSED_INLINE void store_masked(void* p, Halves h, uint32_t mask) { _mm256_mask_storeu_epi16(p, mask, (__m256i)h); }
+#endif
+GHOSTFUSED_INLINE uint32_t mask_of(int count) { return (1u << count) - 1; }
+#else
+constexpr bool kMasks = false;
+#endif
+
 // The first ``count`` lanes of memory; zeros after them. And the reverse.
 template <typename T>
 GHOSTFUSED_INLINE Vec load_part(const T* p, int count) {
+#ifdef GHOSTFUSED_X86_MASKS
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return load_masked(p, mask_of(count));
+  } else {
+    return widen(load_masked(static_cast<const void*>(p), mask_of(count)), T{});
+  }
+#else
   if (count == kLanes) return load_float(p);
   T lanes[kLanes] = {};
   for (int i = 0; i < count; ++i) lanes[i] = p[i];
   return load_float(lanes);
+#endif
 }
 template <typename T>
 GHOSTFUSED_INLINE void store_part(T* p, Vec v, int count, int64_t stride = 1) {
+#ifdef GHOSTFUSED_X86_MASKS
+  if (stride == 1) {
+    if constexpr (sizeof(T) == sizeof(float)) {
+      return store_masked(p, v, mask_of(count));
+    } else {
+      return store_masked(static_cast<void*>(p), narrow(v, T{}), mask_of(count));
+    }
+  }
+#endif
   if (count == kLanes && stride == 1) return store_float(p, v);
   T lanes[kLanes];
   store_float(lanes, v);

@@ -1,7 +1,8 @@
 """``capture(model, example)``: a network's inference as next to nothing but kernels.
 
 On a CPU what ``torch.export`` sees of the model becomes a program of our kernels (``lowering``); on a GPU its forward is
-recorded as one CUDA graph (``graphs``). Both read the model's parameters and buffers where they lie.
+recorded as one CUDA graph (``graphs``). Both read the model's parameters and buffers where they lie, unless a program is to be
+frozen (``frozen``).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from ..fuse import fuse
 from ..numerics import relative_error
 from ..ops.transforms import transformed
 from ..spec import memory_format
+from .frozen import Frozen
 from .graphs import RecordedGraph
 from .lowering import Lowered, lower
 
@@ -41,10 +43,12 @@ def capture(
     partial: bool = False,
     dynamic_batch: bool = False,
     copy_output: bool = True,
+    freeze: bool = False,
 ) -> Captured:
     """``model``'s inference for inputs like ``example``, as one program on a CPU and as one CUDA graph on a GPU.
 
-    What is written into the model's parameters and buffers takes effect (``load_state_dict``, a weight average). Modules,
+    What is written into the model's parameters and buffers takes effect (``load_state_dict``, a weight average), unless it is
+    frozen. Modules,
     attributes and hooks are as they are now, and what the forward does in Python beside computing isn't done again.
     The model itself stays as it is; it need not be fused before.
 
@@ -57,6 +61,8 @@ def capture(
         dynamic_batch: on a CPU, take any number of images; all else is as in the example.
         copy_output: on a GPU, return fresh tensors at each call. If false, every call with one shape returns the same
             tensors, which the next call overwrites, and one copy fewer runs.
+        freeze: on a CPU, give the programs parameters of their own, as the kernels read them, with norms folded into float32
+            weights. What is written into the model's parameters later takes no effect until ``Captured.refresh``.
 
     Returns:
         A function of the model's inputs, a ``Captured``, which computes no gradients.
@@ -66,13 +72,17 @@ def capture(
             exported; or the program computes something else than the model.
         TypeError: ``model`` is no module, or ``example`` is neither tensors nor tuples or lists of them.
         ValueError: ``model`` is in train mode, tensors are on several devices or of a device that is neither a CPU nor a
-            GPU, or ``dynamic_batch`` is asked for on a GPU.
+            GPU, or ``dynamic_batch`` or ``freeze`` is asked for on a GPU.
     """
     examples = _examples(example)
     device = check(model, [x for inputs in examples for x in inputs])
     if device.type == "cuda":
         if dynamic_batch:
             raise ValueError("dynamic_batch: expected False on a GPU, where a CUDA graph is for one shape, got True")
+        if freeze:
+            raise ValueError(
+                "freeze: expected False on a GPU, where a CUDA graph reads the model's parameters where they lie, got True"
+            )
         fused = _shared_copy(model)
         graphs = {_key(inputs): Recorded(fused, inputs, copy_output) for inputs in examples}
         return Captured(graphs, device, partial, False)
@@ -80,19 +90,27 @@ def capture(
         raise ValueError(f"model: expected it on a CPU or on a GPU, got {device}")
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         fused = _shared_copy(model)
+        frozen = Frozen() if freeze else None
         variants = {}
         for inputs in examples:
-            variant = Program(export(fused, inputs, dynamic_batch), inputs, partial)
+            variant = Program(export(fused, inputs, dynamic_batch), inputs, partial, frozen)
             _prove(variant, model, inputs, dynamic_batch)
             variants[_key(inputs, dynamic_batch)] = variant
-    return Captured(variants, device, partial, dynamic_batch)
+    return Captured(variants, device, partial, dynamic_batch, frozen)
 
 
 class Captured:
     """What ``capture`` returns: a function of the model's inputs for the shapes that it was made for."""
 
-    def __init__(self, variants: dict[Key, Any], device: torch.device, partial: bool, dynamic_batch: bool):
-        self._variants, self._device = variants, device
+    def __init__(
+        self,
+        variants: dict[Key, Any],
+        device: torch.device,
+        partial: bool,
+        dynamic_batch: bool,
+        frozen: Frozen | None = None,
+    ):
+        self._variants, self._device, self._frozen = variants, device, frozen
         self._partial, self._dynamic_batch = partial, dynamic_batch
 
     def __call__(self, *inputs: Tensor) -> Any:
@@ -123,21 +141,47 @@ class Captured:
                     return variant(*inputs)
             return variant(*inputs)
 
+    @property
+    def frozen(self) -> bool:
+        """Whether the programs have parameters of their own: what is written into the model's takes no effect."""
+        return self._frozen is not None
+
+    def refresh(self) -> None:
+        """Takes over the model's parameters and buffers as they are now, in place. No call may run meanwhile.
+
+        Raises:
+            ValueError: it isn't frozen, or a weight isn't finite any more with its norm folded.
+        """
+        if self._frozen is None:
+            raise ValueError(
+                "refresh: expected a frozen network (capture(..., freeze=True)), got one that reads the model's"
+            )
+        with torch.no_grad():
+            self._frozen.refresh()
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one file that ``ghostfused.load`` reads in another process, or on another machine: what ``torch.export``
         sees of the fused model for each shape, with its weights, in ``torch.export``'s own format.
 
         Raises:
-            ValueError: the model can't be exported.
+            ValueError: the model can't be exported, or it is frozen and the model's parameters are others by now.
         """
         from . import saved
 
+        with torch.no_grad():
+            if self._frozen is not None and not self._frozen.is_current():
+                raise ValueError(
+                    "save: the model's parameters were written since they were frozen: call refresh() before"
+                )
         exported = [variant.exported for variant in self._variants.values()]
-        saved.write(path, exported, {"partial": self._partial, "dynamic_batch": self._dynamic_batch})
+        settings = {"partial": self._partial, "dynamic_batch": self._dynamic_batch, "freeze": self.frozen}
+        saved.write(path, exported, settings)
 
     def __repr__(self) -> str:
         lines = [f"{self._shown(key)}: {variant}" for key, variant in self._variants.items()]
-        return "\n".join([f"Captured on {self._device}", *(f"  {line}" for line in lines)])
+        return "\n".join(
+            [f"Captured on {self._device}{', frozen' if self.frozen else ''}", *(f"  {line}" for line in lines)]
+        )
 
     def __reduce__(self) -> Any:
         raise TypeError("Captured: it belongs to its process and can't be copied or pickled")
@@ -224,14 +268,16 @@ class Recorded(RecordedGraph):
 class Program:
     """An exported graph, lowered."""
 
-    def __init__(self, exported: torch.export.ExportedProgram, inputs: Inputs, partial: bool):
+    def __init__(
+        self, exported: torch.export.ExportedProgram, inputs: Inputs, partial: bool, frozen: Frozen | None = None
+    ):
         signature = exported.graph_signature
         if written := [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]:
             raise NotCaptured(f"the forward writes into {written[0]}")
         if attributes := [node for node in exported.graph.nodes if node.op == "get_attr"]:
             raise NotCaptured(f"the forward has a graph of its own inside, {_where(next(iter(attributes[0].users)))}")
         self.exported = exported
-        self.lowered: Lowered = lower(exported)
+        self.lowered: Lowered = lower(exported, frozen)
         left = self.lowered.left
         if left and not partial:
             others = f", and {len(left) - 1} more" if len(left) > 1 else ""
@@ -333,6 +379,7 @@ def load(path: str | os.PathLike[str], *, copy_output: bool = True) -> Captured:
     variants: dict[Key, Any] = {}
     device = torch.device("cpu")
     partial, dynamic = bool(settings.get("partial")), bool(settings.get("dynamic_batch"))
+    frozen = Frozen() if settings.get("freeze") else None
     for exported in programs:
         inputs = _inputs_like(exported)
         device = inputs[0].device
@@ -340,9 +387,9 @@ def load(path: str | os.PathLike[str], *, copy_output: bool = True) -> Captured:
             variants[_key(inputs, dynamic)] = (
                 Recorded(exported.module(check_guards=False), inputs, copy_output)
                 if device.type == "cuda"
-                else Program(exported, inputs, partial)
+                else Program(exported, inputs, partial, frozen)
             )
-    return Captured(variants, device, partial, dynamic)
+    return Captured(variants, device, partial, dynamic, frozen)
 
 
 def _inputs_like(exported: torch.export.ExportedProgram) -> Inputs:

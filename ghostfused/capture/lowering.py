@@ -20,6 +20,7 @@ from ..ops import encoding
 from ..spec import OPS, Act, Args, DepthwiseArgs, GhostArgs, GlobalPoolArgs, LinearArgs, Step
 from ..spec.activations import BY_OP
 from ..spec.kernels import KERNEL_DTYPES, kernel_refusal
+from .frozen import ACTIVE, Frozen
 
 aten = torch.ops.aten
 _NORMS = (aten._native_batch_norm_legit_no_training, aten.batch_norm)
@@ -29,8 +30,6 @@ _FREE = (*_COPIES, *_VIEWS, aten.sym_size, aten.slice, aten.select, aten.unsquee
 """What costs PyTorch next to nothing, so that no kernel need compute it."""
 _ASSERTIONS = (aten._assert_tensor_metadata,)
 """Of dtype and device, which a call's inputs are checked for."""
-_ACTIVE = ("x", "input_gate", "residual", "output_gate")
-"""Arguments of a step that the network computes; all others are the model's own tensors."""
 
 
 class Lowered(NamedTuple):
@@ -55,15 +54,16 @@ class _Item:
         self.inputs = list(dict.fromkeys(inputs))
 
 
-def lower(exported: torch.export.ExportedProgram) -> Lowered:
-    """``exported``'s graph, which must be functional and on the CPU, by our kernels where there are any."""
+def lower(exported: torch.export.ExportedProgram, frozen: Frozen | None = None) -> Lowered:
+    """``exported``'s graph, which must be functional and on the CPU, by our kernels where there are any. It reads the model's
+    tensors where they lie, or those of ``frozen``."""
     for node in reversed(exported.graph.nodes):  # a loaded graph picks all results, needed or not
         if node.target is operator.getitem and not node.users:
             exported.graph.erase_node(node)
     given = _given(exported)
     steps = _Steps(exported.graph, given)
     items, results = steps.live_items()
-    return _Writer(exported, given, items, results).written()
+    return _Writer(exported, given, items, results, frozen).written()
 
 
 def _given(exported: torch.export.ExportedProgram) -> dict[fx.Node, Tensor]:
@@ -149,7 +149,7 @@ class _Steps:
         if not isinstance(x, Tensor) or x.dtype not in KERNEL_DTYPES or x.device.type != "cpu":
             return False
         for name, t in zip(type(args).__annotations__, args, strict=True):
-            if name not in _ACTIVE and isinstance(t, fx.Node):  # a weight that the network computes
+            if name not in ACTIVE and isinstance(t, fx.Node):  # a weight that the network computes
                 return False
         if isinstance(args, Args) and kernel_refusal(args, any_primary=True):
             return False
@@ -161,7 +161,7 @@ class _Steps:
         if name not in OPS or backend != "cpu":
             return False
         bound = self._bound(node)
-        active = {n: self._source(v) for n, v in bound.items() if n in _ACTIVE and v is not None}
+        active = {n: self._source(v) for n, v in bound.items() if n in ACTIVE and v is not None}
         if not all(isinstance(source, fx.Node) for source in active.values()):
             return False
         weight = bound.get("primary_weight")
@@ -289,8 +289,9 @@ class _Writer:
         given: dict[fx.Node, Tensor],
         items: list[_Item],
         results: list[Any],
+        frozen: Frozen | None,
     ):
-        self.given, self.results = given, results
+        self.given, self.results, self.frozen = given, results, frozen
         self.users: dict[fx.Node, set[fx.Node | None]] = {}
         """The items that read each node's value, by their nodes; None is the network's result."""
         for node in results:
@@ -321,7 +322,8 @@ class _Writer:
             self.written_as[node] = self.new.node_copy(node, self._new)
         elif node not in self.written_as:
             name = f"tensor_{len(self.tensors)}"
-            self.tensors[name] = self.given[node]
+            given = self.given[node]
+            self.tensors[name] = self.frozen.tensor(given) if self.frozen else given
             self.written_as[node] = self.new.get_attr(name)
         return self.written_as[node]
 
@@ -361,7 +363,7 @@ class _Writer:
     def _write_program(self, items: list[_Item]) -> None:
         (start,) = items[0].inputs
         x = start.meta["val"]
-        calls = [(item.args, item.node.meta["val"]) for item in items]
+        calls = [(self.frozen.step(item.args) if self.frozen else item.args, item.node.meta["val"]) for item in items]
         stand_ins = {id(x), *(id(result) for _, result in calls)}
         known = {id(t) for args, _ in calls for t in args.tensors if t is not None} - stand_ins  # type: ignore[union-attr]
         found = encoding.encode(calls, x, known)  # type: ignore[arg-type]

@@ -313,6 +313,7 @@ def test_help_and_unknown_names(capsys):
         "launches",
         "overhead",
         "cpu_peak",
+        "busy",
         "suite",
         "compare",
         "report",

@@ -14,7 +14,6 @@
 #include <cstring>
 #include <memory>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "../csrc/cpu/dispatch.h"
@@ -24,15 +23,6 @@ using namespace ghostfused;
 namespace {
 
 int thread_count = 2;
-
-void parallel_for(int64_t count, cpu::Body body, void* context) {
-  std::vector<std::thread> threads;
-  const int64_t share = (count + thread_count - 1) / thread_count;
-  for (int64_t begin = 0; begin < count; begin += share) {
-    threads.emplace_back(body, begin, std::min(begin + share, count), context);
-  }
-  for (std::thread& thread : threads) thread.join();
-}
 
 uint32_t state = 1;
 float random_float() {  // of [-1, 1)
@@ -121,7 +111,7 @@ void run_ghost(const cpu::Isa& isa, const int* n, Drawer& draw, Buffer& out, int
   out = numbers(int64_t{s.batch} * s.out_channels * s.height * s.width, s.path);
   p.out = dense(out, s.channels_last, s.out_channels, s.height, s.width);
   if (s.height * s.width == 1) s.channels_last = true, p.out.stride_c = 1;
-  isa.kernels->forward(p, {thread_count, parallel_for});
+  isa.kernels->forward(p, thread_count);
 }
 
 void run_conv(const cpu::Isa& isa, const int* n, Drawer& draw, Buffer& out) {
@@ -142,7 +132,7 @@ void run_depthwise(const cpu::Isa& isa, const int* n, Drawer& draw, Buffer& out)
   p.norm = draw.norm(p.channels, draw.extras ? Act::kHardswish : Act::kNone);
   out = numbers(int64_t{p.batch} * p.channels * p.out_height * p.out_width, p.path);
   p.out = dense(out, p.channels_last, p.channels, p.out_height, p.out_width);
-  isa.kernels->depthwise(p, {thread_count, parallel_for});
+  isa.kernels->depthwise(p, thread_count);
 }
 
 void run_squeeze(const cpu::Isa& isa, const int* n, Drawer& draw, Buffer& out) {
@@ -158,7 +148,7 @@ void run_squeeze(const cpu::Isa& isa, const int* n, Drawer& draw, Buffer& out) {
   out = numbers(int64_t{p.batch} * p.channels, p.path);
   p.out = out.data.get();
   const auto kernel = p.reduced ? isa.kernels->squeeze_excite : isa.kernels->global_pool;
-  kernel(p, {thread_count, parallel_for});
+  kernel(p, thread_count);
 }
 
 void run_case(const cpu::Isa& isa, char** arg, int repeat) {

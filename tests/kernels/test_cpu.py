@@ -68,6 +68,16 @@ def test_sizes(size, layout):
     check(Case(1, 8, *size, 16, dw_size=5, layout=layout, act_primary="silu"))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dw_size", [3, 5, 7])
+def test_every_width(dw_size, dtype):
+    """A row's last vector ends where the row does, so that taps leave the image in one vector or in two."""
+    for width in range(1, 37):
+        check(Case(1, 4, 5, width, 6, dw_size=dw_size, dtype=dtype, residual=width % 2 == 0))
+        if dw_size < 7:
+            check(DepthwiseCase(1, 3, 6, width, (dw_size, dw_size), 2, dtype=dtype))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [(1, 1), (7, 7), (9, 11), (14, 14)])
@@ -192,7 +202,7 @@ def test_each_instruction_set(isa):
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-x", __file__]
     command += [
         "-k",
-        "every_kernel or sizes or chosen or without_ghosts or pairs or test_depthwise or test_squeeze or primary_convs",
+        "every_kernel or sizes or width or chosen or without_ghosts or pairs or test_depthwise or test_squeeze or primary_convs",
     ]
     run = subprocess.run(command, env=os.environ | {ISA: isa}, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout[-4000:]

@@ -24,7 +24,8 @@ def cross_compiler() -> list[str] | None:
 
 @pytest.mark.skipif(cross_compiler() is None, reason="no aarch64-linux-gnu-g++, and ziglang is not installed")
 @pytest.mark.parametrize(
-    "source", ["csrc/cpu/dispatch.cpp", "csrc/cpu/isa/baseline.cpp", "tests/helpers/cpu_driver.cpp"]
+    "source",
+    ["csrc/cpu/dispatch.cpp", "csrc/cpu/pool.cpp", "csrc/cpu/isa/baseline.cpp", "tests/helpers/cpu_driver.cpp"],
 )
 def test_compiles_for_aarch64(source, tmp_path):
     command = [

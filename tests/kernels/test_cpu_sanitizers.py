@@ -19,7 +19,7 @@ from ghostfused.backends import cpu
 
 ROOT = Path(__file__).parents[2]
 CPU = ROOT / "csrc" / "cpu"
-KERNELS = [CPU / "dispatch.cpp", *sorted((CPU / "isa").glob("*.cpp"))]
+KERNELS = [CPU / "dispatch.cpp", CPU / "pool.cpp", *sorted((CPU / "isa").glob("*.cpp"))]
 DRIVER, BINDING = ROOT / "tests" / "helpers" / "cpu_driver.cpp", CPU / "binding.cpp"
 ISAS = ["baseline", "avx2", "avx512vl", "avx512vl_bf16", "avx512", "avx512_bf16"]
 
@@ -60,6 +60,8 @@ CASES = [  # as tests/helpers/cpu_driver.cpp describes them
     "depthwise 2 3 2 40 1 5 1 nchw float16 1",
     "depthwise 2 3 40 2 5 1 1 nhwc float16 1",
     "depthwise 3 3 1 1 7 7 2 nchw float32 0",
+    "depthwise 2 3 13 37 3 3 2 nchw bfloat16 0",
+    "depthwise 1 3 8 66 5 5 2 nchw float16 1",
     "squeeze 2 21 7 9 6 0 0 nchw float32 1",
     "squeeze 2 21 7 9 6 1 0 nhwc float32 0",
     "squeeze 5 200 3 3 30 2 0 nchw bfloat16 1",
@@ -69,29 +71,36 @@ CASES = [  # as tests/helpers/cpu_driver.cpp describes them
 ]
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
-@pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
-def test_sanitizers_find_nothing(sanitizers, tmp_path):
-    flags = [
-        "-std=c++20",
-        f"-I{ROOT / 'csrc'}",
-        "-O1",
-        "-g1",
-        "-fPIC",
-        f"-fsanitize={sanitizers}",
-        "-fno-sanitize-recover=all",
-    ]
-    if subprocess.run(
-        ["g++", *flags, "-x", "c++", "-", "-o", tmp_path / "probe"], input=b"int main() {}", capture_output=True
-    ).returncode:
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+both = pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
+
+
+def compiler(sanitizers: str, tmp_path: Path) -> list:
+    """g++ and its flags; skips the test where it lacks these sanitizers."""
+    flags = ["-std=c++20", f"-I{ROOT / 'csrc'}", "-O1", "-g1", "-fPIC", f"-fsanitize={sanitizers}"]
+    command = ["g++", *flags, "-fno-sanitize-recover=all"]
+    probe = [*command, "-x", "c++", "-", "-o", tmp_path / "probe"]
+    if subprocess.run(probe, input=b"int main() {}", capture_output=True).returncode:
         pytest.skip(f"this g++ has no -fsanitize={sanitizers}")
+    return command
+
+
+@both
+def test_the_pool(sanitizers, tmp_path):
+    sources = [ROOT / "tests" / "helpers" / "cpu_pool_driver.cpp", CPU / "pool.cpp"]
+    subprocess.run([*compiler(sanitizers, tmp_path), *sources, "-o", tmp_path / "pool"], check=True)
+    run = subprocess.run([tmp_path / "pool"], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, f"{run.stdout}{run.stderr[:6000]}"
+
+
+@both
+def test_sanitizers_find_nothing(sanitizers, tmp_path):
+    command = compiler(sanitizers, tmp_path)
 
     def compile_one(source: Path) -> Path:
         target = tmp_path / f"{source.stem}.o"
         torch_flags = _torch_flags() if source == BINDING else []
-        subprocess.run(
-            ["g++", *flags, *torch_flags, "-c", source, "-o", target], check=True, capture_output=True, text=True
-        )
+        subprocess.run([*command, *torch_flags, "-c", source, "-o", target], check=True, capture_output=True, text=True)
         return target
 
     with_ops = "address" in sanitizers and cpu.unavailable() is None
@@ -99,9 +108,9 @@ def test_sanitizers_find_nothing(sanitizers, tmp_path):
         # the longest first
         binding, main, *kernels = pool.map(compile_one, [BINDING if with_ops else DRIVER, DRIVER, *KERNELS])
     driver = tmp_path / "driver"
-    subprocess.run(["g++", *flags, main, *kernels, "-o", driver], check=True)
+    subprocess.run([*command, main, *kernels, "-o", driver], check=True)
     if with_ops:
-        _malformed_calls(["g++", *flags, "-shared", binding, *kernels], tmp_path)
+        _malformed_calls([*command, "-shared", binding, *kernels], tmp_path)
     checksums = {}
     for isa in ISAS:
         for threads in ("1", "3"):

@@ -1,5 +1,6 @@
 // AVX2 and FMA.
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 #ifdef __x86_64__
 #include <immintrin.h>

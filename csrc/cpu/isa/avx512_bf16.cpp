@@ -1,5 +1,6 @@
 // AVX-512 with 512-bit vectors, and products of bf16.
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 #ifdef __x86_64__
 #include <immintrin.h>
@@ -11,6 +12,7 @@
 #define GHOSTFUSED_LANES 16
 #define GHOSTFUSED_MANY_REGISTERS
 #define GHOSTFUSED_X86_HALVES
+#define GHOSTFUSED_X86_MASKS
 #define GHOSTFUSED_X86_BF16
 #include "cpu/kernels.h"
 

@@ -1,5 +1,6 @@
 // AVX-512 with 256-bit vectors, for CPUs whose units are 256 bits wide: twice the registers of AVX2.
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 #ifdef __x86_64__
 #include <immintrin.h>
@@ -11,6 +12,7 @@
 #define GHOSTFUSED_LANES 8
 #define GHOSTFUSED_MANY_REGISTERS
 #define GHOSTFUSED_X86_HALVES
+#define GHOSTFUSED_X86_MASKS
 #include "cpu/kernels.h"
 
 namespace ghostfused::cpu {

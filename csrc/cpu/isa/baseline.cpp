@@ -1,5 +1,6 @@
 // What every CPU of the architecture has: SSE2 on x86-64, NEON on aarch64.
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 
 #include "cpu/dispatch.h"
