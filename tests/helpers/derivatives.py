@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -64,13 +65,19 @@ def network() -> tuple[nn.Module, nn.Module]:
 MODELS = {f.__name__: f for f in (own, twin, attention, network)}
 
 
-def pair(name: str, training: bool, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, nn.Module, Tensor]:
-    """An unfused model, the fused one with the same values, and an input."""
+@functools.cache
+def built(name: str) -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(0)
     unfused, fused = MODELS[name]()
     calibrate(unfused, torch.randn(4, 4, 6, 5))
     fused.load_state_dict(unfused.state_dict())
-    return unfused.train(training).to(dtype), fused.train(training).to(dtype), torch.randn(3, 4, 6, 5).to(dtype)
+    return unfused, fused
+
+
+def pair(name: str, training: bool, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, nn.Module, Tensor]:
+    """An unfused model, the fused one with the same values, and an input."""
+    unfused, fused = (copy.deepcopy(model).train(training).to(dtype) for model in built(name))
+    return unfused, fused, torch.randn(3, 4, 6, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
 # ---- derivatives
@@ -255,6 +262,11 @@ def func_call(model, x):
 DERIVATIVES = [
     forward, replayed, inference, gradients, gradient_penalty, hessian_vector_product, third_derivative, reused_graph,
     batched_gradients, jacobian, jacobian_vectorized, jacobian_forward, hessian, forward_mode, forward_mode_frozen,
-    forward_mode_after_replays, forward_mode_of_parameters, forward_over_reverse, backward_in_dual_level, func_jvp, func_vjp,
-    func_jacobians, func_grad, func_grad_twice, func_gradients_of_each_image, func_vmap, func_vmap_of_parameters, func_call,
+    forward_mode_after_replays, forward_mode_of_parameters, forward_over_reverse, backward_in_dual_level,
+    func_vmap_of_parameters, func_call,
 ]  # fmt: skip
+WITH_STORED_STATISTICS = [
+    func_jvp, func_vjp, func_jacobians, func_grad, func_grad_twice, func_gradients_of_each_image, func_vmap,
+]  # fmt: skip
+"""PyTorch's own BatchNorm can't update its running statistics under these."""
+SLOW = [hessian, jacobian]

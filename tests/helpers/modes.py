@@ -205,6 +205,7 @@ MODES = [
     made_by_make_fx_of_fakes, autocast, autocast_around_backward, autocast_around_second_backward, on_meta,
     negative_bit, empty_batch, settings,
 ]  # fmt: skip
+SLOW = [fake, made_by_make_fx_of_gradients]
 
 
 # ---- compilers

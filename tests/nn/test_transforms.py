@@ -9,6 +9,8 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import derivatives
+import modes
 import pytest
 import torch
 from derivatives import (
@@ -115,9 +117,20 @@ def assert_alike(way: Way, unfused: nn.Module, fused: nn.Module, x: Tensor) -> N
         assert error <= max(limit, right.norm() * tolerance.floor)
 
 
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("name", ["own", "network"])
-@pytest.mark.parametrize("way", DERIVATIVES, ids=lambda way: way.__name__)
+def cases(ways: list[Way], training: tuple[bool, ...] = (False, True)) -> list:
+    """Each way of both models in both modes, but for the slow ones of the larger model."""
+    return [
+        pytest.param(way, name, mode, id=f"{way.__name__}-{name}-{'train' if mode else 'eval'}")
+        for way in ways
+        for name in ("own", "network")
+        for mode in training
+        if name == "own" or way not in derivatives.SLOW + modes.SLOW
+    ]
+
+
+@pytest.mark.parametrize(
+    ("way", "name", "training"), cases(DERIVATIVES) + cases(derivatives.WITH_STORED_STATISTICS, (False,))
+)
 def test_derivatives(way, name, training):
     assert_alike(way, *pair(name, training))
 
@@ -155,9 +168,7 @@ def test_derivatives_in_half_precision(way, dtype):
         assert_alike(way, *pair("own", training, dtype))
 
 
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("name", ["own", "network"])
-@pytest.mark.parametrize("way", MODES, ids=lambda way: way.__name__)
+@pytest.mark.parametrize(("way", "name", "training"), cases(MODES))
 def test_modes(way, name, training):
     assert_alike(way, *pair(name, training))
 
