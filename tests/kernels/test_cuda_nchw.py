@@ -94,7 +94,7 @@ def test_plans_fit_the_device(smem):
 @needs_extension
 @pytest.mark.parametrize("smem", [101376, 166912, 232448])
 def test_it_takes_all_of_ghostnet(smem):
-    lines = (Path(__file__).parent / "data/ghost_configs.jsonl").read_text().splitlines()
+    lines = (Path(__file__).parents[1] / "data" / "ghost_configs.jsonl").read_text().splitlines()
     modules = [m for m in map(json.loads, lines) if m["source"] == "timm/ghostnet_100@224" and m["kernel_size"] == 1]
     assert sum(m["count"] for m in modules) == 32
     for m, input_gate in itertools.product(modules, (False, True)):
