@@ -91,7 +91,7 @@ def as_if_available(backend: str | None) -> Iterator[None]:
     module = BACKENDS[backend]
     with (
         mock.patch.object(module, "unavailable", return_value=None),
-        mock.patch.object(module, "supports", kernel_refusal),
+        mock.patch.object(module, "supports", lambda args: kernel_refusal(args, backend)),
     ):
         yield
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ghostfused.spec.kernels import KERNEL_DEPTHWISE
+from ghostfused.spec.kernels import COMMON
 
 from .sass import tool
 from .sass_flow import Instruction, parse, static_counts
@@ -61,7 +61,7 @@ def _depthwise_plans(path: str, arch: str, w: int, stride: int, nhwc: int) -> li
             batch=batch, channels=m["out_channels"], height=m["height"], width=m["width"], kernel_h=h, kernel_w=w,
             stride=stride, path=path, channels_last=bool(nhwc), sm_count=DEVICES[arch][0],
         )
-        for m in modules() for batch in BATCHES for h, kernel_w in KERNEL_DEPTHWISE if kernel_w == w
+        for m in modules() for batch in BATCHES for h, kernel_w in COMMON.depthwise if kernel_w == w
     ]  # fmt: skip
 
 

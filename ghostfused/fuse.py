@@ -24,7 +24,7 @@ from .recognize import ghost
 from .recognize.equivalence import SAME, substituted
 from .recognize.swap import original
 from .spec import GhostArgs
-from .spec.kernels import form_refusal
+from .spec.kernels import COMMON, TAKES, form_refusal
 
 LEVELS = ("auto", "module")
 Filter = Callable[[str, nn.Module], bool]
@@ -281,8 +281,8 @@ class _Surgery:
         fused = FusedGhostModule.from_adopted(module, adopted, self.backend)
         if not isinstance(fused, str):
             example = _example(fused)
-            on_cpu = example.x.is_cpu and self.backend in ("auto", "cpu")
-            if reason := form_refusal(example, any_primary=on_cpu):
+            kernels = "cpu" if example.x.is_cpu and self.backend == "auto" else self.backend
+            if reason := form_refusal(example, TAKES.get(kernels, COMMON)):
                 return f"no kernel for {reason}"
         return fused
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..spec import Args
-from ..spec.kernels import KERNEL_DTYPES, kernel_refusal, placement_refusal
+from ..spec.kernels import COMMON, kernel_refusal, placement_refusal
 from .extension import Extension, op
 
 extension = Extension("_cpu")
@@ -25,7 +25,7 @@ def supports(args: Args) -> str | None:
         return extension.failure
     if args.x.device.type != "cpu":
         return f"tensors on {args.x.device} (the kernel takes CPU tensors)"
-    return kernel_refusal(args, any_primary=True) or placement_refusal(args)
+    return kernel_refusal(args, "cpu") or placement_refusal(args)
 
 
 def may_try(args: Args) -> bool:
@@ -36,7 +36,7 @@ def may_try(args: Args) -> bool:
         extension.failure is None
         and type(x) is Tensor
         and x.is_cpu
-        and x.dtype in KERNEL_DTYPES
+        and x.dtype in COMMON.dtypes
         and not torch.compiler.is_compiling()
     )
 

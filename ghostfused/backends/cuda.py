@@ -46,7 +46,10 @@ def supports(args: Args) -> str | None:
     if device.type != "cuda":
         return f"tensors on {device} (the kernel takes CUDA tensors)"
     return (
-        _device_refusal(device.index or 0) or kernel_refusal(args) or placement_refusal(args) or _stride_refusal(args)
+        _device_refusal(device.index or 0)
+        or kernel_refusal(args, "cuda")
+        or placement_refusal(args)
+        or _stride_refusal(args)
     )
 
 

@@ -19,7 +19,7 @@ from ..backends import cpu
 from ..ops import encoding
 from ..spec import OPS, Act, Args, DepthwiseArgs, GhostArgs, GlobalPoolArgs, LinearArgs, Step
 from ..spec.activations import BY_OP
-from ..spec.kernels import KERNEL_DTYPES, kernel_refusal
+from ..spec.kernels import COMMON, kernel_refusal
 from .frozen import ACTIVE, Frozen
 
 aten = torch.ops.aten
@@ -146,12 +146,12 @@ class _Steps:
     def _add(self, node: fx.Node, args: Step, nodes: Iterable[fx.Node]) -> bool:
         """Adds a step, if the kernels take it."""
         x = args.x
-        if not isinstance(x, Tensor) or x.dtype not in KERNEL_DTYPES or x.device.type != "cpu":
+        if not isinstance(x, Tensor) or x.dtype not in COMMON.dtypes or x.device.type != "cpu":
             return False
         for name, t in zip(type(args).__annotations__, args, strict=True):
             if name not in ACTIVE and isinstance(t, fx.Node):  # a weight that the network computes
                 return False
-        if isinstance(args, Args) and kernel_refusal(args, any_primary=True):
+        if isinstance(args, Args) and kernel_refusal(args, "cpu"):
             return False
         self.items[node] = _Item(node, args, nodes)
         return True

@@ -11,6 +11,8 @@ import torch
 
 from .. import __version__
 from ..backends import BACKENDS
+from ..spec import Act
+from ..spec.kernels import TAKES
 
 
 def collect() -> dict:
@@ -35,7 +37,23 @@ def collect() -> dict:
         "gpus": gpus,
         "extensions": {name: BACKENDS[name].build_info() for name in ("cuda", "cpu")},
         "backends": {name: backend.unavailable() for name, backend in BACKENDS.items()},
+        "takes": {
+            name: {field: _words(value) for field, value in takes._asdict().items()} for name, takes in TAKES.items()
+        },
     }
+
+
+def _words(value: object) -> object:
+    """A field of ``spec.kernels.Takes`` as JSON has it."""
+    if isinstance(value, tuple):
+        return [_words(each) for each in value]
+    if isinstance(value, torch.dtype):
+        return str(value)
+    return value.name.lower() if isinstance(value, Act) else value
+
+
+def _short(value: object) -> str:
+    return "×".join(map(str, value)) if isinstance(value, list) else str(value).removeprefix("torch.")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +67,7 @@ def main(options: argparse.Namespace) -> int:
         print(json.dumps(facts, indent=2))
         return 0
     for name, value in facts.items():
-        if name not in ("backends", "gpus", "extensions"):
+        if name not in ("backends", "gpus", "extensions", "takes"):
             print(f"{name:12} {value}")
     for gpu in facts["gpus"] or [None]:
         print(f"{'gpu':12} {gpu or 'none'}")
@@ -58,4 +76,9 @@ def main(options: argparse.Namespace) -> int:
     print("\nbackends")
     for name, reason in facts["backends"].items():
         print(f"  {name:18} {'works' if reason is None else f'no: {reason}'}")
+    print("\nwhat their kernels take (the reference runs the rest)")
+    for name, takes in facts["takes"].items():
+        print(f"  {name}")
+        for field, value in takes.items():
+            print(f"    {field:18} {', '.join(map(_short, value)) if isinstance(value, list) else value}")
     return 0

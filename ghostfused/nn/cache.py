@@ -25,7 +25,7 @@ from ..ops.transforms import undisturbed
 from ..recognize import ghost
 from ..recognize.swap import is_ours, original
 from ..recognize.watch import Watched, any_changed, same
-from ..spec.kernels import KERNEL_DTYPES
+from ..spec.kernels import COMMON
 
 
 class _State:
@@ -90,7 +90,7 @@ def may_replay(x: Tensor) -> bool:
         not torch.compiler.is_compiling()
         and type(x) is Tensor
         and not torch.is_grad_enabled()
-        and x.dtype in KERNEL_DTYPES
+        and x.dtype in COMMON.dtypes
         and (x.is_cpu or x.is_cuda)
         and not is_recording()
         and undisturbed()

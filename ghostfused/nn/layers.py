@@ -19,7 +19,7 @@ from ..recognize.trace import Traced, is_fused, is_look, trace
 from ..recognize.watch import Path, Watched, get
 from ..spec import Act, Gate
 from ..spec.activations import BY_MODULE
-from ..spec.kernels import KERNEL_GATE_ACTS, depthwise_form_refusal
+from ..spec.kernels import COMMON, depthwise_form_refusal
 
 for _name in ("conv1x1", "depthwise", "squeeze_excite"):
     torch.fx.wrap(_name)  # torch.fx's symbolic tracing records the call and doesn't look inside
@@ -109,7 +109,7 @@ def _kind(half: ghost.Half) -> str | None:
         return None if half.act == Act.GELU else "conv1x1"
     if conv.groups != channels or channels != conv.in_channels or per_group != 1 or conv.dilation != (1, 1):
         return None
-    return None if depthwise_form_refusal((kh, kw), conv.stride[0], half.act) else "depthwise"
+    return None if depthwise_form_refusal((kh, kw), conv.stride[0], half.act, COMMON) else "depthwise"
 
 
 def split(layers: Sequence[tuple[ghost.Layer, nn.Module | Known]]) -> list[Run]:
@@ -190,7 +190,7 @@ def read_squeeze_excite(block: nn.Module, path: Path) -> tuple[SqueezeExcite, Wa
     try:
         with substituted(block, channels, training=False) as (twin, x):
             expected = twin.forward(x)
-            for act, gate in itertools.product(acts.intersection(KERNEL_GATE_ACTS), Gate):
+            for act, gate in itertools.product(acts.intersection(COMMON.gate_acts), Gate):
                 found = SqueezeExcite(reduce, expand, act, gate)
                 out = x * found(twin, x, "reference")[:, :, None, None]
                 if out.shape == expected.shape and torch.allclose(out, expected, rtol=1e-10, atol=1e-12):

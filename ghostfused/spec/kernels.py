@@ -1,9 +1,10 @@
-"""What the kernel backends refuse alike."""
+"""The one table of what each backend's kernels take, and why they refuse what they don't: ``fuse``, the functions, ``info``
+and the tests of the docs read it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -19,14 +20,33 @@ def constant_to_dynamo(function: Function) -> Function:
     return function
 
 
-KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-MAX_PATCH_CHANNELS = 16
-"""Input channels of a primary conv beyond 1×1 (``csrc/common/parameters.h``)."""
-KERNEL_DW_SIZES = (1, 3, 5, 7)
-KERNEL_DEPTHWISE = ((3, 3), (5, 5), (7, 7), (1, 5), (5, 1))
-"""Kernels of the ``depthwise`` op: those of stride-2 steps and of shortcuts, and those of DFC attention."""
-KERNEL_GATE_ACTS = tuple(act for act in Act if act not in (Act.LEAKY_RELU, Act.PRELU, Act.GELU))
-"""Activations between the two matrices of the ``squeeze_excite`` op: those without a slope, but GELU."""
+_ACTS = tuple(act for act in Act if act != Act.GELU)
+_GATE_ACTS = tuple(act for act in _ACTS if act not in (Act.LEAKY_RELU, Act.PRELU))
+
+
+class Takes(NamedTuple):
+    """What the kernels of one backend take. The defaults are what all have in common."""
+
+    patch_channels: int = 0
+    """Most input channels of a primary conv of any odd kernel at any stride; 0: primary convs are 1×1 at stride 1."""
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
+    dw_sizes: tuple[int, ...] = (1, 3, 5, 7)
+    acts: tuple[Act, ...] = _ACTS
+    depthwise: tuple[tuple[int, int], ...] = ((3, 3), (5, 5), (7, 7), (1, 5), (5, 1))
+    """Kernels of the ``depthwise`` op: those of stride-2 steps and of shortcuts, and those of DFC attention."""
+    depthwise_strides: tuple[int, ...] = (1, 2)
+    gate_acts: tuple[Act, ...] = _GATE_ACTS
+    """Between the two matrices of the ``squeeze_excite`` op: those without a slope, but GELU."""
+
+
+TAKES = {
+    "cuda": Takes(),
+    "triton": Takes(),
+    "triton_two_kernel": Takes(),
+    "cpu": Takes(patch_channels=16),  # csrc/common/parameters.h's
+}
+"""By the backend's name. The reference takes everything."""
+COMMON = Takes()
 _NORMS = tuple(f"{half}_{name}" for half in ("primary", "cheap") for name in ("mean", "var", "gamma", "beta"))
 
 
@@ -37,63 +57,51 @@ def norm_dtype(args: GhostArgs | DepthwiseArgs) -> torch.dtype | None:
     return args.x.dtype if not dtypes else dtypes.pop() if len(dtypes) == 1 else None
 
 
-def kernel_refusal(args: Args, any_primary: bool = False) -> str | None:
-    """Why the fused kernels can't run ``args`` on any device; None if they can.
-
-    ``any_primary``: they take primary convs of any odd kernel, of few channels, and any stride, as those for the CPU do.
-    """
-    if args.x.dtype not in KERNEL_DTYPES:
-        return f"dtype {args.x.dtype} (the kernels take float32, float16 and bfloat16)"
-    if isinstance(args, DepthwiseArgs):
-        return _depthwise_refusal(args)
+def kernel_refusal(args: Args, backend: str) -> str | None:
+    """Why the kernels of ``backend`` can't run ``args`` on any device; None if they can."""
+    takes = TAKES[backend]
+    if args.x.dtype not in takes.dtypes:
+        return f"dtype {args.x.dtype} (the kernels take {', '.join(map(str, takes.dtypes))})"
     if isinstance(args, SqueezeExciteArgs):
-        return _squeeze_excite_refusal(args)
-    if reason := form_refusal(args, any_primary):
-        return reason
-    if norm_dtype(args) not in (args.x.dtype, torch.float32):
-        return f"norm tensors of mixed dtypes (the kernels take all {args.x.dtype} or all float32)"
-    return None
+        ours = args.act in takes.gate_acts
+        return None if ours else f"{Act(args.act).name} (the kernels have the activations without a slope, but GELU)"
+    if isinstance(args, DepthwiseArgs):
+        reason = depthwise_form_refusal(tuple(args.weight.shape[2:]), args.stride, args.act, takes)
+    else:
+        reason = form_refusal(args, takes)
+    if reason is None and norm_dtype(args) not in (args.x.dtype, torch.float32):
+        reason = f"norm tensors of mixed dtypes (the kernels take all {args.x.dtype} or all float32)"
+    return reason
 
 
-def form_refusal(args: GhostArgs, any_primary: bool = False) -> str | None:
+def form_refusal(args: GhostArgs, takes: Takes) -> str | None:
     """As ``kernel_refusal``, for what no change of dtype, size or device can help."""
-    if args.kernel_size != 1 and not (any_primary and args.kernel_size % 2):
-        takes = "odd ones" if any_primary else "1×1"
-        return f"a {args.kernel_size}×{args.kernel_size} primary conv (the kernels take {takes})"
-    if args.kernel_size > 1 and args.x.shape[1] > MAX_PATCH_CHANNELS:
-        return f"a {args.kernel_size}×{args.kernel_size} primary conv of {args.x.shape[1]} channels (the kernels take {MAX_PATCH_CHANNELS})"
-    if args.groups != 1 or (args.stride != 1 and not any_primary):
+    k, patches = args.kernel_size, takes.patch_channels
+    if k != 1 and not (patches and k % 2):
+        return f"a {k}×{k} primary conv (the kernels take {'odd ones' if patches else '1×1'})"
+    if k > 1 and args.x.shape[1] > patches:
+        return f"a {k}×{k} primary conv of {args.x.shape[1]} channels (the kernels take {patches})"
+    if args.groups != 1 or (args.stride != 1 and not patches):
         return f"a primary conv with stride {args.stride}, groups {args.groups} (the kernels take 1 and 1)"
-    if args.dw_size not in KERNEL_DW_SIZES:
-        return f"dw_size {args.dw_size} (the kernels take {KERNEL_DW_SIZES})"
+    if args.dw_size not in takes.dw_sizes:
+        return f"dw_size {args.dw_size} (the kernels take {takes.dw_sizes})"
     if args.out_channels < args.init_channels:
         return f"out_channels {args.out_channels} below init_channels {args.init_channels}"
-    if args.primary_act == Act.GELU or args.cheap_act == Act.GELU:
-        return "GELU (the kernels have the other activations)"
-    return None
+    return _act_refusal(takes, args.primary_act, args.cheap_act)
 
 
-def depthwise_form_refusal(kernel: tuple[int, ...], stride: int, act: int) -> str | None:
+def depthwise_form_refusal(kernel: tuple[int, ...], stride: int, act: int, takes: Takes) -> str | None:
     """As ``form_refusal``, for a depthwise convolution."""
-    if kernel not in KERNEL_DEPTHWISE:
-        return f"a {kernel[0]}×{kernel[1]} depthwise conv (the kernels take {KERNEL_DEPTHWISE})"
-    if stride not in (1, 2):
-        return f"stride {stride} (the kernels take 1 and 2)"
-    return "GELU (the kernels have the other activations)" if act == Act.GELU else None
+    if kernel not in takes.depthwise:
+        return f"a {kernel[0]}×{kernel[1]} depthwise conv (the kernels take {takes.depthwise})"
+    if stride not in takes.depthwise_strides:
+        return f"stride {stride} (the kernels take {takes.depthwise_strides})"
+    return _act_refusal(takes, act)
 
 
-def _depthwise_refusal(args: DepthwiseArgs) -> str | None:
-    if reason := depthwise_form_refusal(tuple(args.weight.shape[2:]), args.stride, args.act):
-        return reason
-    if norm_dtype(args) not in (args.x.dtype, torch.float32):
-        return f"norm tensors of mixed dtypes (the kernels take all {args.x.dtype} or all float32)"
-    return None
-
-
-def _squeeze_excite_refusal(args: SqueezeExciteArgs) -> str | None:
-    if args.act not in KERNEL_GATE_ACTS:
-        return f"{Act(args.act).name} (the kernels have the activations without a slope, but GELU)"
-    return None
+def _act_refusal(takes: Takes, *acts: int) -> str | None:
+    missing = next((Act(act) for act in acts if act not in takes.acts), None)
+    return None if missing is None else f"{missing.name} (the kernels have the other activations)"
 
 
 _MAX_SIZE, _MAX_CHANNELS = 2**30, 2**26

@@ -24,7 +24,7 @@ import ghostfused
 import ghostfused.__main__ as commands
 from ghostfused import backends
 from ghostfused.spec import Act
-from ghostfused.spec.kernels import KERNEL_DEPTHWISE, KERNEL_DW_SIZES, MAX_PATCH_CHANNELS
+from ghostfused.spec.kernels import COMMON, TAKES
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -333,10 +333,10 @@ def test_readme_covers_what_the_kernels_take():
     kernels, others = coverage("activation")
     assert words(kernels) | words(others) == {act.name.lower().replace("_", "") for act in Act}
     assert words(others) == {"gelu"}
-    assert "depthwise " + ", ".join(map(str, KERNEL_DW_SIZES)) in coverage("cheap operation")[0]
-    sizes = [str(h) if h == w else f"{h}×{w}" for h, w in KERNEL_DEPTHWISE]
+    assert "depthwise " + ", ".join(map(str, COMMON.dw_sizes)) in coverage("cheap operation")[0]
+    sizes = [str(h) if h == w else f"{h}×{w}" for h, w in COMMON.depthwise]
     assert "depthwise " + ", ".join(sizes) in coverage("bottleneck")[0]
-    assert f"up to {MAX_PATCH_CHANNELS} channels" in coverage("primary conv")[0]
+    assert f"up to {TAKES['cpu'].patch_channels} channels" in coverage("primary conv")[0]
 
 
 @pytest.mark.parametrize("settings", [{"stride": 2}, {"kernel_size": 3}])

@@ -9,14 +9,14 @@ from draws import ACTS, DTYPES, GATES, LAYOUTS
 
 from ghostfused.backends import reference
 from ghostfused.spec import Act, Args, DepthwiseArgs, tensor_names
-from ghostfused.spec.kernels import KERNEL_DEPTHWISE
+from ghostfused.spec.kernels import COMMON
 from ghostfused.testing import DepthwiseCase, SqueezeExciteCase, make
 
 Case = DepthwiseCase | SqueezeExciteCase
 
 
 def every_kernel(dtype: torch.dtype, layout: str) -> Iterator[DepthwiseCase]:
-    for kernel in KERNEL_DEPTHWISE:
+    for kernel in COMMON.depthwise:
         for stride in (1, 2):
             yield DepthwiseCase(1, 12, 7, 10, kernel, stride, dtype=dtype, layout=layout)
 

@@ -6,13 +6,13 @@ import torch
 from hypothesis import strategies as st
 
 from ghostfused.spec import Act, Gate
-from ghostfused.spec.kernels import KERNEL_DEPTHWISE, KERNEL_GATE_ACTS
+from ghostfused.spec.kernels import COMMON
 from ghostfused.testing import Case, DepthwiseCase, SqueezeExciteCase
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LAYOUTS = ("nchw", "nhwc")
 ACTS = [act.name.lower() for act in Act if act != Act.GELU]
-GATE_ACTS = [act.name.lower() for act in KERNEL_GATE_ACTS]
+GATE_ACTS = [act.name.lower() for act in COMMON.gate_acts]
 GATES = [gate.name.lower() for gate in Gate]
 NORMS = ("bn", "bias", "bn+bias", "bn_no_affine", "none")
 
@@ -49,7 +49,7 @@ def depthwise(**fields: st.SearchStrategy) -> st.SearchStrategy[DepthwiseCase]:
         "channels": st.integers(1, 24),
         "height": st.integers(1, 13),
         "width": st.integers(1, 19),
-        "kernel": st.sampled_from(KERNEL_DEPTHWISE),
+        "kernel": st.sampled_from(COMMON.depthwise),
         "stride": st.sampled_from([1, 2]),
         "act": st.sampled_from(ACTS),
         "per_channel_slope": st.booleans(),

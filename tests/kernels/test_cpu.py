@@ -21,7 +21,7 @@ from ghostfused.cli.verify import read_cases
 from ghostfused.ops.autograd import call
 from ghostfused.ops.schemas import forward_op
 from ghostfused.spec import TENSORS, Act
-from ghostfused.spec.kernels import MAX_PATCH_CHANNELS
+from ghostfused.spec.kernels import TAKES
 from ghostfused.testing import (
     Case,
     DepthwiseCase,
@@ -189,7 +189,7 @@ def test_pairs_of_channels(in_channels, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_real_shapes(layout):
     for case in read_cases(Path(__file__).parents[1] / "data" / "ghost_configs.jsonl", 15, batch=1, layout=layout):
-        if case.kernel_size == 1 or case.in_channels <= MAX_PATCH_CHANNELS:
+        if case.kernel_size == 1 or case.in_channels <= TAKES["cpu"].patch_channels:
             check(case)
 
 

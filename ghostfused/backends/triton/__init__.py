@@ -43,7 +43,7 @@ def supports(args: Args) -> str | None:
     channels = args.init_channels if isinstance(args, GhostArgs) else args.x.shape[1]
     if n * -(-h * w // _MIN_TILE[0]) * -(-channels // _MIN_TILE[1]) > MAX_PROGRAMS:
         return f"batch {n} at {h}×{w} may need more than {MAX_PROGRAMS} programs"
-    return kernel_refusal(args)
+    return kernel_refusal(args, "triton")
 
 
 def scratch(args: GhostArgs, out: Tensor) -> Tensor | None:
