@@ -8,7 +8,7 @@ import torch
 from derivatives import direction, gradient_penalty, gradients, replayed
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensorMode
-from torch.func import functional_call, grad, jvp, vmap
+from torch.func import functional_call, grad, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -258,11 +258,6 @@ def compiled_func_grad(model, x):
     return torch.compile(grad(lambda x: model(x).square().sum()), backend="aot_eager")(x)
 
 
-def compiled_jvp(model, x):
-    torch._dynamo.reset()
-    return torch.compile(lambda x, t: jvp(model, (x,), (t,)), backend="aot_eager")(x, direction(x))
-
-
 def vmap_of_compiled(model, x):
     torch._dynamo.reset()
     with torch.no_grad():
@@ -271,5 +266,5 @@ def vmap_of_compiled(model, x):
 
 COMPILERS = [
     scripted, traced, traced_by_fx, exported, compiled, compiled_gradients, compiled_second_derivative, compiled_vmap,
-    compiled_func_grad, compiled_jvp, vmap_of_compiled,
+    compiled_func_grad, vmap_of_compiled,
 ]  # fmt: skip
