@@ -10,6 +10,7 @@ import builtins
 import dis
 import enum
 import functools
+import gc
 import logging
 import operator
 import sys
@@ -75,13 +76,16 @@ class Observer:
         """
         call = nn.Module.__call__  # somebody may have replaced it by Python code of theirs, as tracers do
         self.plain = {getattr(call, "__code__", None)}
-        before = sys.gettrace()
+        before, collects = sys.gettrace(), gc.isenabled()
+        gc.disable()  # what a collection runs, such as the end of somebody's generator, is no part of the forward
         sys._getframe().f_trace_opcodes = True  # Python 3.12 looks for one such frame when tracing begins
         sys.settrace(self._enter)
         try:
             out = function()
         finally:
             sys.settrace(before)
+            if collects:
+                gc.enable()
         if self.reason is not None:
             raise Refused(self.reason)
         return out

@@ -5,6 +5,7 @@ Each draw is a source text: what decides (``DECIDES``), how it is written (``FOR
 
 import copy
 import functools
+import gc
 import random
 import sys
 import types
@@ -15,6 +16,7 @@ from torch import nn
 
 from ghostfused import fuse_with_report
 from ghostfused.cli.verify import calibrate
+from ghostfused.recognize.observe import Observer
 
 SOURCE = '''
 import enum, functools, logging, math, operator, random, sys
@@ -288,3 +290,41 @@ def test_copies_of_a_watching_module_watch_as_well():
     check_same(model, fused)
     space.FLAG = False
     check_same(model, fused)
+
+
+def test_what_a_collection_runs_is_no_part_of_a_forward(monkeypatch):
+    """Somebody's suspended generator and destructor, in a cycle that is garbage by then."""
+
+    class Destroyed:
+        def __init__(self):
+            self.itself = self
+            self.generator = self.suspended()
+            next(self.generator)
+
+        def suspended(self):
+            try:
+                yield
+            finally:
+                seen.append("generator")
+
+        def __del__(self):
+            seen.append("destructor")
+
+    def run(self, function):
+        Destroyed()  # to be collected while the forward runs
+        return observed(self, function)
+
+    seen: list[str] = []
+    model, _ = made("True", FORMS[0], "Bottleneck")
+    observed, thresholds = Observer.run, gc.get_threshold()
+    monkeypatch.setattr(Observer, "run", run)
+    gc.collect()
+    gc.set_threshold(60)
+    try:
+        _, report = fuse_with_report(model)
+    finally:
+        gc.set_threshold(*thresholds)
+    gc.collect()
+    assert set(seen) == {"generator", "destructor"}
+    assert all(swap.fused for swap in report), report
+    assert gc.isenabled()
