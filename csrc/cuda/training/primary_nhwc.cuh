@@ -9,7 +9,7 @@
 
 #include "cuda/ghost/primary.cuh"
 #include "cuda/reduce.cuh"
-#include "cuda/training/pairs.cuh"
+#include "cuda/training/uniform_act.cuh"
 
 namespace ghostfused {
 
@@ -133,7 +133,7 @@ template <Path kPath, int kTiles>
 __global__ void __launch_bounds__(kPrimaryThreads, kPrimaryBlocksPerSm[kTiles - 1])
     primary_statistics_nhwc(const __grid_constant__ TrainingParams p) {
   using T = typename PathType<kPath>::T;
-  extern __shared__ __align__(16) unsigned char smem[];
+  extern __shared__ __align__(128) unsigned char smem[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const PrimaryWork t(p, lane, warp);
   const PrimaryPlan& plan = p.plan.primary;

@@ -8,7 +8,7 @@
 #pragma once
 
 #include "cuda/training/backward.cuh"
-#include "cuda/training/pairs.cuh"
+#include "cuda/training/uniform_act.cuh"
 
 namespace ghostfused {
 

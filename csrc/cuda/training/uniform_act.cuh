@@ -1,29 +1,10 @@
-// Pairs of 2-byte elements, and activations of many values at once.
+// Activations of many values at once.
 #pragma once
 
 #include "cuda/activation.cuh"
-#include "cuda/vector.cuh"
+#include "cuda/half_pairs.cuh"
 
 namespace ghostfused {
-
-template <typename T>
-__device__ __forceinline__ float2 unpack(uint32_t v) {
-  if constexpr (__is_same(T, __half)) {
-    return __half22float2(*reinterpret_cast<const __half2*>(&v));
-  } else {
-    return float2{__uint_as_float(v << 16), __uint_as_float(v & 0xffff0000u)};
-  }
-}
-template <typename T>
-__device__ __forceinline__ uint32_t pack(float lo, float hi) {
-  if constexpr (__is_same(T, __half)) {
-    const __half2 v = __floats2half2_rn(lo, hi);
-    return *reinterpret_cast<const uint32_t*>(&v);
-  } else {
-    const __nv_bfloat162 v = __floats2bfloat162_rn(lo, hi);
-    return *reinterpret_cast<const uint32_t*>(&v);
-  }
-}
 
 // An activation, the same for a whole launch but for PReLU's slopes: one branch for all of a thread's values.
 struct UniformAct {
