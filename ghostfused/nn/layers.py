@@ -4,11 +4,12 @@ and read afresh at every call, as the halves of a Ghost module are."""
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ..functional import conv1x1, depthwise, squeeze_excite
 from ..ops.recording import note_others
@@ -213,6 +214,13 @@ _MEAN_LAYERS = (nn.AdaptiveAvgPool2d,)
 _LAYERS_OF_NUMBERS = (nn.Sigmoid, nn.Hardsigmoid, nn.ReLU6, nn.Hardtanh, nn.Identity, nn.Flatten, nn.Unflatten)
 
 
+def _adds_dimensions(node: fx.Node) -> bool:
+    """Whether a step is ``x[:, :, None, None]`` or the like."""
+    if node.op != "call_function" or node.target is not operator.getitem or not isinstance(node.args[1], tuple):
+        return False
+    return all(index is None or index is Ellipsis or index == slice(None) for index in node.args[1])
+
+
 def _gates(traced: Traced, block: nn.Module, reduce: Path, expand: Path) -> bool:
     """Whether only a mean sees the input, but for the last product, and one activation at most is between the matrices."""
     matrices = [".".join(reduce), ".".join(expand)]
@@ -235,7 +243,7 @@ def _gates(traced: Traced, block: nn.Module, reduce: Path, expand: Path) -> bool
                 return False
         elif name in _MEANS and stage <= 1:
             stage = 1
-        elif name in _VIEWS and stage > 0:
+        elif (name in _VIEWS or _adds_dimensions(node)) and stage > 0:
             continue
         elif stage == 2 and name in ("relu", "relu_"):
             acts += 1

@@ -260,7 +260,10 @@ def unknown_name(name: str) -> bool:
         return False
     if FILE.match(name) or (name.split("/")[0] in FOLDERS and re.fullmatch(r"[\w./*-]+", name) and "/" in name):
         if "/" in name:
-            return not any(ROOT.glob(name.rstrip("/")))
+            inner = any(
+                path.as_posix().endswith(f"/{name}") for path in documents.SOURCES
+            )  # a file of a room, in a drawing
+            return not inner and not any(ROOT.glob(name.rstrip("/")))
         return not any(path.match(name) for path in (*documents.SOURCES, *ROOT.iterdir(), *PAGES))
     if re.fullmatch(r"(ghostfused|torch)(\.\w+)+", name):
         return not resolves(name)

@@ -207,7 +207,7 @@ def test_fx_tracing(name):
         assert_same(copy.deepcopy(traced)(x), model, x)
         for each in (model, fused):  # the traced one shares the parameters of the fused one
             for p in each.parameters():
-                p.mul_(1.1)
+                p.mul_(1.01)  # more, of 150 layers, and rounding would be amplified beyond comparison
         assert_same(traced(x), model, x)
 
 

@@ -24,7 +24,7 @@ Sizes = tuple[int, int, int, int]  # Cin, H, W, Cp
 # Of each map: few and many channels of a warp, half a k16 step, and rows, chunks and channels that don't fill a block.
 MAPS: dict[str, list[Sizes]] = {
     "wide8": [(16, 16, 112, 8), (24, 15, 56, 20), (8, 3, 16, 3), (40, 9, 24, 36), (64, 30, 40, 32)],
-    "wide4": [(72, 17, 28, 20), (16, 9, 20, 60), (8, 1, 12, 5), (24, 8, 8, 33)],
+    "wide4": [(72, 17, 28, 20), (16, 9, 20, 60), (8, 1, 12, 5), (24, 8, 8, 33), (8, 12, 12, 120)],
     "fourteen": [(48, 14, 14, 20), (24, 14, 14, 46), (8, 14, 14, 2), (112, 14, 14, 56)],
     "seven": [(16, 7, 7, 8), (160, 7, 7, 40), (96, 7, 7, 120), (336, 7, 7, 80)],
 }

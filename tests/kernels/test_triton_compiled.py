@@ -99,7 +99,7 @@ def test_import_without_triton():
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.count("triton can't be imported") == 2
+    assert run.stdout.count("triton is not installed") == 2
 
 
 PTX_CASES = {
@@ -147,7 +147,9 @@ def test_compiled_ptx_sees_faults(right, wrong, compiled_on_cpu, tmp_path):  # n
     source = Path(sys.modules[ghost_kernel.__module__].__file__).read_text()
     assert source.count(right) == 1
     path = tmp_path / "faulty_kernels.py"
-    path.write_text(source.replace(right, wrong).replace("from ..spec", "from ghostfused.spec"))
+    path.write_text(
+        source.replace(right, wrong).replace("from .activations", "from ghostfused.backends.triton.activations")
+    )
     spec = importlib.util.spec_from_file_location("faulty_kernels", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
