@@ -12,6 +12,8 @@ from typing import Any
 from .build import ROOT
 
 RESULTS = ROOT / "bench" / "results"
+BASELINE = RESULTS / "baseline"
+"""Counts of the general kernels, before there were kernels of one layout each."""
 TIMES = ("issue_us", "shared_us", "hmma_us", "dram_us")
 NAMES = {"forward": "forward", "triton": "forward by Triton", "training": "training step"}
 
@@ -35,14 +37,15 @@ def files() -> list[Path]:
 def sums_table() -> str:
     """A line for each setting: sums over the 32 modules of GhostNet 1.0×."""
     lines = [
-        "| setting | issue | issue, mean block | shared | HMMA | DRAM | Σ largest | stores, × ideal | commit |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| setting | issue before | issue | issue, mean block | shared | HMMA | DRAM | Σ largest | stores, × ideal | commit |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for path in files():
         rows, s = read(path)
         dtype, layout, mode = path.stem.removeprefix("sass_").split("_")
         values = (s[name] for name in ("issue_us", "issue_mean_us", "shared_us", "hmma_us", "dram_us", "slowest_us"))
-        cells = [f"{NAMES[mode]}, {dtype}, {layout}", *(f"{v:.0f}" for v in values)]
+        before = read(BASELINE / path.name)[1]["issue_us"]
+        cells = [f"{NAMES[mode]}, {dtype}, {layout}", *(f"{v:.0f}" for v in (before, *values))]
         lines.append(f"| {' | '.join(cells)} | ≤ {max(r['store_sector_ratio'] for r in rows):.2f} | {s['commit']} |")
     return "\n".join(lines)
 
