@@ -8,9 +8,9 @@ import pytest
 import torch
 from cuda_runtime import needs_cuda
 from networks import assert_same
+from spies import Ops
 from torch import Tensor, nn
 
-from bench.launches import calls_of
 from ghostfused import FusedGhostModule, fuse
 from ghostfused.cli.verify import calibrate
 from ghostfused.models import paper
@@ -34,7 +34,9 @@ def unfused() -> nn.Module:
 
 
 def ops(module: nn.Module, x: Tensor) -> list[str]:
-    return [name for name, _ in calls_of(module, x)]
+    with torch.inference_mode(), Ops() as called:
+        module(x)
+    return called.names
 
 
 def assert_right(out: Tensor, model: nn.Module, x: Tensor) -> None:
