@@ -112,9 +112,10 @@ def test_optional_inputs(optional, dtype):
     )
 
 
+@pytest.mark.parametrize("more", [{}, {"residual": True, "output_gate": True}], ids=["plain", "residual"])
 @pytest.mark.parametrize("cut", [4, 12, 20])
-def test_sliced_ghosts(cut):
-    """The last ghost channels are cut off."""
+def test_sliced_ghosts(cut, more):
+    """The last ghost channels are cut off, and so are those of residual and gate: nothing lies behind the last image."""
     for dw_size in (3, 5):
         check(
             in_channels=16,
@@ -124,6 +125,7 @@ def test_sliced_ghosts(cut):
             init_channels=24,
             dw_size=dw_size,
             dtype=torch.float16,
+            **more,
         )
 
 

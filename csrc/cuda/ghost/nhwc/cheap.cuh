@@ -137,10 +137,9 @@ struct Cheap {
       put(to_x1, column, other);  // of the even lane's position: its x1 by the even lane, its x2 by the odd one
       put(to_x2, column, v);      // of the odd lane's
     } else {
-      if constexpr (kEpilogue == Epilogue::kAny) {
-        v = finish(v, true, row_h - 1 - kPad, col_w + column);
-      }
-      if (has_x2) put(to_x2, column, v);
+      if (!has_x2) return;  // nor are its gate and residual there
+      if constexpr (kEpilogue == Epilogue::kAny) v = finish(v, true, row_h - 1 - kPad, col_w + column);
+      put(to_x2, column, v);
     }
   }
 
