@@ -1,6 +1,6 @@
 """Faults planted in the CUDA kernels: the cases must find each. See tests/mutants.
 
-Each takes a compiler and a run of its own, so every third is planted here. ``python -m tests.mutants``, or
+Each takes a compiler and a run of its own, so some of each table are planted here. ``python -m tests.mutants``, or
 GHOSTFUSED_ALL_MUTANTS=1, plants all.
 """
 
@@ -9,12 +9,19 @@ from __future__ import annotations
 import os
 
 import pytest
-from mutants import harness
+from mutants import bottleneck, general, harness, nchw, nhwc, training
 from mutants.mutants import MUTANTS
 
 needs_tools = pytest.mark.skipif(harness.missing() is not None, reason=str(harness.missing()))
-PLANTED = MUTANTS if "GHOSTFUSED_ALL_MUTANTS" in os.environ else MUTANTS[::3]
-KERNELS = sorted({kernel for mutant in MUTANTS for kernel in mutant.kernels})
+SOME = [
+    *general.MUTANTS[::3],
+    *bottleneck.MUTANTS[::3],
+    *nhwc.MUTANTS[:13:6],
+    *nchw.MUTANTS[:10:9],
+    *training.MUTANTS[8::17],
+]
+PLANTED = MUTANTS if "GHOSTFUSED_ALL_MUTANTS" in os.environ else SOME
+KERNELS = sorted({kernel for mutant in PLANTED for kernel in mutant.kernels})
 
 
 @pytest.fixture(scope="session")
