@@ -6,7 +6,6 @@ is written to the module, which may serve other threads meanwhile, and nothing o
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from types import MethodType
 from typing import Any, NamedTuple
@@ -190,11 +189,6 @@ def _form(traced: Traced) -> list:
     return [*map(repr, form), repr(fx.node.map_aggregate(traced.result, plain))]
 
 
-def arguments(node: fx.Node) -> dict[str, Any]:
-    """A function's or method's arguments by name, as far as a signature tells."""
-    return {**{str(i): a for i, a in enumerate(node.args)}, **node.kwargs}
-
-
 def is_look(node: fx.Node) -> bool:
     """Whether the step reads shapes, and computes no tensor."""
     if node.op == "call_function" and node.target is getattr:
@@ -211,8 +205,3 @@ def unused(traced: Traced) -> fx.Node | None:
         if not node.users and node is not traced.result and node is not traced.start and not is_look(node):
             return node
     return None
-
-
-def signature_takes_one(module: nn.Module) -> bool:
-    required = [p for p in inspect.signature(type(module).forward).parameters.values() if p.default is p.empty]
-    return len([p for p in required if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]) == 2
