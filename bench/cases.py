@@ -175,8 +175,18 @@ class Unfused(nn.Module):
 
 
 def network(name: str) -> nn.Module:
-    """ "paper" (GhostNet 1.0×), "paper:WIDTH", or what ``ghostfused verify --model`` takes; random weights."""
+    """ "paper" (GhostNet 1.0×), "paper:WIDTH", "timm:NAME:deploy" (re-parameterized), "yolov8n-ghost-backbone" (ultralytics'), or
+    what ``ghostfused verify --model`` takes; random weights."""
     torch.manual_seed(0)
+    if name.startswith("timm:") and name.endswith(":deploy"):
+        from timm.utils import reparameterize_model
+
+        return reparameterize_model(network(name.removesuffix(":deploy"))).eval()
+    if name == "yolov8n-ghost-backbone":
+        from ultralytics.nn.tasks import DetectionModel
+
+        layers = DetectionModel("yolov8n-ghost.yaml", verbose=False).get_submodule("model").children()
+        return nn.Sequential(*itertools.islice(layers, 10)).eval()
     kind, _, width = name.partition(":")
     if kind == "paper":
         from ghostfused.models.paper import GhostNet

@@ -8,7 +8,7 @@ import torch
 
 from ghostfused.cli.verify import calibrate
 
-from . import cases, contest
+from . import cases, contest, isolate
 from .console import Display, absences, cell
 from .environment import title
 from .peers import select
@@ -17,10 +17,13 @@ from .results import Writer
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--network", default="paper", help="paper[:WIDTH], seed, timm:NAME or file.py:function; several with commas"
+        "--network",
+        default="paper",
+        help="paper[:WIDTH], seed, timm:NAME[:deploy], yolov8n-ghost-backbone or file.py:function; several with commas",
     )
     parser.add_argument("--size", type=int, default=224)
     cases.add_setting_arguments(parser, batch="1,8")
+    parser.add_argument("--isolate", type=int, metavar="ROUNDS", help="each peer in a process of its own, in turns")
     # a network's activations flush the cache by themselves, and its input is a small part of what it reads
     contest.add_arguments(parser, cache="warm")
 
@@ -29,6 +32,8 @@ def main(options: argparse.Namespace) -> int:
     """time whole networks, fused and unfused, against every peer"""
     device = contest.set_device(options)
     peers = select(options.peers, network=True)
+    if options.isolate:
+        return isolate.main(options, list(peers), contest.BASELINE)
     settings, names = cases.settings(options), options.network.split(",")
     with Writer(options.output, device) as writer:
         heading = f"Whole networks at {options.size}², time per batch; {title(writer.environment)}"
