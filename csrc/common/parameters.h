@@ -205,7 +205,7 @@ struct KernelAttributes {
 };
 constexpr int kGhostKernelCount = 24;  // 4 paths × (3×3, 5×5, any size and ratio) × 2 layouts
 constexpr int kNhwcKernelCount = 20;   // 2 paths × nhwc.h's 10
-constexpr int kNchwKernelCount = 42;   // 2 paths × nchw.h's 21
+constexpr int kNchwKernelCount = 32;   // 2 paths × nchw.h's 16
 constexpr int kKernelCount = kGhostKernelCount + 3 * 19 + 8 + 3 * 28 + 2 * 14 + kNhwcKernelCount +
                              kNchwKernelCount;  // and bottleneck.h's, training.h's
 const char* kernel_attributes(int index, KernelAttributes* attributes);
