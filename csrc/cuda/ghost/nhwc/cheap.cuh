@@ -206,24 +206,25 @@ struct Cheap {
     }
   }
 
-  // Any size, with less code: each row adds to all outputs that it may touch, and those outside the strip are not
+  // Any size, with the code of one row: each adds to all outputs that it may touch, and those outside the strip are not
   // stored.
   __device__ __forceinline__ void strip() {
     const int strip_h = p.plan.strip_h;
 #pragma unroll 1
-    for (int r = 0;; r += kD) {
-      if (!phases<0>(r, strip_h)) return;
+    for (int r = 0; r < strip_h + kD - 1; ++r) {
+      row<0, 0, kD - 1>(r >= kPad && r < strip_h + kPad, r >= kD - 1);
+      // So that the next row is of phase 0 as well. What was sum[1] is stored.
+#pragma unroll
+      for (int column = 0; column < kColumns; ++column) {
+#pragma unroll
+        for (int i = 0; i < kChannels; ++i) {
+          const float first = sum[0][column][i];
+#pragma unroll
+          for (int o = 1; o + 1 < kD; ++o) sum[o][column][i] = sum[o + 1][column][i];
+          sum[kD - 1][column][i] = first;
+        }
+      }
     }
-  }
-  template <int kPhase>
-  __device__ __forceinline__ bool phases(int first, int strip_h) {
-    if constexpr (kPhase < kD) {
-      const int r = first + kPhase;
-      if (r == strip_h + kD - 1) return false;
-      row<kPhase, 0, kD - 1>(r >= kPad && r < strip_h + kPad, r >= kD - 1);
-      return phases<kPhase + 1>(first, strip_h);
-    }
-    return true;
   }
 };
 
