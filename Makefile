@@ -30,7 +30,7 @@ check: $(VENV)/built
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	$(VENV)/bin/clang-format --dry-run --Werror $(SOURCES)
+	$(VENV)/bin/clang-format --dry-run --Werror $(filter-out %.map,$(SOURCES))
 	$(PY) tests/oldest_torch.py $(VENV)/oldest-torch
 
 # The package is read, not imported. The variable silences the notice of Material's makers.
@@ -41,7 +41,7 @@ docs: $(VENV)/installed
 format: $(VENV)/built
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	$(VENV)/bin/clang-format -i $(SOURCES)
+	$(VENV)/bin/clang-format -i $(filter-out %.map,$(SOURCES))
 
 bench: $(VENV)/built
 	$(PY) -m bench suite --quick

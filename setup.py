@@ -66,7 +66,7 @@ def cpp_extension():
     try:
         from torch.utils import cpp_extension
     except ImportError as error:
-        raise RuntimeError(f"no torch at build time ({error}): install torch first") from error
+        raise RuntimeError(f"no torch at build time ({error}): pip install torch first") from error
     return cpp_extension
 
 

@@ -103,7 +103,7 @@ def run_cell(python: str, torch: str, folder: Path) -> dict:
     try:
         run([program, "-m", "venv", environment], log)
         inside = environment / "bin/python"
-        pip = [inside, "-m", "pip", "install", "--quiet", f"--cache-dir={folder / 'pip'}"]
+        pip = [inside, "-m", "pip", "install", "--quiet", "--no-compile", f"--cache-dir={folder / 'pip'}"]
         packages = [f"torch=={torch}.*", f"torchvision=={TORCHES[torch]}.*", *PACKAGES]
         if (done := run([*pip, *packages, wheel()], log)).returncode != 0:
             raise Unavailable(f"pip: {last_line(done.stdout)}")

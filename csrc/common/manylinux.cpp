@@ -29,7 +29,8 @@ template class std::basic_stringstream<char>;
 void std::__throw_bad_array_new_length() { throw std::bad_array_new_length(); }
 
 // libstdc++ 11 makes copies in the caller, by these two; here by the copies that all versions have.
-extern "C" void copy_exception(void* to, const std::exception_ptr* from) __asm__("_ZNSt15__exception_ptr13exception_ptrC1ERKS0_");
+extern "C" void copy_exception(void* to,
+                               const std::exception_ptr* from) __asm__("_ZNSt15__exception_ptr13exception_ptrC1ERKS0_");
 extern "C" void destroy_exception(std::exception_ptr* pointer) __asm__("_ZNSt15__exception_ptr13exception_ptrD1Ev");
 
 void std::__exception_ptr::exception_ptr::_M_addref() noexcept {

@@ -81,7 +81,7 @@ def outcome(way: Way, model: nn.Module, x: Tensor) -> Any:
 
 
 def kind(result: Any) -> type:
-    """Its class; that of the error which the compiler of torch 2.11 and 2.12 wraps in one of its own."""
+    """Its class; of an error in which Dynamo wraps one, that one's: torch 2.11 does so more often than 2.14."""
     return RuntimeError if isinstance(result, torch._dynamo.exc.TorchRuntimeError) else type(result)
 
 
