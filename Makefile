@@ -63,6 +63,7 @@ rehearse:
 WHEEL_ARCHITECTURES ?= 8.0 8.6 8.7 8.9 9.0 10.0 12.0+PTX
 wheels: $(VENV)/installed
 	TORCH_CUDA_ARCH_LIST="$(WHEEL_ARCHITECTURES)" tools/wheel.sh $(abspath $(PY))
+	$(if $(shell which aarch64-linux-gnu-g++),tools/wheel.sh $(abspath $(PY)) aarch64,@echo no wheel for aarch64: it needs g++-aarch64-linux-gnu)
 
 # That wheel on each Python and torch, one after the other: see tests/matrix.py.
 matrix:
