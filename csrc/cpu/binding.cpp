@@ -1,6 +1,5 @@
 // The Torch side of the CPU kernels: the outputs, the ops' registration (stable ABI, so that one build serves
-// torch 2.11 and later), and the pybind11 module for plain-data queries.
-#include <pybind11/pybind11.h>
+// torch 2.11 and later), and the Python module for plain-data queries.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #include <algorithm>
@@ -12,8 +11,6 @@
 #include "common/program.h"
 #include "cpu/dispatch.h"
 #include "cpu/pool.h"
-
-namespace py = pybind11;
 
 namespace ghostfused::cpu {
 namespace {
@@ -258,14 +255,19 @@ double multiply_adds(int64_t count, bool bfloat16) {
 }  // namespace
 }  // namespace ghostfused::cpu
 
-PYBIND11_MODULE(_cpu, m) {
-  m.doc() = "ghostfused's CPU kernels: loading this registers ghostfused::{forward,depthwise,squeeze_excite}_cpu.";
-  m.def("build_info", &ghostfused::cpu::build_info,
-        "Instruction sets compiled, those that this CPU has, the chosen one, and why there is none.");
-  ghostfused::bind_guard(m);
-  m.def("drop_program", &ghostfused::cpu::CpuPrograms::drop, "Forgets a program that keep_program_cpu has kept.");
-  m.def(
-      "multiply_adds", &ghostfused::cpu::multiply_adds, py::arg("count"), py::arg("bfloat16") = false,
-      "Multiply-adds in registers, those of a 1×1 convolution of float32 or of bfloat16, on each of PyTorch's threads, "
-      "for the benchmarks; returns the operations done.");
+PyMODINIT_FUNC PyInit__cpu() {
+  static PyModuleDef definition{
+      PyModuleDef_HEAD_INIT, "_cpu",
+      "ghostfused's CPU kernels: loading this registers ghostfused::{forward,depthwise,squeeze_excite}_cpu.", -1};
+  return ghostfused::py::make_module(definition, [](ghostfused::py::module_& m) {
+    using ghostfused::py::arg;
+    m.def("build_info", &ghostfused::cpu::build_info,
+          "Instruction sets compiled, those that this CPU has, the chosen one, and why there is none.");
+    ghostfused::bind_guard(m);
+    m.def("drop_program", &ghostfused::cpu::CpuPrograms::drop, arg("number"),
+          "Forgets a program that keep_program_cpu has kept.");
+    m.def("multiply_adds", &ghostfused::cpu::multiply_adds, arg("count"), arg("bfloat16") = false,
+          "Multiply-adds in registers, those of a 1×1 convolution of float32 or of bfloat16, on each of PyTorch's "
+          "threads, for the benchmarks; returns the operations done.");
+  });
 }

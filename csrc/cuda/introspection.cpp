@@ -1,16 +1,14 @@
 // Answers about the build, the launch plans and the compiled kernels, for tests and benchmarks: no op runs here.
 #include <cuda_runtime_api.h>
-#include <pybind11/pybind11.h>
 
 #include <algorithm>
 #include <iterator>
 #include <string>
 
+#include "common/python.h"
 #include "cuda/binding.h"
 #include "cuda/bottleneck/bottleneck.h"
 #include "cuda/training/training.h"
-
-namespace py = pybind11;
 
 namespace ghostfused {
 namespace {
@@ -305,7 +303,7 @@ void bind_introspection(py::module_& m) {
         py::arg("smem_per_sm") = 233472,
         "For tests: plan launches as for this device, of which the real one must have the shared memory; 0: stop it.");
   m.def(
-      "general_only", [](bool only) { general_only = only; }, py::arg("only"),
+      "general_only", +[](bool only) { general_only = only; }, py::arg("only"),
       "For tests: whether the general family of kernels computes every forward.");
   m.def("kernel_attributes", &all_kernel_attributes, "Registers and memory of every compiled kernel.");
 }

@@ -164,14 +164,13 @@ def run(command: list[str], **kwargs) -> None:
 
 
 def compile_file(source: Path, output: Path, csrc: Path) -> None:
-    import pybind11
     from torch.utils import cpp_extension
 
     command = ["nvcc", "-std=c++20", "-c", str(source), "-o", str(output), f"-I{csrc}", "-Xcompiler=-fPIC"]
     if source.suffix == ".cu":
         command += ["-O3", "-gencode=arch=compute_80,code=compute_80"]
     else:
-        folders = [pybind11.get_include(), sysconfig.get_path("include"), *cpp_extension.include_paths()]
+        folders = [sysconfig.get_path("include"), *cpp_extension.include_paths()]
         command += ["-O1", "-Xcompiler=-fvisibility=hidden", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
         command += ['-DGHOSTFUSED_ARCHITECTURES="8.0+PTX"', "-DTORCH_EXTENSION_NAME=_C"]
         for folder in folders:
