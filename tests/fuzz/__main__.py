@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import os
 import resource
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -40,7 +41,7 @@ def work(kind: str, seed: int, first: int, count: int) -> None:
         print(number, outcome, flush=True)
 
 
-def outcomes(kind: str, seed: int, first: int, count: int) -> Iterator[tuple[int, str]]:
+def outcomes(kind: str, seed: int, first: int, count: int) -> Generator[tuple[int, str]]:
     """The trials in other processes: after one that kills its process the next goes on."""
     end = first + count
     while first < end:
@@ -56,12 +57,16 @@ def outcomes(kind: str, seed: int, first: int, count: int) -> Iterator[tuple[int
             str(end - first),
         ]
         with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-            for line in process.stdout or ():
-                number, _, outcome = line.rstrip("\n").partition(" ")
-                if number != str(first):  # somebody else's print
-                    continue
-                yield first, outcome
-                first += 1
+            try:
+                for line in process.stdout or ():
+                    number, _, outcome = line.rstrip("\n").partition(" ")
+                    if number != str(first):  # somebody else's print
+                        continue
+                    yield first, outcome
+                    first += 1
+            except GeneratorExit:  # nobody asks for more
+                process.kill()
+                raise
         if first < end:
             yield first, f"CRASH exit status {process.returncode}"
             first += 1
@@ -73,6 +78,7 @@ def main(words: list[str]) -> int:
         parser.add_argument(f"--{kind}", type=int, metavar="N", help=f"how many; {count} where no kind is named")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="number of the first")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="at most, for each kind")
     parser.add_argument("--work", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args(words)
     if options.work:
@@ -83,15 +89,15 @@ def main(words: list[str]) -> int:
     failed = 0
     for kind, count in (named or COUNTS).items():
         counts: collections.Counter[str] = collections.Counter()
-        start = time.monotonic()
-        try:
-            for number, outcome in outcomes(kind, options.seed, options.first, count):
+        start, drawn = time.monotonic(), outcomes(kind, options.seed, options.first, count)
+        with contextlib.closing(drawn):
+            for number, outcome in drawn:
                 bad = outcome.startswith(("WRONG ", "CRASH "))
                 counts[outcome.partition(" ")[0] if bad else outcome] += 1
                 if bad:
                     print(f"{kind}: number {number} of seed {options.seed}: {outcome}", flush=True)
-        except KeyboardInterrupt:
-            print("interrupted")
+                if time.monotonic() - start > 60 * options.minutes:
+                    break
         wrong, crashed = counts.pop("WRONG", 0), counts.pop("CRASH", 0)
         failed += wrong + crashed
         right = ", ".join(f"{n} {outcome}" for outcome, n in sorted(counts.items()))
