@@ -96,6 +96,10 @@ def cuda_extension():
 
 def cpu_extension():
     """ghostfused._cpu; raises RuntimeError where it can't be built."""
+    if sys.platform == "win32":
+        raise RuntimeError(
+            "MSVC, by which PyTorch builds extensions on Windows, has no vector extensions as g++ and clang"
+        )
     if not shutil.which(os.environ.get("CXX", "g++")):
         raise RuntimeError("no C++ compiler: neither g++ nor the one that CXX names")
     flags = [*CXX_FLAGS, *CPU_FLAGS, f'-DGHOSTFUSED_FLAGS="{" ".join(CPU_FLAGS)}"']

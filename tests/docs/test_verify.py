@@ -15,6 +15,7 @@ import ghostfused
 from ghostfused import __main__ as cli
 from ghostfused.backends import BACKENDS, reference
 from ghostfused.cli import verify
+from tools.sass import build
 
 CONFIGS = Path(__file__).parents[1] / "data" / "ghost_configs.jsonl"
 
@@ -69,6 +70,14 @@ def test_info_tells_the_instruction_set_and_who_asked_for_it():
     assert forced["instruction_sets"] == {"found": built["supported"], "runs": "baseline", "forced": "baseline"}
     assert refused["instruction_sets"]["runs"] is None
     assert refused["backends"]["cpu"] == "GHOSTFUSED_CPU_ISA=none_such: no such instruction set"
+
+
+def test_windows_gets_the_reference_and_a_reason(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(
+        RuntimeError, match="MSVC, by which PyTorch builds extensions on Windows, has no vector extensions"
+    ):
+        build.setup_functions()["cpu_extension"]()
 
 
 def test_info_on_a_machine_without_the_extension(capsys, monkeypatch):
