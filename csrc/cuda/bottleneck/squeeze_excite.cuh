@@ -157,7 +157,8 @@ __device__ __forceinline__ float apply_gate(Gate gate, float x) {
 }
 
 template <Path kPath>
-__global__ void __launch_bounds__(kBottleneckThreads, 3) excite(const __grid_constant__ SqueezeExciteKernelParams p) {
+__global__ void __launch_bounds__(kBottleneckThreads, kStepsApart ? 2 : 3)
+    excite(const __grid_constant__ SqueezeExciteKernelParams p) {
   using T = typename PathType<kPath>::T;
   __shared__ __align__(16) float hidden[kMaxImages][kHiddenTile];
   const SqueezeExciteParams& a = p.args;

@@ -130,9 +130,11 @@ struct Cheap {
       Vec other;  // x2 of the even lane, for the odd one
       other.raw.x = __shfl_xor_sync(0xffffffffu, v.raw.x, 1);
       other.raw.y = __shfl_xor_sync(0xffffffffu, v.raw.y, 1);
+      uint32_t step = pitch;
+      set_apart(step);
       if (!has_x2) {
-        load_shared(other.raw, from_a + column * pitch);
-        load_shared(v.raw, from_b + column * pitch);
+        load_shared(other.raw, from_a + column * step);
+        load_shared(v.raw, from_b + column * step);
       }
       put(to_x1, column, other);  // of the even lane's position: its x1 by the even lane, its x2 by the odd one
       put(to_x2, column, v);      // of the odd lane's
@@ -147,10 +149,13 @@ struct Cheap {
   // a row of the strip, not of its halo. ``complete``: so is the output that it adds to last.
   template <int kPhase, int kFirst, int kLast>
   __device__ __forceinline__ void row(bool center, bool complete) {
+    uint32_t next = in;
 #pragma unroll
     for (int column = 0; column < kColumns + kD - 1; ++column) {
       Vec v;
-      load_shared(v.raw, in + column * pitch);
+      load_shared(v.raw, kStepsApart ? next : in + column * pitch);
+      next += pitch;
+      set_apart(next);
       if (!kPaired && column >= kPad && column < kColumns + kPad && center) store_x1(v, column - kPad);
       float x[kChannels];
       v.to_float(x);
