@@ -7,7 +7,7 @@ SOURCES := $(shell find csrc -type f)
 # One architecture for local builds: the GPU's if there is one, else sm_80 with PTX, which the CPU runner executes.
 export TORCH_CUDA_ARCH_LIST ?= $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1),8.0+PTX)
 
-.PHONY: demo test check docs format bench readme-figures counts rehearse clean
+.PHONY: demo test check docs format bench readme-figures counts rehearse wheels matrix clean
 
 $(VENV)/installed: pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
@@ -30,7 +30,7 @@ check: $(VENV)/built
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	$(VENV)/bin/clang-format --dry-run --Werror $(SOURCES)
+	$(VENV)/bin/clang-format --dry-run --Werror $(filter-out %.map,$(SOURCES))
 	$(PY) tests/oldest_torch.py $(VENV)/oldest-torch
 
 # The package is read, not imported. The variable silences the notice of Material's makers.
@@ -41,7 +41,7 @@ docs: $(VENV)/installed
 format: $(VENV)/built
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	$(VENV)/bin/clang-format -i $(SOURCES)
+	$(VENV)/bin/clang-format -i $(filter-out %.map,$(SOURCES))
 
 bench: $(VENV)/built
 	$(PY) -m bench suite --quick
@@ -59,5 +59,15 @@ PYTHON312 ?= python3.12
 rehearse:
 	PYTHON312=$(PYTHON312) tests/rehearse.sh $(VENV)-rehearsal
 
+# The wheel for this kind of CPU, into dist/: all architectures, which takes minutes on many cores and an hour on two.
+WHEEL_ARCHITECTURES ?= 8.0 8.6 8.7 8.9 9.0 10.0 12.0+PTX
+wheels: $(VENV)/installed
+	TORCH_CUDA_ARCH_LIST="$(WHEEL_ARCHITECTURES)" tools/wheel.sh $(abspath $(PY))
+	$(if $(shell which aarch64-linux-gnu-g++),tools/wheel.sh $(abspath $(PY)) aarch64,@echo no wheel for aarch64: it needs g++-aarch64-linux-gnu)
+
+# That wheel on each Python and torch, one after the other: see tests/matrix.py.
+matrix:
+	$(PYTHON) tests/matrix.py out/matrix
+
 clean:
-	rm -rf $(VENV) $(VENV)-rehearsal build out *.egg-info ghostfused/*.so
+	rm -rf $(VENV) $(VENV)-rehearsal build dist out *.egg-info ghostfused/*.so

@@ -1,5 +1,8 @@
 """Builds ghostfused._C where there is a CUDA toolkit and ghostfused._cpu where there is a C++ compiler; the rest is in
-pyproject.toml. An extension that can't be built leaves a note that ``python -m ghostfused info`` shows.
+pyproject.toml. An extension that can't be built leaves a note in the package, which ``python -m ghostfused info`` shows.
+If neither can, the build fails, unless both were refused.
+
+One build serves the Pythons and torches of pyproject.toml: csrc uses Python's limited API and torch's stable ABI.
 
 Environment:
     GHOSTFUSED_CUDA       0: don't build ghostfused._C; 1: fail if it can't be built; unset: build it if possible.
@@ -10,18 +13,31 @@ Environment:
 
 import importlib.util
 import os
+import platform
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 ARCHITECTURES = "8.0 8.6 8.9 9.0 10.0+PTX"
 CXX_FLAGS = ["-std=c++20", "-g0", "-Wall", "-fvisibility=hidden"]
 CXX_FLAGS += ["-DTORCH_TARGET_VERSION=0x020b000000000000"]  # the stable ABI of torch 2.11
+# on aarch64 the scheduler before register allocation makes GCC spill the 1×1 convolution's sums
+CPU_FLAGS = ["-O3", "-fno-math-errno", "-fno-schedule-insns"]
+ABI3 = not sysconfig.get_config_var("Py_GIL_DISABLED")  # a Python without GIL has no limited API
+MANYLINUX = platform.libc_ver()[0] == "glibc" and platform.machine() in ("x86_64", "aarch64")
+
+# Build isolation hides the torch that the package is for, and pip's CUDA packages. One from build-system.requires would be
+# another, of 3 GB.
+if importlib.util.find_spec("torch") is None:
+    sys.path += sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")} - set(sys.path))
 
 
 def find_cuda_home() -> Path | None:
@@ -52,23 +68,31 @@ def cpp_extension():
     try:
         from torch.utils import cpp_extension
     except ImportError as error:
-        raise RuntimeError(f"no torch at build time ({error}); install with --no-build-isolation") from error
+        raise RuntimeError(f"no torch at build time ({error}): pip install torch first") from error
     return cpp_extension
 
 
-def common(folder: Path) -> dict:
-    """Sources and include folders of an extension whose files are in ``folder``."""
+def common(folder: Path, link_args: list[str]) -> dict:
+    """What extensions have in common, for the one whose files are in ``folder``."""
     files = sorted(str(p.relative_to(ROOT)) for p in folder.rglob("*"))
-    include_dirs = [str(ROOT / "csrc")]
-    if importlib.util.find_spec("pybind11"):  # else torch's copy
-        import pybind11
-
-        include_dirs.append(pybind11.get_include())
+    if MANYLINUX:
+        files += ["csrc/common/manylinux.cpp"]
+        link_args = ["-Wl,--version-script=csrc/exports.map", "-Wl,--wrap=dlsym", *link_args]
     return {
         "sources": [f for f in files if f.endswith((".cpp", ".cu"))],
+        "extra_link_args": link_args,
         "depends": sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.*h")),
-        "include_dirs": include_dirs,
+        "include_dirs": [str(ROOT / "csrc")],
+        "py_limited_api": ABI3,
     }
+
+
+def linked(module, *others: str):
+    """``module``, linked with the libraries that it uses. torch's have parts of a newer libstdc++ in them, which come and
+    go with its versions: the compiler's own comes first."""
+    libraries = ("c10", "torch", "torch_cpu", *others)
+    module.libraries = ["stdc++"] * MANYLINUX + [name for name in module.libraries if name in libraries]
+    return module
 
 
 def cuda_extension():
@@ -81,83 +105,111 @@ def cuda_extension():
     architectures = os.environ["TORCH_CUDA_ARCH_LIST"].replace(";", " ")
     module = cpp_extension().CUDAExtension(
         "ghostfused._C",
-        **common(ROOT / "csrc" / "cuda"),
+        **common(ROOT / "csrc" / "cuda", cudart(cuda_home)),
         extra_compile_args={
             "cxx": [*CXX_FLAGS, "-O2", "-DUSE_CUDA", f'-DGHOSTFUSED_ARCHITECTURES="{architectures}"'],
             "nvcc": ["-std=c++20", "-O3", "-Xptxas=-warn-spills", "-Xfatbin=-compress-all"],
         },
-        extra_link_args=cudart(cuda_home),
     )
-    module.libraries = [name for name in module.libraries if name in ("c10", "torch", "torch_cpu", "torch_cuda")]
-    return module
+    return linked(module, "torch_cuda")
 
 
 def cpu_extension():
     """ghostfused._cpu; raises RuntimeError where it can't be built."""
+    if sys.platform == "win32":
+        raise RuntimeError(
+            "MSVC, by which PyTorch builds extensions on Windows, has no vector extensions as g++ and clang"
+        )
     if not shutil.which(os.environ.get("CXX", "g++")):
         raise RuntimeError("no C++ compiler: neither g++ nor the one that CXX names")
-    module = cpp_extension().CppExtension(
-        "ghostfused._cpu", **common(ROOT / "csrc" / "cpu"), extra_compile_args=[*CXX_FLAGS, "-O3", "-fno-math-errno"]
+    flags = [*CXX_FLAGS, *CPU_FLAGS, f'-DGHOSTFUSED_FLAGS="{" ".join(CPU_FLAGS)}"']
+    return linked(
+        cpp_extension().CppExtension("ghostfused._cpu", **common(ROOT / "csrc" / "cpu", []), extra_compile_args=flags)
     )
-    module.libraries = [name for name in module.libraries if name in ("c10", "torch", "torch_cpu")]
-    return module
 
 
-def failure(name: str) -> Path:
-    return ROOT / "ghostfused" / f"{name}_build_failure.txt"
+failures: dict[str, str] = {}  # why an extension isn't built
+required: dict[str, bool] = {}
 
 
-def without(name: str, reason: str) -> None:
-    print(f"warning: ghostfused is installed without ghostfused.{name}: {reason}", file=sys.stderr)
-    failure(name).write_text(reason + "\n")
+def leave_notes(package: Path) -> None:
+    """Says in ``package`` why it has no such extension; fails if nothing could be built and nobody asked for that."""
+    for name in required:
+        note = package / f"{name}_build_failure.txt"
+        note.unlink(missing_ok=True)
+        if name in failures:
+            print(f"warning: ghostfused has no ghostfused.{name}: {failures[name]}", file=sys.stderr)
+            note.parent.mkdir(parents=True, exist_ok=True)
+            note.write_text(failures[name] + "\n")
+    refused = all(os.environ.get(variable) == "0" for variable in ("GHOSTFUSED_CUDA", "GHOSTFUSED_CPU"))
+    if required.keys() == failures.keys() and not refused:
+        reasons = "; ".join(f"ghostfused.{name}: {reason}" for name, reason in failures.items())
+        raise SystemExit(f"error: no kernels can be built: {reasons}. GHOSTFUSED_CUDA=0 GHOSTFUSED_CPU=0 does without.")
 
 
-def build_command(required: dict[str, bool]) -> type:
-    """torch's build_ext, but an extension that fails to build and isn't required leaves a note."""
+class BuildPython(build_py):
+    def run(self) -> None:
+        super().run()
+        leave_notes(ROOT / "ghostfused" if self.editable_mode else Path(self.build_lib, "ghostfused"))
 
-    class Build(cpp_extension().BuildExtension):  # type: ignore[misc]
+
+def build_command(base: type) -> type:
+    """``base``, torch's build_ext, but an extension that fails to build and isn't required leaves a note."""
+
+    class Build(base):  # type: ignore[misc]
         def run(self) -> None:
             try:
                 super().run()
             except Exception as error:  # torch checks the CUDA toolkit before it builds anything
                 others = [ext for ext in self.extensions if ext.name != "ghostfused._C"]
-                if required.get("_C", True) or len(others) == len(self.extensions):
+                if required["_C"] or len(others) == len(self.extensions):
                     raise
-                without("_C", str(error))
+                failures["_C"] = str(error)
                 self.extensions = others
                 super().run()
+            leave_notes(ROOT / "ghostfused" if self.inplace else Path(self.build_lib, "ghostfused"))
 
         def build_extension(self, ext) -> None:
+            name = ext.name.rpartition(".")[2]
             try:
                 super().build_extension(ext)
             except Exception as error:
-                name = ext.name.rpartition(".")[2]
                 if required[name]:
                     raise
                 ext.optional = True  # setuptools doesn't copy what isn't there
-                without(name, f"the build failed: {error}")
+                failures[name] = f"the build failed: {error}"
+
+        def copy_extensions_to_source(self) -> None:
+            for ext in self.extensions:  # Python would take one of another suffix first
+                for old in (ROOT / "ghostfused").glob(ext.name.rpartition(".")[2] + ".*.so"):
+                    old.unlink()
+            super().copy_extensions_to_source()
 
     return Build
 
 
 def main() -> None:
-    modules, required = [], {}
+    modules = []
     for name, variable, make in (("_C", "GHOSTFUSED_CUDA", cuda_extension), ("_cpu", "GHOSTFUSED_CPU", cpu_extension)):
         wanted = os.environ.get(variable, "")
         if wanted not in ("", "0", "1"):
             raise SystemExit(f"{variable}: expected 0, 1 or nothing, got {wanted!r}")
-        failure(name).unlink(missing_ok=True)
         required[name] = wanted == "1"
         if wanted == "0":
-            without(name, f"{variable}=0 when it was installed")
+            failures[name] = f"{variable}=0 when it was built"
             continue
         try:
             modules.append(make())
         except RuntimeError as error:
-            if required[name]:
-                raise
-            without(name, str(error))
-    setup(ext_modules=modules, cmdclass={"build_ext": build_command(required)} if modules else {})
+            failures[name] = str(error)
+    setup(
+        ext_modules=modules,
+        cmdclass={
+            "build_py": BuildPython,
+            "build_ext": build_command(cpp_extension().BuildExtension if modules else build_ext),
+        },
+        options={"bdist_wheel": {"py_limited_api": "cp311"}} if modules and ABI3 else {},
+    )
 
 
 if __name__ == "__main__":

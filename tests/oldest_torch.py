@@ -16,8 +16,6 @@ import tomllib
 import zipfile
 from pathlib import Path
 
-import pybind11
-
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -55,7 +53,14 @@ def flags(version: str) -> list[str]:
     target = f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000"
     if target not in (ROOT / "setup.py").read_text():
         raise SystemExit(f"setup.py: expected {target}, since pyproject.toml allows torch {version}")
-    return ["-std=c++20", "-fvisibility=hidden", "-DUSE_CUDA", '-DGHOSTFUSED_ARCHITECTURES=""', target]
+    return [
+        "-std=c++20",
+        "-fvisibility=hidden",
+        "-DUSE_CUDA",
+        '-DGHOSTFUSED_ARCHITECTURES=""',
+        target,
+        "-DPy_LIMITED_API=0x030b0000",
+    ]
 
 
 def cuda_headers() -> Path:
@@ -80,7 +85,6 @@ def main(folder: Path) -> int:
         download(version, folder)
     includes = [
         ROOT / "csrc",
-        pybind11.get_include(),
         sysconfig.get_path("include"),
         folder / "torch" / "include",
         cuda_headers(),

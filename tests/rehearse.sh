@@ -16,7 +16,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
 [[ ${1:-} && $1 != -* ]] || { sed -n '2,14s/^# \?//p' "$0" && exit 2; }
 
-PACKAGES=(torch==2.11.0 torchvision==0.26.0 triton==3.6.0 numpy==2.5.2 "setuptools>=77,<82" wheel ninja pybind11 timm
+PACKAGES=(torch==2.11.0 torchvision==0.26.0 triton==3.6.0 numpy==2.5.2 "setuptools>=77,<82" wheel ninja timm
   pytest pytest-xdist hypothesis)
 mkdir -p "$1" || exit 2
 FOLDER=$(cd "$1" && pwd)

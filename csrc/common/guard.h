@@ -3,31 +3,86 @@
 //
 // Up to Python 3.11 a dictionary has a version (PEP 509), another number after every change. Python 3.12 tells a
 // watcher of each change as it happens, and then nothing of the dictionaries need be read. Later Pythons don't tell it
-// of attributes that are set on an object, so that there objects' own dictionaries are compared.
+// of attributes that are set on an object, so that there objects' own dictionaries are compared. Neither is in the
+// limited API: what this file knows of it holds for the versions of ThisPython, and of others contents are compared.
 #pragma once
 
-#include <pybind11/pybind11.h>
+#include <dlfcn.h>
 
 #include <algorithm>
+#include <memory>
 #include <unordered_map>
 #include <vector>
 
+#include "common/python.h"
+
 namespace ghostfused {
+
+struct ThisPython {
+  static inline const unsigned long minor = Py_Version >> 24 == 3 ? Py_Version >> 16 & 0xff : 0;
+  static inline const bool has_versions = minor == 11, knows_layout = minor >= 11 && minor <= 13;
+  static inline const bool watches = minor == 12 || minor == 13, watches_objects = minor == 12;
+};
+
+// A dictionary's first members. Python 3.12 and later have another number in place of the version.
+struct DictHead {
+  PyObject_HEAD;
+  Py_ssize_t used;
+  uint64_t version;
+  const char *keys, *values;
+
+  static const DictHead& of(PyObject* dict) { return *reinterpret_cast<const DictHead*>(dict); }
+};
+
+// Python's watchers of dictionaries; none where it has none.
+class Watcher {
+ public:
+  using Callback = int (*)(int event, PyObject* dict, PyObject* key, PyObject* value);
+  static constexpr int kDeallocated = 5;
+
+  explicit Watcher(Callback on_change) {
+    if (!ThisPython::watches) return;
+    const auto add = reinterpret_cast<int (*)(Callback)>(dlsym(RTLD_DEFAULT, "PyDict_AddWatcher"));
+    watch_ = reinterpret_cast<Call>(dlsym(RTLD_DEFAULT, "PyDict_Watch"));
+    unwatch_ = reinterpret_cast<Call>(dlsym(RTLD_DEFAULT, "PyDict_Unwatch"));
+    if (!add || !watch_ || !unwatch_) return;
+    id_ = add(on_change);
+    if (id_ < 0) PyErr_Clear();  // others have taken all: then contents are compared
+  }
+  bool works() const { return id_ >= 0; }
+  bool watch(PyObject* dict) const { return done(watch_(id_, dict)); }
+  bool unwatch(PyObject* dict) const { return done(unwatch_(id_, dict)); }
+
+ private:
+  using Call = int (*)(int id, PyObject* dict);
+  static bool done(int status) {
+    if (status < 0) PyErr_Clear();
+    return status >= 0;
+  }
+
+  Call watch_ = nullptr, unwatch_ = nullptr;
+  int id_ = -1;
+};
 
 // Everything is borrowed: whoever holds a Guard keeps the dictionaries, what was in them, and the objects alive.
 class Guard {
  public:
-  Guard(const pybind11::list& dicts, const pybind11::list& objects) {
-    for (const auto& each : dicts) {
-      PyObject* dict = each.cast<pybind11::dict>().ptr();
+  // Two lists.
+  Guard(PyObject* dicts, PyObject* objects) {
+    for (Py_ssize_t i = 0; i < PyList_Size(dicts); ++i) {
+      PyObject* dict = PyList_GetItem(dicts, i);
+      if (!PyDict_Check(dict)) throw py::value_error("dicts: expected dictionaries");
       dicts_.push_back({dict, version(dict), entries_.size()});
       Py_ssize_t position = 0;
       Entry entry;
       while (PyDict_Next(dict, &position, &entry.key, &entry.value)) entries_.push_back(entry);
     }
     dicts_.push_back({nullptr, 0, entries_.size()});
-    for (const auto& object : objects) objects_.push_back({object.ptr(), Py_TYPE(object.ptr())});
-    if (objects_.size() >= dicts_.size()) throw pybind11::value_error("dicts: expected one for each of the objects");
+    for (Py_ssize_t i = 0; i < PyList_Size(objects); ++i) {
+      PyObject* object = PyList_GetItem(objects, i);
+      objects_.push_back({object, Py_TYPE(object)});
+    }
+    if (objects_.size() >= dicts_.size()) throw py::value_error("dicts: expected one for each of the objects");
     watch();
   }
   ~Guard() { unwatch(); }
@@ -40,7 +95,7 @@ class Guard {
       if (Py_TYPE(objects_[i].object) != objects_[i].type || !has_dict(objects_[i].object, dicts_[i].dict))
         return false;
     }
-    const size_t all = dicts_.size() - 1, unwatched = kWatchesObjects ? 0 : objects_.size();
+    const size_t all = dicts_.size() - 1, unwatched = ThisPython::watches_objects ? 0 : objects_.size();
     const size_t count = watched_ && !changed_ ? unwatched : all;
     changed_ = false;  // a change from here on is seen again
     for (size_t i = 0; i < count; ++i) {
@@ -70,7 +125,6 @@ class Guard {
     PyTypeObject* type;
   };
   static constexpr size_t kAhead = 24;
-  static constexpr bool kWatchesObjects = PY_VERSION_HEX < 0x030d0000;
 
   // Whether ``dict`` is the object's __dict__.
   static bool has_dict(PyObject* object, PyObject* dict) {
@@ -80,12 +134,7 @@ class Guard {
     return now == dict;
   }
 
-#if PY_VERSION_HEX < 0x030c0000
-  static uint64_t version(PyObject* dict) { return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag; }
-  void watch() {}
-  void unwatch() {}
-#else
-  static uint64_t version(PyObject*) { return 0; }
+  static uint64_t version(PyObject* dict) { return ThisPython::has_versions ? DictHead::of(dict).version : 0; }
 
   // The guards of each watched dictionary, by its address. All calls hold the GIL.
   using Watching = std::unordered_map<PyObject*, std::vector<Guard*> >;
@@ -94,49 +143,44 @@ class Guard {
     return *watching;
   }
 
-  static int on_change(PyDict_WatchEvent event, PyObject* dict, PyObject*, PyObject*) {
+  static int on_change(int event, PyObject* dict, PyObject*, PyObject*) {
     const auto found = watching().find(dict);
     if (found == watching().end()) return 0;
     for (Guard* guard : found->second) guard->changed_ = true;
-    if (event == PyDict_EVENT_DEALLOCATED) watching().erase(found);
+    if (event == Watcher::kDeallocated) watching().erase(found);
     return 0;
   }
 
-  static int watcher() {
-    static const int id = PyDict_AddWatcher(&on_change);
-    if (id < 0) PyErr_Clear();  // others have taken all: then contents are compared
-    return id;
+  static const Watcher& watcher() {
+    static const Watcher watcher(&on_change);
+    return watcher;
   }
 
   void watch() {
-    if (watcher() < 0) return;
+    if (!watcher().works()) return;
     watched_ = true;
     for (size_t i = 0; i + 1 < dicts_.size(); ++i) {
       watching()[dicts_[i].dict].push_back(this);
-      if (PyDict_Watch(watcher(), dicts_[i].dict) < 0) {
-        PyErr_Clear();
-        watched_ = false;
-      }
+      if (!watcher().watch(dicts_[i].dict)) watched_ = false;
     }
   }
 
   void unwatch() {
-    if (watcher() < 0) return;
+    if (!watcher().works()) return;
     for (size_t i = 0; i + 1 < dicts_.size(); ++i) {
       const auto found = watching().find(dicts_[i].dict);
       if (found == watching().end()) continue;  // it has gone, or is a dictionary twice
       auto& guards = found->second;
       guards.erase(std::remove(guards.begin(), guards.end(), this), guards.end());
       if (!guards.empty()) continue;
-      if (PyDict_Unwatch(watcher(), dicts_[i].dict) < 0) PyErr_Clear();
+      watcher().unwatch(dicts_[i].dict);
       watching().erase(found);
     }
   }
-#endif
 
   bool has_its_entries(size_t i) const {
     const Entry *entry = &entries_[dicts_[i].first], *end = entry + (dicts_[i + 1].first - dicts_[i].first);
-    if (PyDict_GET_SIZE(dicts_[i].dict) != end - entry) return false;
+    if (PyDict_Size(dicts_[i].dict) != end - entry) return false;
     Py_ssize_t position = 0;
     for (Entry now; PyDict_Next(dicts_[i].dict, &position, &now.key, &now.value); ++entry) {
       if (now.key != entry->key || now.value != entry->value) return false;
@@ -148,10 +192,8 @@ class Guard {
   void prefetch(size_t i) const {
     if (i + 2 * kAhead < dicts_.size()) __builtin_prefetch(dicts_[i + 2 * kAhead].dict);
     if (i + kAhead + 1 >= dicts_.size()) return;
-    const auto* dict = reinterpret_cast<const PyDictObject*>(dicts_[i + kAhead].dict);
-    if (version(dicts_[i + kAhead].dict)) return;
-    const char *keys = reinterpret_cast<const char*>(dict->ma_keys),
-               *values = reinterpret_cast<const char*>(dict->ma_values);
+    if (ThisPython::has_versions || !ThisPython::knows_layout) return;
+    const auto& [base, used, number, keys, values] = DictHead::of(dicts_[i + kAhead].dict);
     for (int line = 0; line < 7; ++line) __builtin_prefetch(keys + 64 * line);
     for (int line = 0; values && line < 3; ++line) __builtin_prefetch(values + 64 * line);
   }
@@ -162,13 +204,46 @@ class Guard {
   bool watched_ = false, changed_ = false;
 };
 
-inline void bind_guard(pybind11::module_& m) {
-  pybind11::class_<Guard>(
-      m, "Guard", pybind11::module_local(),
-      "What dictionaries and the types of objects are now; the first dictionaries are the objects' own.")
-      .def(pybind11::init<const pybind11::list&, const pybind11::list&>(), pybind11::arg("dicts"),
-           pybind11::arg("objects"), "Borrows all of them, and what the dictionaries hold.")
-      .def("holds", &Guard::holds, "Whether all are as they were.");
+// The guard as Python's objects have it.
+struct GuardObject {
+  PyObject_HEAD;
+  Guard* guard;
+
+  static PyObject* make(PyTypeObject* type, PyObject* args, PyObject*) {
+    return py::guarded([&] {
+      PyObject *dicts, *objects;
+      if (!PyArg_ParseTuple(args, "O!O!", &PyList_Type, &dicts, &PyList_Type, &objects)) throw py::error_already_set();
+      auto guard = std::make_unique<Guard>(dicts, objects);
+      py::object self(PyType_GenericAlloc(type, 0));
+      reinterpret_cast<GuardObject*>(self.ptr())->guard = guard.release();
+      return self.release();
+    });
+  }
+
+  static void free(PyObject* self) {
+    PyTypeObject* const type = Py_TYPE(self);
+    delete reinterpret_cast<GuardObject*>(self)->guard;
+    reinterpret_cast<freefunc>(PyType_GetSlot(type, Py_tp_free))(self);
+    Py_DECREF(type);
+  }
+
+  static PyObject* holds(PyObject* self, PyObject*) {
+    return PyBool_FromLong(reinterpret_cast<GuardObject*>(self)->guard->holds());
+  }
+};
+
+inline void bind_guard(py::module_& m) {
+  static PyMethodDef methods[] = {{"holds", &GuardObject::holds, METH_NOARGS, "Whether all are as they were."}, {}};
+  static constexpr const char* doc =
+      "Guard(dicts, objects): what dictionaries and the types of objects are now; the first dictionaries are the "
+      "objects' own. Borrows all of them, and what the dictionaries hold.";
+  PyType_Slot slots[] = {{Py_tp_doc, const_cast<char*>(doc)},
+                         {Py_tp_new, reinterpret_cast<void*>(&GuardObject::make)},
+                         {Py_tp_dealloc, reinterpret_cast<void*>(&GuardObject::free)},
+                         {Py_tp_methods, methods},
+                         {}};
+  PyType_Spec spec{"ghostfused.Guard", sizeof(GuardObject), 0, Py_TPFLAGS_DEFAULT, slots};
+  m.add("Guard", py::object(PyType_FromSpec(&spec)));
 }
 
 }  // namespace ghostfused

@@ -1,9 +1,8 @@
 // The Torch side: the output, the stream, the op's registration (stable ABI, so that one build serves
-// torch 2.11 and later), and the pybind11 module, whose functions for plain-data queries are in introspection.cpp.
+// torch 2.11 and later), and the Python module, whose functions for plain-data queries are in introspection.cpp.
 #include "cuda/binding.h"
 
 #include <cuda_runtime_api.h>
-#include <pybind11/pybind11.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
@@ -15,8 +14,6 @@
 #include "common/program.h"
 #include "cuda/bottleneck/bottleneck.h"
 
-namespace py = pybind11;
-
 namespace ghostfused {
 namespace {
 
@@ -24,8 +21,8 @@ struct ShapeHash {
   size_t operator()(const GhostShape& s) const {
     size_t h = 0;
     for (const int v :
-         {static_cast<int>(s.path), int{s.channels_last}, int{s.input_gate}, s.batch, s.in_channels, s.height, s.width,
-          s.init_channels, s.out_channels, s.ratio, s.dw_size, s.sm_count, s.smem_per_block}) {
+         {static_cast<int>(s.path), int{s.channels_last}, int{s.input_gate}, int{s.full}, s.batch, s.in_channels,
+          s.height, s.width, s.init_channels, s.out_channels, s.ratio, s.dw_size, s.sm_count, s.smem_per_block}) {
       h = h * 1000003 + static_cast<size_t>(v);
     }
     return h;
@@ -122,6 +119,7 @@ Tensor launch(GhostForwardParams& a, const Tensor& x) {
   if (s.batch == 0) return out;
   a.out = map_of(out);
   describe(s, current_device(index), channels_last);
+  s.full = needs_full_kernel(a);
   if (const char* error = launch_forward(a, cached_plan(s), current_stream(index))) {
     fail("ghostfused forward_cuda: ", error);
   }
@@ -177,11 +175,15 @@ STABLE_TORCH_LIBRARY_IMPL(ghostfused, CUDA, m) {
 }  // namespace
 }  // namespace ghostfused
 
-PYBIND11_MODULE(_C, m) {
-  m.doc() =
-      "ghostfused's CUDA kernels: loading this registers ghostfused::{forward,depthwise,squeeze_excite}_cuda; its "
-      "functions answer questions.";
-  ghostfused::bind_guard(m);
-  m.def("drop_program", &ghostfused::CudaPrograms::drop, "Forgets a program that keep_program_cuda has kept.");
-  ghostfused::bind_introspection(m);
+PyMODINIT_FUNC PyInit__C() {
+  static PyModuleDef definition{PyModuleDef_HEAD_INIT, "_C",
+                                "ghostfused's CUDA kernels: loading this registers "
+                                "ghostfused::{forward,depthwise,squeeze_excite}_cuda; its functions answer questions.",
+                                -1};
+  return ghostfused::py::make_module(definition, [](ghostfused::py::module_& m) {
+    ghostfused::bind_guard(m);
+    m.def("drop_program", &ghostfused::CudaPrograms::drop, ghostfused::py::arg("number"),
+          "Forgets a program that keep_program_cuda has kept.");
+    ghostfused::bind_introspection(m);
+  });
 }

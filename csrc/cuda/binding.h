@@ -1,9 +1,8 @@
 // What the ops' Torch sides share: the device, plans, outputs and the stream. Defined in binding.cpp.
 #pragma once
 
-#include <pybind11/pybind11.h>
-
 #include "common/arguments.h"
+#include "common/python.h"
 
 namespace ghostfused {
 
@@ -26,6 +25,6 @@ void check_pixels(int64_t height, int64_t width);
 void* current_stream(int32_t device);
 int32_t cuda_device(const Tensor& x);  // fails if x is on none
 void drop_unused_ghosts(GhostShape& shape);
-void bind_introspection(pybind11::module_& m);
+void bind_introspection(py::module_& m);
 
 }  // namespace ghostfused

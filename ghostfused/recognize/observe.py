@@ -9,7 +9,6 @@ from __future__ import annotations
 import builtins
 import dis
 import enum
-import functools
 import gc
 import logging
 import operator
@@ -37,6 +36,7 @@ from .allowed import (
     on_tensors,
     root_of,
 )
+from .instructions import MONITORING, Instructions, instructions_of
 from .watch import Absent, Level, Path, Present, Watched, cell_of, is_immutable
 
 _UNKNOWN = object()
@@ -50,13 +50,6 @@ class Step:
     """The forward of a layer, which is no Python code to look into."""
 
 
-@functools.cache
-def _instructions(code: CodeType) -> tuple[dict[int, int], list[dis.Instruction]]:
-    """Those of ``code`` without padding, and where each is by its offset."""
-    listed = [i for i in dis.get_instructions(code) if i.opname not in ("CACHE", "EXTENDED_ARG", "PUSH_NULL")]
-    return {i.offset: n for n, i in enumerate(listed)}, listed
-
-
 class Observer:
     """What one run of a module's forward reads. ``paths`` has the path of each module that it may read, by its id."""
 
@@ -67,6 +60,7 @@ class Observer:
         self.known: set[CodeType] = set()
         self.functions: set[int] = set()
         self.tops: dict[FrameType, tuple[Any, str]] = {}
+        self.instructions = Instructions(self._before)
 
     def run(self, function: Callable[[], Any]) -> Any:
         """``function()``, observed.
@@ -78,14 +72,16 @@ class Observer:
         self.plain = {getattr(call, "__code__", None)}
         before, collects = sys.gettrace(), gc.isenabled()
         gc.disable()  # what a collection runs, such as the end of somebody's generator, is no part of the forward
-        sys._getframe().f_trace_opcodes = True  # Python 3.12 looks for one such frame when tracing begins
-        sys.settrace(self._enter)
-        try:
-            out = function()
-        finally:
-            sys.settrace(before)
-            if collects:
-                gc.enable()
+        with self.instructions:
+            for module in self.modules:
+                self.instructions.of(getattr(getattr(module, "forward", None), "__code__", None))
+            sys.settrace(self._enter)
+            try:
+                out = function()
+            finally:
+                sys.settrace(before)
+                if collects:
+                    gc.enable()
         if self.reason is not None:
             raise Refused(self.reason)
         return out
@@ -107,19 +103,25 @@ class Observer:
                 self._of_module(first, "forward")
         if code not in self.known:
             self.refuse(f"runs {code.co_name}, which is no plain function or method that can be watched")
-        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        frame.f_trace_opcodes, frame.f_trace_lines = MONITORING is None, False
         return self._step
 
     def _step(self, frame: FrameType, event: str, argument: Any) -> Any:
         if event == "opcode":
-            places, instructions = _instructions(frame.f_code)
-            place = places.get(frame.f_lasti)
-            if place is not None:
-                known = self._instruction(frame, instructions, place)
-                self.tops[frame] = known
+            self._before(frame)
         elif event == "return" and self.tops.pop(frame, None) is None:
             self.refuse(f"runs {frame.f_code.co_name} without being seen by sys.settrace")
         return self._step
+
+    def _before(self, frame: FrameType) -> None:
+        """Called before each instruction of a frame; those of other threads, which run the same code, aren't traced."""
+        if frame.f_trace != self._step:
+            return
+        places, instructions = instructions_of(frame.f_code)
+        place = places.get(frame.f_lasti)
+        if place is not None:
+            known = self._instruction(frame, instructions, place)
+            self.tops[frame] = known
 
     def _instruction(self, frame: FrameType, instructions: list[dis.Instruction], place: int) -> tuple[Any, str]:
         """Judges one, and returns what it leaves on top of the stack, if that is known, and what it is called."""
@@ -362,6 +364,7 @@ class Observer:
         while codes:
             each = codes.pop()
             self.known.add(each)
+            self.instructions.of(each)
             codes += [constant for constant in each.co_consts if isinstance(constant, CodeType)]
 
 

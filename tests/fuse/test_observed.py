@@ -8,6 +8,7 @@ import functools
 import gc
 import random
 import sys
+import threading
 import types
 
 import pytest
@@ -16,6 +17,7 @@ from torch import nn
 
 from ghostfused import fuse_with_report
 from ghostfused.cli.verify import calibrate
+from ghostfused.models import paper
 from ghostfused.recognize.observe import Observer
 
 SOURCE = '''
@@ -328,3 +330,40 @@ def test_what_a_collection_runs_is_no_part_of_a_forward(monkeypatch):
     assert set(seen) == {"generator", "destructor"}
     assert all(swap.fused for swap in report), report
     assert gc.isenabled()
+
+
+def test_another_thread_may_run_the_same_forward_meanwhile():
+    """Only the instructions of the run that is observed are judged: Python 3.12 and later tell of all threads'."""
+    models = [nn.Sequential(*(paper.GhostModule(4, 4) for _ in range(3))).eval() for _ in range(2)]
+    x, stop, errors = torch.randn(1, 4, 5, 5), threading.Event(), []
+
+    def run():
+        while not stop.is_set():
+            try:
+                models[0](x)
+            except BaseException as error:
+                errors.append(error)
+                return
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        for _ in range(3):
+            assert all(swap.reason is None for swap in fuse_with_report(models[1])[1])
+    finally:
+        stop.set()
+        thread.join()
+    assert errors == []
+
+
+@pytest.mark.skipif(not hasattr(sys, "monitoring"), reason="Python 3.11 traces instructions by itself")
+def test_where_no_tool_can_monitor_nothing_is_fused_unseen():
+    tools = [tool for tool in range(6) if sys.monitoring.get_tool(tool) is None]
+    for tool in tools:
+        sys.monitoring.use_tool_id(tool, "somebody's")
+    try:
+        _, report = fuse_with_report(nn.Sequential(paper.GhostModule(4, 4)).eval())
+    finally:
+        for tool in tools:
+            sys.monitoring.free_tool_id(tool)
+    assert "without being seen" in report[0].reason
