@@ -29,6 +29,8 @@ ROOT = Path(__file__).resolve().parent
 ARCHITECTURES = "8.0 8.6 8.9 9.0 10.0+PTX"
 CXX_FLAGS = ["-std=c++20", "-g0", "-Wall", "-fvisibility=hidden"]
 CXX_FLAGS += ["-DTORCH_TARGET_VERSION=0x020b000000000000"]  # the stable ABI of torch 2.11
+# on aarch64 the scheduler before register allocation makes GCC spill the 1×1 convolution's sums
+CPU_FLAGS = ["-O3", "-fno-math-errno", "-fno-schedule-insns"]
 ABI3 = not sysconfig.get_config_var("Py_GIL_DISABLED")  # a Python without GIL has no limited API
 MANYLINUX = platform.libc_ver()[0] == "glibc" and platform.machine() in ("x86_64", "aarch64")
 
@@ -114,14 +116,16 @@ def cuda_extension():
 
 def cpu_extension():
     """ghostfused._cpu; raises RuntimeError where it can't be built."""
+    if sys.platform == "win32":
+        raise RuntimeError(
+            "MSVC, by which PyTorch builds extensions on Windows, has no vector extensions as g++ and clang"
+        )
     if not shutil.which(os.environ.get("CXX", "g++")):
         raise RuntimeError("no C++ compiler: neither g++ nor the one that CXX names")
-    module = cpp_extension().CppExtension(
-        "ghostfused._cpu",
-        **common(ROOT / "csrc" / "cpu", []),
-        extra_compile_args=[*CXX_FLAGS, "-O3", "-fno-math-errno"],
+    flags = [*CXX_FLAGS, *CPU_FLAGS, f'-DGHOSTFUSED_FLAGS="{" ".join(CPU_FLAGS)}"']
+    return linked(
+        cpp_extension().CppExtension("ghostfused._cpu", **common(ROOT / "csrc" / "cpu", []), extra_compile_args=flags)
     )
-    return linked(module)
 
 
 failures: dict[str, str] = {}  # why an extension isn't built

@@ -9,7 +9,7 @@ import sys
 
 COMMANDS = ("module", "network", "memory", "launches", "overhead", "cpu_peak", "busy", "profile", "suite", "compare", "predicted",
             "report", "readme")  # fmt: skip
-FORWARDED = {"static": "what the compiled kernels hold, from their code", "traffic": "bytes moved, by arithmetic"}
+FORWARDED = {"traffic": "bytes moved, by arithmetic"}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -33,7 +33,7 @@ REHEARSAL=${REHEARSAL:+1}
 PRINT=${PRINT:-}
 CORES=$(nproc)
 CONFIGS=tests/data/ghost_configs.jsonl
-PREDICTIONS=bench/results/static_cuda.jsonl
+PREDICTIONS=(bench/results/sass_float16_{nhwc,nchw}_{forward,training}.jsonl)
 MOST_BYTES=$((15 << 20)) # of a file that comes back
 W=$(mktemp -d "${TMPDIR:-/tmp}/gpu_session.XXXX") || exit 2
 FAILED=0
@@ -163,9 +163,9 @@ step_module() {
 }
 
 step_predicted() {
-  local predictions=$PREDICTIONS
-  [[ ! $REHEARSAL ]] || predictions=$(made_up_predictions)
-  TAIL=40 python_step predicted 15 -m bench predicted "$predictions" "$W/module.jsonl"
+  local predictions=("${PREDICTIONS[@]}")
+  [[ ! $REHEARSAL ]] || predictions=("$(made_up_predictions)")
+  TAIL=40 python_step predicted 15 -m bench predicted "${predictions[@]}" "$W/module.jsonl"
 }
 
 made_up_predictions() { # of the rehearsal's modules, which no judge has seen; the numbers mean nothing
@@ -204,7 +204,7 @@ step_counters() {
   # shellcheck disable=SC2046
   profile counters 60 --csv --page raw --metrics "$METRICS" --log-file "$W/counters.csv" -- $(profiled_modules) "${HALF[@]}"
   if [[ $PRINT || -s $W/counters.csv ]]; then
-    TAIL=60 python_step counted 15 -m bench predicted "$PREDICTIONS" "$W/module.jsonl" --counters "$W/counters.csv" \
+    TAIL=60 python_step counted 15 -m bench predicted "${PREDICTIONS[@]}" "$W/module.jsonl" --counters "$W/counters.csv" \
       "$W/counters.order.jsonl"
   fi
 }

@@ -1,6 +1,6 @@
 """Predicted against measured, module by module: how far each time lies above its bound, and whether both order the modules alike.
 
-PREDICTED holds a JSON object a line, as `python -m tools.sass --json` writes it (or bench/results/static_cuda.jsonl): a module's shape, dtype, layout and batch, and predicted
+PREDICTED holds a JSON object a line, as `python -m tools.sass --json` writes it: a module's shape, dtype, layout and batch, and predicted
 times in fields that end in ``_us``, the largest of which is the bound. MEASURED is what ``module`` writes. With --counters also
 the profiler's instructions and bytes against the predicted ones.
 """
@@ -35,7 +35,7 @@ _UNITS = {"": 1, "inst": 1, "%": 1, "byte": 1, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyt
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("predicted", type=Path, metavar="PREDICTED.jsonl")
+    parser.add_argument("predicted", type=Path, nargs="+", metavar="PREDICTED.jsonl")
     parser.add_argument("measured", type=Path, metavar="MEASURED.jsonl")
     parser.add_argument("--peer", help=f"default: the first of {', '.join(PEERS)} that was measured")
     parser.add_argument(
@@ -156,7 +156,7 @@ def counter_rows(predicted: dict[tuple, dict], counters: Path, order: Path) -> I
 
 def main(options: argparse.Namespace) -> int:
     """compare predicted times of modules with measured ones"""
-    predicted = predictions(options.predicted)
+    predicted = {key: row for path in options.predicted for key, row in predictions(path).items()}
     peer, rows = measured(options.measured, options.peer)
     groups: dict[tuple, list[tuple[dict, float]]] = {}
     cells, without = [], []

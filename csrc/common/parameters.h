@@ -39,6 +39,7 @@ struct GhostShape {
   bool input_gate;
   int batch, in_channels, height, width, init_channels, out_channels, ratio, dw_size;
   int sm_count, smem_per_block, smem_per_sm;  // of the device, in bytes
+  bool full = false;                          // of a CUDA forward: needs_full_kernel()
 
   bool operator==(const GhostShape&) const = default;
 };
@@ -187,6 +188,10 @@ NhwcPlan plan_nhwc(const GhostShape& shape);
 NchwPlan plan_nchw(const GhostShape& shape);
 ForwardPlan plan_forward(const GhostShape& shape);
 
+// Whether a call needs the kernels with all activations, gates and the residual, which shape.full then says. Plain ones
+// have no activation or ReLU: channels_last, after both convolutions alike; NCHW, and no input gate.
+bool needs_full_kernel(const GhostForwardParams& params);
+
 // Which family computes a call: it depends on pointers and strides as well as on the shape.
 Family choose(const GhostForwardParams& params, const ForwardPlan& plan);
 
@@ -199,8 +204,8 @@ struct KernelAttributes {
   int registers, local_bytes, static_smem_bytes, max_threads, binary_version;
 };
 constexpr int kGhostKernelCount = 24;  // 4 paths × (3×3, 5×5, any size and ratio) × 2 layouts
-constexpr int kNhwcKernelCount = 24;   // 2 paths × nhwc.h's 12
-constexpr int kNchwKernelCount = 42;   // 2 paths × nchw.h's 21
+constexpr int kNhwcKernelCount = 20;   // 2 paths × nhwc.h's 10
+constexpr int kNchwKernelCount = 32;   // 2 paths × nchw.h's 16
 constexpr int kKernelCount = kGhostKernelCount + 3 * 19 + 8 + 3 * 28 + 2 * 14 + kNhwcKernelCount +
                              kNchwKernelCount;  // and bottleneck.h's, training.h's
 const char* kernel_attributes(int index, KernelAttributes* attributes);

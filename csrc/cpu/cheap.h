@@ -18,7 +18,7 @@ class Cheap {
     float* to = scratch + at.masks;
     for (int64_t w = 0; w < s.width; w += kLanes) {
       for (int64_t j = 0; j < s.dw_size; ++j, to += kLanes) {
-        Ints column;
+        Ints column{};
         for (int i = 0; i < kLanes; ++i) column[i] = static_cast<int>(first_of(w) - plan.pad + i + j);
         store(to, (column >= 0) & (column < s.width));
       }

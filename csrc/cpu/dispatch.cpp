@@ -10,6 +10,12 @@
 
 #ifdef __x86_64__
 #include <cpuid.h>
+#elif defined(__aarch64__)
+#ifdef __linux__
+#include <sys/auxv.h>
+#elif defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
 #endif
 
 namespace ghostfused::cpu {
@@ -34,6 +40,23 @@ bool is_amd_19h() {
   if (!__get_cpuid(0, &a, &b, &c, &d) || b != signature_AMD_ebx) return false;
   return __get_cpuid(1, &a, &b, &c, &d) && ((a >> 8) & 0xf) + ((a >> 20) & 0xff) == 0x19;
 }
+#elif defined(__aarch64__)
+#ifdef __linux__
+// the kernel's HWCAP_ASIMDFHM and HWCAP2_BF16
+bool has_neon_fp16() { return getauxval(AT_HWCAP) >> 23 & 1; }
+bool has_neon_bf16() { return has_neon_fp16() && (getauxval(AT_HWCAP2) >> 14 & 1); }
+#elif defined(__APPLE__)
+bool has_feature(const char* name) {
+  int value = 0;
+  size_t size = sizeof value;
+  return sysctlbyname(name, &value, &size, nullptr, 0) == 0 && value;
+}
+bool has_neon_fp16() { return has_feature("hw.optional.arm.FEAT_FHM"); }
+bool has_neon_bf16() { return has_neon_fp16() && has_feature("hw.optional.arm.FEAT_BF16"); }
+#else
+bool has_neon_fp16() { return false; }
+bool has_neon_bf16() { return false; }
+#endif
 #endif
 
 }  // namespace
@@ -46,6 +69,9 @@ const Isa kIsas[] = {
     {"avx512vl_bf16", 8, has_avx512_bf16, &kAvx512vlBf16},
     {"avx512", 16, has_avx512, &kAvx512},
     {"avx512_bf16", 16, has_avx512_bf16, &kAvx512Bf16},
+#elif defined(__aarch64__)
+    {"neon_fp16", 4, has_neon_fp16, &kNeonFp16},
+    {"neon_bf16", 4, has_neon_bf16, &kNeonBf16},
 #endif
     {nullptr, 0, nullptr, nullptr},
 };

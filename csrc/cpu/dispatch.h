@@ -18,8 +18,8 @@ struct Kernels {
   // nothing but that, in registers, as the path's 1×1 convolution does; returns the operations done
   double (*multiply_adds)(int64_t count, Path path);
 };
-extern const Kernels kBaseline, kAvx2, kAvx512vl, kAvx512vlBf16, kAvx512,
-    kAvx512Bf16;  // each in the file of isa/ that has its name
+// each in the file of isa/ that has its name
+extern const Kernels kBaseline, kAvx2, kAvx512vl, kAvx512vlBf16, kAvx512, kAvx512Bf16, kNeonFp16, kNeonBf16;
 
 struct Isa {
   const char* name;

@@ -14,8 +14,8 @@ namespace ghostfused::cpu::GHOSTFUSED_ISA {
 
 template <typename T, bool kChannelsLast>
 class Worker {
-  using Number = typename Operand<T>::Number;
-  static constexpr int kPerLane = Operand<T>::kChannels;
+  using Number = typename Operand<T, kChannelsLast>::Number;
+  static constexpr int kPerLane = Operand<T, kChannelsLast>::kChannels;
 
  public:
   Worker(const GhostForwardParams& params, const Plan& plan)
@@ -263,7 +263,7 @@ class Worker {
     const int64_t next = p.primary_weight_stride_n, stride = p.primary_weight_stride_k;
     const auto read = [&](int64_t c, int64_t k) {
       const int64_t first = k * kPerLane;
-      return load_operand(from + c * next + first * stride, stride, s.in_channels - first);
+      return load_operand<kPerLane>(from + c * next + first * stride, stride, s.in_channels - first);
     };
     if constexpr (kChannelsLast) {
       for (int64_t c = 0; c < channels; c += kLanes) {
@@ -274,7 +274,7 @@ class Worker {
           transpose(v);
           float* to = weight + k * plan.padded_block + c;
           const int64_t count = min_of<int64_t>(plan.depth - k, kLanes);
-          for (int64_t i = 0; i < count; ++i) store(to + i * plan.padded_block, v[i]);
+          for (int64_t i = 0; i < count; ++i) store(to + i * plan.padded_block, row_of_pairs<T>(v[i]));
         }
       }
     } else {

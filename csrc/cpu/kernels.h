@@ -8,15 +8,16 @@
 namespace ghostfused::cpu::GHOSTFUSED_ISA {
 
 // For the benchmarks: what share of the multiply-adds that a core can do the kernels do.
-template <int kChannels>
+template <typename T>
 double multiply_adds(int64_t count) {
+  constexpr int kChannels = Operand<T, false>::kChannels;
   constexpr int kChains = 12;  // more than latency × units
   Vec sum[kChains], a = splat(0.5f), b = splat(1.f);
   for (int j = 0; j < kChains; ++j) sum[j] = splat(static_cast<float>(j));
   for (int64_t i = 0; i < count; ++i) {
 #pragma GCC unroll 12
     for (int j = 0; j < kChains; ++j) {
-      sum[j] = kChannels == 1 ? sum[j] * a + b : multiply_add<kChannels>(a, b, sum[j]);
+      sum[j] = kChannels == 1 ? sum[j] * a + b : multiply_add<T, false>(a, b, sum[j]);
     }
   }
   for (int j = 1; j < kChains; ++j) sum[0] += sum[j];
@@ -24,7 +25,7 @@ double multiply_adds(int64_t count) {
   return 2.0 * kChannels * kChains * kLanes * static_cast<double>(count);
 }
 inline double multiply_adds(int64_t count, Path path) {
-  return path == Path::kBFloat16 ? multiply_adds<Operand<BFloat16>::kChannels>(count) : multiply_adds<1>(count);
+  return path == Path::kBFloat16 ? multiply_adds<BFloat16>(count) : multiply_adds<float>(count);
 }
 
 inline constexpr Kernels kernels{forward, depthwise, squeeze_excite, global_pool, multiply_adds};

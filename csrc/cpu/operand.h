@@ -1,4 +1,5 @@
-// What the 1×1 convolution multiplies: numbers as fp32, or bf16 in pairs where the CPU multiplies those.
+// What the 1×1 convolution multiplies: numbers as fp32, or bf16 and fp16 in pairs where the CPU adds up their products
+// in fp32.
 #pragma once
 
 #include "cpu/vec.h"
@@ -7,22 +8,31 @@ namespace ghostfused::cpu::GHOSTFUSED_ISA {
 
 // One 32-bit lane of x or of the weights, of type T, as the multiplication reads it: kChannels channels that follow
 // each other, each a Number.
-template <typename T>
+template <typename T, bool kChannelsLast>
 struct Operand {
   using Number = float;
   static constexpr int kChannels = 1;
 };
 
-#ifdef GHOSTFUSED_X86_BF16
-template <>
-struct Operand<BFloat16> {
+#if defined(GHOSTFUSED_X86_BF16) || defined(GHOSTFUSED_NEON_BF16)
+template <bool kChannelsLast>
+struct Operand<BFloat16, kChannelsLast> {
   using Number = BFloat16;
   static constexpr int kChannels = 2;
 };
 #endif
+#ifdef GHOSTFUSED_NEON_FP16  // only where rows are weights: those of x in NCHW don't begin where row_of_pairs has them
+                             // begin
+template <>
+struct Operand<Float16, true> {
+  using Number = Float16;
+  static constexpr int kChannels = 2;
+};
+#endif
 
-inline int channels_per_lane(Path path) {
-  return path == Path::kBFloat16 ? Operand<BFloat16>::kChannels : Operand<float>::kChannels;
+inline int channels_per_lane(Path path, bool channels_last) {
+  if (path == Path::kBFloat16) return Operand<BFloat16, true>::kChannels;
+  return path == Path::kFloat16 && channels_last ? Operand<Float16, true>::kChannels : 1;
 }
 
 template <int kChannels>
@@ -34,15 +44,24 @@ GHOSTFUSED_INLINE Vec splat_operand(const float* p) {
   }
 }
 
-template <int kChannels>
+// ``a`` is a splat_operand, ``b`` a vector of a row.
+template <typename T, bool kChannelsLast>
 GHOSTFUSED_INLINE Vec multiply_add(Vec a, Vec b, Vec sum) {
-  if constexpr (kChannels == 1) {
+  if constexpr (Operand<T, kChannelsLast>::kChannels == 1) {
     return sum + a * b;
-  } else {
+  } else if constexpr (std::is_same_v<T, BFloat16>) {
 #if defined(GHOSTFUSED_X86_BF16) && GHOSTFUSED_LANES == 8
     return (Vec)_mm256_dpbf16_ps((__m256)sum, (__m256bh)a, (__m256bh)b);
 #elif defined(GHOSTFUSED_X86_BF16)
     return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#elif defined(GHOSTFUSED_NEON_BF16)
+    return (Vec)vbfdotq_f32((float32x4_t)sum, (bfloat16x8_t)a, (bfloat16x8_t)b);
+#endif
+  } else {
+#ifdef GHOSTFUSED_NEON_FP16
+    const float16x4_t pair = vget_low_f16((float16x8_t)a);
+    const float32x4_t even = vfmlalq_lane_low_f16((float32x4_t)sum, (float16x8_t)b, pair, 0);
+    return (Vec)vfmlalq_lane_high_f16(even, (float16x8_t)b, pair, 1);
 #endif
   }
 }
@@ -60,6 +79,19 @@ GHOSTFUSED_INLINE int64_t part_of(int64_t depth) {
 GHOSTFUSED_INLINE Vec pair_of(Vec even, Vec odd) {
   const Ints low = (reinterpret_cast<Ints>(even) >> 16) & 0xffff;
   return reinterpret_cast<Vec>(low | (reinterpret_cast<Ints>(odd) & ~0xffff));
+}
+
+// A row of channels_last, a vector of weights, as multiply_add takes it: pairs lie next to each other, but where NEON
+// multiplies fp16, which takes a half of a vector at a time, those of the even channels come first.
+template <typename T>
+GHOSTFUSED_INLINE Vec row_of_pairs(Vec pairs) {
+#ifdef GHOSTFUSED_NEON_FP16
+  if constexpr (std::is_same_v<T, Float16>) {
+    const uint16x4x2_t parts = vuzp_u16(vget_low_u16((uint16x8_t)pairs), vget_high_u16((uint16x8_t)pairs));
+    return (Vec)vcombine_u16(parts.val[0], parts.val[1]);
+  }
+#endif
+  return pairs;
 }
 
 }  // namespace ghostfused::cpu::GHOSTFUSED_ISA

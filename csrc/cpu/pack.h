@@ -15,10 +15,10 @@ GHOSTFUSED_INLINE Vec load_strided(const T* p, int64_t stride, int count) {
 }
 
 // The operand's lanes of ``channels`` numbers of a row, or of the first that a vector holds; zeros after them.
-template <typename T>
+template <int kChannels, typename T>
 GHOSTFUSED_INLINE Vec load_operand(const T* p, int64_t stride, int64_t channels) {
-  constexpr int kAll = kLanes * Operand<T>::kChannels;
-  if constexpr (Operand<T>::kChannels == 1) {
+  constexpr int kAll = kLanes * kChannels;
+  if constexpr (kChannels == 1) {
     return load_strided(p, stride, min_of<int64_t>(channels, kAll));
   } else {
     if (stride == 1 && channels >= kAll) return load(p);
@@ -71,7 +71,7 @@ void pack_pixels(const GhostForwardParams& p, const T* gate, int64_t n, int64_t 
 template <typename T>
 class LaneChannels {
  public:
-  static constexpr int kCount = Operand<T>::kChannels;
+  static constexpr int kCount = Operand<T, false>::kChannels;
 
   LaneChannels(const GhostForwardParams& p, const T* gate, int64_t lane)
       : stride(p.x.stride_c), whole((lane + 1) * kCount <= p.shape.in_channels), gate(gate) {

@@ -55,7 +55,7 @@ class TapPlane {
 template <typename T>
 void pack_patch_planes(const GhostForwardParams& p, const T* gate, int64_t n, int64_t top, int64_t rows, int64_t depth,
                        float* to, int64_t to_row, float* line) {
-  constexpr int kCount = Operand<T>::kChannels;
+  constexpr int kCount = Operand<T, false>::kChannels;
   const int64_t width = p.shape.width, channels = int64_t{p.shape.in_channels} * p.kernel * p.kernel;
   for (int64_t k = 0; k < depth; ++k, to += to_row) {
     const TapPlane<T> even(p, gate, n, k * kCount), odd(p, gate, n, min_of(k * kCount + 1, channels - 1));
@@ -111,8 +111,8 @@ void pack_patch_pixels(const GhostForwardParams& p, const T* gate, int64_t n, in
 template <typename T, bool kChannelsLast>
 void prepare_patch_weight(const GhostForwardParams& p, int64_t c0, int64_t channels, int64_t depth,
                           int64_t padded_block, float* weight) {
-  using Number = typename Operand<T>::Number;
-  constexpr int kPerLane = Operand<T>::kChannels;
+  using Number = typename Operand<T, kChannelsLast>::Number;
+  constexpr int kPerLane = Operand<T, kChannelsLast>::kChannels;
   const int64_t in_channels = p.shape.in_channels, area = int64_t{p.kernel} * p.kernel;
   const int64_t rows = kChannelsLast ? padded_block : channels;
   __builtin_memset(weight, 0, rows * depth * sizeof(float));
@@ -133,6 +133,8 @@ void prepare_patch_weight(const GhostForwardParams& p, int64_t c0, int64_t chann
       }
     }
   }
+  if (!kChannelsLast) return;
+  for (int64_t i = 0; i < rows * depth; i += kLanes) store(weight + i, row_of_pairs<T>(load(weight + i)));
 }
 
 }  // namespace ghostfused::cpu::GHOSTFUSED_ISA

@@ -47,7 +47,7 @@ inline bool made_of_pairs(const void* data, int64_t sizes) {
 
 inline Plan make_plan(const GhostForwardParams& p, int threads) {
   const GhostShape& s = p.shape;
-  const int64_t height = s.height, width = s.width, per_lane = channels_per_lane(s.path);
+  const int64_t height = s.height, width = s.width, per_lane = channels_per_lane(s.path, s.channels_last);
   const bool patches = p.kernel > 1 || p.stride > 1;
   const int64_t depth = div_up(int64_t{s.in_channels} * p.kernel * p.kernel, per_lane);
   const bool is_float = s.path == Path::kFloat32 || s.path == Path::kTF32;

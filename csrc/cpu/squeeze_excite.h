@@ -146,7 +146,7 @@ void excite(Items& items, void* context) {
       v = 1.f / (1.f + exp(-v));
     } else {
       v = clamp(p.gate == Gate::kHardsigmoid ? v + 3.f : v, clamp_of(Act::kReLU6));
-      if (p.gate == Gate::kHardsigmoid) v *= 1.f / 6.f;
+      if (p.gate == Gate::kHardsigmoid) v /= 6.f;
     }
     store_part(static_cast<T*>(p.out) + n * p.channels + c, v, count);
   };

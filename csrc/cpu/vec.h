@@ -36,7 +36,7 @@ GHOSTFUSED_INLINE void store(T* p, V v) {
 }
 GHOSTFUSED_INLINE Vec splat(float x) { return x - Vec{}; }
 
-// fp16 and bf16 numbers, which x86 and the baseline of aarch64 have no arithmetic for.
+// fp16 and bf16 numbers, which no baseline has arithmetic for.
 struct Float16 {
   uint16_t bits;
 };
@@ -59,6 +59,8 @@ GHOSTFUSED_INLINE Vec widen(Halves h, BFloat16) { return reinterpret_cast<Vec>(w
 GHOSTFUSED_INLINE Halves narrow(Vec v, BFloat16) { return (Halves)_mm256_cvtneps_pbh((__m256)v); }
 #elif defined(GHOSTFUSED_X86_BF16)
 GHOSTFUSED_INLINE Halves narrow(Vec v, BFloat16) { return (Halves)_mm512_cvtneps_pbh((__m512)v); }
+#elif defined(GHOSTFUSED_NEON_BF16)
+GHOSTFUSED_INLINE Halves narrow(Vec v, BFloat16) { return (Halves)vcvt_bf16_f32((float32x4_t)v); }
 #else
 GHOSTFUSED_INLINE Halves narrow(Vec v, BFloat16) {
   const Ints bits = reinterpret_cast<Ints>(v);
@@ -78,6 +80,9 @@ GHOSTFUSED_INLINE Vec widen(Halves h, Float16) { return (Vec)_mm512_cvtph_ps((__
 GHOSTFUSED_INLINE Halves narrow(Vec v, Float16) {
   return (Halves)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
 }
+#elif defined(GHOSTFUSED_NEON)
+GHOSTFUSED_INLINE Vec widen(Halves h, Float16) { return (Vec)vcvt_f32_f16((float16x4_t)h); }
+GHOSTFUSED_INLINE Halves narrow(Vec v, Float16) { return (Halves)vcvt_f16_f32((float32x4_t)v); }
 #else
 GHOSTFUSED_INLINE Vec widen(Halves h, Float16) {
   const Ints bits = __builtin_convertvector(h, Ints);
@@ -255,7 +260,7 @@ __attribute__((noinline)) static Vec activate(Vec x, Vec slope, Act act) {
       return x / (1.f + exp(-x));
     case Act::kHardswish: {
       const Vec y = x + 3.f, low = 0.f > y ? Vec{} : y;
-      return x * (low > 6.f ? splat(6.f) : low) * (1.f / 6.f);
+      return x * (low > 6.f ? splat(6.f) : low) / 6.f;  // as PyTorch rounds: 1 / 6 is no float
     }
     case Act::kLeakyReLU:
     case Act::kPReLU:

@@ -21,8 +21,8 @@ struct ShapeHash {
   size_t operator()(const GhostShape& s) const {
     size_t h = 0;
     for (const int v :
-         {static_cast<int>(s.path), int{s.channels_last}, int{s.input_gate}, s.batch, s.in_channels, s.height, s.width,
-          s.init_channels, s.out_channels, s.ratio, s.dw_size, s.sm_count, s.smem_per_block}) {
+         {static_cast<int>(s.path), int{s.channels_last}, int{s.input_gate}, int{s.full}, s.batch, s.in_channels,
+          s.height, s.width, s.init_channels, s.out_channels, s.ratio, s.dw_size, s.sm_count, s.smem_per_block}) {
       h = h * 1000003 + static_cast<size_t>(v);
     }
     return h;
@@ -119,6 +119,7 @@ Tensor launch(GhostForwardParams& a, const Tensor& x) {
   if (s.batch == 0) return out;
   a.out = map_of(out);
   describe(s, current_device(index), channels_last);
+  s.full = needs_full_kernel(a);
   if (const char* error = launch_forward(a, cached_plan(s), current_stream(index))) {
     fail("ghostfused forward_cuda: ", error);
   }

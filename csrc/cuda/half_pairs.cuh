@@ -73,7 +73,11 @@ __device__ __forceinline__ uint32_t pack(float first, float second) {
 template <typename T>
 __device__ __forceinline__ float2 unpack(uint32_t v) {
   if constexpr (__is_same(T, __half)) {
-    return __half22float2(*reinterpret_cast<const __half2*>(&v));
+    float2 two;
+    asm("{.reg .f16 low, high; mov.b32 {low, high}, %2; cvt.f32.f16 %0, low; cvt.f32.f16 %1, high;}"
+        : "=f"(two.x), "=f"(two.y)
+        : "r"(v));
+    return two;
   } else {
     return {__uint_as_float(v << 16), __uint_as_float(v & 0xffff0000u)};
   }

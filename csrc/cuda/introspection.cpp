@@ -107,7 +107,7 @@ void describe_plan(py::dict& r, const NchwPlan& p) {
 
 // The plan for dense, aligned tensors, as a dict: of the family that the planner chooses, or of ``family``.
 py::dict plan(int batch, int in_channels, int height, int width, int init_channels, int out_channels, int ratio,
-              int dw_size, const std::string& path, bool channels_last, bool input_gate, int sm_count,
+              int dw_size, const std::string& path, bool channels_last, bool input_gate, bool full, int sm_count,
               int smem_per_block, int smem_per_sm, const std::string& family) {
   for (const int v : {batch, in_channels, height, width, init_channels, out_channels, ratio - 1, dw_size, sm_count}) {
     if (v < 1) throw py::value_error("plan: expected positive sizes and a ratio of at least 2");
@@ -115,6 +115,7 @@ py::dict plan(int batch, int in_channels, int height, int width, int init_channe
   GhostForwardParams a{};
   a.shape = {path_named(path), channels_last, input_gate, batch,   in_channels, height,         width,
              init_channels,    out_channels,  ratio,      dw_size, sm_count,    smem_per_block, smem_per_sm};
+  a.shape.full = full || (input_gate && !channels_last);
   drop_unused_ghosts(a.shape);
   const ForwardPlan plans = plan_forward(a.shape);
   py::dict r;
@@ -281,8 +282,8 @@ void bind_introspection(py::module_& m) {
   m.def("plan", &plan, py::kw_only(), py::arg("batch"), py::arg("in_channels"), py::arg("height"), py::arg("width"),
         py::arg("init_channels"), py::arg("out_channels"), py::arg("ratio") = 2, py::arg("dw_size") = 3,
         py::arg("path") = "float16", py::arg("channels_last") = true, py::arg("input_gate") = false,
-        py::arg("sm_count") = 132, py::arg("smem_per_block") = 232448, py::arg("smem_per_sm") = 233472,
-        py::arg("family") = "",
+        py::arg("full") = false, py::arg("sm_count") = 132, py::arg("smem_per_block") = 232448,
+        py::arg("smem_per_sm") = 233472, py::arg("family") = "",
         "The launch plan for dense tensors on a device (the default is an H100), of the family of kernels that the "
         "planner chooses or of the one that is named; empty if it takes no such module.");
   m.def("plan_depthwise", &plan_of_depthwise, py::kw_only(), py::arg("batch"), py::arg("channels"), py::arg("height"),

@@ -59,7 +59,7 @@ constexpr int unrolled_dw(const GhostShape& s) {
 }
 
 // Two blocks of kMaxThreads per SM leave 128 registers a thread. With 80, for three, fp16 kernels spill or compute
-// their addresses again and again: 8 to 11 % more instructions for GhostNet, by bench.static_cuda.
+// their addresses again and again: 8 to 11 % more instructions for GhostNet.
 constexpr int kMaxThreads = 256, kMinBlocks = 2;
 
 struct Kernel {

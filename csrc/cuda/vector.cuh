@@ -11,6 +11,17 @@
 
 namespace ghostfused {
 
+// From sm_100 on, ptxas needs more registers, and of steps through memory it keeps every multiple in one: it spills.
+// There a step must not look like the others.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr bool kStepsApart = true;
+#else
+constexpr bool kStepsApart = false;
+#endif
+__device__ __forceinline__ void set_apart(uint32_t& step) {
+  if constexpr (kStepsApart) asm("" : "+r"(step));
+}
+
 template <Path kPath>
 struct PathType {
   using T = float;

@@ -288,6 +288,8 @@ class Program:
         self.run: Callable[..., list] = self.lowered.graph.forward
 
     def __call__(self, *inputs: Tensor) -> Any:
+        for kept in self.lowered.programs:
+            kept.refuse_negative_views()
         # a graph's views hold for the example's memory format
         outs = self.run(
             *(x if f is None else x.contiguous(memory_format=f) for x, f in zip(inputs, self.formats, strict=True))

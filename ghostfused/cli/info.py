@@ -1,11 +1,13 @@
-"""What works on this machine, and for each backend that doesn't, why."""
+"""What works on this machine, and for each backend that doesn't, why: the report that an issue wants."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 from importlib import metadata
+from pathlib import Path
 
 import torch
 
@@ -14,33 +16,70 @@ from ..backends import BACKENDS
 from ..spec import Act
 from ..spec.kernels import TAKES
 
+ISA = "GHOSTFUSED_CPU_ISA"
+VARIABLES = (
+    "CUDA_HOME", "CUDA_LAUNCH_BLOCKING", "CUDA_PATH", "CUDA_VISIBLE_DEVICES", "CXX", "LD_LIBRARY_PATH", "LD_PRELOAD",
+    "MKL_NUM_THREADS", "NVIDIA_TF32_OVERRIDE", "OMP_NUM_THREADS", "TORCHDYNAMO_DISABLE", "TORCH_CUDA_ARCH_LIST",
+    "TORCH_LOGS", "TRITON_CACHE_DIR", "TRITON_INTERPRET",
+)  # fmt: skip
+"""Environment variables that change what is built or what runs, beside all that begin with GHOSTFUSED_."""
+
 
 def collect() -> dict:
-    """Versions, devices, and per backend None or the reason why it can't run here."""
-    packages: dict[str, str | None] = {}
-    for name in ("torch", "triton", "numpy"):
-        try:
-            packages[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            packages[name] = None
+    """Versions, devices, what the extensions were built for, and per backend None or the reason why it can't run here."""
     gpus = []
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             p = torch.cuda.get_device_properties(i)
             gpus.append({"name": p.name, "capability": f"{p.major}.{p.minor}", "memory_gib": p.total_memory / 2**30})
+    extensions = {name: BACKENDS[name].build_info() for name in ("cuda", "cpu")}
     return {
         "ghostfused": __version__,
+        "package": str(Path(__file__).parents[1]),
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "machine": platform.machine(),
         "torch_cuda": torch.version.cuda,
-        **packages,
+        **{name: _version(name) for name in ("torch", "triton", "numpy")},
+        "cpu": {"name": _cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
         "gpus": gpus,
-        "extensions": {name: BACKENDS[name].build_info() for name in ("cuda", "cpu")},
+        "instruction_sets": _instruction_sets(extensions["cpu"]),
+        "extensions": extensions,
+        "environment": {
+            name: value
+            for name, value in sorted(os.environ.items())
+            if name in VARIABLES or name.startswith("GHOSTFUSED_")
+        },
         "backends": {name: backend.unavailable() for name, backend in BACKENDS.items()},
         "takes": {
             name: {field: _words(value) for field, value in takes._asdict().items()} for name, takes in TAKES.items()
         },
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    """As the system calls it. On aarch64 Linux gives the part's number and no name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    parts = [f"{key} {facts[key]}" for key in ("CPU implementer", "CPU part") if key in facts]
+    return facts.get("model name") or ", ".join(parts) or platform.processor()
+
+
+def _instruction_sets(built: dict | None) -> dict | None:
+    """Those of the CPU kernels: what this CPU has of them, which one runs, and what the environment asks for."""
+    if built is None:
+        return None
+    return {"found": built["supported"], "runs": built["chosen"], "forced": os.environ.get(ISA) or None}
 
 
 def _words(value: object) -> object:
@@ -53,7 +92,9 @@ def _words(value: object) -> object:
 
 
 def _short(value: object) -> str:
-    return "×".join(map(str, value)) if isinstance(value, list) else str(value).removeprefix("torch.")
+    if isinstance(value, list):
+        return ", ".join("×".join(map(str, each)) if isinstance(each, list) else _short(each) for each in value)
+    return f"{value:.1f}" if isinstance(value, float) else str(value).removeprefix("torch.")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,18 +108,32 @@ def main(options: argparse.Namespace) -> int:
         print(json.dumps(facts, indent=2))
         return 0
     for name, value in facts.items():
-        if name not in ("backends", "gpus", "extensions", "takes"):
-            print(f"{name:12} {value}")
+        if not isinstance(value, dict | list):
+            _line(name, value)
+    for name in ("cpu", "instruction_sets"):
+        _line(name.replace("_", " "), _fields(facts[name]) if facts[name] else "none")
     for gpu in facts["gpus"] or [None]:
-        print(f"{'gpu':12} {gpu or 'none'}")
+        _line("gpu", _fields(gpu) if gpu else "none")
     for name, built in facts["extensions"].items():
-        print(f"{f'{name} build':12} {built or 'not built'}")
-    print("\nbackends")
-    for name, reason in facts["backends"].items():
-        print(f"  {name:18} {'works' if reason is None else f'no: {reason}'}")
+        above = ("supported", "chosen", "error")  # told by the instruction sets and the backends
+        _line(f"{name} build", _fields({k: v for k, v in built.items() if k not in above}) if built else "not built")
+    for title in ("environment", "backends"):
+        print(f"\n{title}")
+        for name, value in facts[title].items():
+            if title == "backends":
+                value = "works" if value is None else f"no: {value}"
+            print(f"  {name:20} {value}")
     print("\nwhat their kernels take (the reference runs the rest)")
     for name, takes in facts["takes"].items():
         print(f"  {name}")
         for field, value in takes.items():
-            print(f"    {field:18} {', '.join(map(_short, value)) if isinstance(value, list) else value}")
+            print(f"    {field:18} {_short(value)}")
     return 0
+
+
+def _line(name: str, value: object) -> None:
+    print(f"{name:17} {value}")
+
+
+def _fields(facts: dict) -> str:
+    return "; ".join(f"{name}: {_short(value)}" for name, value in facts.items() if value is not None)

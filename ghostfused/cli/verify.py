@@ -145,8 +145,9 @@ def calibrate(model: nn.Module, x: Tensor, batches: int = 4) -> nn.Module:
     into their weights, so that its output depends on every layer. Returns the model in eval mode."""
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     for m in norms:
-        m.weight.mul_(torch.empty_like(m.weight).uniform_(0.5, 1.5))
-        m.bias.add_(torch.empty_like(m.bias).normal_(std=0.3))
+        if m.affine:
+            m.weight.mul_(torch.empty_like(m.weight).uniform_(0.5, 1.5))
+            m.bias.add_(torch.empty_like(m.bias).normal_(std=0.3))
     momenta = [m.momentum for m in norms]
     model.train()
     for m in norms:

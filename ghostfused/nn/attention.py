@@ -18,22 +18,25 @@ class FusedAttentionGhostModule(FusedGhostModule):
     """``ghost(x) * upsample(sigmoid(short_conv(avg_pool2d(x, 2))))``, (N, Cin, H, W) → (N, out_channels, H, W).
 
     Made by ``FusedGhostModule.from_module`` of the V2 modules of the official repository and of timm.
-    ``short_conv`` is their name for a 1×1 conv, a 1×5 and a 5×1 depthwise conv, each with BatchNorm.
+    ``short_conv`` is their name for a 1×1 conv, a 1×5 and a 5×1 depthwise conv, each with BatchNorm. Others pool what
+    these give, or have a module that makes the whole gate.
     """
 
     _attention: str
+    _gate_form: str
     _runs: tuple[layers.Run, ...]
 
     def runs_our_ops(self) -> bool:
         return False  # pooling, and the gate's sigmoid
 
     @staticmethod
-    def attributes(module: nn.Module, attention: str) -> dict:
+    def attributes(module: nn.Module, attention: str, gate_form: str) -> dict:
         """What this has beyond a FusedGhostModule, for ``module``, whose child ``attention`` makes the gate."""
         block = module._modules[attention]
         leaves: list[tuple[layers.Path, nn.Module]] = [((attention, name), m) for name, m in block.named_children()]  # type: ignore[union-attr]
         sequential = type(block) is nn.Sequential
-        return {"_attention": attention, "_runs": tuple(layers.split(leaves)) if sequential else ()}
+        runs = tuple(layers.split(leaves)) if sequential else ()
+        return {"_attention": attention, "_gate_form": gate_form, "_runs": runs}
 
     def forward(
         self,
@@ -54,11 +57,13 @@ class FusedAttentionGhostModule(FusedGhostModule):
             return self._run_children(x, input_gate, residual, None)
         if input_gate is not None:
             x = _gated(x, input_gate)
-        gate = F.avg_pool2d(x, kernel_size=2, stride=2)
+        gate = F.avg_pool2d(x, 2) if self._gate_form == "pooled first" else x
         block = self._modules[self._attention]
         if not self._runs or ghost.has_hooks(block) or ghost.forward_replaced(block):  # type: ignore[arg-type]
             gate = block(gate)  # type: ignore[misc]
         else:
             for run in self._runs:
                 gate = run(self, gate, self.backend)
-        return super().forward(x, residual=residual, output_gate=gate.sigmoid())
+        if self._gate_form == "pooled last":
+            gate = F.avg_pool2d(gate, 2)
+        return super().forward(x, residual=residual, output_gate=gate if self._gate_form == "whole" else gate.sigmoid())

@@ -11,6 +11,7 @@ import operator
 from typing import Any, NamedTuple, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ..ops.recording import note_others
@@ -19,7 +20,7 @@ from ..recognize import ghost, graph
 from ..recognize.activations import Activations, Known
 from ..recognize.equivalence import prove
 from ..recognize.swap import make_twin, original
-from ..recognize.trace import Traced, is_fused, is_layer, scripted, trace, unused
+from ..recognize.trace import Traced, idle_in_eval, is_fused, is_layer, is_look, scripted, trace, unused
 from ..recognize.watch import Path, Watched, get
 from ..spec import Act
 from . import cache, layers
@@ -33,7 +34,18 @@ class Ghost(NamedTuple):
     path: Path
 
 
-Step = Ghost | Run | SqueezeExcite
+class Whole(NamedTuple):
+    """Where a module is that has a fused Ghost module inside, and does more than run it: a gate around it, say."""
+
+    path: Path
+
+    def __call__(self, root: nn.Module, x: Tensor, gate: Tensor | None, residual: Tensor | None) -> Tensor:
+        note_others()
+        out = get(root, self.path)(x if gate is None else x * gate[:, :, None, None])
+        return out if residual is None else out + residual
+
+
+Step = Ghost | Whole | Run | SqueezeExcite
 
 
 class _FusedTwin(cache.CachesPrograms, nn.Module):
@@ -42,13 +54,15 @@ class _FusedTwin(cache.CachesPrograms, nn.Module):
     _layout: layers.Layout
     _watched: Watched
     """What the forwards that it leaps over read beside tensors and children."""
+    _idle: tuple[Path, ...]
+    """Modules that it leaps over in eval mode, in which they return their input: DropPath and the like."""
     backend: str
 
     @classmethod
     def _prove(cls, module: nn.Module, in_channels: int, backend: str, found: _Found, **attributes: Any) -> Self | str:
         """The twin of ``module``; or how they differ."""
         attributes |= {"_layout": layers.Layout.of(module, found.beside), "_watched": found.watched}
-        attributes |= {"backend": "reference", "_cache": cache.ProgramCache()}
+        attributes |= {"_idle": found.idle, "backend": "reference", "_cache": cache.ProgramCache()}
         fused = make_twin(cls, module, **attributes)
         reason = prove(module, fused, in_channels)
         fused.backend = backend
@@ -77,7 +91,9 @@ class _FusedTwin(cache.CachesPrograms, nn.Module):
 
     def _is_observed(self) -> bool:
         """Whether somebody looks at, or has changed, what the fused forward leaps over: by hooks, another forward, an
-        attribute, or layers added, removed or of another kind."""
+        attribute, or layers added, removed or of another kind; and whether a module that is idle in eval mode is at work."""
+        if any(get(self, path).training for path in self._idle):
+            return True
         return self._watched.changed(self) or not self._layout.holds(self)
 
     def extra_repr(self) -> str:
@@ -122,6 +138,9 @@ class FusedGhostBottleneck(_FusedTwin):
     def runs(self) -> tuple[Run, ...]:
         return (*self._shortcut, *(step for step in self._main if isinstance(step, Run)))
 
+    def runs_our_ops(self) -> bool:
+        return super().runs_our_ops() and not any(isinstance(step, Whole) for step in self._main)
+
     def _steps(self, x: Tensor) -> Tensor:
         residual = x
         for run in self._shortcut:
@@ -136,6 +155,8 @@ class FusedGhostBottleneck(_FusedTwin):
             rest = residual if step is last else None
             if isinstance(step, Ghost):
                 x = get(self, step.path)(x, input_gate=gate, residual=rest)
+            elif isinstance(step, Whole):
+                x = step(self, x, gate, rest)
             else:
                 x = step(self, x, self.backend, gate, rest)
             gate = None
@@ -162,7 +183,7 @@ class FusedConvNormAct(_FusedTwin):
             return branch
         if len(branch) != 1 or not isinstance(branch[0], Run) or branch[0].kind(module) != "conv1x1":
             return "not one 1×1 conv with what follows it"
-        result = _Found(((branch[0],), ()), steps.watched(traced), frozenset(steps.opaque))
+        result = steps.found(((branch[0],), ()), traced)
         return cls._prove(module, _in_channels(module, tuple(branch)), backend, result, _layers=branch[0])
 
     def runs(self) -> tuple[Run, ...]:
@@ -174,7 +195,7 @@ class FusedConvNormAct(_FusedTwin):
 
 def _in_channels(module: nn.Module, main: tuple[Step, ...]) -> int:
     first = main[0]
-    place = first.path if isinstance(first, Ghost) else first.paths[0]
+    place = first.path if isinstance(first, Ghost | Whole) else first.paths[0]
     layer = module if isinstance(place, Act) else ghost.layer_at(module, place)
     if isinstance(layer, Known):
         layer = module
@@ -193,21 +214,36 @@ class _Found(NamedTuple):
     watched: Watched
     beside: frozenset[Path]
     """Modules that run themselves, as one step."""
+    idle: tuple[Path, ...]
+    """Modules that return their input in eval mode."""
 
 
 class _Steps:
     """What is one step of a module's graph: layers, fused modules, squeeze-and-excite, and what no graph can be made of."""
 
-    def __init__(self, root: nn.Module) -> None:
+    def __init__(self, root: nn.Module, whole: bool = False) -> None:
+        self.whole = whole
+        """Whether a module that isn't a Sequential is one step even if there is a Ghost module inside."""
         self.squeeze_excites: dict[Path, tuple[SqueezeExcite, Watched]] = {}
         self.opaque: set[Path] = set()
+        self.idle: dict[Path, Watched] = {}
+        self.first: dict[Path, Watched] = {}
+        """Opaque steps that get the input itself."""
         self.own = Activations.of(root)
         self._find(root, ())
 
     def _find(self, module: nn.Module, path: Path) -> None:
         for name, child in module._modules.items():
             at = (*path, name)
-            if child is None or is_layer(child) or at in self.own.acts:
+            if child is None or at in self.own.acts:
+                continue
+            if not ghost.is_nothing(child) and (idle := idle_in_eval(child)) is not None:
+                self.idle[at] = idle
+                continue
+            if is_layer(child):
+                continue
+            if self.whole and _runs_ghosts(child):
+                self.opaque.add(at)
                 continue
             found = layers.read_squeeze_excite(child, at)
             if found is not None:
@@ -218,7 +254,11 @@ class _Steps:
                 self._find(child, at)
 
     def __call__(self, module: nn.Module, path: Path) -> bool:
-        return is_layer(module) or path in self.squeeze_excites or path in self.opaque or path in self.own.acts
+        steps = self.squeeze_excites.keys() | self.opaque | self.own.acts.keys() | self.idle.keys()
+        return is_layer(module) or path in steps
+
+    def found(self, branches: tuple[tuple[Step, ...], tuple[Run, ...]], traced: Traced) -> _Found:
+        return _Found(branches, self.watched(traced), frozenset(self.opaque), tuple(self.idle))
 
     def watched(self, traced: Traced) -> Watched:
         """What the whole reads."""
@@ -227,7 +267,28 @@ class _Steps:
         result.update(self.own.watched)
         for _, watched in self.squeeze_excites.values():
             result.update(watched)
+        for path, watched in (*self.idle.items(), *self.first.items()):
+            result.update(watched, path)
         return result
+
+
+def _runs_ghosts(module: nn.Module) -> bool:
+    """Whether it has fused modules inside, and a forward of its own."""
+    return getattr(type(module), "forward", None) is not nn.Sequential.forward and any(map(is_fused, module.modules()))
+
+
+def _leaves_its_input(module: nn.Module) -> Watched | None:
+    """What its forward reads, if that hands its input to convolutions, fused modules and pooling alone, which don't change
+    it; else None."""
+    traced = trace(module)
+    if isinstance(traced, str):
+        return None
+    for node in traced.start.users:
+        layer = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        harmless = type(layer) is nn.Conv2d or (layer is not None and is_fused(layer))
+        if not (harmless or is_look(node) or node.target in (F.avg_pool2d, F.adaptive_avg_pool2d)):
+            return None
+    return traced.watched
 
 
 def _is_chain(module: nn.Module) -> bool:
@@ -247,7 +308,15 @@ _ADD = (operator.add, operator.iadd, torch.add)
 
 def read(module: nn.Module) -> _Found | str:
     """The steps of ``module``'s main branch, which ends in a Ghost module, and of its shortcut; or why it has none."""
-    found = _trace(module)
+    found = _read(module)
+    if isinstance(found, str) and any(map(_runs_ghosts, module.children())):
+        other = _read(module, whole=True)
+        return found if isinstance(other, str) else other
+    return found
+
+
+def _read(module: nn.Module, whole: bool = False) -> _Found | str:
+    found = _trace(module, whole)
     if isinstance(found, str):
         return found
     traced, steps = found
@@ -262,19 +331,18 @@ def read(module: nn.Module) -> _Found | str:
     branches = [_branch(node, traced.start, steps, module) for node in total.args]
     if errors := [branch for branch in branches if isinstance(branch, str)]:
         return errors[0]
-    with_ghosts = [branch for branch in branches if branch and isinstance(branch[-1], Ghost)]
+    with_ghosts = [branch for branch in branches if branch and isinstance(branch[-1], Ghost | Whole)]
     without = [branch for branch in branches if all(isinstance(step, Run) for step in branch)]
     if not with_ghosts or not without:
         return "not one branch that ends in a Ghost module and one without any"
-    both = tuple(with_ghosts[0]), tuple(without[0])
-    return _Found(both, steps.watched(traced), frozenset(steps.opaque))  # type: ignore[arg-type]
+    return steps.found((tuple(with_ghosts[0]), tuple(without[0])), traced)  # type: ignore[arg-type]
 
 
-def _trace(module: nn.Module) -> tuple[Traced, _Steps] | str:
+def _trace(module: nn.Module, whole: bool = False) -> tuple[Traced, _Steps] | str:
     """The graph of what ``module`` does, and what its steps are; or why there is none."""
     if reason := scripted(module) or ghost.unusual(module):
         return reason
-    steps = _Steps(module)
+    steps = _Steps(module, whole)
     traced = trace(module, steps)
     if isinstance(traced, str):
         return traced
@@ -288,18 +356,23 @@ def _branch(node: object, start: fx.Node, known: _Steps, root: nn.Module) -> lis
     calls = graph.chain(node, start)
     if isinstance(calls, str):
         return calls
-    at = [graph.layer_of(call, known.own.acts) for call in calls]
+    at = [place for call in calls if (place := graph.layer_of(call, known.own.acts)) not in known.idle]
     if at and at[0] in known.opaque:
-        return f"{calls[0].target}, which comes first, might change its input"
+        path: Path = at[0]  # type: ignore[assignment]
+        if (watched := _leaves_its_input(get(root, path))) is None:
+            return f"{'.'.join(path)}, which comes first, might change its input"
+        known.first[path] = watched
     steps: list[Step] = []
     run: list[tuple[ghost.Layer, nn.Module | Known]] = []
     for place in at:
         layer = ghost.layer_at(root, place)
         gate = known.squeeze_excites.get(place)  # type: ignore[arg-type]
-        if isinstance(layer, FusedGhostModule) or gate is not None:
+        whole = known.whole and isinstance(layer, nn.Module) and place in known.opaque and _runs_ghosts(layer)
+        if isinstance(layer, FusedGhostModule) or gate is not None or whole:
             steps += layers.split(run)
             run = []
-            steps.append(gate[0] if gate is not None else Ghost(place))  # type: ignore[arg-type]
+            step = Whole if whole else Ghost
+            steps.append(gate[0] if gate is not None else step(place))  # type: ignore[arg-type]
         else:
             run.append((place, layer))
     return steps + layers.split(run)

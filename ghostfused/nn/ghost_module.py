@@ -182,7 +182,7 @@ class FusedGhostModule(CachesPrograms, nn.Module):
             from .attention import FusedAttentionGhostModule  # it derives from this class
 
             kind = FusedAttentionGhostModule
-            attributes |= FusedAttentionGhostModule.attributes(module, adopted.attention)
+            attributes |= FusedAttentionGhostModule.attributes(module, adopted.attention, adopted.gate_form)
         fused = make_twin(kind, module, **attributes)
         reason = prove(module, fused, adopted.in_channels)
         fused.backend = backend

@@ -33,17 +33,27 @@ class KeptProgram:
     ``ghostfused::replay_<backend>(x, number)``. Its tensors live as long as this does."""
 
     def __init__(self, backend: str, kept: encoding.Program, drop: Callable[[int], None]):
-        for i, t in enumerate(kept.tensors):
-            if t.is_neg():  # the dispatcher would hand over a copy, which misses what is written into t
-                raise RuntimeError(f"tensors[{i}]: expected no negative view (torch.resolve_neg makes it a tensor)")
         self.program, self._drop, self._op = kept, drop, forward_op(backend, "replay")
+        self.refuse_negative_views()  # of which the dispatcher would hand over copies, that miss what is written later
         keep: Callable[..., Any] = forward_op(backend, "keep_program")
         self.number: int = keep(*kept)
         _kept_programs[backend, self.number] = self
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The program's last result."""
+        """The program's last result.
+
+        Raises:
+            RuntimeError: the kernels refuse x, or one of the tensors as it is by now.
+        """
+        self.refuse_negative_views()
         return self._op(x, self.number)
+
+    def refuse_negative_views(self) -> None:
+        """Raises RuntimeError if one of the tensors is a negative view, as ``.data`` can make of any: the dispatcher, which
+        resolves them, sees no tensor but x, and the kernels' ABI doesn't tell."""
+        if any(map(Tensor.is_neg, self.program.tensors)):
+            i = next(i for i, t in enumerate(self.program.tensors) if t.is_neg())
+            raise RuntimeError(f"tensors[{i}]: expected no negative view (torch.resolve_neg makes it a tensor)")
 
     def __del__(self) -> None:
         if "number" in self.__dict__:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..spec import Act, BatchNorm
 from ..spec.activations import BY_MODULE
 from .activations import Activations, Known
-from .graph import Layer, halves_of
+from .graph import Layer, gate_form, halves_of
 from .swap import PACKAGE
 from .trace import is_fused, is_layer, scripted, trace
 from .watch import Path, Watched, get
@@ -75,6 +75,8 @@ class Adopted(NamedTuple):
     """What its forward reads beside tensors and children."""
     attention: str | None = None
     """Name of the child that makes the gate of GhostNetV2's DFC attention."""
+    gate_form: str = "pooled first"
+    """How: see ``graph.gate_form``."""
 
     def out_channels(self, module: nn.Module) -> int:
         """Of the output of ``module``, as its tensors are."""
@@ -278,7 +280,8 @@ def read(module: nn.Module) -> Adopted | str:
         return reason or f"hooks on {', '.join(inner)}"
     attention = next((name for name, m in module._modules.items() if _may_make_a_gate(m)), None)
     own = Activations.of(module)
-    traced = trace(module, lambda m, path: is_layer(m) or path in own.acts)
+    whole = () if attention is None or type(module._modules[attention]) is nn.Sequential else (attention,)
+    traced = trace(module, lambda m, path: is_layer(m) or path in own.acts or path == whole)
     if isinstance(traced, str):
         return traced if reason is None else f"{reason}; {traced}"
     traced.watched.update(own.watched)
@@ -312,7 +315,8 @@ def read(module: nn.Module) -> Adopted | str:
     channels = one.weight.shape[0], two.weight.shape[0]
     if cut is not None and not channels[0] <= cut <= sum(channels):
         return f"it returns {cut} channels, no concatenation of {channels[0]} and {channels[1]}"
-    return Adopted(primary, cheap, one.conv.in_channels, cut, traced.watched, attention)
+    form = "pooled first" if attention is None else gate_form(traced, attention)
+    return Adopted(primary, cheap, one.conv.in_channels, cut, traced.watched, attention, form)
 
 
 def claims_to_be_one(module: nn.Module) -> bool:
@@ -333,8 +337,12 @@ def _of_fused(module: nn.Module) -> Adopted | str:
     half = read_place(module, primary)
     if isinstance(half, str):
         return f"{_name(primary)}: {half}"
-    cut, attention = state.get("_cut", state["out_channels"]), state.get("_attention")
-    return Adopted(primary, cheap, half.conv.in_channels, cut, state.get("_watched", Watched()), attention)
+    cut, attention, form = (
+        state.get("_cut", state["out_channels"]),
+        state.get("_attention"),
+        state.get("_gate_form", ""),
+    )
+    return Adopted(primary, cheap, half.conv.in_channels, cut, state.get("_watched", Watched()), attention, form)
 
 
 def _by_structure(module: nn.Module, halves: dict[str, Half | str]) -> str | None:
@@ -379,5 +387,5 @@ def _name(place: Place) -> str:
 
 
 def _may_make_a_gate(child: nn.Module | None) -> bool:
-    """Whether ``child`` could be the convolutions of DFC attention; the proof tells whether it is."""
-    return type(child) is nn.Sequential and sum(type(m) is nn.Conv2d for m in child) == 3
+    """Whether ``child`` could be the convolutions of DFC attention, or make all of the gate; the proof tells whether it does."""
+    return child is not None and sum(type(m) is nn.Conv2d for m in child.modules()) == 3

@@ -61,6 +61,17 @@ def halves_of(
     return places[0], places[1], cuts[0] if cuts else None
 
 
+def gate_form(traced: Traced, attention: str) -> str:
+    """How the child ``attention`` makes a gate of x: of pooled x, with a sigmoid behind it ("pooled first"); of x, with
+    pooling and a sigmoid behind it ("pooled last"); or by itself ("whole")."""
+    calls = [n for n in traced.nodes if n.op == "call_module" and str(n.target).partition(".")[0] == attention]
+    if not calls or traced.start not in calls[0].all_input_nodes:
+        return "pooled first"
+    behind = {user for user in calls[-1].users if not is_look(user)}
+    scales = (F.interpolate, operator.mul, operator.imul, torch.mul, "mul", "mul_")
+    return "whole" if all(node.target in scales for node in behind) else "pooled last"
+
+
 def layer_of(node: fx.Node, acts: dict[Path, Act]) -> Layer:
     """Where the layer is that a step calls."""
     if node.op != "call_module":

@@ -90,6 +90,18 @@ def trace(module: nn.Module, is_leaf: IsLeaf = lambda module, path: is_layer(mod
     return both[0]
 
 
+def idle_in_eval(module: nn.Module) -> Watched | None:
+    """What the forward of ``module`` reads, if in eval mode it returns its input, as DropPath does; else None."""
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return Watched()
+    if is_layer(module) or hidden(module) or any(True for _ in (*module.parameters(), *module.buffers())):
+        return None
+    traced = _trace(module, lambda m, path: is_layer(m), False)
+    if isinstance(traced, str) or traced.result is not traced.start:
+        return None
+    return traced.watched if all(node is traced.start or is_look(node) for node in traced.nodes) else None
+
+
 def hidden(module: nn.Module) -> str | None:
     """Why the attributes of ``module`` or of one inside it can't be told by looking; None if they can."""
     if reason := scripted(module):

@@ -97,7 +97,7 @@ def test_whole_networks(name, fused):
 PARTS = {
     "ghostnetv2_100": {"aten.avg_pool2d", "aten.sigmoid"},
     "ghostnetv3_050": {"aten.avg_pool2d", "aten.sigmoid"},
-    "seed": {"aten.convolution", "aten._native_batch_norm_legit_no_training", "aten.hardtanh"},
+    "seed": {"aten.conv2d", "aten._native_batch_norm_legit_no_training", "aten.hardtanh"},
     "yolov8n-ghost": None,
     "backbone": None,
 }

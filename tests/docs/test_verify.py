@@ -1,6 +1,8 @@
 """The command line: info and verify, as a user runs them."""
 
 import json
+import os
+import platform
 import re
 import subprocess
 import sys
@@ -11,8 +13,9 @@ import torch
 
 import ghostfused
 from ghostfused import __main__ as cli
-from ghostfused.backends import reference
+from ghostfused.backends import BACKENDS, reference
 from ghostfused.cli import verify
+from tools.sass import build
 
 CONFIGS = Path(__file__).parents[1] / "data" / "ghost_configs.jsonl"
 
@@ -29,6 +32,63 @@ def test_info(capsys):
     assert facts["backends"]["reference"] is None
     assert all(reason is None or len(reason) > 10 for reason in facts["backends"].values())
     assert facts["torch"] == torch.__version__.split("+")[0] or facts["torch"] == torch.__version__
+
+
+def test_info_is_what_an_issue_wants(capsys, monkeypatch):
+    """Where the package is, on what, at which instruction set, with which variables: the same in text and in JSON."""
+    monkeypatch.setenv("GHOSTFUSED_SOMETHING", "on")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("SECRET", "not for an issue")
+    assert run("info", "--json") == 0
+    text = capsys.readouterr().out
+    facts = json.loads(text)
+    assert run("info") == 0
+    printed = capsys.readouterr().out
+    assert facts["package"] == str(Path(ghostfused.__file__).parent)
+    assert facts["machine"] == platform.machine()
+    assert facts["cpu"]["threads"] == torch.get_num_threads()
+    assert facts["environment"].items() >= {"GHOSTFUSED_SOMETHING": "on", "OMP_NUM_THREADS": "1"}.items()
+    assert "not for an issue" not in text + printed
+    told = [facts["package"], facts["python"], facts["machine"], facts["cpu"]["name"], "GHOSTFUSED_SOMETHING"]
+    told += [reason for reason in facts["backends"].values() if reason]
+    for value in told:
+        assert value in printed
+
+
+@pytest.mark.skipif(BACKENDS["cpu"].unavailable() is not None, reason="ghostfused._cpu is not built")
+def test_info_tells_the_instruction_set_and_who_asked_for_it():
+    def facts(isa: str) -> dict:
+        command = [sys.executable, "-m", "ghostfused", "info", "--json"]
+        environment = {**os.environ, "GHOSTFUSED_CPU_ISA": isa}
+        return json.loads(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+
+    free, forced, refused = facts(""), facts("baseline"), facts("none_such")
+    built = free["extensions"]["cpu"]
+    assert built["flags"].startswith("-O")
+    assert built["compiler"]
+    assert free["instruction_sets"] == {"found": built["supported"], "runs": built["chosen"], "forced": None}
+    assert forced["instruction_sets"] == {"found": built["supported"], "runs": "baseline", "forced": "baseline"}
+    assert refused["instruction_sets"]["runs"] is None
+    assert refused["backends"]["cpu"] == "GHOSTFUSED_CPU_ISA=none_such: no such instruction set"
+
+
+def test_windows_gets_the_reference_and_a_reason(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(
+        RuntimeError, match="MSVC, by which PyTorch builds extensions on Windows, has no vector extensions"
+    ):
+        build.setup_functions()["cpu_extension"]()
+
+
+def test_info_on_a_machine_without_the_extension(capsys, monkeypatch):
+    reason = "the extension ghostfused._cpu is not built: no C++ compiler"
+    monkeypatch.setattr(BACKENDS["cpu"], "build_info", lambda: None)
+    monkeypatch.setattr(BACKENDS["cpu"], "unavailable", lambda: reason)
+    assert run("info") == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"^instruction sets +none$", printed, re.MULTILINE)
+    assert re.search(r"^cpu build +not built$", printed, re.MULTILINE)
+    assert f"no: {reason}" in printed
 
 
 def test_every_row_of_the_shared_shapes(capsys):

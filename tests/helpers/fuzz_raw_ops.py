@@ -43,7 +43,7 @@ LONG = (2**31 - 1, 2**31, 2**33, 2**40)
 WORDS = {"code", "numbers", "tensors", "program", *(name for kind in STEPS.values() for name in kind.__annotations__)}
 
 
-_MEMORY = 12 << 30
+MEMORY = 12 << 30
 """Bytes of addresses that the command may use: a call that needs more of them has slipped through the bounds."""
 
 
@@ -392,7 +392,7 @@ def main() -> None:
     options = parser.parse_args()
     if "libasan" not in os.environ.get("LD_PRELOAD", ""):  # which takes addresses for all the memory there could be
         # what takes this much has gone wrong, and would take the machine along
-        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     counts = run(options.seed, options.calls, options.backend, options.first, options.trace)
     print(f"{Path(ops.__file__).parent}: {options.backend}, seed {options.seed}, {options.calls} calls: {dict(counts)}")
 

@@ -1,44 +1,177 @@
-"""The CPU kernels compile for aarch64 from the same source. Nothing here runs them there."""
+"""The CPU kernels on aarch64, in an emulator: every op against the float64 reference, at each instruction set."""
 
 from __future__ import annotations
 
-import importlib.util
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import aarch64
+import draws
 import pytest
+import torch
+from draws import DTYPES, LAYOUTS
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-ROOT = Path(__file__).parents[2]
+from ghostfused.spec import GlobalPoolArgs, LinearArgs, Step
+from ghostfused.testing import Case, DepthwiseCase, SqueezeExciteCase, judge, make, make_args, make_depthwise
+
+pytestmark = pytest.mark.skipif(aarch64.missing() is not None, reason=str(aarch64.missing()))
+
+ISAS = ["baseline", "neon_fp16", "neon_bf16"]
 
 
-def cross_compiler() -> list[str] | None:
-    """g++ or clang++ for aarch64; zig's, which ``pip install ziglang`` brings, will do."""
-    if gcc := shutil.which("aarch64-linux-gnu-g++"):
-        return [gcc]
-    if importlib.util.find_spec("ziglang"):
-        return [sys.executable, "-m", "ziglang", "c++", "-target", "aarch64-linux-gnu"]
-    return None
+@pytest.fixture(scope="session")
+def binary(tmp_path_factory) -> Path:
+    root = tmp_path_factory.getbasetemp()
+    return aarch64.build(root.parent if root.name.startswith("popen-gw") else root)
 
 
-@pytest.mark.skipif(cross_compiler() is None, reason="no aarch64-linux-gnu-g++, and ziglang is not installed")
+@pytest.fixture(scope="module", params=ISAS)
+def driver(request, binary):
+    driver = aarch64.Driver(binary, "max", request.param, threads=2)
+    assert driver.isa == request.param
+    yield driver
+    driver.close()
+
+
+def check(driver: aarch64.Driver, case: Case | DepthwiseCase | SqueezeExciteCase) -> None:
+    check_args(driver, make(case), case)
+
+
+def check_args(driver: aarch64.Driver, args: Step, case: object) -> None:
+    out = driver.run(args)
+    verdict = judge(out, args)
+    assert verdict.ok, f"{driver.isa}, {case}: {verdict}"
+    fake = args.new_output()
+    assert (out.shape, out.stride(), out.dtype) == (fake.shape, fake.stride(), fake.dtype)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_ghost_modules(driver, dtype, layout):
+    common = {"dtype": dtype, "layout": layout}
+    extras = {"input_gate": True, "residual": True, "output_gate": True}
+    for dw_size in (1, 3, 5, 7):
+        check(driver, Case(2, 20, 9, 11, 24, dw_size=dw_size, **common))
+        check(driver, Case(1, 33, 7, 20, 29, 3, dw_size=dw_size, sliced=True, **extras, **common))
+    for act in draws.ACTS:
+        check(driver, Case(1, 6, 5, 6, 10, act_primary=act, act_cheap=act, per_channel_slope=True, **common))
+    for size in ((1, 1), (1, 9), (13, 1), (2, 2), (7, 7), (5, 70)):
+        check(driver, Case(2, 12, *size, 18, act_primary="silu", **common))
+    check(driver, Case(1, 40, 14, 13, 130, **common))  # threads share it, and in NCHW x is packed in panels
+    check(driver, Case(3, 21, 9, 11, 38, dw_size=1, init_channels=38, act_primary="prelu", **common))
+    check(driver, Case(1, 300, 3, 5, 8, **common))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_width(driver, dtype, layout):
+    for width in range(1, 14):
+        check(driver, Case(1, 5, 4, width, 6, residual=width % 2 == 0, dtype=dtype, layout=layout))
+        check(driver, DepthwiseCase(1, 3, 6, width, dtype=dtype, layout=layout))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_pairs_of_channels(driver, dtype, layout):
+    """Products of half-precision numbers are made in pairs, which an odd number of channels or an odd address cuts apart."""
+    for in_channels in (1, 2, 3, 16, 33, 34):
+        case = Case(2, in_channels, 5, 7, 18, dtype=dtype, layout=layout)
+        args = make_args(case)
+        check_args(driver, args, case)
+        shifted = {name: _shifted(getattr(args, name)) for name in ("x", "primary_weight")}
+        check_args(driver, args._replace(**shifted), f"shifted {case}")
+
+
+def _shifted(t: torch.Tensor) -> torch.Tensor:
+    """The same numbers, one element further from an aligned address."""
+    buffer = torch.empty(t.numel() + 1, dtype=t.dtype)[1:]
+    return buffer.as_strided(t.shape, t.stride()).copy_(t)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_primary_convs_of_any_kernel(driver, dtype, layout):
+    common = {"dtype": dtype, "layout": layout}
+    check(driver, Case(1, 3, 13, 18, 16, kernel_size=3, stride=2, dw_size=1, init_channels=16, **common))
+    check(driver, Case(2, 7, 9, 14, 10, kernel_size=5, input_gate=True, sliced=True, residual=True, **common))
+    check(driver, Case(1, 16, 11, 5, 13, kernel_size=3, stride=3, dilation=2, dw_size=5, **common))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_depthwise(driver, dtype, layout):
+    for stride in (1, 2):
+        for kernel in ((3, 3), (5, 5), (7, 7), (1, 5), (5, 1)):
+            common = {"kernel": kernel, "stride": stride, "dtype": dtype, "layout": layout}
+            check(driver, DepthwiseCase(1, 21, 9, 19, sliced=True, act="hardswish", **common))
+            check(driver, DepthwiseCase(2, 5, 5, 2, act="relu6", **common))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_squeeze_excite_pool_and_linear(driver, dtype, layout):
+    common = {"dtype": dtype, "layout": layout}
+    for gate in draws.GATES:
+        check(driver, SqueezeExciteCase(5, 41, 11, 7, 9, gate=gate, sliced=True, **common))
+    case = SqueezeExciteCase(1, 130, 33, 1, 1, act="silu", bias=False, **common)
+    args = make(case)
+    check_args(driver, args, case)
+    check_args(driver, args._replace(reduce_weight=args.reduce_weight.T.contiguous().T), "a column-major matrix")
+    x = make_depthwise(DepthwiseCase(2, 37, 7, 9, **common)).x
+    check_args(driver, GlobalPoolArgs(x), "global_pool")
+    weight = torch.randn(45, 37, dtype=dtype)
+    check_args(driver, LinearArgs(x[:, :, 0, 0], weight, torch.randn(45, dtype=dtype)), "linear")
+
+
+few = settings(max_examples=12)
+
+
+@few
+@given(case=draws.ghost_modules(seed=st.integers(0, 999)))
+def test_random_ghost_modules(driver, case):
+    check(driver, case)
+
+
+@few
+@given(case=draws.depthwise(seed=st.integers(0, 999)))
+def test_random_depthwise(driver, case):
+    check(driver, case)
+
+
+@few
+@given(case=draws.squeeze_excite(channels=st.integers(1, 60), reduced=st.integers(1, 20), seed=st.integers(0, 999)))
+def test_random_squeeze_excite(driver, case):
+    check(driver, case)
+
+
+def test_threads_change_no_bit(driver, binary):
+    alone = aarch64.Driver(binary, "max", driver.isa)
+    for layout in LAYOUTS:
+        args = make_args(Case(1, 40, 14, 13, 130, layout=layout))
+        assert torch.equal(driver.run(args), alone.run(args))
+    alone.close()
+
+
+def test_an_error_is_the_bindings_own(driver):
+    args = make_args(Case(2, 6, 5, 5, 8))._replace(primary_weight=torch.randn(4, 5, 1, 1))
+    with pytest.raises(RuntimeError, match=r"primary_weight: expected shape \(4, 6, 1, 1\), got \(4, 5, 1, 1\)"):
+        driver.run(args)
+    check(driver, Case(2, 6, 5, 5, 8))
+
+
+def test_a_cpu_gets_the_fastest_that_it_has(binary):
+    for cpu, expected in (("max", ISAS), ("cortex-a57", ["baseline"]), ("neoverse-n1", ["baseline"])):
+        driver = aarch64.Driver(binary, cpu)
+        assert driver.supported == expected
+        assert driver.isa == expected[-1]
+        check(driver, Case(2, 20, 9, 11, 24, dtype=torch.float16))
+        driver.close()
+
+
 @pytest.mark.parametrize(
-    "source",
-    ["csrc/cpu/dispatch.cpp", "csrc/cpu/pool.cpp", "csrc/cpu/isa/baseline.cpp", "tests/helpers/cpu_driver.cpp"],
+    ("isa", "why"), [*((isa, "this CPU lacks it") for isa in ISAS[1:]), ("avx2", "no such instruction set")]
 )
-def test_compiles_for_aarch64(source, tmp_path):
-    command = [
-        *cross_compiler(),
-        "-std=c++20",
-        "-O2",
-        "-Wall",
-        "-Werror",
-        f"-I{ROOT / 'csrc'}",
-        "-c",
-        ROOT / source,
-        "-o",
-        tmp_path / "a.o",
-    ]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-4000:]
+def test_a_cpu_refuses_what_it_lacks(binary, isa, why):
+    with pytest.raises(RuntimeError, match=f"GHOSTFUSED_CPU_ISA={isa}: {why}"):
+        aarch64.Driver(binary, "cortex-a57", isa)

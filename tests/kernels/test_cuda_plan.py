@@ -121,6 +121,47 @@ def test_ghostnet_at_batch_64_meets_the_traffic_goal():
         assert p["x_vector_bytes"] == 16, shape
 
 
+def tiles(size: int, tile: int, pad: int, align: int) -> list[set[int]]:
+    """The rows (or columns) of the image that each tile computes x1 for, one by one."""
+    out = []
+    for start in range(0, size, tile):
+        needed = {i for i in range(start - pad, min(start + tile, size) + pad) if 0 <= i < size}
+        vectors = {i // align for i in needed}
+        out.append({i for v in vectors for i in range(v * align, (v + 1) * align) if i < size})
+    return out
+
+
+def traffic(shape, p: dict, batch: int) -> dict:
+    """Bytes from the tiles' sets of pixels: everything that the blocks load, and what of it leaves DRAM."""
+    cin, cout, h, w, dw_size, ratio = shape
+    init = -(-cout // ratio)
+    rows, cols = tiles(h, p["tile_h"], dw_size // 2, 1), tiles(w, p["tile_w"], dw_size // 2, p["col_align"])
+    pixels = [len(r) * len(c) for r in rows for c in cols]
+    blocks_c = -(-init // p["block_c"])
+    grid = batch * len(pixels) * blocks_c
+    block_m = p["threads"] // 32 // p["warps_n"] * 32
+    passes = 1 if p["weights_resident"] else -(-max(pixels) // block_m)
+    x, x_loads, out = batch * cin * h * w * 2, batch * sum(pixels) * blocks_c * cin * 2, batch * cout * h * w * 2
+    near = blocks_c * len(cols) + p["blocks_per_sm"] * 132  # blocks between two that share pixels, and those at work
+    kept = near >= grid or (x + out) // grid * near <= 20 * 2**20
+    return {
+        "dram_read": (x if kept else x_loads) + 2 * init * (cin + (ratio - 1) * dw_size**2),
+        "dram_write": out,
+        "l2_read": x_loads + grid * passes * p["block_c"] * cin * 2,
+        "grid": grid,
+        "recompute": pytest.approx(sum(pixels) / (h * w)),
+    }
+
+
+@pytest.mark.parametrize("channels_last", [True, False], ids=["nhwc", "nchw"])
+@pytest.mark.parametrize("batch", [1, 64, 256])
+def test_bytes_of_a_plan_are_those_of_its_tiles(batch, channels_last):
+    for shape in SHAPES:
+        p = plan(shape, batch, channels_last=channels_last)
+        expected = traffic(shape, p, batch)
+        assert {name: p[name] for name in expected} == expected, shape
+
+
 def test_vectors():
     """The widest that alignment allows."""
     assert plan((20, 40, 28, 28, 3, 2), 1)["x_vector_bytes"] == 8

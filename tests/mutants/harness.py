@@ -91,13 +91,17 @@ def table_entry(kernel: str, function: str, path: str) -> str:
 def nchw_kernels(path: str) -> dict[str, str]:
     """Those of ghost/nchw/forward.cuh's; a name without tiles stands for all of them, too."""
     element = "__half" if path == "float16" else "__nv_bfloat16"
-    maps = (("Wide8", "w8", (1, 2)), ("Wide4", "w4", (2, 4)), ("Fourteen", "w14", (2, 4)), ("Seven", "w7", (3,)))
+    maps = {"w8": "Wide8", "w4": "Wide4", "w14": "Fourteen", "w7": "Seven"}
+    tiles = {
+        "dw3": "w8_t1 w8_t2 w4_t2 w4_t4 w14_t2 w14_t4 w7_t3",
+        "dw3_any": "w8_t2 w4_t2 w14_t2 w14_t4 w7_t3",
+        "dw5_any": "w8_t2 w4_t2 w14_t2 w7_t3",
+    }
     return {
-        f"{path}_nchw_{width}_t{tiles}_{variant}": f"ghost_nchw<NchwConfig<{element}, NchwMap::k{name}, "
-        f"{tiles}, {variant[2]}, {str('any' in variant).lower()}>>"
-        for name, width, every in maps
-        for tiles in every
-        for variant in ("dw3", "dw3_any", "dw5_any")
+        f"{path}_nchw_{form}_{variant}": f"ghost_nchw<NchwConfig<{element}, NchwMap::k{maps[form.split('_')[0]]}, "
+        f"{form[-1]}, {variant[2]}, {str('any' in variant).lower()}>>"
+        for variant, forms in tiles.items()
+        for form in forms.split()
     }
 
 
@@ -106,7 +110,7 @@ def nhwc_kernels(path: str) -> dict[str, str]:
     return {
         f"{path}_nhwc_t{tiles}_dw{d}_{name.lower()}": f"nhwc_forward<P, {tiles}, {d}, Epilogue::k{name}>"
         for tiles in (1, 2, 3)
-        for d, name in ((3, "None"), (3, "ReLU"), (3, "Any"), (5, "Any"))
+        for d, name in ((3, "None"), (3, "ReLU"), (3, "Any"), (5, "Any"))[: 4 if tiles < 3 else 2]
     }
 
 

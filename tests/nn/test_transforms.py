@@ -258,6 +258,17 @@ def test_a_captured_model_refuses_what_it_has_no_rule_for():
         assert torch.equal(captured(x), expected)
 
 
+def test_a_captured_model_names_a_parameter_that_has_become_a_negative_view():
+    model, _, x = pair("network", False)
+    captured = capture(model, x)
+    p = next(model.parameters())
+    p.data = torch._neg_view(-1.5 * p.data)
+    with pytest.raises(RuntimeError, match=r"^tensors\[[0-9]+\]: expected no negative view"):
+        captured(x)
+    p.data = p.data.resolve_neg()
+    torch.testing.assert_close(captured(x), model(x).detach(), rtol=1e-3, atol=1e-4)
+
+
 # ---- ops and functions
 
 

@@ -2,18 +2,21 @@
 #include <cstdint>
 #include <type_traits>
 #include <utility>
+
 #ifdef __x86_64__
 #include <immintrin.h>
 
 #include "cpu/dispatch.h"
+#include "cpu/target.h"
 
-#pragma GCC target("avx2,fma,f16c,bmi,bmi2,avx512f,avx512vl,avx512dq,avx512bw")
+GHOSTFUSED_TARGET("avx2,fma,f16c,bmi,bmi2,avx512f,avx512vl,avx512dq,avx512bw")
 #define GHOSTFUSED_ISA avx512
 #define GHOSTFUSED_LANES 16
 #define GHOSTFUSED_MANY_REGISTERS
 #define GHOSTFUSED_X86_HALVES
 #define GHOSTFUSED_X86_MASKS
 #include "cpu/kernels.h"
+GHOSTFUSED_TARGET_END
 
 namespace ghostfused::cpu {
 const Kernels kAvx512 = avx512::kernels;

@@ -2,12 +2,14 @@
 #include <cstdint>
 #include <type_traits>
 #include <utility>
+
 #ifdef __x86_64__
 #include <immintrin.h>
 
 #include "cpu/dispatch.h"
+#include "cpu/target.h"
 
-#pragma GCC target("avx2,fma,f16c,bmi,bmi2,avx512f,avx512vl,avx512dq,avx512bw,avx512bf16")
+GHOSTFUSED_TARGET("avx2,fma,f16c,bmi,bmi2,avx512f,avx512vl,avx512dq,avx512bw,avx512bf16")
 #define GHOSTFUSED_ISA avx512vl_bf16
 #define GHOSTFUSED_LANES 8
 #define GHOSTFUSED_MANY_REGISTERS
@@ -15,6 +17,7 @@
 #define GHOSTFUSED_X86_MASKS
 #define GHOSTFUSED_X86_BF16
 #include "cpu/kernels.h"
+GHOSTFUSED_TARGET_END
 
 namespace ghostfused::cpu {
 const Kernels kAvx512vlBf16 = avx512vl_bf16::kernels;

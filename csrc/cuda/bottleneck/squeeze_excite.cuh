@@ -30,13 +30,15 @@ __device__ __forceinline__ float add_lanes(float v) {
 template <typename T, int kV, int kPitch>
 __device__ __forceinline__ void multiply_row(float (&sums)[kMaxImages], const T* row, int64_t stride, int count,
                                              const float (*values)[kPitch]) {
+#pragma unroll 1
   for (int c = threadIdx.x % kRowLanes * kV; c < count; c += kRowLanes * kV) {
     Vector<T, kV> w;
     w.load(row + c * stride);
 #pragma unroll
-    for (int g = 0; g < kMaxImages; ++g) {
+    for (int e = 0; e < kV; ++e) {
+      const float weight = to_float(w.at[e]);
 #pragma unroll
-      for (int e = 0; e < kV; ++e) sums[g] = fmaf(to_float(w.at[e]), values[g][c + e], sums[g]);
+      for (int g = 0; g < kMaxImages; ++g) sums[g] = fmaf(weight, values[g][c + e], sums[g]);
     }
   }
 }
@@ -155,7 +157,8 @@ __device__ __forceinline__ float apply_gate(Gate gate, float x) {
 }
 
 template <Path kPath>
-__global__ void __launch_bounds__(kBottleneckThreads, 3) excite(const __grid_constant__ SqueezeExciteKernelParams p) {
+__global__ void __launch_bounds__(kBottleneckThreads, kStepsApart ? 2 : 3)
+    excite(const __grid_constant__ SqueezeExciteKernelParams p) {
   using T = typename PathType<kPath>::T;
   __shared__ __align__(16) float hidden[kMaxImages][kHiddenTile];
   const SqueezeExciteParams& a = p.args;

@@ -232,6 +232,15 @@ LaunchPlan plan_general(const GhostShape& s) {
 
 ForwardPlan plan_forward(const GhostShape& s) { return {plan_general(s), plan_nhwc(s), plan_nchw(s)}; }
 
+bool needs_full_kernel(const GhostForwardParams& a) {
+  const Act primary = a.primary.act, cheap = a.cheap.act;
+  for (const Act act : {primary, cheap}) {
+    if (act != Act::kNone && act != Act::kReLU) return true;
+  }
+  return a.residual.data != nullptr || a.output_gate.data != nullptr ||
+         (a.shape.channels_last ? primary != cheap : a.input_gate != nullptr);
+}
+
 // The one place where a call gets its kernel: the fastest family that takes it.
 Family choose(const GhostForwardParams& a, const ForwardPlan& plan) {
   if (nhwc_takes(a, plan.nhwc)) return Family::kNhwc;

@@ -96,6 +96,7 @@ __global__ void __launch_bounds__(kTrainingThreads, kPixelBlocksPerSm[0])
       act.activate(z, [&](int e) { return numbers[3][t.own + e]; });
 #pragma unroll
       for (int e = 0; e < kV; e += 2) y[i].at[e / 2] = pack<T>(z[e], z[e + 1]);
+      set_apart(step);
       if (i * t.positions < left) y[i].store(out + at + i * step);
     }
   });

@@ -167,12 +167,21 @@ __device__ __forceinline__ void slide(const Strip<kMasked>& s, int height, Load 
   float window[3][kCount];
   load(window[0], s.h > 0);
   load(window[1], true);
+  if constexpr (kMasked) {  // not the common case: the code of one row, and moves
 #pragma unroll 1
-  for (int r = 0; r < s.rows; r += 3) {
+    for (int r = 0; r < s.rows; ++r) {
+      row(window[0], window[1], window[2], s.h + r + 1 < height);
 #pragma unroll
-    for (int i = 0; i < 3; ++i) {
-      if (r + i < s.rows) {
-        row(window[i], window[(i + 1) % 3], window[(i + 2) % 3], s.h + r + i + 1 < height);
+      for (int i = 0; i < kCount; ++i) window[0][i] = window[1][i], window[1][i] = window[2][i];
+    }
+  } else {
+#pragma unroll 1
+    for (int r = 0; r < s.rows; r += 3) {
+#pragma unroll
+      for (int i = 0; i < 3; ++i) {
+        if (r + i < s.rows) {
+          row(window[i], window[(i + 1) % 3], window[(i + 2) % 3], s.h + r + i + 1 < height);
+        }
       }
     }
   }

@@ -1,6 +1,6 @@
 """Block sizes of the Triton kernels: a small table per shape class, and the length of a run.
 
-``python -m bench.regenerate_configs`` writes the table, ``configs.json``; nothing is tuned at a user's call.
+``python -m tools.triton_configs`` writes the table, ``configs.json``; nothing is tuned at a user's call.
 Each step of the kernel has its own table, since the step's cost depends on its own blocks only.
 """
 

@@ -55,16 +55,22 @@ const void* nchw_kernel() {
 
 }  // namespace ghostfused
 
-// The kernels of one path, in the order that launch.cpp counts.
-#define GHOSTFUSED_NCHW_TILES(PATH, NAME, MAP, MAP_NAME, TILES)                                                    \
-  {nchw_kernel<Path::k##PATH, NchwMap::MAP, TILES, 3, false>(), NAME "_nchw_" MAP_NAME "_t" #TILES "_dw3"},        \
-      {nchw_kernel<Path::k##PATH, NchwMap::MAP, TILES, 3, true>(), NAME "_nchw_" MAP_NAME "_t" #TILES "_dw3_any"}, \
-      {nchw_kernel<Path::k##PATH, NchwMap::MAP, TILES, 5, true>(), NAME "_nchw_" MAP_NAME "_t" #TILES "_dw5_any"}
-#define GHOSTFUSED_NCHW_KERNELS(PATH, NAME)                                                                           \
-  namespace ghostfused {                                                                                              \
-  const Kernel k##PATH##NchwKernels[kNchwKernelsPerPath] = {                                                          \
-      GHOSTFUSED_NCHW_TILES(PATH, NAME, kWide8, "w8", 1),     GHOSTFUSED_NCHW_TILES(PATH, NAME, kWide8, "w8", 2),     \
-      GHOSTFUSED_NCHW_TILES(PATH, NAME, kWide4, "w4", 2),     GHOSTFUSED_NCHW_TILES(PATH, NAME, kWide4, "w4", 4),     \
-      GHOSTFUSED_NCHW_TILES(PATH, NAME, kFourteen, "w14", 2), GHOSTFUSED_NCHW_TILES(PATH, NAME, kFourteen, "w14", 4), \
-      GHOSTFUSED_NCHW_TILES(PATH, NAME, kSeven, "w7", 3)};                                                            \
+// The kernels of one path, in the order that nchw.h gives.
+#define GHOSTFUSED_NCHW(PATH, NAME, MAP, WIDTH, TILES, DW, FULL, ANY) \
+  {nchw_kernel<Path::k##PATH, NchwMap::MAP, TILES, DW, FULL>(), NAME "_nchw_w" #WIDTH "_t" #TILES "_dw" #DW ANY}
+#define GHOSTFUSED_NCHW_PLAIN(PATH, NAME, MAP, WIDTH, TILES) \
+  GHOSTFUSED_NCHW(PATH, NAME, MAP, WIDTH, TILES, 3, false, "")
+#define GHOSTFUSED_NCHW_FULL(PATH, NAME, MAP, WIDTH, TILES, DW) \
+  GHOSTFUSED_NCHW(PATH, NAME, MAP, WIDTH, TILES, DW, true, "_any")
+#define GHOSTFUSED_NCHW_KERNELS(PATH, NAME)                                                                         \
+  namespace ghostfused {                                                                                            \
+  const Kernel k##PATH##NchwKernels[kNchwKernelsPerPath] = {                                                        \
+      GHOSTFUSED_NCHW_PLAIN(PATH, NAME, kWide8, 8, 1),       GHOSTFUSED_NCHW_PLAIN(PATH, NAME, kWide8, 8, 2),       \
+      GHOSTFUSED_NCHW_PLAIN(PATH, NAME, kWide4, 4, 2),       GHOSTFUSED_NCHW_PLAIN(PATH, NAME, kWide4, 4, 4),       \
+      GHOSTFUSED_NCHW_PLAIN(PATH, NAME, kFourteen, 14, 2),   GHOSTFUSED_NCHW_PLAIN(PATH, NAME, kFourteen, 14, 4),   \
+      GHOSTFUSED_NCHW_PLAIN(PATH, NAME, kSeven, 7, 3),       GHOSTFUSED_NCHW_FULL(PATH, NAME, kWide8, 8, 2, 3),     \
+      GHOSTFUSED_NCHW_FULL(PATH, NAME, kWide4, 4, 2, 3),     GHOSTFUSED_NCHW_FULL(PATH, NAME, kFourteen, 14, 2, 3), \
+      GHOSTFUSED_NCHW_FULL(PATH, NAME, kFourteen, 14, 4, 3), GHOSTFUSED_NCHW_FULL(PATH, NAME, kSeven, 7, 3, 3),     \
+      GHOSTFUSED_NCHW_FULL(PATH, NAME, kWide8, 8, 2, 5),     GHOSTFUSED_NCHW_FULL(PATH, NAME, kWide4, 4, 2, 5),     \
+      GHOSTFUSED_NCHW_FULL(PATH, NAME, kFourteen, 14, 2, 5), GHOSTFUSED_NCHW_FULL(PATH, NAME, kSeven, 7, 3, 5)};    \
   }

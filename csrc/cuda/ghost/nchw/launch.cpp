@@ -6,19 +6,13 @@
 namespace ghostfused {
 namespace {
 
-// Neither gates nor a residual, and no activation but ReLU.
-bool plain(const GhostForwardParams& a) {
-  const auto simple = [](Act act) { return act == Act::kNone || act == Act::kReLU; };
-  return a.input_gate == nullptr && a.residual.data == nullptr && a.output_gate.data == nullptr &&
-         simple(a.primary.act) && simple(a.cheap.act);
-}
-
-int kernel_index(const GhostForwardParams& a, const NchwPlan& p) {
-  constexpr int first[] = {0, 2, 4, 6};  // of each map: wide ones with few and many tiles
+int kernel_index(const GhostShape& s, const NchwPlan& p) {
+  const int map = static_cast<int>(p.map), path = s.path == Path::kFloat16 ? 0 : kNchwKernelsPerPath;
+  if (s.dw_size == 5) return path + kNchwPlain + kNchwFull3 + map;
   const bool many = p.map == NchwMap::kWide8 ? p.tiles > 1 : p.map != NchwMap::kSeven && p.tiles > 2;
-  const int variant = a.shape.dw_size == 5 ? 2 : plain(a) ? 0 : 1;
-  const int path = a.shape.path == Path::kFloat16 ? 0 : kNchwKernelsPerPath;
-  return path + (first[static_cast<int>(p.map)] + many) * kNchwVariants + variant;
+  if (!s.full) return path + 2 * map + many;
+  constexpr int first[] = {0, 1, 2, 4};
+  return path + kNchwPlain + first[map] + (p.map == NchwMap::kFourteen && many);
 }
 
 }  // namespace
@@ -42,7 +36,7 @@ const char* launch_nchw(const GhostForwardParams& args, const NchwPlan& plan, vo
   const uint32_t minus_infinity = s.path == Path::kFloat16 ? 0xfc00fc00 : 0xff80ff80;
   p.primary_floor = args.primary.act == Act::kReLU ? 0 : minus_infinity;
   p.cheap_floor = args.cheap.act == Act::kReLU ? 0 : minus_infinity;
-  const int index = kernel_index(args, plan);
+  const int index = kernel_index(s, plan);
   const void* function = nchw_kernel(index).function;
   const int first = kGhostKernelCount + kStatisticsKernelCount + kNhwcKernelCount;
   if (const char* error = allow_shared_memory(first + index, function)) return error;

@@ -37,9 +37,11 @@ struct NchwParams {
   uint32_t primary_floor, cheap_floor;  // two numbers of x's type: 0 for ReLU, -inf for no activation
 };
 
-// The kernel's compiled forms: of each path, by map and m16 tiles of a warp; 3×3, 3×3 full, 5×5 full.
-constexpr int kNchwVariants = 3;
-constexpr int kNchwKernelsPerPath = 7 * kNchwVariants;
+// The kernel's compiled forms, of each path: plain 3×3, by map and m16 tiles of a warp, few or many; full 3×3 and full
+// 5×5, by map, of which only 14 × 14 at 3×3 comes with few and many tiles. The others lose about 2 %, by the cost
+// model.
+constexpr int kNchwPlain = 7, kNchwFull3 = 5, kNchwFull5 = 4;
+constexpr int kNchwKernelsPerPath = kNchwPlain + kNchwFull3 + kNchwFull5;
 extern const Kernel kFloat16NchwKernels[kNchwKernelsPerPath];
 extern const Kernel kBFloat16NchwKernels[kNchwKernelsPerPath];
 

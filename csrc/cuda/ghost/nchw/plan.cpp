@@ -177,14 +177,15 @@ NchwPlan plan_nchw(const GhostShape& s) {
   Search search{s};
   const bool half = s.path == Path::kFloat16 || s.path == Path::kBFloat16;
   if (!half || s.channels_last || s.ratio != 2 || (s.dw_size != 3 && s.dw_size != 5)) return {};
+  const bool full = s.full || s.dw_size == 5;  // compiled for one number of tiles, see nchw.h
   if (s.width == 7 && s.height == 7) {
     search.map(NchwMap::kSeven, {3});
   } else if (s.width == 14 && s.height == 14) {
-    search.map(NchwMap::kFourteen, {2, 4});
+    s.dw_size == 5 ? search.map(NchwMap::kFourteen, {2}) : search.map(NchwMap::kFourteen, {2, 4});
   } else if (s.width % 8 == 0 && s.width > 8) {
-    search.map(NchwMap::kWide8, {1, 2});
+    full ? search.map(NchwMap::kWide8, {2}) : search.map(NchwMap::kWide8, {1, 2});
   } else if (s.width % 4 == 0 && s.width > 4) {
-    search.map(NchwMap::kWide4, {2, 4});
+    full ? search.map(NchwMap::kWide4, {2}) : search.map(NchwMap::kWide4, {2, 4});
   }
   if (search.best.block_c > 0) count_traffic(s, search.best);
   return search.best;

@@ -130,9 +130,11 @@ struct Cheap {
       Vec other;  // x2 of the even lane, for the odd one
       other.raw.x = __shfl_xor_sync(0xffffffffu, v.raw.x, 1);
       other.raw.y = __shfl_xor_sync(0xffffffffu, v.raw.y, 1);
+      uint32_t step = pitch;
+      set_apart(step);
       if (!has_x2) {
-        load_shared(other.raw, from_a + column * pitch);
-        load_shared(v.raw, from_b + column * pitch);
+        load_shared(other.raw, from_a + column * step);
+        load_shared(v.raw, from_b + column * step);
       }
       put(to_x1, column, other);  // of the even lane's position: its x1 by the even lane, its x2 by the odd one
       put(to_x2, column, v);      // of the odd lane's
@@ -147,10 +149,13 @@ struct Cheap {
   // a row of the strip, not of its halo. ``complete``: so is the output that it adds to last.
   template <int kPhase, int kFirst, int kLast>
   __device__ __forceinline__ void row(bool center, bool complete) {
+    uint32_t next = in;
 #pragma unroll
     for (int column = 0; column < kColumns + kD - 1; ++column) {
       Vec v;
-      load_shared(v.raw, in + column * pitch);
+      load_shared(v.raw, kStepsApart ? next : in + column * pitch);
+      next += pitch;
+      set_apart(next);
       if (!kPaired && column >= kPad && column < kColumns + kPad && center) store_x1(v, column - kPad);
       float x[kChannels];
       v.to_float(x);
@@ -206,24 +211,25 @@ struct Cheap {
     }
   }
 
-  // Any size, with less code: each row adds to all outputs that it may touch, and those outside the strip are not
+  // Any size, with the code of one row: each adds to all outputs that it may touch, and those outside the strip are not
   // stored.
   __device__ __forceinline__ void strip() {
     const int strip_h = p.plan.strip_h;
 #pragma unroll 1
-    for (int r = 0;; r += kD) {
-      if (!phases<0>(r, strip_h)) return;
+    for (int r = 0; r < strip_h + kD - 1; ++r) {
+      row<0, 0, kD - 1>(r >= kPad && r < strip_h + kPad, r >= kD - 1);
+      // So that the next row is of phase 0 as well. What was sum[1] is stored.
+#pragma unroll
+      for (int column = 0; column < kColumns; ++column) {
+#pragma unroll
+        for (int i = 0; i < kChannels; ++i) {
+          const float first = sum[0][column][i];
+#pragma unroll
+          for (int o = 1; o + 1 < kD; ++o) sum[o][column][i] = sum[o + 1][column][i];
+          sum[kD - 1][column][i] = first;
+        }
+      }
     }
-  }
-  template <int kPhase>
-  __device__ __forceinline__ bool phases(int first, int strip_h) {
-    if constexpr (kPhase < kD) {
-      const int r = first + kPhase;
-      if (r == strip_h + kD - 1) return false;
-      row<kPhase, 0, kD - 1>(r >= kPad && r < strip_h + kPad, r >= kD - 1);
-      return phases<kPhase + 1>(first, strip_h);
-    }
-    return true;
   }
 };
 

@@ -42,13 +42,15 @@ const void* nhwc_kernel() {
 }  // namespace ghostfused
 
 // The kernels of one path, in the order that nhwc.h gives.
-#define GHOSTFUSED_NHWC_TILES(PATH, NAME, TILES)                                                    \
-  {nhwc_kernel<Path::k##PATH, TILES, 3, Epilogue::kNone>(), NAME "_nhwc_t" #TILES "_dw3_none"},     \
-      {nhwc_kernel<Path::k##PATH, TILES, 3, Epilogue::kReLU>(), NAME "_nhwc_t" #TILES "_dw3_relu"}, \
-      {nhwc_kernel<Path::k##PATH, TILES, 3, Epilogue::kAny>(), NAME "_nhwc_t" #TILES "_dw3_any"},   \
+#define GHOSTFUSED_NHWC_PLAIN(PATH, NAME, TILES)                                                \
+  {nhwc_kernel<Path::k##PATH, TILES, 3, Epilogue::kNone>(), NAME "_nhwc_t" #TILES "_dw3_none"}, \
+      {nhwc_kernel<Path::k##PATH, TILES, 3, Epilogue::kReLU>(), NAME "_nhwc_t" #TILES "_dw3_relu"},
+#define GHOSTFUSED_NHWC_TILES(PATH, NAME, TILES)                                                   \
+  GHOSTFUSED_NHWC_PLAIN(PATH, NAME, TILES){nhwc_kernel<Path::k##PATH, TILES, 3, Epilogue::kAny>(), \
+                                           NAME "_nhwc_t" #TILES "_dw3_any"},                      \
       {nhwc_kernel<Path::k##PATH, TILES, 5, Epilogue::kAny>(), NAME "_nhwc_t" #TILES "_dw5_any"},
 #define GHOSTFUSED_NHWC_KERNELS(PATH, NAME)                                                                            \
   namespace ghostfused {                                                                                               \
   const Kernel k##PATH##NhwcKernels[kNhwcKernelsPerPath] = {                                                           \
-      GHOSTFUSED_NHWC_TILES(PATH, NAME, 1) GHOSTFUSED_NHWC_TILES(PATH, NAME, 2) GHOSTFUSED_NHWC_TILES(PATH, NAME, 3)}; \
+      GHOSTFUSED_NHWC_TILES(PATH, NAME, 1) GHOSTFUSED_NHWC_TILES(PATH, NAME, 2) GHOSTFUSED_NHWC_PLAIN(PATH, NAME, 3)}; \
   }

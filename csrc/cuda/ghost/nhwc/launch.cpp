@@ -7,9 +7,8 @@ namespace ghostfused {
 namespace {
 
 Epilogue epilogue_of(const GhostForwardParams& a) {
-  const bool plain = a.residual.data == nullptr && a.output_gate.data == nullptr && a.primary.act == a.cheap.act;
-  if (plain && a.primary.act == Act::kNone) return Epilogue::kNone;
-  return plain && a.primary.act == Act::kReLU ? Epilogue::kReLU : Epilogue::kAny;
+  if (a.shape.full) return Epilogue::kAny;
+  return a.primary.act == Act::kNone ? Epilogue::kNone : Epilogue::kReLU;
 }
 
 int kernel_index(const GhostForwardParams& a, const NhwcPlan& plan) {

@@ -154,7 +154,7 @@ NhwcPlan plan_nhwc(const GhostShape& s) {
       if (images > 1 && (tile_h < s.height || images > s.batch || s.input_gate)) continue;
       for (const int block_c : divisions(s.init_channels, 4)) {
         if (block_c > 256) continue;
-        for (int warp_tiles = 1; warp_tiles <= kMaxWarpTiles; ++warp_tiles) {
+        for (int warp_tiles = 1; warp_tiles <= nhwc_max_warp_tiles(s); ++warp_tiles) {
           for (const int threads : {256, 128, 64}) {
             if (threads > nhwc_max_threads(warp_tiles)) continue;
             for (const int strip_h : divisions(tile_h, 1)) {

@@ -1,12 +1,13 @@
-"""Static evidence on the Triton kernels: what the compiler made of them, for GPUs that need not be there."""
+"""Static evidence on a Triton kernel: what the compiler made of it, for a GPU that need not be there.
+
+Registers and spills are of the compiled kernel. Instructions are what all threads issue (a warp's instruction counts 32 times,
+predicated-off ones count) over the bytes of the output, from SASS: the body of each loop times its trip count, averaged over
+programs, straight-line code once.
+"""
 
 from __future__ import annotations
 
-import itertools
-import json
 import math
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,21 +17,7 @@ from ghostfused.backends.triton.compile import compile_launch
 from ghostfused.backends.triton.configs import NUM_WARPS
 from ghostfused.spec import Act, GhostArgs
 
-from .sass import KINDS, disassemble
-
-CONFIGS = Path(__file__).parents[1] / "tests" / "data" / "ghost_configs.jsonl"
-GHOSTNET = "timm/ghostnet_100@224"
-KERNELS = {"one": (True, True), "two/primary": (True, False), "two/cheap": (False, True)}
-COLUMNS = (
-    "target", "dtype", "layout", "module", "activation", "kernel", "registers", "spill_bytes", "shared", "warps",
-    "programs", *KINDS, "total",
-)  # fmt: skip
-HEADER = """\
-registers, spill bytes, shared memory: of the compiled kernel. Instructions: what all threads issue (a warp's
-instruction counts 32 times, predicated-off ones count) over the bytes of the output, from SASS: the body of each loop
-times its trip count, averaged over programs, straight-line code once. LDS and STS contain ldmatrix and stmatrix; HMMA is
-any tensor-core instruction; LDGSTS is cp.async. The two-kernel version has one row for each kernel;
-bytes are those of the whole output in all three."""
+from .disassembly import KINDS, disassemble
 
 
 def shape_args(
@@ -99,24 +86,3 @@ def measure(
         "warps": NUM_WARPS, "programs": programs, **{k.lower(): v for k, v in blocks.items()},
         **{kind: round(counts[kind] * scale, 3) for kind in (*KINDS, "total")},
     }  # fmt: skip
-
-
-def modules(source: str = GHOSTNET) -> list[dict[str, Any]]:
-    """The distinct modules of one network that the kernels take."""
-    rows = [json.loads(line) for line in CONFIGS.read_text().splitlines()]
-    return [r for r in rows if r["source"] == source and r["kernel_size"] == 1 and r["stride"] == 1]
-
-
-def rows(targets: list[str], dtypes: list[str], layouts: list[str]) -> Iterator[dict[str, Any]]:
-    """One row per target × dtype × layout × module × kernel, at batch 64."""
-    for target, dtype, layout, m in itertools.product(targets, dtypes, layouts, modules()):
-        args = shape_args(
-            m["in_channels"], m["out_channels"], m["height"], m["width"], dtype=getattr(torch, dtype), nhwc=layout == "nhwc",
-            ratio=m["ratio"], dw_size=m["dw_size"], act_primary=m["act_primary"], act_cheap=m["act_cheap"],
-        )  # fmt: skip
-        module = f"{m['in_channels']}->{m['out_channels']} {m['height']}x{m['width']}"
-        for kernel, steps in KERNELS.items():
-            yield {
-                "target": target, "dtype": dtype, "layout": layout, "batch": len(args.x), "module": module,
-                "activation": m["act_primary"], "kernel": kernel, **measure(args, target, *steps),
-            }  # fmt: skip

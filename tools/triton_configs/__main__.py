@@ -1,4 +1,4 @@
-"""Writes the table of block sizes, ghostfused/backends/triton/configs.json: ``python -m bench.regenerate_configs``.
+"""Writes the table of block sizes, ghostfused/backends/triton/configs.json: ``python -m tools.triton_configs``.
 
 For each shape class it takes the candidate that is best on one representative shape of the class: on a GPU the fastest,
 elsewhere, by compiled evidence for sm_80, the one that issues the fewest instructions per output byte. In both cases it
@@ -23,7 +23,7 @@ from ghostfused.backends import triton as backend
 from ghostfused.backends.triton import configs
 from ghostfused.spec import TENSORS, GhostArgs
 
-from .static_triton import measure, shape_args
+from .evidence import measure, shape_args
 
 MIN_WARPS = 12
 REGISTERS, SHARED = 65536, 99 * 1024
@@ -150,7 +150,7 @@ def main() -> None:
             print(f"{i}/{len(todo)} {step} {key}: {choice} {cost:.3f}", flush=True)
             tables[step][key] = choice
     made = f"on {torch.cuda.get_device_name()}" if timed else "from compiled evidence, with no GPU"
-    lines = [f'{{\n"made": {json.dumps(f"by python -m bench.regenerate_configs {made}")}']
+    lines = [f'{{\n"made": {json.dumps(f"by python -m tools.triton_configs {made}")}']
     for step, table in tables.items():
         body = ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in table.items())
         lines.append(f'"{step}": {{\n{body}\n}}')

@@ -5,23 +5,16 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-import os
 import re
 import subprocess
 import tempfile
 from collections.abc import Sequence
 
+from ..sass.build import nvidia_tool
+
 KINDS = ("LDG", "STG", "LDS", "STS", "LDGSTS", "HMMA", "FFMA", "local")
 """Counted by themselves. HMMA: any tensor-core product; LDS: ldmatrix too; local: loads and stores of local memory."""
 _SYNONYMS = {"HGMMA": "HMMA", "LDSM": "LDS", "STSM": "STS", "LDL": "local", "STL": "local"}
-
-
-@functools.cache
-def tool(name: str) -> str:
-    """The path of ``cuobjdump`` or ``nvdisasm``: Triton's package ships them."""
-    import triton
-
-    return os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +87,8 @@ def disassemble(cubin: bytes) -> Sass:
         file.write(cubin)
         file.flush()
         run = functools.partial(subprocess.run, capture_output=True, text=True, check=True)
-        text = run([tool("cuobjdump"), "-sass", file.name]).stdout
-        usage = _USAGE.search(run([tool("cuobjdump"), "-res-usage", file.name]).stdout)
+        text = run([str(nvidia_tool("cuobjdump")), "-sass", file.name]).stdout
+        usage = _USAGE.search(run([str(nvidia_tool("cuobjdump")), "-res-usage", file.name]).stdout)
     instructions = []
     for line in text.splitlines():
         if m := _LINE.match(line):

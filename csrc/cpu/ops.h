@@ -1,0 +1,114 @@
+// The ops: their outputs, and the arguments as the kernels get them. The binding registers them.
+#pragma once
+
+#include <algorithm>
+#include <initializer_list>
+
+#include "common/arguments.h"
+#include "cpu/dispatch.h"
+
+namespace ghostfused::cpu {
+
+template <size_t kDims>
+Tensor new_output(const int64_t (&sizes)[kDims], const int64_t (&strides)[kDims], ScalarType dtype) {
+  const int32_t type = dtype == ScalarType::Half       ? aoti_torch_dtype_float16()
+                       : dtype == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
+                                                       : aoti_torch_dtype_float32();
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(kDims, sizes, strides, type, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+// Of (N, C, H, W), in x's memory format; ``*out`` describes it.
+inline Tensor new_map(int64_t n, int64_t c, int64_t h, int64_t w, ScalarType dtype, bool channels_last, Tensor4* out) {
+  const int64_t contiguous[] = {c * h * w, h * w, w, 1}, last[] = {h * w * c, 1, w * c, c};
+  const auto& strides = channels_last ? last : contiguous;
+  Tensor tensor = new_output({n, c, h, w}, strides, dtype);
+  *out = {tensor.data_ptr(), strides[0], strides[1], strides[2], strides[3]};
+  return tensor;
+}
+
+inline thread_local bool whole_images = false;  // other threads are at work on other images
+
+inline int torch_threads() { return whole_images ? 1 : static_cast<int>(torch::stable::get_num_threads()); }
+
+inline const Kernels& kernels() {
+  const char* error = nullptr;
+  const Isa* isa = chosen_isa(&error);
+  if (!isa) fail(error);
+  return *isa->kernels;
+}
+
+inline Tensor launch(GhostForwardParams& a, const Tensor& x) {
+  if (!x.is_cpu()) fail("x: expected a CPU tensor");
+  GhostShape& s = a.shape;
+  s.channels_last = is_channels_last(x);
+  Tensor out = new_map(s.batch, s.out_channels, s.height, s.width, x.scalar_type(), s.channels_last, &a.out);
+  if (s.height == 1 && s.width == 1) {  // one pixel is both, and channels are what is contiguous
+    s.channels_last = true;
+    a.out.stride_c = 1;
+  }
+  if (s.batch > 0) kernels().forward(a, torch_threads());
+  return out;
+}
+
+inline Tensor launch(DepthwiseParams& p, const Tensor& x) {
+  if (!x.is_cpu()) fail("x: expected a CPU tensor");
+  Tensor out = new_map(p.batch, p.channels, p.out_height, p.out_width, x.scalar_type(), p.channels_last, &p.out);
+  if (p.batch > 0) kernels().depthwise(p, torch_threads());
+  return out;
+}
+
+inline Tensor launch(SqueezeExciteParams& p, const Tensor& x) {
+  if (!x.is_cpu()) fail("x: expected a CPU tensor");
+  Tensor out = new_output({p.batch, p.channels}, {p.channels, 1}, x.scalar_type());
+  p.out = out.data_ptr();
+  if (p.batch > 0) kernels().squeeze_excite(p, torch_threads());
+  return out;
+}
+
+// The steps of a program that are no ops of their own: spec.py's GlobalPoolArgs and LinearArgs.
+inline Tensor global_pool(Tensor x) {
+  if (x.dim() != 4) fail("x: expected 4 dimensions, got ", x.dim());
+  const Checker checker(x);
+  SqueezeExciteParams p{};
+  p.path = checker.path();
+  p.batch = size32("x", x.size(0));
+  p.channels = channels32("x", x.size(1));
+  p.height = size32("x", x.size(2));
+  p.width = size32("x", x.size(3));
+  if (p.height < 1 || p.width < 1) fail("x: expected at least one row and column");
+  p.x = checker.tensor4("x", x, {p.batch, p.channels, p.height, p.width});
+  Tensor out = new_output({p.batch, p.channels, 1, 1}, {p.channels, 1, 1, 1}, x.scalar_type());
+  p.out = out.data_ptr();
+  if (p.batch > 0) kernels().global_pool(p, torch_threads());
+  return out;
+}
+
+inline Tensor linear(Tensor x, Tensor weight, OptionalTensor bias) {
+  if (x.dim() != 2 && x.dim() != 4) fail("x: expected 2 or 4 dimensions, got ", x.dim());
+  if (weight.dim() != 2) fail("weight: expected 2 dimensions, got ", weight.dim());
+  const Checker checker(x);
+  GhostForwardParams p{};
+  GhostShape& s = p.shape;
+  s.path = checker.path();
+  s.channels_last = true;
+  const int64_t batch = s.batch = size32("x", x.size(0));
+  const int64_t depth = s.in_channels = channels32("weight", weight.size(1));
+  const int64_t rows = s.init_channels = s.out_channels = bounded("weight", "rows", weight.size(0), 0, kMaxChannels);
+  s.height = s.width = s.dw_size = p.kernel = p.stride = p.dilation = p.x_height = p.x_width = 1;
+  s.ratio = 2;
+  p.x = {checker.matrix("x", x, batch, depth), Checker::stride(x, 0), Checker::stride(x, 1), 0, 0};
+  p.primary_weight = matrix_of(checker, "weight", weight, rows, depth).data;
+  p.primary_weight_stride_n = depth;
+  p.primary_weight_stride_k = 1;
+  p.primary.bias = checker.vector("bias", bias, rows);
+  if (!countable(std::initializer_list<int64_t>{batch, rows})) fail("weight: expected at most 2^40 elements of output");
+  Tensor out = new_output({batch, rows}, {std::max<int64_t>(rows, 1), 1}, x.scalar_type());
+  p.out = {out.data_ptr(), rows, 1, 0, 0};
+  if (batch > 0 && rows > 0) kernels().forward(p, torch_threads());
+  return out;
+}
+
+}  // namespace ghostfused::cpu

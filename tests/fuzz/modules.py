@@ -1,0 +1,161 @@
+"""Ghost modules as people may build and write them, drawn at random."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from families import OfficialGhost
+from torch import Tensor, nn
+
+from ghostfused import FusedGhostModule
+from ghostfused.models import paper, seed
+
+ACTS = ["none", "relu", "relu6", "silu", "hardswish", "leaky_relu", "prelu"]
+
+
+class HSwish(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * F.relu6(x + 3) / 6
+
+
+class Swish(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(x)
+
+
+class MyReLU(nn.ReLU):
+    pass
+
+
+LAYERS: list[Callable[[], nn.Module]] = [
+    nn.ReLU, lambda: nn.ReLU(inplace=True), nn.ReLU6, nn.SiLU, lambda: nn.SiLU(inplace=True), nn.Hardswish,
+    lambda: nn.LeakyReLU(0.2), nn.PReLU, nn.Identity, HSwish, Swish, MyReLU, nn.Sequential,
+]  # fmt: skip
+UNKNOWN: list[Callable[[], nn.Module]] = [nn.Mish, nn.GELU, nn.ELU, nn.Tanh]
+"""Of which no kernel is: the module stays as it is, or runs its layers."""
+FUNCTIONS = [torch.relu, F.relu, F.relu6, F.silu, F.hardswish, lambda x: x.relu(), lambda x: x]
+
+
+class Backwards(nn.Module):
+    """Registered in another order than run."""
+
+    def __init__(self, conv: nn.Module, norm: nn.Module, act: nn.Module):
+        super().__init__()
+        self.act, self.norm, self.conv = act, norm, conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.norm(self.conv(x)))
+
+
+class Written(nn.Module):
+    """A Ghost module in one of the forms in which they are written."""
+
+    def __init__(
+        self,
+        form: str,
+        cin: int,
+        init: int,
+        ratio: int,
+        primary: dict,
+        dw_size: int,
+        norms: list,
+        act: Any,
+        cut: int | None,
+    ):
+        super().__init__()
+        self.form, self.cut = form, cut
+        new = init * (ratio - 1)
+        convs = nn.Conv2d(cin, init, **primary), nn.Conv2d(init, new, dw_size, 1, dw_size // 2, groups=init)
+        layers = [
+            (conv, norm(conv.out_channels), nn.Identity() if form == "functions" else act())
+            for conv, norm in zip(convs, norms, strict=True)
+        ]
+        if form in ("flat", "functions"):
+            (self.conv1, self.bn1, self.act), (self.conv2, self.bn2, _) = layers
+            self.f = act if form == "functions" else None
+        else:
+            kind = Backwards if form == "backwards" else nn.Sequential
+            self.cheap, self.primary = kind(*layers[1]), kind(*layers[0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.form == "flat":
+            one = self.act(self.bn1(self.conv1(x)))
+            two = self.act(self.bn2(self.conv2(one)))
+        elif self.form == "functions":
+            one = self.f(self.bn1(self.conv1(x)))
+            two = self.f(self.bn2(self.conv2(one)))
+        else:
+            one = self.primary(x)
+            two = self.cheap(one)
+        out = torch.cat([one, two], dim=1)
+        return out if self.cut is None else out[:, : self.cut]
+
+
+NORMS: list[Callable[[int], nn.Module]] = [
+    nn.BatchNorm2d, nn.BatchNorm2d, lambda c: nn.BatchNorm2d(c, eps=1e-3), lambda c: nn.BatchNorm2d(c, affine=False),
+    lambda c: nn.BatchNorm2d(c, momentum=None), lambda c: nn.BatchNorm2d(c, track_running_stats=False),
+    lambda c: nn.Identity(),
+]  # fmt: skip
+
+
+def written(rng: random.Random, cin: int, cout: int, act: bool = True, plain: bool = False) -> nn.Module:
+    """(N, cin, H, W) → (N, cout, H, W); unless ``plain``, perhaps at half the size."""
+    if rng.random() < 0.2:
+        return rng.choice((seed.GhostModule, paper.GhostModule, OfficialGhost))(cin, cout)
+    if rng.random() < 0.1:
+        return OfficialGhost(cin, cout, mode="attn")
+    ratio = rng.choice((2, 2, 2, 3, 4))
+    form = rng.choice(("flat", "functions", "backwards", "plain", "plain"))
+    choices = FUNCTIONS if form == "functions" else LAYERS + (UNKNOWN if rng.random() < 0.1 else [])
+    primary: dict[str, Any] = {"kernel_size": 1, "bias": rng.random() < 0.5}
+    if not plain and rng.random() < 0.25:
+        primary = {"kernel_size": 3, "padding": 1, "stride": rng.choice((1, 2))}
+    chosen = rng.choice(choices) if act else (lambda x: x) if form == "functions" else nn.Identity
+    norms = [rng.choice(NORMS) for _ in range(2)]
+    init = -(-cout // ratio)
+    cut = None if init * ratio == cout and rng.random() < 0.5 else cout
+    return Written(form, cin, init, ratio, primary, rng.choice((1, 3, 3, 5, 7)), norms, chosen, cut)
+
+
+def settings(rng: random.Random) -> dict[str, Any]:
+    """Arguments of a FusedGhostModule."""
+    groups = rng.choice((1, 1, 1, 1, 2))
+    ratio = rng.choice((2, 2, 2, 3, 4))
+    out = rng.randint(ratio, 40)
+    if groups == 2:
+        out = 2 * ratio * rng.randint(1, 5)
+    kernel = rng.choice((1, 1, 1, 3, 5))
+    return {
+        "in_channels": groups * rng.randint(1, 24 // groups), "out_channels": out, "s": ratio, "kernel_size": kernel,
+        "stride": rng.choice((1, 1, 1, 2)), "dw_size": rng.choice((1, 3, 3, 5, 7)), "groups": groups,
+        "dilation": rng.choice((1, 1, 2)) if kernel > 1 else 1, "act_primary": rng.choice(ACTS), "act_cheap": rng.choice(ACTS),
+        "keys": rng.choice(("seed", "paper", "ultralytics")),
+    }  # fmt: skip
+
+
+class Unfused(nn.Module):
+    """The definition: the layers of a FusedGhostModule one after the other."""
+
+    def __init__(self, fused: FusedGhostModule):
+        super().__init__()
+        self.out_channels = fused.out_channels
+        for name, child in fused.named_children():
+            self.add_module(name, child)
+
+    def forward(
+        self,
+        x: Tensor,
+        input_gate: Tensor | None = None,
+        residual: Tensor | None = None,
+        output_gate: Tensor | None = None,
+    ) -> Tensor:
+        primary, cheap = self.children()
+        one = primary(x if input_gate is None else x * input_gate[:, :, None, None])
+        out = torch.cat([one, cheap(one)], 1)[:, : self.out_channels]
+        if output_gate is not None:
+            out = out * F.interpolate(output_gate, size=out.shape[2:], mode="nearest")
+        return out if residual is None else out + residual

@@ -1,0 +1,255 @@
+"""One trial of each kind: what is drawn by its number, what is done with it, and the comparison with the unfused."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import random
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import fuzz_raw_ops
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from ghostfused import FusedGhostBottleneck, FusedGhostModule, NotCaptured, capture, fuse, fuse_with_report, unfuse
+from ghostfused.cli.verify import calibrate
+from ghostfused.numerics import TOLERANCES, relative_error
+
+from . import modules, networks
+
+Forward = Callable[[Any, Tensor], list]
+"""What is done with a model and an input: results by parts, of which each has an error of its own."""
+
+
+class _MatrixProducts(TorchFunctionMode):
+    """Computes 1×1 convolutions by PyTorch's matrix products, whose sums are in another order."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        x, weight, bias, stride, padding, _, groups = (*args, *[None] * 7)[:7]
+        if (
+            func is not torch.conv2d
+            or kwargs
+            or weight.shape[2:] != (1, 1)
+            or groups != 1
+            or {*stride} != {1}
+            or {*padding} != {0}
+        ):
+            return func(*args, **(kwargs or {}))
+        return F.linear(x.permute(0, 2, 3, 1), weight[:, :, 0, 0], bias).permute(0, 3, 1, 2)
+
+
+def _vector(result: Any) -> Tensor:
+    tensors = [t.detach().double().flatten() for t in tree_leaves(result) if isinstance(t, Tensor)]
+    return torch.cat([torch.empty(0, dtype=torch.float64), *tensors])
+
+
+def _shapes(result: Any) -> list:
+    return [(t.shape, t.dtype) if isinstance(t, Tensor) else t for t in tree_leaves(result)]
+
+
+def compare(what: str, model: nn.Module, fused: Any, x: Tensor, forward: Forward) -> None:
+    """``fused`` gives what ``model`` gives, no further from float64 than that by the table of tolerances.
+
+    One run's error may be small by luck: ``model``'s is the largest of several, on inputs that differ by less than rounding,
+    with 1×1 convolutions as convolutions and as matrix products.
+    """
+    theirs, ours = forward(model, x), forward(fused, x)
+    assert _shapes(theirs) == _shapes(ours), f"{what}: {_shapes(ours)} in place of {_shapes(theirs)}"
+    right = forward(copy.deepcopy(model).double(), x.double())
+    half_unit, tolerance = torch.finfo(x.dtype).eps / 2, TOLERANCES[x.dtype]
+    errors, limits = _errors(ours, right), [tolerance.floor] * len(right)
+    for attempt in range(8):
+        limits = [max(limit, tolerance.factor * e) for limit, e in zip(limits, _errors(theirs, right), strict=True)]
+        if all(error <= limit for error, limit in zip(errors, limits, strict=True)):
+            return
+        with _MatrixProducts() if attempt % 2 else contextlib.nullcontext():
+            theirs = forward(model, x * (1 + half_unit * (2 * torch.rand_like(x) - 1)))
+    raise AssertionError(f"{what}: errors {errors}, limits {limits}")
+
+
+def _errors(parts: list, expected: list) -> list[float]:
+    """Of each part, all its tensors as one: relative to the largest number. Infinite of PyTorch's own that isn't finite."""
+    pairs = [(_vector(a), _vector(b)) for a, b in zip(parts, expected, strict=True)]
+    return [relative_error(a, b) if b.numel() and b.isfinite().all() else 0.0 for a, b in pairs]
+
+
+@torch.no_grad()
+def infer(model: Any, x: Tensor) -> list:
+    return [model(x.clone())]
+
+
+def step(model: nn.Module, x: Tensor) -> list:
+    """Result, gradients, and running statistics of one pass in the mode that ``model`` is in, which stays as it is."""
+    model, x = copy.deepcopy(model), x.clone().requires_grad_()
+    out = model(x)
+    loss = sum((t * torch.linspace(-1, 2, t.numel()).to(t).view_as(t)).sum() for t in tree_leaves(out))
+    loss.backward()
+    return [out, [x.grad, *(p.grad for p in model.parameters())], [b for b in model.buffers() if b.is_floating_point()]]
+
+
+# ---- changes, each made to the unfused and the fused alike
+
+
+def _pick(rng: random.Random, model: nn.Module, kind: Any) -> str:
+    """The name of a layer that both have: ``fuse`` keeps names."""
+    return rng.choice([name for name, m in model.named_modules() if isinstance(m, kind)] or [""])
+
+
+def _change(rng: random.Random, pair: tuple[nn.Module, nn.Module]) -> str:
+    model = pair[0]
+    what = rng.choice(
+        ("weights", "data", "eps", "state_dict", "hook", "norm gone", "conv", "train a norm", "frozen", "parameter")
+    )
+    conv, norm = _pick(rng, model, nn.Conv2d), _pick(rng, model, nn.BatchNorm2d)
+    seed = rng.randrange(2**20)
+    for each in pair:
+        torch.manual_seed(seed)
+        layer = each.get_submodule(conv)
+        parent = each.get_submodule(norm.rpartition(".")[0])
+        with torch.no_grad():
+            if what == "weights":
+                for p in each.parameters():
+                    p.mul_(1.25)
+            elif what == "data":
+                layer.weight.data = layer.weight.data.flip(0) * 0.75
+            elif what == "eps" and norm:
+                each.get_submodule(norm).eps = 0.3
+            elif what == "state_dict":
+                each.load_state_dict(
+                    {k: v * 0.75 if v.is_floating_point() else v for k, v in each.state_dict().items()}
+                )
+            elif what == "hook":
+                layer.register_forward_hook(lambda module, given, out: out * 0.5)
+            elif what == "norm gone" and norm:
+                parent._modules[norm.rpartition(".")[2]] = nn.Identity()
+            elif what == "conv":
+                new = copy.deepcopy(layer)
+                nn.init.normal_(new.weight, std=0.3)
+                each.get_submodule(conv.rpartition(".")[0])._modules[conv.rpartition(".")[2]] = new
+            elif what == "train a norm" and norm:
+                each.get_submodule(norm).train()
+            elif what == "frozen":
+                layer.weight.requires_grad_(False)
+            elif what == "parameter":
+                layer.weight = nn.Parameter(layer.weight * -1.25)
+    return what
+
+
+def _input(rng: random.Random, channels: int, dtype: torch.dtype = torch.float32, least: int = 1) -> Tensor:
+    x = torch.randn(
+        rng.choice((1, 1, 2, 3, 5)), channels, rng.randint(least, least + 12), rng.randint(least, least + 12)
+    )
+    x = x.to(dtype)
+    return x.to(memory_format=torch.channels_last) if rng.random() < 0.3 else x
+
+
+def _all(rng: random.Random, model: nn.Module, fused: nn.Module, channels: int, least: int = 1) -> str:
+    """What is done with a model and its fused twin; returns the change that was made."""
+    x, other = _input(rng, channels, least=least), _input(rng, channels, least=least)
+    for each in (x, x, other, x[:0], x):
+        compare("inference", model, fused, each, infer)
+    if rng.random() < 0.3:
+        for each in (model, fused):
+            each.train()
+        compare("training", model, fused, torch.cat([x, x.flip(-1), 0.5 * x.flip(-2)]), step)
+        for each in (model, fused):
+            each.eval()
+    what = _change(rng, (model, fused))
+    # with the batch's statistics more than a number for each channel is needed, and each run changes the stored ones
+    x = torch.cat([x, x.flip(-1), 0.5 * x.flip(-2)])
+    for way in (infer, infer, step) if what != "train a norm" else (step,):
+        compare(f"after a change ({what})", model, fused, x, way)
+    if rng.random() < 0.2 and what not in ("hook", "train a norm"):
+        dtype = rng.choice((torch.float16, torch.bfloat16))
+        for each in (model, fused):
+            each.to(dtype)
+        compare(f"in {dtype}", model, fused, x.to(dtype), infer)
+    return what
+
+
+# ---- the kinds
+
+
+def module(rng: random.Random) -> str:
+    if rng.random() < 0.25:
+        cin, cout = rng.randint(1, 16), rng.randint(2, 30)
+        model = nn.Sequential(modules.written(rng, cin, cout))
+        least = 2 if any(type(m).__name__ == "OfficialGhost" and m.mode == "attn" for m in model) else 1
+        calibrate(model, torch.randn(4, cin, 9, 8))
+        fused = fuse(model)
+        _all(rng, model, fused, cin, least)
+        return "written, fused" if isinstance(fused[0], FusedGhostModule) else "written, left"
+    settings = modules.settings(rng)
+    ghost = FusedGhostModule(**settings)
+    model = modules.Unfused(ghost)
+    calibrate(model, torch.randn(4, settings["in_channels"], 9, 8))
+    model = copy.deepcopy(model)
+    ghost.eval()
+    if rng.random() < 0.5:
+        _all(rng, model, ghost, settings["in_channels"])
+        return "built"
+    dtype = rng.choice((torch.float32, torch.float32, torch.float16, torch.bfloat16))
+    for each in (model, ghost):
+        each.to(dtype)
+    x = _input(rng, settings["in_channels"], dtype)
+    shape = infer(model, x)[0].shape
+    gates = {
+        "input_gate": torch.rand(x.shape[:2]), "residual": torch.randn(shape),
+        "output_gate": torch.rand(*shape[:2], rng.randint(1, 4), rng.randint(1, 4)),
+    }  # fmt: skip
+    given = {name: t.to(dtype) for name, t in gates.items() if rng.random() < 0.4}
+
+    def call(m: nn.Module, x: Tensor) -> list:
+        with torch.set_grad_enabled(rng.random() < 0.5):
+            return [m(x, **{name: t.to(x.dtype) for name, t in given.items()})]
+
+    for _ in range(2):
+        compare(f"with {sorted(given)}", model, ghost, x, call)
+    return "built, with gates"
+
+
+def bottleneck(rng: random.Random) -> str:
+    cin, cout, stride = rng.randint(2, 12), rng.randint(2, 12), rng.choice((1, 1, 2))
+    cout = cin if stride == 1 and rng.random() < 0.5 else cout
+    model = nn.Sequential(networks.bottleneck(rng, cin, cout, stride))
+    calibrate(model, torch.randn(4, cin, 9, 8))
+    fused = fuse(model)
+    _all(rng, model, fused, cin, least=3)
+    return "fused" if isinstance(fused[0], FusedGhostBottleneck) else "left"
+
+
+def network(rng: random.Random) -> str:
+    model = calibrate(networks.Net(rng), torch.randn(2, 3, 24, 20))
+    fused, report = fuse_with_report(model)
+    assert type(fused) is type(model)
+    assert all(swap.fused or swap.reason for swap in report)
+    assert fused.state_dict().keys() == model.state_dict().keys()
+    x = _input(rng, 3, least=16)
+    if rng.random() < 0.4:
+        options = {"partial": True, "freeze": rng.random() < 0.5, "dynamic_batch": rng.random() < 0.3}
+        try:
+            captured = capture(fused, torch.cat([x, x]) if options["dynamic_batch"] else x, **options)
+        except NotCaptured as error:
+            raise AssertionError(f"not captured: {error}") from error
+        for _ in range(2):
+            compare(f"captured {options}", model, lambda x: captured(x), x, infer)
+    _all(rng, model, fused, 3, least=16)
+    plain = unfuse(fused)
+    assert not any(isinstance(m, FusedGhostModule | FusedGhostBottleneck) for m in plain.modules())
+    return f"{'some' if any(swap.fused for swap in report) else 'nothing'} fused"
+
+
+def trial(kind: str, seed: int, number: int) -> str:
+    """What came of the trial of this number; AssertionError, or whatever else is raised, if it went wrong."""
+    if kind == "calls":
+        return fuzz_raw_ops.one(seed, number, "cpu")
+    rng = random.Random(f"{kind}:{seed}:{number}")
+    torch.manual_seed(rng.randrange(2**31))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return {"modules": module, "bottlenecks": bottleneck, "networks": network}[kind](rng)

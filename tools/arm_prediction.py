@@ -1,0 +1,148 @@
+"""Predicts what share of an Arm core's multiply-adds the 1×1 convolution's inner loop reaches: ``python -m tools.arm_prediction``.
+
+Nothing here is a measurement. The aarch64 compiler makes the loop of the largest register block as setup.py's flags make it, and
+LLVM's machine code analyzer runs it on its model of a core: every load hits the first cache. The same model runs the loop's multiplications
+alone, which is the peak. Only cores that LLVM models by themselves are listed: it stands in for a Cortex-A78, say, with its Cortex-A57.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+CORES = [
+    "cortex-a53",
+    "cortex-a55",
+    "cortex-a510",
+    "cortex-a57",
+    "neoverse-n1",
+    "neoverse-n2",
+    "neoverse-v1",
+    "neoverse-v2",
+]
+"""Those with a model of their own since LLVM 17; Grace's core is the Neoverse V2."""
+LACKS = {"neon_fp16": {"cortex-a53", "cortex-a55", "cortex-a57", "neoverse-n1"}}
+LACKS["neon_bf16"] = LACKS["neon_fp16"]
+OLDEST = 17
+FLAGS = ["-O3", "-fno-math-errno", "-fno-schedule-insns"]
+"""As setup.py has them."""
+LOOPS = {  # instruction set, dtype, and whether the rows are channels, as in NCHW
+    "float32 nchw": ("baseline", "float", True),
+    "float32 nhwc": ("baseline", "float", False),
+    "float16 nhwc": ("neon_fp16", "Float16", False),
+    "bfloat16 nchw": ("neon_bf16", "BFloat16", True),
+    "bfloat16 nhwc": ("neon_bf16", "BFloat16", False),
+}
+MULTIPLICATION = re.compile(r"\s(fmla|fmlal2?|bfdot)\s")
+
+
+def compiler() -> str | None:
+    return shutil.which("g++" if platform.machine() == "aarch64" else "aarch64-linux-gnu-g++")
+
+
+def analyzer() -> str | None:
+    """The newest llvm-mca on PATH that has the models."""
+    for name in [*(f"llvm-mca-{version}" for version in range(30, OLDEST - 1, -1)), "llvm-mca"]:
+        if path := shutil.which(name):
+            text = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
+            version = re.search(r"LLVM version (\d+)", text)
+            if version and int(version[1]) >= OLDEST:
+                return path
+    return None
+
+
+def missing() -> str | None:
+    """What it would take to predict here; None if all of it is there."""
+    if compiler() is None:
+        return "no g++ for aarch64 (Debian's package g++-aarch64-linux-gnu)"
+    return None if analyzer() else f"no llvm-mca of LLVM {OLDEST} or later (Debian's package llvm-19)"
+
+
+def inner_loop(name: str) -> list[str]:
+    """The instructions of the loop over input channels."""
+    isa, dtype, rows_are_channels = LOOPS[name]
+    source = (ROOT / "csrc" / "cpu" / "isa" / f"{isa}.cpp").read_text()
+    kernel = (
+        f'#include "cpu/primary.h"\nnamespace ghostfused::cpu::{isa} {{ template void multiply<{dtype}, kMaxRows, kMaxVecs, '
+        f"{str(rows_are_channels).lower()}>(const Panel<{dtype}>&); }}\n"
+    )
+    if 'include "cpu/kernels.h"\n' not in source:
+        raise RuntimeError(f"isa/{isa}.cpp: expected it to include cpu/kernels.h")
+    source = source.split('#include "cpu/kernels.h"\n')[0] + kernel + ("#endif\n" if isa != "baseline" else "")
+    command = [str(compiler()), "-std=c++20", *FLAGS, f"-I{ROOT / 'csrc'}", "-S", "-x", "c++", "-", "-o", "-"]
+    assembly = subprocess.run(command, input=source, capture_output=True, text=True, check=True).stdout
+    return _hottest_loop(assembly)
+
+
+def _hottest_loop(assembly: str) -> list[str]:
+    """Of the stretches from a label to a jump back to it, the shortest of those with the most multiplications."""
+    lines = [line.partition("//")[0].rstrip() for line in assembly.splitlines()]
+    labels = {line[:-1]: i for i, line in enumerate(lines) if re.fullmatch(r"\.L\w+:", line)}
+    loops = []
+    for i, line in enumerate(lines):
+        jump = re.match(r"\s+(?:b\.?\w*|cbn?z|tbn?z)\s.*?(\.L\w+)$", line)
+        if jump and labels.get(jump[1], i) < i:
+            loops.append([each for each in lines[labels[jump[1]] + 1 : i + 1] if re.match(r"\s+[a-z]", each)])
+    return max(loops, key=lambda loop: (sum(bool(MULTIPLICATION.search(line)) for line in loop), -len(loop)))
+
+
+def cycles(instructions: list[str], core: str, iterations: int = 200) -> float:
+    """Of one iteration, in the long run."""
+    command = [str(analyzer()), "-march=aarch64", f"-mcpu={core}", f"-iterations={iterations}", "-"]
+    command += ["-mattr=+bf16,+fp16fml", "-instruction-info=0", "-resource-pressure=0"]
+    run = subprocess.run(command, input="\n".join(instructions), capture_output=True, text=True, check=True)
+    total = re.search(r"Total Cycles:\s+(\d+)", run.stdout)
+    assert total, run.stdout
+    return int(total[1]) / iterations
+
+
+def share(loop: list[str], core: str) -> float:
+    """Of the peak: as many multiplications, none of which waits for another."""
+    products = [match[1] for line in loop if (match := MULTIPLICATION.search(line))]
+    operands = {"fmla": "4s, v0.4s, v1.s[0]", "bfdot": "4s, v0.8h, v1.2h[0]"}
+    peak = [f"{name} v{8 + i % 24}.{operands.get(name, '4s, v0.4h, v1.h[0]')}" for i, name in enumerate(products)]
+    return cycles(peak, core) / cycles(loop, core)
+
+
+def table() -> dict[str, dict[str, float | None]]:
+    """Per core and loop the share; None where the core lacks the instructions."""
+    loops = {name: inner_loop(name) for name in LOOPS}
+    return {
+        core: {
+            name: None if core in LACKS.get(LOOPS[name][0], ()) else share(loop, core) for name, loop in loops.items()
+        }
+        for core in CORES
+    }
+
+
+def report() -> str:
+    """A line that says what it is, and the table, as docs/cpu.md has both."""
+    version = subprocess.run([str(analyzer()), "--version"], capture_output=True, text=True, check=True).stdout
+    number = re.search(r"LLVM version (\d+)", version)
+    assert number
+    rows = [
+        f"| {core} | {' | '.join('–' if x is None else f'{x:.0%}' for x in shares.values())} |"
+        for core, shares in table().items()
+    ]
+    title = f"Predicted by LLVM {number[1]}'s models, not measured: the share of the peak of multiply-adds."
+    return "\n".join([title, "", f"| core | {' | '.join(LOOPS)} |", f"|{'---|' * (1 + len(LOOPS))}", *rows])
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tools.arm_prediction", description=__doc__)
+    parser.parse_args(argv)
+    if why := missing():
+        print(f"python -m tools.arm_prediction: error: {why}", file=sys.stderr)
+        return 2
+    print(report())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
