@@ -54,8 +54,10 @@ def _half(a: GhostArgs, half: str) -> _Half:
     if mean is None:
         center, rstd = -bias, one
     else:
-        center, rstd = mean.view(-1, 1, 1) - bias, (var + getattr(a, f"{half}_eps")).rsqrt().view(-1, 1, 1)
-    scale = rstd if gamma is None else rstd * gamma.view(-1, 1, 1)
+        # rounded once: what they are off by, all of a channel's gradients are off by
+        center, rstd = mean.view(-1, 1, 1) - bias, (var.double() + getattr(a, f"{half}_eps")).rsqrt().view(-1, 1, 1)
+    scale = (rstd if gamma is None else rstd * gamma.view(-1, 1, 1)).to(dtype)
+    rstd = rstd.to(dtype)
     shift = zero if beta is None else beta.view(-1, 1, 1)
     slope = None if slope is None else slope.to(dtype)
     return _Half(center, rstd, scale, shift, getattr(a, f"{half}_act"), getattr(a, f"{half}_negative_slope"), slope)

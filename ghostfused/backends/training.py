@@ -183,8 +183,10 @@ def _primary_conv_backward(a: GhostArgs, dy1: Tensor, need: dict[str, bool]) -> 
         x = _matrices(_dense(a.x, a.x))
         n, pixels, cp = d.shape
         cin = x.shape[2]
-        # one product over all pixels of the batch, unless a sum over images comes cheaper than transposing the maps
-        if a.input_gate is None and (channels_last or cp * cin > pixels * (cp + cin)):
+        # one product over all pixels of the batch, unless a sum over images comes cheaper than transposing the maps; on a CPU
+        # that sum is more accurate too: of few channels, MKL adds up all pixels one by one
+        as_they_lie = channels_last and a.x.is_cuda
+        if a.input_gate is None and (as_they_lie or cp * cin > pixels * (cp + cin)):
             dw = d.reshape(n * pixels, cp).T @ x.reshape(n * pixels, cin)
         else:
             per_image = torch.bmm(d.transpose(1, 2), x)

@@ -3,6 +3,8 @@ NeurIPS 2022, section 3): its gate is made at half the size and goes into the fu
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
@@ -21,6 +23,9 @@ class FusedAttentionGhostModule(FusedGhostModule):
     ``short_conv`` is their name for a 1×1 conv, a 1×5 and a 5×1 depthwise conv, each with BatchNorm. Others pool what
     these give, or have a module that makes the whole gate.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        raise TypeError(f"{type(self).__name__} is made by ghostfused.fuse of somebody's module, not by its class")
 
     _attention: str
     _gate_form: str

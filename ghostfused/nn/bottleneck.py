@@ -20,7 +20,7 @@ from ..recognize import ghost, graph
 from ..recognize.activations import Activations, Known
 from ..recognize.equivalence import prove
 from ..recognize.swap import make_twin, original
-from ..recognize.trace import Traced, idle_in_eval, is_fused, is_layer, is_look, scripted, trace, unused
+from ..recognize.trace import Traced, idle_in_eval, is_fused, is_layer, is_look, more_than_one_tensor, scripted, trace
 from ..recognize.watch import Path, Watched, get
 from ..spec import Act
 from . import cache, layers
@@ -50,6 +50,9 @@ Step = Ghost | Whole | Run | SqueezeExcite
 
 class _FusedTwin(cache.CachesPrograms, nn.Module):
     """Somebody's module that runs as ``_steps``, unless what lies inside it is looked at or changed."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        raise TypeError(f"{type(self).__name__} is made by ghostfused.fuse of somebody's module, not by its class")
 
     _layout: layers.Layout
     _watched: Watched
@@ -299,7 +302,7 @@ def _is_chain(module: nn.Module) -> bool:
     return (
         not isinstance(traced, str)
         and isinstance(graph.chain(traced.result, traced.start), list)
-        and unused(traced) is None
+        and more_than_one_tensor(traced) is None
     )
 
 
@@ -346,9 +349,7 @@ def _trace(module: nn.Module, whole: bool = False) -> tuple[Traced, _Steps] | st
     traced = trace(module, steps)
     if isinstance(traced, str):
         return traced
-    if (node := unused(traced)) is not None:
-        return f"{node.target} is called, but its result is not used"
-    return traced, steps
+    return more_than_one_tensor(traced) or (traced, steps)
 
 
 def _branch(node: object, start: fx.Node, known: _Steps, root: nn.Module) -> list[Step] | str:

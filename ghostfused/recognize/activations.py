@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from ..spec import Act
 from ..spec.activations import BY_CALL, TABLE
 from .equivalence import SAME
-from .trace import is_fused, is_layer, shadow, trace, unused
+from .trace import is_fused, is_layer, more_than_one_tensor, shadow, trace
 from .watch import Path, Watched, is_immutable
 
 _OF_NUMBERS = {
@@ -73,7 +73,7 @@ def _read(module: nn.Module) -> tuple[Act, Watched] | None:
     if any(m._parameters or m._buffers or "forward" in m.__dict__ for m in module.modules()):
         return None
     traced = trace(module)
-    if isinstance(traced, str) or unused(traced) is not None or len(traced.nodes) > 16:
+    if isinstance(traced, str) or more_than_one_tensor(traced) or len(traced.nodes) > 16:
         return None
     layers = dict(module.named_modules())
     for node in traced.nodes[1:]:

@@ -78,4 +78,6 @@ def is_strangers(name: str | None) -> bool:
     root = root_of(name)
     if root == PACKAGE:
         return name == _MODELS or str(name).startswith(f"{_MODELS}.")
-    return root != "torch" and root not in sys.stdlib_module_names - {"__main__"}
+    # collections.namedtuple's: torch.fx makes one where a forward unpacks a size
+    made = root.startswith("namedtuple_")
+    return root != "torch" and not made and root not in sys.stdlib_module_names - {"__main__"}

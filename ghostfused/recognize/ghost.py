@@ -327,7 +327,16 @@ def claims_to_be_one(module: nn.Module) -> bool:
         return True
     halves = {n: read_half(child) for n, child in module._modules.items() if child is not None}
     names = getattr(getattr(getattr(type(module), "forward", None), "__code__", None), "co_names", ())
-    return not {"cat", "concat"}.isdisjoint(names) and len(halves) < 9 and _by_structure(module, halves) is None
+    if {"cat", "concat"}.isdisjoint(names) or len(halves) > 8:
+        return False
+    convs = [m for m in module.modules() if isinstance(m, nn.Conv2d)]
+    cheap = [m for m in convs if m.groups == m.in_channels > 1]
+    two = (
+        len(convs) == 2
+        and len(cheap) == 1
+        and cheap[0].in_channels in {m.out_channels for m in convs if m not in cheap}
+    )
+    return two or _by_structure(module, halves) is None
 
 
 def _of_fused(module: nn.Module) -> Adopted | str:

@@ -11,7 +11,7 @@ from torch import fx
 
 from ..spec import Act
 from .activations import called
-from .trace import Traced, is_look, unused
+from .trace import Traced, is_look, more_than_one_tensor, shown
 from .watch import Path
 
 Layer = Path | tuple[Path, Act] | Act
@@ -25,10 +25,12 @@ def halves_of(
     traced: Traced, attention: str | None, acts: dict[Path, Act]
 ) -> tuple[tuple[Layer, ...], tuple[Layer, ...], int | None] | str:
     """The layers of both halves, in the order they run, and where the output is cut; or why it isn't such."""
-    if (node := unused(traced)) is not None:
-        return f"{node.target} is called, but its result is not used"
+    if reason := more_than_one_tensor(traced):
+        return reason
     cats = [node for node in traced.nodes if node.op == "call_function" and node.target in _CAT]
-    given = cats[0].args[0] if len(cats) == 1 and cats[0].args else None
+    if len(cats) > 1:
+        return "it concatenates more than once"
+    given = cats[0].args[0] if cats and cats[0].args else None
     if not isinstance(given, list | tuple) or len(given) != 2 or not all(isinstance(n, fx.Node) for n in given):
         return "its output is no concatenation of two tensors"
     cat, one, two = cats[0], cast(fx.Node, given[0]), cast(fx.Node, given[1])
@@ -36,6 +38,8 @@ def halves_of(
     if dim not in (1, -3) or len(cat.args) + len(cat.kwargs) > 2:
         return f"it concatenates along dimension {dim}, not 1"
     first, second = chain(one, traced.start), chain(two, one)
+    if isinstance(first, str) and one is not two and isinstance(chain(one, two), list):
+        return "it concatenates its ghost maps before its primary maps"
     if isinstance(first, str) or isinstance(second, str):
         return first if isinstance(first, str) else str(second)
     if not first or not second:
@@ -54,7 +58,7 @@ def halves_of(
         if node.op == "call_function" and node.target is operator.getitem and (cut := _cut(node.args[1])):
             cuts.append(cut)
         elif attention is None or not gates:
-            return f"{node.name} ({node.op.removeprefix('call_')}) is no step of a Ghost module"
+            return f"{shown(node)} ({node.op.removeprefix('call_')}) is no step of a Ghost module"
     if len(cuts) > 1:
         return "its output is cut more than once"
     places = [tuple(layer_of(node, acts) for node in chain) for chain in (first, second)]
@@ -90,9 +94,9 @@ def chain(node: object, start: fx.Node) -> list[fx.Node] | str:
             return f"{node} is no tensor that is computed from its input"
         layer = node.op == "call_module" and len(node.args) == 1 and not node.kwargs
         if not (layer or called(node) is not None) or not isinstance(node.args[0], fx.Node):
-            return f"{node.name} is no layer that is called on the result of one other"
+            return f"{shown(node)} is no layer that is called on the result of one other"
         if calls and sum(not is_look(user) for user in node.users) > 1:
-            return f"the result of {node.target} is used more than once"
+            return f"the result of {shown(node)} is used more than once"
         calls.insert(0, node)
         node = node.args[0]
     return calls

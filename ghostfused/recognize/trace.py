@@ -183,7 +183,15 @@ class _Recorder(fx.proxy.GraphAppendingTracer):
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, Tensor):
-            self.observer.refuse("computes with a tensor of its own, outside of a layer")
+            held = (
+                (m, n)
+                for m in self.observer.modules
+                for d in (m._parameters, m._buffers)
+                for n, t in d.items()
+                if t is a
+            )
+            what = next((".".join((*self.observer.paths[id(m)], n)) for m, n in held), "a tensor of its own")
+            self.observer.refuse(f"computes with {what} outside of the layers that are known")
         return super().create_arg(a)
 
 
@@ -211,9 +219,16 @@ def is_look(node: fx.Node) -> bool:
     return bool(parents) and node.op == "call_function" and all(map(is_look, parents))
 
 
-def unused(traced: Traced) -> fx.Node | None:
-    """A step whose result nobody uses, but looks at shapes."""
+def shown(node: fx.Node) -> str:
+    """A step for people: the layer's path, or the function's name."""
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+
+
+def more_than_one_tensor(traced: Traced) -> str | None:
+    """Why a graph isn't all for one tensor: its output is none, or a step's result is not used; looks at shapes don't count."""
+    if not isinstance(traced.result, fx.Node):
+        return f"its output is a {type(traced.result).__name__}, not a tensor"
     for node in traced.nodes:
         if not node.users and node is not traced.result and node is not traced.start and not is_look(node):
-            return node
+            return f"{shown(node)} is called, but its result is not used"
     return None
