@@ -145,6 +145,8 @@ def run_cell(python: str, torch: str, folder: Path) -> dict:
             word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)", last_line(tests.stdout))
         }
         failed = re.findall(r"^(?:FAILED|ERROR) (?:tests/)?(\S+)", tests.stdout, re.MULTILINE)
+        if tests.returncode < 0:
+            return row | {"failed": [f"the tests were stopped after {round(time.monotonic() - begin)} s"]}
         if tests.returncode not in (0, 1):
             failed.append(last_line(tests.stdout))
         return row | {
