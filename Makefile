@@ -59,7 +59,8 @@ PYTHON312 ?= python3.12
 rehearse:
 	PYTHON312=$(PYTHON312) tests/rehearse.sh $(VENV)-rehearsal
 
-# The wheel for this kind of CPU, into dist/: all architectures, which takes minutes on many cores and an hour on two.
+# The wheels, into dist/: for this kind of CPU, with all architectures, which takes minutes on many cores; and for aarch64, where its
+# cross compiler is.
 WHEEL_ARCHITECTURES ?= 8.0 8.6 8.7 8.9 9.0 10.0 12.0+PTX
 wheels: $(VENV)/installed
 	TORCH_CUDA_ARCH_LIST="$(WHEEL_ARCHITECTURES)" tools/wheel.sh $(abspath $(PY))

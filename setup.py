@@ -133,7 +133,8 @@ required: dict[str, bool] = {}
 
 
 def leave_notes(package: Path) -> None:
-    """Says in ``package`` why it has no such extension; fails if nothing could be built and nobody asked for that."""
+    """Says in ``package`` why it has no such extension; fails if one that was asked for, or all without that being asked for,
+    can't be built."""
     for name in required:
         note = package / f"{name}_build_failure.txt"
         note.unlink(missing_ok=True)
@@ -141,6 +142,8 @@ def leave_notes(package: Path) -> None:
             print(f"warning: ghostfused has no ghostfused.{name}: {failures[name]}", file=sys.stderr)
             note.parent.mkdir(parents=True, exist_ok=True)
             note.write_text(failures[name] + "\n")
+            if required[name]:
+                raise SystemExit(f"error: ghostfused.{name} is asked for, and can't be built: {failures[name]}")
     refused = all(os.environ.get(variable) == "0" for variable in ("GHOSTFUSED_CUDA", "GHOSTFUSED_CPU"))
     if required.keys() == failures.keys() and not refused:
         reasons = "; ".join(f"ghostfused.{name}: {reason}" for name, reason in failures.items())

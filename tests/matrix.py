@@ -91,18 +91,20 @@ def copy_tests(to: Path) -> None:
             shutil.copy2(ROOT / name, to / name)
 
 
-def run_cell(python: str, torch: str, folder: Path) -> dict:
+def run_cell(python: str, torch: str, folder: Path, tests_too: bool, keep: bool) -> dict:
     """What came of it, as RESULTS has it."""
     log = folder / f"{python}x{torch}.log"
     log.unlink(missing_ok=True)
     program = find_python(python)
     environment, empty = folder / "environment", folder / "empty"
-    shutil.rmtree(environment, ignore_errors=True)
+    if not keep:
+        shutil.rmtree(environment, ignore_errors=True)
     shutil.rmtree(empty, ignore_errors=True)
     empty.mkdir(parents=True)
     try:
-        run([program, "-m", "venv", environment], log)
         inside = environment / "bin/python"
+        if not inside.exists():
+            run([program, "-m", "venv", environment], log)
         pip = [inside, "-m", "pip", "install", "--quiet", "--no-compile", f"--cache-dir={folder / 'pip'}"]
         packages = [f"torch=={torch}.*", f"torchvision=={TORCHES[torch]}.*", *PACKAGES]
         if (done := run([*pip, *packages, wheel()], log)).returncode != 0:
@@ -117,7 +119,12 @@ def run_cell(python: str, torch: str, folder: Path) -> dict:
         )
         bare = {"PATH": "", "HOME": os.environ.get("HOME", "/"), "OMP_NUM_THREADS": "1"}
         example = run([inside, "-c", readme_example()], log, cwd=empty, env=bare)
-        row["readme"] = "ok" if example.returncode == 0 else last_line(example.stdout)
+        unfused = len(re.findall(r"^\S+ +\S+ +no ", example.stdout, re.MULTILINE))
+        row["readme"] = f"{unfused} modules unfused" if unfused else "ok"
+        if example.returncode != 0:
+            row["readme"] = last_line(example.stdout)
+        if not tests_too:
+            return row
         copy_tests(empty)
         pytest = [
             inside,
@@ -145,6 +152,8 @@ def run_cell(python: str, torch: str, folder: Path) -> dict:
             word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)", last_line(tests.stdout))
         }
         failed = re.findall(r"^(?:FAILED|ERROR) (?:tests/)?(\S+)", tests.stdout, re.MULTILINE)
+        if tests.returncode < 0:
+            return row | {"failed": [f"the tests were stopped after {round(time.monotonic() - begin)} s"]}
         if tests.returncode not in (0, 1):
             failed.append(last_line(tests.stdout))
         return row | {
@@ -153,7 +162,8 @@ def run_cell(python: str, torch: str, folder: Path) -> dict:
             "seconds": round(time.monotonic() - begin),
         }
     finally:
-        shutil.rmtree(environment, ignore_errors=True)
+        if not keep:
+            shutil.rmtree(environment, ignore_errors=True)
         shutil.rmtree(empty, ignore_errors=True)
 
 
@@ -164,14 +174,10 @@ def results() -> dict[tuple[str, str], dict]:
 
 
 def commit() -> str:
-    git = ["git", "-C", str(ROOT)]
-    name = subprocess.run(
-        [*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=True
-    ).stdout.strip()
-    changed = subprocess.run(
-        [*git, "status", "--porcelain", "ghostfused", "csrc"], capture_output=True, text=True, check=True
-    ).stdout
-    return name + (" with changes" if changed else "")
+    """The one of which the wheel was built: the last before it."""
+    built = f"--before=@{int(wheel().stat().st_mtime)}"
+    git = ["git", "-C", str(ROOT), "rev-list", "-1", "--first-parent", "--abbrev-commit", "--abbrev=10", built, "HEAD"]
+    return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def table() -> str:
@@ -184,12 +190,12 @@ def table() -> str:
                 why = "not run" if row is None else f"not to be had: {row['unavailable']}"
                 lines.append(f"| {python} | {torch} | | | {why} | | {row['date'] if row else ''} |")
                 continue
-            tests = f"{row['passed']} passed" if "passed" in row else ""
-            if row["failed"]:
+            tests = f"{row['passed']} passed" if "passed" in row else "not run"
+            if row.get("failed"):
                 tests += f", {len(row['failed'])} failed"
                 notes += [f"- {python} × {torch}: `{name}`" for name in row["failed"]]
             lines.append(
-                f"| {row['full_python']} | {row['full_torch']} | {row['triton']} | {row['readme']} | {tests.strip(', ')} "
+                f"| {row['full_python']} | {row['full_torch']} | {row['triton']} | {row['readme']} | {tests} "
                 f"| {row['commit']} | {row['date']} |"
             )
     return "\n".join([*lines, *(["", "Failed:", "", *notes] if notes else []), ""])
@@ -206,6 +212,8 @@ def main() -> int:
     parser.add_argument("folder", type=Path, help="keeps logs and pip's cache")
     parser.add_argument("cells", nargs="*", help="such as 3.12x2.11; all by default")
     parser.add_argument("--again", action="store_true", help="run also the cells that have a result")
+    parser.add_argument("--example", action="store_true", help="run README's example, and no tests")
+    parser.add_argument("--keep", action="store_true", help="use the environment that is there, and don't remove it")
     parser.add_argument("--table", action="store_true", help="only write docs/matrix.md from the results")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
@@ -218,7 +226,7 @@ def main() -> int:
             continue
         row = {"python": cell[0], "torch": cell[1], "commit": commit(), "date": datetime.date.today().isoformat()}
         try:
-            row |= run_cell(*cell, options.folder.resolve())
+            row |= run_cell(*cell, options.folder.resolve(), not options.example, options.keep)
         except Unavailable as error:
             row["unavailable"] = str(error)
         with RESULTS.open("a") as file:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
-PYTEST = [sys.executable, "-m", "pytest", "-rfEs", "-p", "no:cacheprovider"]
+PYTEST = [sys.executable, "-m", "pytest", "-rfEs", "--durations=25", "-p", "no:cacheprovider"]
 
 
 def run(title: str, command: list[str], **environment: str) -> bool:

@@ -36,18 +36,19 @@ class Resources:
     """Without the dynamic shared memory, which the launch plans choose."""
 
 
-def resources(binary: Path) -> Iterator[Resources]:
-    """Of each kernel in an extension or a cubin, for each architecture that it has machine code for."""
+def resources(binary: Path, arch: str | None = None) -> Iterator[Resources]:
+    """Of each kernel in an extension, for each architecture that it has machine code for, or in a cubin, which is for ``arch``."""
     tool = str(build.nvidia_tool("cuobjdump"))
     text = subprocess.run([tool, "-res-usage", str(binary)], capture_output=True, text=True, check=True).stdout
-    parts = re.split(r"^arch = (sm_\w+)$", text, flags=re.MULTILINE)[1:]
-    if not parts:
+    # an extension's parts are named, a cubin is one
+    parts = [arch, text] if arch else re.split(r"^arch = (sm_\w+)$", text, flags=re.MULTILINE)[1:]
+    if not _USAGE.search(text):
         raise ValueError(f"{binary}: cuobjdump found no machine code in it")
-    for arch, part in zip(parts[::2], parts[1::2], strict=True):
-        system = _SYSTEM_SHARED if int(arch.removeprefix("sm_").rstrip("af")) >= 90 else 0
+    for name_of_arch, part in zip(parts[::2], parts[1::2], strict=True):
+        system = _SYSTEM_SHARED if int(name_of_arch.removeprefix("sm_").rstrip("af")) >= 90 else 0
         found = _USAGE.findall(part)
         for name, (_, registers, stack, shared, local) in zip(demangled([f[0] for f in found]), found, strict=True):
-            yield Resources(name, arch, int(registers), int(stack) + int(local), max(0, int(shared) - system))
+            yield Resources(name, name_of_arch, int(registers), int(stack) + int(local), max(0, int(shared) - system))
 
 
 def demangled(symbols: list[str]) -> list[str]:
@@ -89,13 +90,16 @@ def main() -> int:
     options = parser.parse_args()
     if reason := build.missing():
         raise SystemExit(f"tools.resources: {reason}")
+    binaries: list[tuple[Path, str | None]]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
         if options.arch:
             work = [(s, a, Path(folder)) for a in options.arch for s in sorted(SOURCES.glob(f"*{options.only}*.cu"))]
-            binaries = list(pool.map(lambda each: compiled(*each), work))
+            binaries = [
+                (made, each[1]) for made, each in zip(pool.map(lambda each: compiled(*each), work), work, strict=True)
+            ]
         else:
-            binaries = sorted((build.ROOT / "ghostfused").glob("_C*.so"))
-        rows = [row for binary in binaries for row in resources(binary)]
+            binaries = [(path, None) for path in sorted((build.ROOT / "ghostfused").glob("_C*.so"))]
+        rows = [row for binary, arch in binaries for row in resources(binary, arch)]
     if not rows:
         raise SystemExit("tools.resources: nothing is compiled: build the extension, or name --arch")
     width = max(len(row.kernel) for row in rows)

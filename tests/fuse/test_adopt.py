@@ -348,7 +348,7 @@ REFUSED = {
     ),
     "own_parameter": (with_(lambda m: m.register_parameter("scale", nn.Parameter(torch.ones(1)))), "tensors.* scale"),
     "own_buffer": (with_(lambda m: m.register_buffer("count", torch.ones(1))), "tensors beside .* count"),
-    "swapped": (lambda: Swapped(6, 12), "the result of primary_conv.2 is used more than once"),
+    "swapped": (lambda: Swapped(6, 12), "it concatenates its ghost maps before its primary maps"),
     "shifted": (lambda: Shifted(6, 12), "add .* is no step of a Ghost module"),
     "clamped": (lambda: Clamped(6, 12, use_relu=False), "clamp .* is no step of a Ghost module"),
     "zero_at_first": (Residual, "reads primary_conv.0.weight, a tensor whose values may change"),

@@ -46,6 +46,19 @@ def test_names_and_the_systems_shared_memory(monkeypatch):
         list(resources.resources(Path("x.so")))
 
 
+@pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
+@pytest.mark.parametrize(("arch", "shared"), [("sm_87", 512), ("sm_90", 512)])
+def test_a_source_compiled_for_another_architecture(arch, shared, tmp_path):
+    source = tmp_path / "small.cu"
+    source.write_text("__global__ void small(int* out) { __shared__ int x[128]; x[threadIdx.x] = 1; __syncthreads();\n"
+                      "out[threadIdx.x] = x[127 - threadIdx.x]; }\n")  # fmt: skip
+    (row,) = resources.resources(resources.compiled(source, arch, tmp_path), arch)
+    assert (row.kernel, row.arch, row.local_bytes, row.shared_bytes) == ("small", arch, 0, shared)
+    source.write_text("not C++")
+    with pytest.raises(RuntimeError, match=r"small\.cu"):
+        resources.compiled(source, arch, tmp_path)
+
+
 def test_the_command():
     command = [sys.executable, "-m", "tools.resources"]
     done = subprocess.run(command, cwd=build.ROOT, capture_output=True, text=True, check=False)

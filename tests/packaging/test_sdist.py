@@ -99,6 +99,7 @@ def source(sdist, tmp_path) -> Path:
             "no kernels can be built: .*_cpu: no C.. compiler.*GHOSTFUSED_CUDA=0 ",
         ),
         ({"GHOSTFUSED_CUDA": "0", "GHOSTFUSED_CPU": "1", "CXX": "no-compiler"}, "_cpu.*no C.. compiler"),
+        ({"GHOSTFUSED_CPU": "1", "CXX": "no-compiler"}, "_cpu is asked for, and can't be built: no C.. compiler"),
         ({"GHOSTFUSED_CUDA": "maybe"}, "GHOSTFUSED_CUDA: expected 0, 1 or nothing, got 'maybe'"),
     ],
 )

@@ -1,16 +1,15 @@
-"""Prints the tables of docs/counts.md from bench/results/sass_*.jsonl.
-
-python -m tools.sass.tables
-"""
+"""Writes the tables of docs/counts.md anew, from bench/results/sass_*.jsonl: ``python -m tools.sass.tables``."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from .build import ROOT
 
+PAGE = ROOT / "docs" / "counts.md"
 RESULTS = ROOT / "bench" / "results"
 BASELINE = RESULTS / "baseline"
 """Counts of the general kernels, before there were kernels of one layout each."""
@@ -85,5 +84,19 @@ def tables() -> list[str]:
     return [sums_table(), modules, network_table(RESULTS / "sass_network.jsonl")]
 
 
+def written(page: str) -> str:
+    """``page`` with the tables of the results in place of those with the same heads.
+
+    Raises:
+        ValueError: the page has no table, or several, of such a head.
+    """
+    for table in tables():
+        head = re.escape(table.split("\n")[0])
+        page, count = re.subn(rf"^{head}\n(\|.*\n)*", lambda _: table + "\n", page, flags=re.MULTILINE)  # noqa: B023
+        if count != 1:
+            raise ValueError(f"{PAGE}: expected one table with the head {table.split(chr(10))[0]!r}, found {count}")
+    return page
+
+
 if __name__ == "__main__":
-    print("\n\n".join(tables()))
+    PAGE.write_text(written(PAGE.read_text()))
