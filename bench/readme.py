@@ -26,14 +26,13 @@ FIGURES = ROOT / "docs" / "figures"
 BLOCK = re.compile(r"(<!-- begin generated: (\S+) (\S+) -->\n)(.*?)(<!-- end generated -->)", re.DOTALL)
 
 HEADLINE = (
-    ("ghostfused_cpu", 1), ("ghostfused_cpu", 4), ("ghostfused_cpu", 16),
-    ("ghostfused_cpu_module", 1), ("ghostfused_cpu_module", 16),
+    ("ghostfused_capture", 1), ("ghostfused_capture", 4), ("ghostfused_capture", 16),
+    ("ghostfused_cpu", 1), ("ghostfused_cpu", 16),
 )  # fmt: skip
 """The rows of the table that README begins with: one of ours, and the batch."""
 SETTING = ("float32", "nchw", "inference")
 """Its dtype, layout and mode: the one that every engine takes."""
-RECORDED = "whole model recorded as one program"
-WHAT_RAN = {"ghostfused_cpu": "`fuse(model)`", "ghostfused_cpu_module": '`fuse(model, level="module")`'}
+WHAT_RAN = {"ghostfused_capture": "`capture(model, x)`", "ghostfused_cpu": "`fuse(model)`"}
 """Ours in a user's words."""
 
 Results = list[tuple[dict, list[dict]]]
@@ -87,13 +86,6 @@ def _of_kind(results: Results, kind: str) -> Results:
     return found or [({}, _rows(results, kind))]
 
 
-def _note(peer: str, results: Results) -> str | None:
-    """What a name of ours meant when its results were made, if it means something else now."""
-    versions = {facts["ghostfused"] for facts, _ in _of_kind(results, "network")}
-    before_capture = all(version.startswith("0.1.") for version in versions)
-    return RECORDED if peer == "ghostfused_cpu" and before_capture else None
-
-
 def headline(results: Results) -> str:
     """For each of ``HEADLINE``'s rows its time, and its speed-up over everybody else who takes the same input."""
     timed = [r for r in _rows(results, "network") if (r["dtype"], r["layout"], r["mode"]) == SETTING]
@@ -107,7 +99,7 @@ def headline(results: Results) -> str:
             raise SystemExit(f"the headline wants {ours} at batch {batch}, which the results folder has not")
         own = by_case[ours, batch]
         cells = [_speedup(by_case.get((p, batch)), own) for p in others]
-        lines.append([f"{_note(ours, results) or WHAT_RAN[ours]}, batch {batch}", f"{own.p50:.2f} ms", *cells])
+        lines.append([f"{WHAT_RAN[ours]}, batch {batch}", f"{own.p50:.2f} ms", *cells])
     head = [f"{', '.join(networks)}, {SETTING[0]}", "time", *(f"over `{p}`" for p in others)]
     return _markdown(head, lines) + f"\n*{environment(_of_kind(results, 'network')).strip()}*\n"
 
@@ -133,8 +125,7 @@ def network(results: Results) -> str:
         cells = [_network_cell(by_batch.get(b), base.get(b)) for b in batches]
         *what, mode = where
         what += [] if mode == "inference" else [mode.replace("_", " ")]
-        note = _note(peer, results)
-        body.append([", ".join(what), f"`{peer}`{f' ({note})' if note else ''}", *cells])
+        body.append([", ".join(what), f"`{peer}`", *cells])
     return _markdown(["network", "peer", *(f"batch {b}" for b in batches)], body)
 
 

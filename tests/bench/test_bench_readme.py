@@ -51,12 +51,12 @@ def test_generated_blocks_follow_the_results(tmp_path, monkeypatch, paper_layers
 
 
 def test_the_headline_marks_ties_against_every_peer(tmp_path, monkeypatch):
-    monkeypatch.setattr(readme, "HEADLINE", (("ghostfused_cpu", 1), ("ghostfused_cpu_module", 1)))
+    monkeypatch.setattr(readme, "HEADLINE", (("ghostfused_capture", 1), ("ghostfused_cpu", 1)))
     medians = {
         "eager": [9.0, 9.1, 9.0],
         "openvino": [4.1, 4.4, 4.2],  # 4.2 against 4.0: within its own spread
-        "ghostfused_cpu": [4.0, 4.0, 4.05],
-        "ghostfused_cpu_module": [6.0, 6.0, 6.0],
+        "ghostfused_capture": [4.0, 4.0, 4.05],
+        "ghostfused_cpu": [6.0, 6.0, 6.0],
     }
     rows = [row for row in network_rows() if row["peer"] == "eager" and row["batch"] == 1]
     rows = [rows[0] | {"peer": p, "ms": Timing.of([[m] for m in ms]).as_row()} for p, ms in medians.items()]
@@ -64,19 +64,17 @@ def test_the_headline_marks_ties_against_every_peer(tmp_path, monkeypatch):
     write(tmp_path / "cpu" / "module.jsonl", module_rows({"eager": 1.0}))
     results = readme.load("cpu", tmp_path)
     table, caption = readme.headline(results).split("\n\n")
-    head, _, whole, modules_alone = (line.split(" | ") for line in table.splitlines())
+    head, _, whole, swapped = (line.split(" | ") for line in table.splitlines())
     assert head[2:] == ["over `eager`", "over `openvino` |"]
     assert whole[1:] == ["4.00 ms", "2.25×", "1.05× (tie) |"]
-    assert modules_alone[1:] == ["6.00 ms", "1.50×", "0.70× |"]  # slower is shown as well
+    assert swapped[1:] == ["6.00 ms", "1.50×", "0.70× |"]  # slower is shown as well
     (facts,) = (facts for facts, rows in results if rows[0]["kind"] == "network")
     assert (facts["commit"] or "unknown")[:10] in caption
     assert "limit of the others' errors" not in caption
     facts["command"] += " --others-tolerance 4"  # a judgement that was milder to others is told
     assert "limit of the others' errors: 4 times ours" in readme.headline(results)
-    assert "`fuse(model)`, batch 1" in whole[0]
-    facts["ghostfused"] = "0.1.0"  # of which the same name meant more
-    assert readme.RECORDED in readme.headline(results)
-    assert f"`ghostfused_cpu` ({readme.RECORDED})" in readme.network(results)
+    assert "`capture(model, x)`, batch 1" in whole[0]
+    assert "`fuse(model)`, batch 1" in swapped[0]
     monkeypatch.setattr(readme, "HEADLINE", (("ghostfused_cpu", 64),))
     with pytest.raises(SystemExit, match="ghostfused_cpu at batch 64"):
         readme.headline(results)
