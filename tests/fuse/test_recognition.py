@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from networks import assert_same
 from torch import nn
+from written import Written
 
 from ghostfused import FusedGhostBottleneck, FusedGhostModule, fuse, unfuse
 from ghostfused.cli.verify import calibrate
@@ -63,59 +64,20 @@ LAYERS = [
 FUNCTIONS = [torch.relu, F.relu, F.relu6, F.silu, F.hardswish, lambda x: x.relu()]
 
 
-class Backwards(nn.Module):
-    """Registered in another order than run."""
-
-    def __init__(self, conv, norm, act):
-        super().__init__()
-        self.act, self.norm, self.conv = act, norm, conv
-
-    def forward(self, x):
-        return self.act(self.norm(self.conv(x)))
+def made(form, act, norms, primary, cut) -> Written:
+    """Of 6 channels, with 7 primary maps; ``norms`` tells which halves have one."""
+    kinds = [nn.BatchNorm2d if norm else nn.Identity for norm in norms]
+    return Written(form, 6, 7, 2, primary, 3, kinds, act, cut)
 
 
-class Made(nn.Module):
-    """A Ghost module in one of the forms."""
-
-    def __init__(self, form, act, norms, primary, cut):
-        super().__init__()
-        self.form, self.norms, self.cut = form, norms, cut
-        convs = nn.Conv2d(6, 7, **primary), nn.Conv2d(7, 7, 3, 1, 1, groups=7)
-        layers = [
-            (conv, nn.BatchNorm2d(7) if norm else nn.Identity(), nn.Identity() if form == "functions" else act())
-            for conv, norm in zip(convs, norms, strict=True)
-        ]
-        if form == "flat":
-            (self.conv1, self.bn1, self.act), (self.conv2, self.bn2, _) = layers
-        elif form == "functions":
-            (self.conv1, self.bn1, _), (self.conv2, self.bn2, _) = layers
-            self.f = act
-        else:
-            kind = Backwards if form == "backwards" else nn.Sequential
-            self.cheap, self.primary = kind(*layers[1]), kind(*layers[0])
-
-    def forward(self, x):
-        if self.form == "flat":
-            one = self.act(self.bn1(self.conv1(x)))
-            two = self.act(self.bn2(self.conv2(one)))
-        elif self.form == "functions":
-            one = self.f(self.bn1(self.conv1(x)))
-            two = self.f(self.bn2(self.conv2(one)))
-        else:
-            one = self.primary(x)
-            two = self.cheap(one)
-        out = torch.cat([one, two], dim=1)
-        return out if self.cut is None else out[:, : self.cut]
-
-
-def drawn(number: int) -> Made:
+def drawn(number: int) -> Written:
     chance = random.Random(number)
     form = ["flat", "functions", "backwards", "plain"][number % 4]
     act = chance.choice(FUNCTIONS if form == "functions" else LAYERS)
     primary = chance.choice(
         [{"kernel_size": 1}, {"kernel_size": 3, "padding": 1}, {"kernel_size": 3, "stride": 2, "padding": 1}]
     )
-    return Made(form, act, [chance.random() < 0.7 for _ in range(2)], primary, chance.choice([None, 12, 14]))
+    return made(form, act, [chance.random() < 0.7 for _ in range(2)], primary, chance.choice([None, 12, 14]))
 
 
 @pytest.mark.parametrize("number", range(24))
@@ -128,7 +90,7 @@ def test_forms_of_ghost_modules(number):
         for each in (fused, copy.deepcopy(fused)):
             for _ in range(2):
                 assert_same(each(x), model, x)
-        assert type(unfuse(fused)[0]) is Made
+        assert type(unfuse(fused)[0]) is Written
         torch.testing.assert_close(unfuse(fused)(x), model(x), rtol=0, atol=0)
     grads = []
     for each in (model, fused):
@@ -164,8 +126,8 @@ def new_act(m):
 )
 def test_changes_of_what_was_read_layer_by_layer(change):
     torch.manual_seed(0)
-    made = Made("plain", HSwish, [True, True], {"kernel_size": 1}, None)
-    model, x = calibrate(nn.Sequential(made), torch.randn(4, 6, 9, 8)), torch.randn(2, 6, 9, 8)
+    module = made("plain", HSwish, [True, True], {"kernel_size": 1}, None)
+    model, x = calibrate(nn.Sequential(module), torch.randn(4, 6, 9, 8)), torch.randn(2, 6, 9, 8)
     fused = fuse(model)
     with torch.no_grad():
         before = [fused(x) for _ in range(2)][1]
@@ -177,9 +139,9 @@ def test_changes_of_what_was_read_layer_by_layer(change):
 
 
 def test_what_is_no_activation_on_all_numbers_is_none():
-    made = Made("plain", Capped, [True, True], {"kernel_size": 1}, None)
+    module = made("plain", Capped, [True, True], {"kernel_size": 1}, None)
     with pytest.raises(ValueError, match=r"Capped is no layer"):
-        FusedGhostModule.from_module(made)
+        FusedGhostModule.from_module(module)
 
 
 class Gate(nn.Module):

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from families import OfficialGhost
 from torch import Tensor, nn
+from written import Written
 
 from ghostfused import FusedGhostModule
 from ghostfused.models import paper, seed
@@ -38,61 +39,6 @@ LAYERS: list[Callable[[], nn.Module]] = [
 UNKNOWN: list[Callable[[], nn.Module]] = [nn.Mish, nn.GELU, nn.ELU, nn.Tanh]
 """Of which no kernel is: the module stays as it is, or runs its layers."""
 FUNCTIONS = [torch.relu, F.relu, F.relu6, F.silu, F.hardswish, lambda x: x.relu(), lambda x: x]
-
-
-class Backwards(nn.Module):
-    """Registered in another order than run."""
-
-    def __init__(self, conv: nn.Module, norm: nn.Module, act: nn.Module):
-        super().__init__()
-        self.act, self.norm, self.conv = act, norm, conv
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.norm(self.conv(x)))
-
-
-class Written(nn.Module):
-    """A Ghost module in one of the forms in which they are written."""
-
-    def __init__(
-        self,
-        form: str,
-        cin: int,
-        init: int,
-        ratio: int,
-        primary: dict,
-        dw_size: int,
-        norms: list,
-        act: Any,
-        cut: int | None,
-    ):
-        super().__init__()
-        self.form, self.cut = form, cut
-        new = init * (ratio - 1)
-        convs = nn.Conv2d(cin, init, **primary), nn.Conv2d(init, new, dw_size, 1, dw_size // 2, groups=init)
-        layers = [
-            (conv, norm(conv.out_channels), nn.Identity() if form == "functions" else act())
-            for conv, norm in zip(convs, norms, strict=True)
-        ]
-        if form in ("flat", "functions"):
-            (self.conv1, self.bn1, self.act), (self.conv2, self.bn2, _) = layers
-            self.f = act if form == "functions" else None
-        else:
-            kind = Backwards if form == "backwards" else nn.Sequential
-            self.cheap, self.primary = kind(*layers[1]), kind(*layers[0])
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.form == "flat":
-            one = self.act(self.bn1(self.conv1(x)))
-            two = self.act(self.bn2(self.conv2(one)))
-        elif self.form == "functions":
-            one = self.f(self.bn1(self.conv1(x)))
-            two = self.f(self.bn2(self.conv2(one)))
-        else:
-            one = self.primary(x)
-            two = self.cheap(one)
-        out = torch.cat([one, two], dim=1)
-        return out if self.cut is None else out[:, : self.cut]
 
 
 NORMS: list[Callable[[int], nn.Module]] = [
