@@ -7,12 +7,12 @@ import platform
 import subprocess
 import sys
 import time
-from importlib import metadata
 from pathlib import Path
 
 import torch
 
 import ghostfused
+from ghostfused.cli.info import cpu_name, version_of
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("torch", "triton", "numpy", "timm", "onnx", "onnxruntime", "openvino", "tensorrt", "torch_tensorrt")
@@ -30,21 +30,6 @@ def _run(*command: str) -> str | None:
         return None
 
 
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 def gpu_state() -> dict | None:
     """nvidia-smi's name, driver, clocks, power and temperature of the first GPU, at this moment."""
     text = _run("nvidia-smi", f"--query-gpu={_GPU_FIELDS}", "--format=csv,noheader", "-i", "0")
@@ -59,14 +44,14 @@ def collect(device: torch.device) -> dict:
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": "python -m bench " + " ".join(sys.argv[1:]),
         "device": device.type,
-        "cpu": _cpu_model(),
+        "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2),
         "os": platform.platform(),
         "python": platform.python_version(),
         "ghostfused": ghostfused.__version__,
-        "packages": {p: v for p in PACKAGES if (v := _version(p))},
+        "packages": {p: v for p in PACKAGES if (v := version_of(p))},
         "cuda": torch.version.cuda,
         "commit": _run("git", "rev-parse", "HEAD"),
         "dirty": None,

@@ -40,8 +40,8 @@ def collect() -> dict:
         "platform": platform.platform(),
         "machine": platform.machine(),
         "torch_cuda": torch.version.cuda,
-        **{name: _version(name) for name in ("torch", "triton", "numpy")},
-        "cpu": {"name": _cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        **{name: version_of(name) for name in ("torch", "triton", "numpy")},
+        "cpu": {"name": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
         "gpus": gpus,
         "instruction_sets": _instruction_sets(extensions["cpu"]),
         "extensions": extensions,
@@ -57,14 +57,15 @@ def collect() -> dict:
     }
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """As pip knows it; None of a package that isn't there."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     """As the system calls it. On aarch64 Linux gives the part's number and no name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
