@@ -7,7 +7,7 @@ import importlib
 import runpy
 import sys
 
-COMMANDS = ("module", "network", "memory", "launches", "overhead", "cpu_peak", "busy", "profile", "suite", "compare", "predicted",
+COMMANDS = ("module", "network", "memory", "launches", "overhead", "cpu_peak", "busy", "callers", "profile", "suite", "compare", "predicted",
             "report", "readme")  # fmt: skip
 FORWARDED = {"traffic": "bytes moved, by arithmetic"}
 

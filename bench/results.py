@@ -26,12 +26,14 @@ FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "cpu_peak": {"name": str, "count": int, "batch": int, "dtype": str, "layout": str, "isa": str, "gflops": float,
                  "peak_gflops": float, "peak_percent": float},
     "busy": {"name": str, "batch": int, "dtype": str, "layout": str, "quiet_ms": dict, "busy_ms": dict, "ratio": float},
+    "callers": {"name": str, "sizes": list, "batches": list, "dtype": str, "layout": str, "threads": int, "callers": int,
+                "one_per_second": list, "many_per_second": list, "ratio": float, "growth_mb": float},
     "end": {"seconds": float},
 }  # fmt: skip
 """Fields that a row of each kind has at least."""
 STATUSES = ("ok", "absent", "WRONG", "error")
 _KEY = ("kind", "name", "height", "width", "in_channels", "out_channels", "size", "device", "batch", "dtype", "layout",
-        "mode", "peer", "execution", "backend", "step")  # fmt: skip
+        "mode", "peer", "execution", "backend", "step", "threads", "callers")  # fmt: skip
 
 
 def key(row: dict) -> tuple:

@@ -314,6 +314,7 @@ def test_help_and_unknown_names(capsys):
         "overhead",
         "cpu_peak",
         "busy",
+        "callers",
         "suite",
         "compare",
         "report",
