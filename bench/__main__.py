@@ -7,8 +7,8 @@ import importlib
 import runpy
 import sys
 
-COMMANDS = ("module", "network", "memory", "launches", "overhead", "cpu_peak", "busy", "callers", "profile", "suite", "compare", "predicted",
-            "report", "readme")  # fmt: skip
+COMMANDS = ("module", "network", "memory", "launches", "overhead", "cpu_peak", "busy", "callers", "serve",
+            "profile", "suite", "compare", "predicted", "report", "readme")  # fmt: skip
 FORWARDED = {"traffic": "bytes moved, by arithmetic"}
 
 

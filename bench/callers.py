@@ -14,7 +14,7 @@ import os
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -39,10 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     contest.add_device_arguments(parser)
 
 
-def seconds(callers: int, calls: list[Callable[[], object]]) -> float:
+def seconds(callers: int, calls: Sequence[Callable[[], object]]) -> float:
     """How long so many threads take for ``calls``, each of which is made once. Raises what a call raises."""
-    waiting, errors = iter(calls), []
-    lock = threading.Lock()
+    waiting, lock = iter(calls), threading.Lock()
+    errors: list[Exception] = []
 
     def work() -> None:
         while True:
@@ -108,13 +108,13 @@ def main(options: argparse.Namespace) -> int:
             calls = mixed(captured, inputs, options.calls)
             per_second: dict[int, list[float]] = {1: [], options.callers: []}
             cpu_ms: dict[int, list[float]] = {1: [], options.callers: []}
-            memory = []
+            memory: list[float] = []
             for number in range(options.rounds):
                 for callers in per_second if number % 2 == 0 else reversed(per_second):
                     before = time.process_time()
                     per_second[callers].append(round(options.calls / seconds(callers, calls), 3))
                     cpu_ms[callers].append(round((time.process_time() - before) / options.calls * 1e3, 3))
-                memory.append(resident_bytes())
+                memory.append(round(resident_bytes() / 1e6, 3))
             one, many = per_second.values()
             ratios = [round(b / a, 3) for a, b in zip(one, many, strict=True)]
             row = {
@@ -123,7 +123,7 @@ def main(options: argparse.Namespace) -> int:
                 "one_per_second": one, "many_per_second": many, "ratios": ratios,
                 "one_cpu_ms": statistics.median(cpu_ms[1]), "many_cpu_ms": statistics.median(cpu_ms[options.callers]),
                 "ratio": round(statistics.median(ratios), 3),
-                "growth_mb": round((memory[-1] - memory[(len(memory) - 1) // 2]) / 1e6, 3),
+                "growth_mb": round(memory[-1] - memory[(len(memory) - 1) // 2], 3), "memory_mb": memory,
             }  # fmt: skip
             del row["batch"]
             writer.write(row)

@@ -28,12 +28,14 @@ FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "busy": {"name": str, "batch": int, "dtype": str, "layout": str, "quiet_ms": dict, "busy_ms": dict, "ratio": float},
     "callers": {"name": str, "sizes": list, "batches": list, "dtype": str, "layout": str, "threads": int, "callers": int,
                 "one_per_second": list, "many_per_second": list, "ratio": float, "growth_mb": float},
+    "serve": {"name": str, "execution": str, "threads": int, "clients": int, "rates": list,
+              "requests_per_second": (int, float), "p50_ms": (int, float), "p99_ms": (int, float)},
     "end": {"seconds": float},
 }  # fmt: skip
 """Fields that a row of each kind has at least."""
 STATUSES = ("ok", "absent", "WRONG", "error")
 _KEY = ("kind", "name", "height", "width", "in_channels", "out_channels", "size", "device", "batch", "dtype", "layout",
-        "mode", "peer", "execution", "backend", "step", "threads", "callers")  # fmt: skip
+        "mode", "peer", "execution", "backend", "step", "threads", "callers", "clients")  # fmt: skip
 
 
 def key(row: dict) -> tuple:

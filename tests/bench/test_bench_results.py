@@ -315,6 +315,7 @@ def test_help_and_unknown_names(capsys):
         "cpu_peak",
         "busy",
         "callers",
+        "serve",
         "suite",
         "compare",
         "report",
