@@ -1,6 +1,7 @@
 """What training keeps for backward: bytes of saved activations, counted; on a GPU also the peak of a training step.
 
-The count runs on PyTorch's "meta" device, as the one in launches.py: no GPU needed, nothing computed.
+The count runs on PyTorch's "meta" device, as the one in launches.py: no GPU needed, nothing computed. With --rss: what
+inference takes, whole processes' resident memory (rss.py).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from ghostfused.backends import unavailable_on
 
-from . import cases, contest
+from . import cases, contest, rss
 from .cases import Setting
 from .console import table
 from .launches import as_if_available, executions
@@ -24,9 +25,12 @@ MODES = {"training": True, "frozen_bn": False}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--network", default="paper", help="as in `network`; several with commas")
+    parser.add_argument(
+        "--rss", action="store_true", help="of processes that load and run a network, each peer's its own"
+    )
+    parser.add_argument("--network", help="as in `network`; several with commas; default paper, or timm:ghostnet_100")
     parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--batch", type=int, default=8, help="default 8")
+    parser.add_argument("--batch", help="default 8; with --rss several, default 1,16")
     parser.add_argument("--dtype", default="float32", choices=[d for d in cases.DTYPES if d != "tf32"])
     contest.add_device_arguments(parser)
 
@@ -60,7 +64,12 @@ def peak_bytes(model: nn.Module, x: Tensor) -> int:
 
 
 def main(options: argparse.Namespace) -> int:
-    """count the activations that a training step saves, unfused and fused"""
+    """count the activations that a training step saves, or measure what inference takes"""
+    options.network = options.network or ("timm:ghostnet_100" if options.rss else "paper")
+    options.batches = [int(n) for n in (options.batch or ("1,16" if options.rss else "8")).split(",")]
+    if options.rss:
+        return rss.main(options)
+    (options.batch,) = options.batches
     device = contest.set_device(options)
     shown = []
     setting = Setting("meta", options.batch, options.dtype)

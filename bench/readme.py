@@ -1,7 +1,7 @@
 """Fills the generated blocks of README and docs from the committed results, so that no number there is typed by hand.
 
 A block is what lies between ``<!-- begin generated: WHAT FOLDER -->`` and ``<!-- end generated -->``; FOLDER is one in
-bench/results, WHAT is headline, modules, network, memory, launches, overhead, environment, or figure:NAME with a PNG's
+bench/results, WHAT is headline, modules, network, memory, rss, launches, overhead, environment, or figure:NAME with a PNG's
 name in the report, such as figure:speedup_cpu_float32_b1_nhwc. Figures go to docs/figures.
 """
 
@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from . import report
+from . import rss as rss_table
 from .cases import ROOT
 from .environment import title
 from .results import read
@@ -150,6 +151,10 @@ def memory(results: Results) -> str:
     )  # fmt: skip
 
 
+def rss(results: Results) -> str:
+    return _markdown(rss_table.COLUMNS, [rss_table.cells(row) for row in _rows(results, "rss")])
+
+
 def launches(results: Results) -> str:
     rows = _rows(results, "launches")
     return _markdown(
@@ -178,7 +183,7 @@ def environment(results: Results) -> str:
 
 
 BLOCKS: dict[str, Callable[[Results], str]] = {
-    f.__name__: f for f in (headline, modules, network, memory, launches, overhead, environment)
+    f.__name__: f for f in (headline, modules, network, memory, rss, launches, overhead, environment)
 }
 
 

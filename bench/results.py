@@ -21,6 +21,8 @@ FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
                "flops": int},
     "network": {**_CONTEST, "size": int},
     "memory": {"name": str, "mode": str, "execution": str, "batch": int, "dtype": str, "saved_bytes": int},
+    "rss": {"name": str, "execution": str, "batch": int, "threads": int, "imports_mb": float, "loaded_mb": float,
+            "peak_mb": float, "own_mb": float},
     "launches": {"name": str, "execution": str, "ops": int, "by_op": dict},
     "overhead": {"backend": str, "step": str, "us": float, "spread_us": float},
     "cpu_peak": {"name": str, "count": int, "batch": int, "dtype": str, "layout": str, "isa": str, "gflops": float,

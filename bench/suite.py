@@ -20,6 +20,7 @@ COMMANDS: dict[str, dict[str, list[str]]] = {
     "cpu": {
         "launches": ["launches", "--network", "paper,seed"],
         "memory": ["memory"],
+        "rss": ["memory", "--rss"],
         "overhead": ["overhead", "--threads", "1"],
         "cpu_peak": ["cpu_peak", "--batch", "1,16"],
         "module": ["module"],
