@@ -6,7 +6,9 @@ a peer computes in another precision than x's, it sets ``computes_in``, is judge
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -91,12 +93,18 @@ class Fused(Peer):
 class Captured(Peer):
     """Ours: ``ghostfused.capture``, with what no kernel computes left to PyTorch, one for each shape of an input."""
 
-    name = "ghostfused_capture"
     ours = True
+
+    def __init__(self, name: str, computes_in: torch.dtype | None = None, **arguments: Any):
+        self.name, self.computes_in, self.arguments = name, computes_in, arguments
 
     def unavailable(self, setting: Setting) -> str | None:
         if setting.device != "cpu":
             return "on a GPU it is ghostfused_*+graph"
+        if self.computes_in is not None and setting.dtype != "float32":
+            return f"no {setting.dtype}"
+        if unknown := self.arguments.keys() - inspect.signature(capture).parameters.keys():
+            return f"this ghostfused.capture has no {', '.join(sorted(unknown))}"
         return unavailable_on("cpu", "cpu") or super().unavailable(setting)
 
     def prepare(self, module: nn.Module, x: Tensor) -> Run:
@@ -104,7 +112,7 @@ class Captured(Peer):
 
         def run(x: Tensor) -> Tensor:
             if x.shape not in captured:
-                captured[x.shape] = capture(module, x, partial=True)
+                captured[x.shape] = capture(module, x, partial=True, **self.arguments)
             return captured[x.shape](x)
 
         return run
@@ -192,7 +200,9 @@ def all_peers() -> dict[str, Peer]:
         OpenVino("default"),
         TorchTensorRT(),
         *ours,
-        Captured(),
+        Captured("ghostfused_capture"),
+        Captured("ghostfused_frozen", freeze=True),
+        Captured("ghostfused_frozen_bf16", torch.bfloat16, freeze=True, weights="bfloat16"),
         *(Graphed(p) for p in ours if p.backend in ("cuda", "triton")),
         *(_max_autotune(p) for p in ours if p.backend in ("cuda", "triton", "cpu") and p.level == "auto"),
     ]

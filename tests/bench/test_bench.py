@@ -109,6 +109,30 @@ def test_every_peer_is_right_or_says_why_it_is_absent(ghost):
         } <= absent
 
 
+def test_a_captured_peer_hands_over_its_arguments(ghost, monkeypatch):
+    """Or says which of them this version's ``capture`` lacks."""
+    peer = peers.all_peers()["ghostfused_frozen_bf16"]
+    given = []
+
+    def capture(module, x, *, partial, freeze, weights):
+        given.append((partial, freeze, weights))
+        return module
+
+    def older(module, x, *, partial, freeze):
+        return module
+
+    monkeypatch.setattr(peers, "unavailable_on", lambda backend, device: None)
+    monkeypatch.setattr(peers, "capture", older)
+    assert peer.unavailable(Setting()) == "this ghostfused.capture has no weights"
+    monkeypatch.setattr(peers, "capture", capture)
+    assert peer.unavailable(Setting(dtype="float16")) == "no float16"
+    assert peer.unavailable(Setting()) is None
+    (row,) = contest.contest(ghost, SHAPE, Setting(), {peer.name: peer}, QUICK)
+    assert row["status"] == "ok"
+    assert row["precision"] == "bfloat16"
+    assert set(given) == {(True, True, "bfloat16")}
+
+
 @pytest.mark.parametrize("mode", cases.MODES)
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
 def test_modes_and_layouts(ghost, mode, layout):
