@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -50,6 +51,15 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def host_objects(tmp_path_factory) -> Path:
+    """One folder for all workers of this run: ``mutants.harness`` keeps the extension's host code there, compiled."""
+    root = tmp_path_factory.getbasetemp()
+    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "host_objects"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="module")

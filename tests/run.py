@@ -33,7 +33,8 @@ def main() -> int:
     import torch
 
     gpu = torch.cuda.is_available()
-    workers = [] if gpu else ["-n", "2"]
+    # each worker takes a half in order, so that few fixtures of a module are made twice, and whoever is done takes from the other
+    workers = [] if gpu else ["-n", "2", "--dist", "worksteal"]
     if workers:
         os.environ.setdefault(
             "OMP_NUM_THREADS", "1"

@@ -24,15 +24,6 @@ PLANTED = MUTANTS if "GHOSTFUSED_ALL_MUTANTS" in os.environ else SOME
 KERNELS = sorted({kernel for mutant in PLANTED for kernel in mutant.kernels})
 
 
-@pytest.fixture(scope="session")
-def shared(tmp_path_factory):
-    """One folder for all workers of this run."""
-    root = tmp_path_factory.getbasetemp()
-    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "mutants"
-    folder.mkdir(exist_ok=True)
-    return folder
-
-
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
 def test_the_fault_has_its_place(mutant):
     assert (harness.CSRC / mutant.file).read_text().count(mutant.old) == 1
@@ -40,11 +31,11 @@ def test_the_fault_has_its_place(mutant):
 
 
 @needs_tools
-def test_cases_pass_without_a_fault(shared, tmp_path):
-    assert harness.find(tmp_path / "sound", shared, KERNELS, None) is None
+def test_cases_pass_without_a_fault(host_objects, tmp_path):
+    assert harness.find(tmp_path / "sound", host_objects, KERNELS, None) is None
 
 
 @needs_tools
 @pytest.mark.parametrize("mutant", PLANTED, ids=lambda m: m.name)
-def test_cases_find_the_fault(mutant, shared, tmp_path):
-    assert harness.find(tmp_path / "mutant", shared, mutant.kernels, mutant) is not None
+def test_cases_find_the_fault(mutant, host_objects, tmp_path):
+    assert harness.find(tmp_path / "mutant", host_objects, mutant.kernels, mutant) is not None

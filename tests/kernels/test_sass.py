@@ -8,11 +8,12 @@ import re
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from mutants import harness
 
 from tools.sass import build, costs, device, kernel, machine, race, tables
 from tools.sass.memory import Arena, Fault
@@ -294,9 +295,31 @@ def test_all_counts_are_of_right_results():
 # The kernels of the extension
 
 
-def test_every_family_on_the_stand_in_device():
+BASIC = [f"{dw}_{layout}" for dw in ("dw3", "dw5", "any") for layout in ("nchw", "nhwc")]
+KERNELS = [
+    *(f"{dtype}_{kernel}" for dtype in ("float16", "float32") for kernel in BASIC),
+    *(f"{dtype}_dw5_{layout}" for dtype in ("bfloat16", "tf32") for layout in ("nchw", "nhwc")),
+    "float16_nhwc_dw3_none", "float16_nhwc_dw3_relu", "float16_nhwc_dw3_any",
+    "float16_depthwise_w5_s2_nhwc", "float32_depthwise_w3_s1_nchw", "float16_squeeze_nhwc", "float32_squeeze_nchw",
+    "float16_training_strips_nhwc", "float32_training_dw3_nchw",
+]  # fmt: skip
+"""Those that run below. A launch of another fails."""
+
+
+@pytest.fixture(scope="module")
+def extension(tmp_path_factory, host_objects) -> Iterator[None]:
+    """One with ``KERNELS`` alone; ``tools.sass`` builds one with all by itself."""
+    folder = tmp_path_factory.mktemp("extension") / "package"
+    target = ["-gencode=arch=compute_90,code=sm_90", "-lineinfo"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", str(build.setup_functions()["find_cuda_home"]() / "bin"), prepend=os.pathsep)
+        library = harness.build(folder, host_objects, KERNELS, None, target)
+        patch.setenv("GHOSTFUSED_SASS_EXTENSION", str(library))
+        yield
+
+
+def test_every_family_on_the_stand_in_device(extension):
     """Runs sass_on_device.py in a process that has the device."""
-    build.extension()
     command = [sys.executable, "-m", "pytest", str(HERE / "sass_on_device.py"), "-p", "no:cacheprovider"]
     done = subprocess.run(
         command, env=device.environment(), capture_output=True, text=True, check=False, cwd=build.ROOT
@@ -304,7 +327,7 @@ def test_every_family_on_the_stand_in_device():
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 
-def test_the_command(tmp_path):
+def test_the_command(extension):
     """One module by the command: a line for it, and one of sums."""
     import json
 

@@ -1,6 +1,6 @@
 """Builds the extension with a fault, or without one, for a few kernels; and runs ``subset.py`` with it under ptx-on-cpu.
 
-Only the files that a fault changes are compiled anew, to PTX alone.
+Only the files that a fault changes are compiled anew, to PTX alone. tests/kernels/test_sass.py builds machine code instead.
 """
 
 from __future__ import annotations
@@ -163,12 +163,15 @@ def run(command: list[str], **kwargs) -> None:
         raise RuntimeError(f"{' '.join(command)}\n{result.stdout[-4000:]}")
 
 
-def compile_file(source: Path, output: Path, csrc: Path) -> None:
+PTX = ("-gencode=arch=compute_80,code=compute_80",)
+
+
+def compile_file(source: Path, output: Path, csrc: Path, target: Iterable[str] = PTX) -> None:
     from torch.utils import cpp_extension
 
     command = ["nvcc", "-std=c++20", "-c", str(source), "-o", str(output), f"-I{csrc}", "-Xcompiler=-fPIC"]
     if source.suffix == ".cu":
-        command += ["-O3", "-gencode=arch=compute_80,code=compute_80"]
+        command += ["-O3", *target]
     else:
         folders = [sysconfig.get_path("include"), *cpp_extension.include_paths()]
         command += ["-O1", "-Xcompiler=-fvisibility=hidden", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
@@ -178,11 +181,14 @@ def compile_file(source: Path, output: Path, csrc: Path) -> None:
     run(command)
 
 
-def build(folder: Path, shared: Path, kernels: Iterable[str], mutant: Mutant | None) -> Path:
+def build(
+    folder: Path, shared: Path, kernels: Iterable[str], mutant: Mutant | None, target: Iterable[str] = PTX
+) -> Path:
     """A copy of the package in ``folder`` whose extension has ``kernels`` and the fault.
 
     Args:
         shared: keeps the object files of sources that no fault changes; several processes may use it.
+        target: nvcc's options for the kernels.
     """
     from torch.utils import cpp_extension
 
@@ -209,7 +215,7 @@ def build(folder: Path, shared: Path, kernels: Iterable[str], mutant: Mutant | N
                     compile_file(CSRC / name, objects[-1], CSRC)
     (csrc / "kernels.cu").write_text(kernel_tables(kernels))
     objects.append(folder / "kernels.o")
-    compile_file(csrc / "kernels.cu", objects[-1], csrc)
+    compile_file(csrc / "kernels.cu", objects[-1], csrc, target)
     extension = folder / "ghostfused" / "_C.so"
     libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
     libraries += ["-lc10", "-ltorch", "-ltorch_cpu", "-ltorch_cuda"]

@@ -59,7 +59,9 @@ def sources_hash() -> str:
 
 
 def extension() -> Path:
-    """The built ``_C``; only what changed is compiled again."""
+    """The built ``_C``, which GHOSTFUSED_SASS_EXTENSION may name; else only what changed is compiled again."""
+    if given := os.environ.get("GHOSTFUSED_SASS_EXTENSION"):
+        return Path(given)
     folder = CACHE / "extension"
     stamp = folder / "built"
     key = sources_hash()
