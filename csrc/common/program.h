@@ -1,6 +1,7 @@
 // Several ops in one call: ghostfused/ops/encoding.py describes the code.
 #pragma once
 
+#include <algorithm>
 #include <cstring>
 #include <iterator>
 #include <memory>
@@ -18,7 +19,8 @@ struct Program {
   std::vector<Tensor> tensors;
   std::vector<int64_t> code;
   std::vector<double> numbers;
-  bool per_image = true;  // it makes the same of an image whatever others are in the batch: ProgramChecker's proof
+  bool per_image = true;    // it makes the same of an image whatever others are in the batch: ProgramChecker's proof
+  std::vector<bool> alone;  // per step: whether later steps read its result and nothing else that was there before
 };
 
 // An op as a step; ``names_`` are its own and its arguments'.
@@ -47,7 +49,9 @@ class ProgramChecker {
       const bool found = ((i++ == op && (step<Steps>(Steps::op), true)) || ...);
       if (!found) fail("code: step ", spent_.size(), ": there is no op ", op);
       spent_.push_back(false);
+      program_.alone.push_back(std::count(spent_.begin(), spent_.end(), false) == 1);
     }
+    std::fill_n(program_.alone.begin(), x_until_, false);
     if (number_ != program_.numbers.size()) {
       fail("numbers: expected ", number_, ", one for each float of a step, got ", program_.numbers.size());
     }
@@ -81,6 +85,7 @@ class ProgramChecker {
     const size_t place = code / 2, places = given_ + spent_.size();
     if (place >= places) refuse(name, "expected a place below ", places, ", got ", place);
     const bool result = place >= given_, map = is_map(name);
+    if (place == 0) x_until_ = spent_.size();
     if (map != (place == 0 || result)) program_.per_image = false;
     if (!result) {
       if (code % 2) refuse(name, "only results are used up, not tensor ", place);
@@ -111,21 +116,33 @@ class ProgramChecker {
   Program& program_;
   const size_t given_;
   std::vector<bool> spent_;  // per result: whether its last use has come
+  size_t x_until_ = 0;       // the last step that reads x
   size_t position_ = 0, number_ = 0;
   const char* op_ = nullptr;
 };
 
-// Hands out the arguments of a program that has been checked.
+// Runs a program that has been checked, step by step. The steps are in the order of ghostfused/spec/arguments.py's
+// STEPS.
+template <typename... Steps>
 class ProgramReader {
  public:
   ProgramReader(Tensor x, const Program& program) : program_(program), x_(std::move(x)) {}
 
   bool at_end() const { return position_ == program_.code.size(); }
-  Tensor last() { return std::move(results_.back()); }
-  int64_t next_code() { return program_.code[position_++]; }
+  size_t made() const { return results_.size(); }
+  const Tensor& last() const { return results_.back(); }
+  Tensor take_last() { return std::move(results_.back()); }
+  void put_last(Tensor t) { results_.back() = std::move(t); }
 
-  template <typename Step>
   void step() {
+    const int64_t op = next_code();
+    int64_t i = 0;
+    ((i++ == op && (run<Steps>(), true)) || ...);
+  }
+
+ private:
+  template <typename Step>
+  void run() {
     try {
       results_.push_back(call(Step::op));
     } catch (const std::exception& error) {
@@ -133,7 +150,6 @@ class ProgramReader {
     }
   }
 
- private:
   template <typename... Args>
   Tensor call(Tensor (*op)(Args...)) {
     std::tuple<Args...> args{next<Args>()...};  // braces: from left to right
@@ -154,6 +170,8 @@ class ProgramReader {
     }
   }
 
+  int64_t next_code() { return program_.code[position_++]; }
+
   Tensor tensor(int64_t code) {
     const size_t place = code / 2, given = 1 + program_.tensors.size();
     if (place == 0) return x_;
@@ -168,16 +186,11 @@ class ProgramReader {
   size_t position_ = 0, number_ = 0;
 };
 
-// The steps are in the order of ghostfused/spec/arguments.py's STEPS.
 template <typename... Steps>
 Tensor run_program(Tensor x, const Program& program) {
-  ProgramReader reader(std::move(x), program);
-  while (!reader.at_end()) {
-    const int64_t op = reader.next_code();
-    int64_t i = 0;
-    ((i++ == op && (reader.step<Steps>(), true)) || ...);
-  }
-  return reader.last();
+  ProgramReader<Steps...> reader(std::move(x), program);
+  while (!reader.at_end()) reader.step();
+  return reader.take_last();
 }
 
 // Programs kept by number, so that a call of one need hand over nothing but x. ``run`` is run_program of the steps.

@@ -2,14 +2,10 @@
 // programs of them, and the Python module for plain-data queries.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
-#include <algorithm>
-#include <exception>
 #include <string>
 
 #include "common/guard.h"
-#include "common/program.h"
-#include "cpu/ops.h"
-#include "cpu/pool.h"
+#include "cpu/network.h"
 
 #ifndef GHOSTFUSED_FLAGS  // setup.py's, for people to read
 #define GHOSTFUSED_FLAGS ""
@@ -26,90 +22,8 @@ using Depthwise = StepKind<&depthwise<launch>, kDepthwiseNames>;
 using SqueezeExcite = StepKind<&squeeze_excite<launch>, kSqueezeExciteNames>;
 using GlobalPool = StepKind<&global_pool, kGlobalPoolNames>;
 using Linear = StepKind<&linear, kLinearNames>;
-constexpr auto run_steps = &run_program<Forward, Depthwise, SqueezeExcite, GlobalPool, Linear>;
-
-// A program, one that is per image, on a batch: a few images at a time on each thread, so that what is made of them
-// stays in its core's cache, weights are read once for all of them, and no thread waits for another between two ops.
-constexpr int64_t kImages = 4, kMaxRounds = 1024;  // of a batch so large that this doesn't do, a piece has more images
-
-class Batch {
- public:
-  Batch(Tensor& x, int64_t pieces, const Program& program) : program_(program), results_(pieces), errors_(pieces) {
-    for (int64_t i = 0, batch = x.size(0); i < pieces; ++i) {
-      const int64_t begin = i * batch / pieces, end = (i + 1) * batch / pieces;
-      pieces_.push_back(torch::stable::narrow(x, 0, begin, end - begin));
-    }
-  }
-
-  Tensor run() {
-    const int64_t pieces = static_cast<int64_t>(pieces_.size());
-    const auto body = [](Items& items, void* self) { static_cast<Batch*>(self)->run_pieces(items); };
-    parallel_for(torch_threads(), pieces, pieces, body, this);
-    for (const std::string& error : errors_) {
-      if (!error.empty()) fail(error);
-    }
-    return joined();
-  }
-
- private:
-  void run_pieces(Items& items) {
-    whole_images = true;
-    for (int64_t begin, end; items.next(&begin, &end);) {
-      for (int64_t i = begin; i < end; ++i) {
-        try {
-          results_[i] = run_steps(pieces_[i], program_);
-        } catch (const std::exception& error) {  // the other pieces are to be made all the same
-          errors_[i] = error.what();
-        }
-      }
-    }
-    whole_images = false;
-  }
-
-  Tensor joined() const {
-    const Tensor& first = results_.front();
-    const auto sizes = first.sizes();
-    int64_t batch = 0;
-    for (const Tensor& piece : pieces_) batch += piece.size(0);
-    Tensor4 ignored;
-    Tensor out = sizes.size() == 4 ? new_map(batch, sizes[1], sizes[2], sizes[3], first.scalar_type(),
-                                             is_channels_last(first), &ignored)
-                                   : new_output({batch, sizes[1]}, {sizes[1], 1}, first.scalar_type());
-    int64_t begin = 0;
-    for (size_t i = 0; i < results_.size(); ++i) {
-      const int64_t count = pieces_[i].size(0);
-      Tensor part = torch::stable::narrow(out, 0, begin, count);
-      const auto got = results_[i].sizes(), wanted = part.sizes();
-      if (!std::equal(got.begin(), got.end(), wanted.begin(), wanted.end())) {
-        fail("program: expected results per image, got ", got[0], " of ", count, " images");
-      }
-      torch::stable::copy_(part, results_[i]);
-      begin += count;
-    }
-    return out;
-  }
-
-  const Program& program_;
-  std::vector<Tensor> pieces_, results_;
-  std::vector<std::string> errors_;
-};
-
-Tensor run_batch(Tensor x, const Program& program) {
-  if (program.per_image && x.dim() == 4) {
-    const int64_t batch = x.size(0), threads = torch_threads();
-    // as many for each thread
-    const int64_t rounds = std::min((batch + kImages * threads - 1) / (kImages * threads), kMaxRounds);
-    const int64_t pieces = rounds * threads;
-    if (pieces > 1 && pieces <= batch) {
-      size32("x", batch);
-      Checker(x).check("x", x, {batch, x.size(1), x.size(2), x.size(3)});  // before anything else makes pieces of it
-      return Batch(x, pieces, program).run();
-    }
-  }
-  return run_steps(std::move(x), program);
-}
-
-using CpuPrograms = Programs<&run_batch, Forward, Depthwise, SqueezeExcite, GlobalPool, Linear>;
+using CpuPrograms = Programs<&Network<Forward, Depthwise, SqueezeExcite, GlobalPool, Linear>::run, Forward, Depthwise,
+                             SqueezeExcite, GlobalPool, Linear>;
 
 STABLE_TORCH_LIBRARY_IMPL(ghostfused, CPU, m) {
   m.impl("forward_cpu", TORCH_BOX(&GhostOp<Tensor>::run<launch>));
@@ -153,7 +67,7 @@ double multiply_adds(int64_t count, bool bfloat16) {
   const py::gil_scoped_release release;
   const auto body = [](Items& items, void* context) {
     const Loop& loop = *static_cast<Loop*>(context);
-    for (int64_t begin, end; items.next(&begin, &end);) kernels().multiply_adds(loop.count, loop.path);
+    for (int64_t begin, end; items.next(&begin, &end);) kernels().multiply_adds((end - begin) * loop.count, loop.path);
   };
   parallel_for(threads, items, items, body, &loop);
   return items * (kernels().multiply_adds(1, loop.path) * static_cast<double>(loop.count));

@@ -8,6 +8,15 @@
 
 namespace ghostfused::cpu {
 
+// Maps (N, C, H, W), dense, from one memory format to the other.
+struct ConvertParams {
+  Path path;
+  int batch, channels, height, width;
+  const void* from;
+  void* to;
+  bool to_channels_last;
+};
+
 // One compilation of the kernels. ``threads``: at most so many work on a call, the calling one among them.
 struct Kernels {
   void (*forward)(const GhostForwardParams& params, int threads);
@@ -15,6 +24,7 @@ struct Kernels {
   void (*squeeze_excite)(const SqueezeExciteParams& params, int threads);
   // the means of x over height and width, to out
   void (*global_pool)(const SqueezeExciteParams& params, int threads);
+  void (*convert)(const ConvertParams& params, int threads);
   // nothing but that, in registers, as the path's 1×1 convolution does; returns the operations done
   double (*multiply_adds)(int64_t count, Path path);
 };

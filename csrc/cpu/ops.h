@@ -33,12 +33,13 @@ inline thread_local bool whole_images = false;  // other threads are at work on 
 
 inline int torch_threads() { return whole_images ? 1 : static_cast<int>(torch::stable::get_num_threads()); }
 
-inline const Kernels& kernels() {
+inline const Isa& isa() {
   const char* error = nullptr;
   const Isa* isa = chosen_isa(&error);
   if (!isa) fail(error);
-  return *isa->kernels;
+  return *isa;
 }
+inline const Kernels& kernels() { return *isa().kernels; }
 
 inline Tensor launch(GhostForwardParams& a, const Tensor& x) {
   if (!x.is_cpu()) fail("x: expected a CPU tensor");

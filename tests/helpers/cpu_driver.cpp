@@ -5,6 +5,7 @@
 //   conv BATCH CIN H W COUT KERNEL STRIDE LAYOUT DTYPE EXTRAS
 //   depthwise BATCH C H W KERNEL_H KERNEL_W STRIDE LAYOUT DTYPE EXTRAS
 //   squeeze BATCH C H W REDUCED GATE 0 LAYOUT DTYPE EXTRAS        REDUCED 0: global pooling
+//   convert BATCH C H W 0 0 0 LAYOUT DTYPE 0                      from LAYOUT to the other
 // with LAYOUT nchw or nhwc, DTYPE float32, float16 or bfloat16, EXTRAS 0 or 1 (gates and residual; another activation).
 // Every buffer is its own allocation of just the size needed. Prints a checksum per case, which mustn't depend on
 // the number of threads; tests/kernels/test_cpu.py compares values.
@@ -151,12 +152,27 @@ void run_squeeze(const cpu::Isa& isa, const int* n, Drawer& draw, Buffer& out) {
   kernel(p, thread_count);
 }
 
+void run_convert(const cpu::Isa& isa, const int* n, Drawer& draw, Buffer& out) {
+  cpu::ConvertParams p{};
+  p.path = draw.path;
+  p.to_channels_last = !draw.channels_last;
+  p.batch = n[0], p.channels = n[1], p.height = n[2], p.width = n[3];
+  const int64_t count = int64_t{p.batch} * p.channels * p.height * p.width;
+  p.from = draw.numbers(count);
+  out = numbers(count, p.path);
+  p.to = out.data.get();
+  isa.kernels->convert(p, thread_count);
+}
+
 void run_case(const cpu::Isa& isa, char** arg, int repeat) {
   const std::string op = arg[0], layout = arg[8], dtype = arg[9];
   int n[7];
   for (int i = 0; i < 7; ++i) n[i] = std::atoi(arg[1 + i]);
   const Path path = dtype == "float32" ? Path::kFloat32 : dtype == "float16" ? Path::kFloat16 : Path::kBFloat16;
-  const auto run = op == "depthwise" ? run_depthwise : op == "conv" ? run_conv : run_squeeze;
+  const auto run = op == "depthwise" ? run_depthwise
+                   : op == "conv"    ? run_conv
+                   : op == "convert" ? run_convert
+                                     : run_squeeze;
   Buffer out{};
   for (int i = 0; i < repeat; ++i) {
     Drawer draw{path, layout == "nhwc", std::atoi(arg[10]) != 0, {}};

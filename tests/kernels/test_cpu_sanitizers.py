@@ -68,6 +68,9 @@ CASES = [  # as tests/helpers/cpu_driver.cpp describes them
     "squeeze 1 3 1 1 1 0 0 nhwc float16 0",
     "squeeze 2 21 7 9 0 0 0 nchw float32 0",
     "squeeze 2 21 7 9 0 0 0 nhwc bfloat16 0",
+    "convert 2 21 7 9 0 0 0 nchw float32 0",
+    "convert 3 17 5 33 0 0 0 nhwc bfloat16 0",
+    "convert 1 3 40 41 0 0 0 nhwc float16 0",
 ]
 
 
