@@ -183,6 +183,32 @@ def test_a_size_that_is_unpacked_is_no_obstacle():
     assert any(isinstance(step, SqueezeExcite) for step in fused[0]._main)
 
 
+class Approximate(nn.Module):
+    def forward(self, x):
+        return F.gelu(x, approximate="tanh")
+
+
+@pytest.mark.parametrize(
+    "between",
+    [nn.Mish, nn.GELU, lambda: nn.GELU("tanh"), Approximate, nn.ELU, lambda: nn.ChannelShuffle(4), lambda: nn.AvgPool2d(3, 1, 1)],
+    ids=["mish", "gelu", "gelu tanh", "function", "elu", "shuffle", "pool"],
+)  # fmt: skip
+@pytest.mark.parametrize("depthwise", [False, True], ids=["alone", "after a depthwise conv"])
+def test_a_step_that_no_kernel_computes_runs_itself_between_ghost_modules(between, depthwise):
+    block = paper.GhostBottleneck(6, 12, 6)
+    layers = [nn.Conv2d(12, 12, 3, 1, 1, groups=12, bias=False), nn.BatchNorm2d(12)] if depthwise else []
+    block.se = nn.Sequential(*layers, between())
+    model, x = calibrate(nn.Sequential(block), torch.randn(4, 6, 9, 8)), torch.randn(2, 6, 8, 9)
+    fused = fuse(model)
+    assert isinstance(fused[0], FusedGhostBottleneck)
+    with torch.no_grad():
+        for _ in range(3):
+            torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-5)
+    for each in (model, fused):
+        each.train()
+    torch.testing.assert_close(fused(x), model(x), rtol=1e-3, atol=1e-4)
+
+
 def test_what_is_made_of_a_module_says_so():
     fused = fuse(calibrate(nn.Sequential(paper.GhostBottleneck(6, 12, 6)), torch.randn(4, 6, 9, 8)))
     assert isinstance(fused[0], FusedGhostBottleneck)
