@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from networks import fused_inside, network
+from networks import first, fused_inside, network
 from torch import nn
 
 from ghostfused import FusedGhostBottleneck, fuse
@@ -102,6 +102,40 @@ def calibrate_features(model):
             nn.init.uniform_(m.weight, 0.8, 1.2)
             nn.init.normal_(m.running_mean, std=0.1)
     return model.eval()
+
+
+@torch.no_grad()
+def test_ultralytics_folds_norms():
+    """Its own ``model.fuse()``, of a detector that fuse has fused, and that has run."""
+    pytest.importorskip("ultralytics")
+
+    def tool(m, x):
+        expected = first(m(x))
+        m.fuse(verbose=False)
+        assert not any(isinstance(each, nn.BatchNorm2d) for each in m.modules())
+        return [expected, *(first(m(x)) for _ in range(3))]
+
+    assert_alike(tool, network("yolov8n-ghost"))
+
+
+def test_tensors_swapped_by_hand():
+    """As ``torch.__future__.set_swap_module_params_on_conversion`` does at ``.to()`` and at load_state_dict."""
+
+    def tool(m, x):
+        outs = thrice(m, x)
+        torch.__future__.set_swap_module_params_on_conversion(True)
+        try:
+            m[1].double().float()
+            m.load_state_dict({key: t * 0.75 if t.is_floating_point() else t for key, t in m.state_dict().items()})
+        finally:
+            torch.__future__.set_swap_module_params_on_conversion(False)
+        outs += thrice(m, x)
+        m.float()  # lets go of the programs, which hold the parameters
+        for p in m[2].parameters():
+            torch.utils.swap_tensors(p, nn.Parameter(p.detach() * 1.25))
+        return outs + thrice(m, x)
+
+    assert_alike(tool, network("small"))
 
 
 def test_openvino_converts_it():
