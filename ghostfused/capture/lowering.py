@@ -375,5 +375,5 @@ class _Writer:
             return
         kept = ops.KeptProgram("cpu", found, cpu.extension.module.drop_program)  # type: ignore[union-attr]
         self.programs.append(kept)
-        call = self.new.call_function(ops.forward_op("cpu", "replay"), (self._new(start), kept.number))
+        call = self.new.call_function(ops.replay_cpu, (self._new(start), kept.number))
         self.written_as[items[-1].node] = call

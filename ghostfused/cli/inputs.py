@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.util
 import traceback
 from collections.abc import Callable
@@ -11,6 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from .. import backends
 
 
 class BadInput(SystemExit):
@@ -34,6 +38,8 @@ def device(name: str | None) -> torch.device:
     try:
         found = torch.device(name)
         torch.empty(1, device=found)
+        if found.type == "meta":
+            raise ValueError("it has no values")
     except Exception as error:
         raise BadInput(f"--device: expected a device of this machine, got {name!r}: {_first_line(error)}") from None
     return found
@@ -79,13 +85,40 @@ def _timm(name: str) -> nn.Module:
 
 
 def _run(name: str, function: Callable[[], Any]) -> Any:
-    """``function()``, whose errors are those of the input ``name``."""
+    """``function()``, whose errors are those of the input ``name``: also if it is code that calls ``sys.exit``."""
     try:
         return function()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         *_, last = traceback.extract_tb(error.__traceback__)
         where = f"{Path(last.filename).name}:{last.lineno}"
         raise BadInput(f"model: {name} raised {type(error).__name__} ({where}): {_first_line(error)}") from None
+
+
+def run_once(name: str, model: nn.Module, x: Tensor) -> None:
+    """Raises BadInput if ``model``, what ``name`` stands for, is none that x can be given to, in float32 and float64."""
+    if odd := {str(t.dtype) for t in model.parameters() if t.dtype not in (torch.float32, torch.float64)}:
+        raise BadInput(f"model: expected {name} to have parameters in float32, got {', '.join(sorted(odd))}")
+    if any(t.is_meta for t in (x, *model.parameters(), *model.buffers())):
+        raise BadInput(f"model: expected {name} to have values, got tensors on the meta device")
+    with torch.no_grad():
+        out = _run(f"{name} given {tuple(x.shape)}", lambda: copy.deepcopy(model).eval()(x.clone()))
+    if not any(isinstance(t, Tensor) for t in tree_leaves(out)):
+        raise BadInput(f"model: expected {name} to give a tensor, got {type(out).__name__}")
+
+
+def backend_on(backend: str, device: torch.device) -> None:
+    """Raises BadInput if no kernel of ``backend`` runs there."""
+    if backend != "auto" and (reason := backends.unavailable_on(backend, device.type)):
+        raise BadInput(f"--backend {backend}: {reason}")
+
+
+def seed(text: str) -> int:
+    """An ``argparse`` type: a seed that PyTorch takes."""
+    try:
+        torch.Generator().manual_seed(int(text))
+        return int(text)
+    except (ValueError, RuntimeError, OverflowError):
+        raise argparse.ArgumentTypeError(f"expected a whole number below 2^63, got {text!r}") from None
 
 
 def _first_line(error: BaseException) -> str:

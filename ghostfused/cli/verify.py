@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--size", type=positive, default=224, help="height and width of a network's input (default 224)"
     )
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=inputs.seed, default=0)
 
 
 def main(options: argparse.Namespace) -> int:
@@ -187,12 +187,14 @@ def network_verdict(model: nn.Module, fused: nn.Module, x: Tensor, dtype: torch.
 
 
 def _network(options: argparse.Namespace, device: str) -> Iterator[tuple[str, Verdict, str]]:
+    inputs.backend_on(options.backend, torch.device(device))
     torch.manual_seed(options.seed)
     model, x = load_model(options.model)
     size = cut(options.size, options.max_size)
+    given = torch.randn(options.batch, 3, size, size) if x is None else x
+    inputs.run_once(options.model, model, given)
     if x is None:
-        x = torch.randn(options.batch, 3, size, size)
-        model = calibrate(model, x)
+        x, model = given, calibrate(model, given)
     model.eval()
     fused, report = fuse_with_report(model, backend=options.backend)
     modules, bottlenecks = (

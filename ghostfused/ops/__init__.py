@@ -2,7 +2,7 @@
 
 from ..spec import OPS
 from . import flops, implementations, recording
-from .programs import KeptProgram
+from .programs import KeptProgram, replay_cpu
 from .schemas import STATISTICS, TRAIN_FIELDS, backward_op, forward_op, training_op
 
 __all__ = [
@@ -15,5 +15,6 @@ __all__ = [
     "forward_op",
     "implementations",
     "recording",
+    "replay_cpu",
     "training_op",
 ]

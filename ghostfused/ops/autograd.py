@@ -15,6 +15,7 @@ from torch import Tensor
 from ..backends import reference, training
 from ..spec import OPS, TENSORS, Args, GhostArgs, tensor_names
 from .recording import note
+from .refusals import below_autograd
 from .schemas import STATISTICS, TRAIN_FIELDS, backward_op, forward_op, train_args, training_op
 from .transforms import batched_backward, transformed
 
@@ -56,7 +57,7 @@ class FusedFunction(torch.autograd.Function):
         count = _COUNTS[op]
         ctx.save_for_backward(*args[:count])
         ctx.op, ctx.settings = op, args[count:]
-        return forward_op(backend, op)(*args)
+        return below_autograd(forward_op(backend, op), *args)
 
     @staticmethod
     def backward(ctx, grad_output: Tensor):
@@ -67,7 +68,7 @@ class FusedFunction(torch.autograd.Function):
                 lambda *tensors: reference.run(kind(*tensors, *settings)), grad_output, ctx.saved_tensors, needs_grad
             )
             return None, None, *gradients, *(None for _ in ctx.settings)
-        grads = iter(backward_op(ctx.op)(grad_output, *ctx.saved_tensors, *ctx.settings, needs_grad))
+        grads = iter(below_autograd(backward_op(ctx.op), grad_output, *ctx.saved_tensors, *ctx.settings, needs_grad))
         return None, None, *(next(grads) if need else None for need in needs_grad), *(None for _ in ctx.settings)
 
 
@@ -99,7 +100,7 @@ def _backward(ctx, grad_output: Tensor, needs_grad: list[bool]) -> list[Tensor |
         grads = (g for g in _reference_gradients(recomputed, grad_output, ctx.saved_tensors, asked) if g is not None)
     elif any(asked):
         op = training_op("backward", backend)
-        grads = iter(op(grad_output, *ctx.saved_tensors, *ctx.settings, *training_settings, asked))
+        grads = iter(below_autograd(op, grad_output, *ctx.saved_tensors, *ctx.settings, *training_settings, asked))
     result: list[Tensor | None] = [next(grads) if need else None for need in asked]
     if needs_grad[_RESIDUAL]:
         result[_RESIDUAL] = grad_output
@@ -113,7 +114,7 @@ class GhostFunction(torch.autograd.Function):
     def forward(ctx, backend: str, *args) -> Tensor:
         a = GhostArgs(*args)
         _save(ctx, a, training.choose(backend, a), False, "")
-        return forward_op(backend)(*args)
+        return below_autograd(forward_op(backend), *args)
 
     @staticmethod
     def backward(ctx, grad_output: Tensor):
@@ -126,7 +127,7 @@ class BatchGhostFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, backend: str, group_name: str, *fields) -> tuple[Tensor, ...]:
-        out, *statistics, count = training_op("train_forward", backend)(*fields, group_name)
+        out, *statistics, count = below_autograd(training_op("train_forward", backend), *fields, group_name)
         a = train_args(fields)._replace(**dict(zip(STATISTICS, statistics, strict=True)))
         _save(ctx, a, backend, True, group_name)
         ctx.mark_non_differentiable(*statistics, count)
@@ -147,7 +148,7 @@ def _needs_grad(args: Args) -> bool:
 def call(backend: str, args: Args) -> Tensor:
     """Runs ``args`` on ``backend``, by way of a Function only if a gradient will be asked for."""
     if not _needs_grad(args):
-        out = forward_op(backend, args.op)(*args)
+        out = below_autograd(forward_op(backend, args.op), *args)
         note(backend, args, out)
         return out
     if isinstance(args, GhostArgs):
@@ -160,4 +161,4 @@ def call_with_batch_statistics(backend: str, args: GhostArgs, group_name: str) -
     fields = [getattr(args, name) for name in TRAIN_FIELDS]
     if _needs_grad(args):
         return BatchGhostFunction.apply(backend, group_name, *fields)
-    return training_op("train_forward", backend)(*fields, group_name)
+    return below_autograd(training_op("train_forward", backend), *fields, group_name)

@@ -15,6 +15,7 @@ from ..backends import reference
 from ..spec import Step, tensor_names
 from ..spec.checks import check_memory
 from . import encoding
+from .refusals import below_autograd
 from .schemas import define_op, fake_output, forward_op, library
 
 PROGRAM_BACKENDS, REPLAY_BACKENDS = ("cuda", "cpu", "reference"), ("cuda", "cpu")
@@ -36,7 +37,7 @@ class KeptProgram:
         self.program, self._drop, self._op = kept, drop, forward_op(backend, "replay")
         self.refuse_negative_views()  # of which the dispatcher would hand over copies, that miss what is written later
         keep: Callable[..., Any] = forward_op(backend, "keep_program")
-        self.number: int = keep(*kept)
+        self.number: int = below_autograd(keep, *kept)
         _kept_programs[backend, self.number] = self
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -46,7 +47,7 @@ class KeptProgram:
             RuntimeError: the kernels refuse x, or one of the tensors as it is by now.
         """
         self.refuse_negative_views()
-        return self._op(x, self.number)
+        return below_autograd(self._op, x, self.number)
 
     def refuse_negative_views(self) -> None:
         """Raises RuntimeError if one of the tensors is a negative view, as ``.data`` can make of any: the dispatcher, which
@@ -92,3 +93,11 @@ def _reference_step(args: Step) -> Tensor:
 
 for _key in ("CPU", "CUDA"):
     library.impl("program_reference", torch.no_grad()(functools.partial(encoding.run, _reference_step)), _key)
+
+
+_replay_cpu = forward_op("cpu", "replay")
+
+
+def replay_cpu(x: Tensor, number: int) -> Tensor:
+    """The op of that name, for graphs in which nothing is differentiated."""
+    return below_autograd(_replay_cpu, x, number)

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..backends import reference
 from ..spec import OPS, Args, GhostArgs, Step, tensor_names
 from ..spec.checks import check_memory, dimensions
+from . import refusals
 
 _TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", int: "int", bool: "bool"}
 
@@ -39,28 +40,16 @@ def fake_output(args: Step) -> Tensor:
     return args.new_output()
 
 
-_OTHER_KEYS = (
-    *(f"{kind}{device}" for kind in ("Sparse", "SparseCsr") for device in ("CPU", "CUDA", "Meta")),
-    *("QuantizedCPU", "QuantizedCUDA", "MkldnnCPU"),
-)
-"""Dispatch keys of tensors that have no strides, or no numbers, to read."""
-
-
 def define_op(name: str, signature: str, fake: Callable | None, **options: Any) -> None:
-    """Defines ``ghostfused::<name>``; tensors that have no strides to read are refused by name."""
+    """Defines ``ghostfused::<name>``; what it can't take is refused by name."""
     library.define(f"{name}{signature}", **options)
     if fake is not None:
         torch.library.register_fake(f"ghostfused::{name}", fake, lib=library)
 
-    def refuse(*args):
-        for argument, value in zip(getattr(torch.ops.ghostfused, name).default._schema.arguments, args, strict=False):
-            for t in value if isinstance(value, list | tuple) else [value]:
-                if isinstance(t, Tensor) and (t.layout != torch.strided or t.is_quantized):
-                    raise RuntimeError(f"{argument.name}: expected a dense tensor, got layout {t.layout}, {t.dtype}")
-        raise RuntimeError(f"ghostfused::{name}: expected dense tensors")
-
-    for key in _OTHER_KEYS:
-        library.impl(name, refuse, key)
+    op = getattr(torch.ops.ghostfused, name).default
+    library.impl(name, refusals.derivatives(op), "Autograd", with_keyset=True)
+    for key in refusals.OTHER_KEYS:
+        library.impl(name, refusals.layouts(op), key)
 
 
 def forward_op(backend: str, op: str = "forward") -> Callable[..., Tensor]:

@@ -183,6 +183,11 @@ BAD_MODELS = {
     "{net}:takes": "raised TypeError .*: takes.. missing 1 required",
     "{net}:nothing": "to return an nn.Module, or one and an input, got int",
     "{net}:three": "to return an nn.Module, or one and an input, got tuple",
+    "{net}:exits": "raised SystemExit .*: 7",
+    "{net}:other": "given .* raised RuntimeError .*: Given groups=1, weight of size",
+    "{net}:no_tensor": "to give a tensor, got str",
+    "{net}:on_meta": "to have values, got tensors on the meta device",
+    "{net}:half": "to have parameters in float32, got torch.float16",
     "{broken}:f": "raised SyntaxError",
     "timm:no_such_network": "raised RuntimeError",
 }
@@ -197,18 +202,24 @@ def test_bad_models_are_named(tmp_path, capsys, command, model):
     net.write_text(
         "def raises():\n    raise RuntimeError('mine')\ndef takes(x):\n    pass\n"
         "def nothing():\n    return 1\ndef three():\n    return 1, 2, 3\n"
+        "def exits():\n    raise SystemExit(7)\n"
+        "from torch import nn\nclass Text(nn.Module):\n    def forward(self, x):\n        return 'x'\n"
+        "def no_tensor():\n    return Text()\ndef other():\n    return nn.Conv2d(5, 4, 1)\n"
+        "def on_meta():\n    return nn.Conv2d(3, 4, 1, device='meta')\ndef half():\n    return nn.Conv2d(3, 4, 1).half()\n"
     )
     broken.write_text("def f(:\n")
     argv = [command, *(["--model"] if command == "verify" else []), model.format(net=net, broken=broken)]
     assert re.search(BAD_MODELS[model], refused(capsys, *argv, "--device", "cpu"))
 
 
-@pytest.mark.parametrize("device", ["gpu", "cuda:99", "xla"])
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "xla", "meta"])
 def test_an_unknown_device_is_named(capsys, device):
     assert "--device: expected a device of this machine" in refused(capsys, "fuse", "paper", "--device", device)
 
 
-@pytest.mark.parametrize("option", [("--size", "0"), ("--batch", "-1"), ("--batch", "x"), ("--rounds", "1")])
+@pytest.mark.parametrize(
+    "option", [("--size", "0"), ("--batch", "-1"), ("--batch", "x"), ("--rounds", "1"), ("--seed", "9" * 30)]
+)
 def test_numbers_are_checked(capsys, option):
     with pytest.raises(SystemExit) as ended:
         run("fuse", "paper", *option)
@@ -231,3 +242,9 @@ def test_a_refused_backend_says_why():
     )  # fmt: skip
     assert result.returncode != 0
     assert "cuda" in result.stderr
+
+
+@pytest.mark.parametrize("command", [("fuse",), ("verify", "--model")])
+def test_a_backend_that_runs_elsewhere_is_named(capsys, command):
+    said = refused(capsys, *command, "paper", "--backend", "cuda", "--device", "cpu")
+    assert said.endswith("--backend cuda: it takes tensors on cuda, not on cpu")

@@ -63,7 +63,12 @@ def compare(what: str, model: nn.Module, fused: Any, x: Tensor, forward: Forward
     ``model``'s largest counts, its parameters nudged as well, 1×1 convolutions as convolutions and as matrix products; and
     ``fused``'s smallest, unless the first is far off: what is wrong is wrong in each of them.
     """
-    theirs, ours = forward(model, x), forward(fused, x)
+    theirs = _result_or_error(forward, model, x)
+    if isinstance(theirs, Exception):  # one image of one position has no variance, say
+        ours = _result_or_error(forward, fused, x)
+        assert type(ours) is type(theirs), f"{what}: {ours!r} in place of {theirs!r}"
+        return
+    ours = forward(fused, x)
     assert _shapes(theirs) == _shapes(ours), f"{what}: {_shapes(ours)} in place of {_shapes(theirs)}"
     right = forward(copy.deepcopy(model).double(), x.double())
     tolerance = TOLERANCES[x.dtype]
@@ -80,6 +85,13 @@ def compare(what: str, model: nn.Module, fused: Any, x: Tensor, forward: Forward
         with _MatrixProducts() if attempt % 2 else contextlib.nullcontext():
             theirs = forward(_nudged(model), near)
     raise AssertionError(f"{what}: errors {errors}, limits {limits}")
+
+
+def _result_or_error(forward: Forward, model: Any, x: Tensor) -> Any:
+    try:
+        return forward(model, x)
+    except Exception as error:
+        return error
 
 
 def _near(t: Tensor) -> Tensor:
@@ -190,6 +202,8 @@ def _all(rng: random.Random, model: nn.Module, fused: nn.Module, channels: int, 
         compare(f"after a change ({what})", model, fused, x, way)
     if rng.random() < 0.2 and what not in ("hook", "train a norm"):
         dtype = rng.choice((torch.float16, torch.bfloat16))
+        # PyTorch's own strided convolution in bfloat16 gives what nobody computed where its maps come out one wide
+        x = x.repeat(1, 1, *(1 + 2 * (size < 3) for size in x.shape[2:]))
         for each in (model, fused):
             each.to(dtype)
         compare(f"in {dtype}", model, fused, x.to(dtype), infer)
