@@ -59,9 +59,9 @@ PYTHON312 ?= python3.12
 rehearse:
 	PYTHON312=$(PYTHON312) tests/rehearse.sh $(VENV)-rehearsal
 
-# The wheels, into dist/: for this kind of CPU, with all architectures, which takes minutes on many cores; and for aarch64, where its
+# The wheels, into dist/: for this kind of CPU, with the architectures that setup.py names or others; and for aarch64, where its
 # cross compiler is.
-WHEEL_ARCHITECTURES ?= 8.0 8.6 8.7 8.9 9.0 10.0 12.0+PTX
+WHEEL_ARCHITECTURES ?=
 wheels: $(VENV)/installed
 	TORCH_CUDA_ARCH_LIST="$(WHEEL_ARCHITECTURES)" tools/wheel.sh $(abspath $(PY))
 	$(if $(shell which aarch64-linux-gnu-g++),tools/wheel.sh $(abspath $(PY)) aarch64,@echo no wheel for aarch64: it needs g++-aarch64-linux-gnu)

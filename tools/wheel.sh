@@ -4,19 +4,21 @@
 # One wheel serves all Pythons and torches of pyproject.toml. Its tag is the oldest manylinux that has the symbols which the
 # extensions ask for; torch's and CUDA's libraries come with torch and stay out. For another kind of machine it has the CPU
 # kernels alone, by that machine's cross compiler, such as Debian's g++-aarch64-linux-gnu.
-#   TORCH_CUDA_ARCH_LIST   architectures      GHOSTFUSED_CUDA=0   CPU kernels alone      MAX_JOBS   parallel compilers
+#   TORCH_CUDA_ARCH_LIST   architectures; by default setup.py's, which serve all GPUs of such machines from sm_80 on
+#   GHOSTFUSED_CUDA=0      CPU kernels alone
+#   MAX_JOBS               parallel compilers
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$1 machine=${2:-$(uname -m)}
 limit=12000000 # bytes
 raw=build/wheel-$machine
-export LDFLAGS="${LDFLAGS:-} -Wl,--strip-all" NVCC_APPEND_FLAGS="${NVCC_APPEND_FLAGS:-} --compress-mode=size"
+[[ -n ${TORCH_CUDA_ARCH_LIST:-} ]] || unset TORCH_CUDA_ARCH_LIST
 export GHOSTFUSED_CUDA=${GHOSTFUSED_CUDA:-1} GHOSTFUSED_CPU=1
 rm -rf "$raw" build/lib* build/bdist*
 mkdir -p "$raw"
 if [[ $machine != $(uname -m) ]]; then
   export CC=$machine-linux-gnu-gcc CXX=$machine-linux-gnu-g++ GHOSTFUSED_CUDA=0 _PYTHON_HOST_PLATFORM=linux-$machine
-  export LDSHARED="$CC -shared" LDCXXSHARED="$CXX -shared" LDFLAGS="$LDFLAGS -L$PWD/$raw"
+  export LDSHARED="$CC -shared" LDCXXSHARED="$CXX -shared" LDFLAGS="${LDFLAGS:-} -L$PWD/$raw"
   for library in c10 torch torch_cpu; do # nothing of torch's is needed but the names
     "$CC" -shared -x c /dev/null -o "$raw/lib$library.so" "-Wl,-soname,lib$library.so"
   done

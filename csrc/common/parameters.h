@@ -203,10 +203,10 @@ struct KernelAttributes {
   char name[64];
   int registers, local_bytes, static_smem_bytes, max_threads, binary_version;
 };
-constexpr int kGhostKernelCount = 24;  // 4 paths × (3×3, 5×5, any size and ratio) × 2 layouts
-constexpr int kNhwcKernelCount = 20;   // 2 paths × nhwc.h's 10
-constexpr int kNchwKernelCount = 32;   // 2 paths × nchw.h's 16
-constexpr int kKernelCount = kGhostKernelCount + 3 * 19 + 8 + 3 * 28 + 2 * 14 + kNhwcKernelCount +
+constexpr int kGhostKernelCount = 12;  // 4 paths × (3×3 in NCHW, any size and ratio in 2 layouts)
+constexpr int kNhwcKernelCount = 24;   // nhwc.h's: 2 paths × 9, 2 × 3
+constexpr int kNchwKernelCount = 30;   // 2 paths × nchw.h's 15
+constexpr int kKernelCount = kGhostKernelCount + 3 * 14 + 8 + 3 * 13 + 2 * 14 + kNhwcKernelCount +
                              kNchwKernelCount;  // and bottleneck.h's, training.h's
 const char* kernel_attributes(int index, KernelAttributes* attributes);
 

@@ -1,4 +1,5 @@
-// Pairs of fp16 or bf16 numbers in a register: loads, conversions and products for the kernels of one layout.
+// Pairs of fp16 or bf16 numbers in a register: loads, conversions and products for the kernels of one layout. TF32 has
+// single numbers in their place.
 #pragma once
 
 #include "cuda/vector.cuh"
@@ -39,6 +40,10 @@ __device__ __forceinline__ void store_global(void* p, uint32_t v) {
 }
 __device__ __forceinline__ void store_global(void* p, uint2 v) {
   asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(p), "r"(v.x), "r"(v.y) : "memory");
+}
+
+__device__ __forceinline__ void store_global(void* p, uint4 v) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 
 // base + kTimes * bytes, in one instruction.
@@ -86,36 +91,45 @@ __device__ __forceinline__ float2 unpack(uint32_t v) {
 // a * b of pairs, rounded as T's own product.
 template <typename T>
 __device__ __forceinline__ uint32_t multiply_pairs(uint32_t a, uint32_t b) {
+  if constexpr (__is_same(T, float)) return __float_as_uint(__uint_as_float(a) * __uint_as_float(b));
   using Pair = std::conditional_t<__is_same(T, __half), __half2, __nv_bfloat162>;
   const Pair product = __hmul2(*reinterpret_cast<const Pair*>(&a), *reinterpret_cast<const Pair*>(&b));
   return *reinterpret_cast<const uint32_t*>(&product);
 }
 
-// sums += a * b on tensor cores, or = with kFirst: 16 × 8 sums of fp32 over K = 16. Lane 4 g + q has a's rows g and
-// g + 8, b's column g and the sums of rows g and g + 8, columns 2 q and 2 q + 1.
+// sums += a * b on tensor cores, or = with kFirst: 16 × 8 sums of fp32 over K = 16, of TF32 over K = 8. Lane 4 g + q
+// has a's rows g and g + 8, b's column g and the sums of rows g and g + 8, columns 2 q and 2 q + 1.
 template <typename T, bool kFirst>
 __device__ __forceinline__ void multiply_tiles(float (&sums)[4], const uint4& a, uint32_t b0, uint32_t b1) {
   const float c[4] = {kFirst ? 0.f : sums[0], kFirst ? 0.f : sums[1], kFirst ? 0.f : sums[2], kFirst ? 0.f : sums[3]};
 #define GHOSTFUSED_MULTIPLY(TYPES)                                          \
-  asm volatile("mma.sync.aligned.m16n8k16.row.col." TYPES                   \
+  asm volatile("mma.sync.aligned." TYPES                                    \
                " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "            \
                "{%10, %11, %12, %13};"                                      \
                : "=f"(sums[0]), "=f"(sums[1]), "=f"(sums[2]), "=f"(sums[3]) \
                : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]))
   if constexpr (__is_same(T, __half)) {
-    GHOSTFUSED_MULTIPLY("f32.f16.f16.f32");
+    GHOSTFUSED_MULTIPLY("m16n8k16.row.col.f32.f16.f16.f32");
+  } else if constexpr (__is_same(T, float)) {
+    GHOSTFUSED_MULTIPLY("m16n8k8.row.col.f32.tf32.tf32.f32");
   } else {
-    GHOSTFUSED_MULTIPLY("f32.bf16.bf16.f32");
+    GHOSTFUSED_MULTIPLY("m16n8k16.row.col.f32.bf16.bf16.f32");
   }
 #undef GHOSTFUSED_MULTIPLY
 }
 
-// Vectors of 4 and 8 bytes in shared memory, by 32-bit addresses.
+// Vectors of 4, 8 and 16 bytes in shared memory, by 32-bit addresses.
 __device__ __forceinline__ void load_shared(uint32_t& v, uint32_t address) {
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
 }
 __device__ __forceinline__ void load_shared(uint2& v, uint32_t address) {
   asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address) : "memory");
+}
+__device__ __forceinline__ void load_shared(uint4& v, uint32_t address) {
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(address)
+               : "memory");
 }
 __device__ __forceinline__ void store_shared(uint32_t address, uint32_t v) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
@@ -133,6 +147,11 @@ __device__ __forceinline__ void store_shared_if(bool condition, uint32_t address
 __device__ __forceinline__ void store_shared_if(bool condition, uint32_t address, uint2 v) {
   asm volatile("{.reg .pred if; setp.ne.b32 if, %3, 0; @if st.shared.v2.u32 [%0], {%1, %2};}" ::"r"(address), "r"(v.x),
                "r"(v.y), "r"(static_cast<int>(condition))
+               : "memory");
+}
+__device__ __forceinline__ void store_shared_if(bool condition, uint32_t address, uint4 v) {
+  asm volatile("{.reg .pred if; setp.ne.b32 if, %5, 0; @if st.shared.v4.u32 [%0], {%1, %2, %3, %4};}" ::"r"(address),
+               "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(static_cast<int>(condition))
                : "memory");
 }
 

@@ -27,8 +27,7 @@ const Kernel* kernels_of(Path path) {
 }
 
 int kernel_index(const GhostShape& s) {
-  const int dw = unrolled_dw(s) == 3 ? 0 : unrolled_dw(s) == 5 ? 1 : 2;
-  return static_cast<int>(s.path) * kKernelsPerPath + dw * 2 + s.channels_last;
+  return static_cast<int>(s.path) * kKernelsPerPath + (is_unrolled(s) ? 0 : 1 + s.channels_last);
 }
 
 const Kernel& kernel_at(int index) {
@@ -37,7 +36,8 @@ const Kernel& kernel_at(int index) {
 
 static_assert(kKernelCount == kGhostKernelCount + 3 * (kBottleneckKernels + kTrainingKernels) + kStatisticsKernelCount +
                                   2 * kTrainingNhwcKernels + kNhwcKernelCount + kNchwKernelCount);
-static_assert(kNhwcKernelCount == 2 * kNhwcKernelsPerPath && kNchwKernelCount == 2 * kNchwKernelsPerPath);
+static_assert(kNhwcKernelCount == 2 * (kNhwcKernelsPerPath + kNhwcFloatKernelsPerPath) &&
+              kNchwKernelCount == 2 * kNchwKernelsPerPath);
 
 // In the order of kernel_attributes.
 const Kernel& kernel_of_all(int index) {

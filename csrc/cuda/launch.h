@@ -53,10 +53,9 @@ struct KernelParams {
 // Fills in what follows from the two. Returns null, or what went wrong.
 const char* kernel_params(const GhostForwardParams& params, const LaunchPlan& plan, KernelParams* out);
 
-// A kernel's template argument kD: 3 or 5 if it is unrolled for that size and ratio 2; 0 for any size and ratio.
-constexpr int unrolled_dw(const GhostShape& s) {
-  return s.ratio == 2 && (s.dw_size == 3 || s.dw_size == 5) ? s.dw_size : 0;
-}
+// Whether the kernel is the one for 3×3 and ratio 2 (kD = 3), or takes any size and ratio (kD = 0). In channels_last,
+// where the nhwc family takes nearly all of the former, there is only the latter.
+constexpr bool is_unrolled(const GhostShape& s) { return s.ratio == 2 && s.dw_size == 3 && !s.channels_last; }
 
 // Two blocks of kMaxThreads per SM leave 128 registers a thread. With 80, for three, fp16 kernels spill or compute
 // their addresses again and again: 8 to 11 % more instructions for GhostNet.
@@ -75,7 +74,7 @@ constexpr int kFirstTrainingNhwc = kGhostKernelCount + kStatisticsKernelCount + 
 constexpr int kSharedMemoryKernels = kFirstTrainingNhwc + 2 * 4;
 const char* allow_shared_memory(int index, const void* function);
 
-constexpr int kKernelsPerPath = 6;  // index: (3×3: 0, 5×5: 1, other sizes and ratios: 2) * 2 + channels_last
+constexpr int kKernelsPerPath = 3;  // 3×3 in NCHW, any size and ratio in NCHW, in channels_last
 extern const Kernel kFloat16Kernels[kKernelsPerPath];
 extern const Kernel kBFloat16Kernels[kKernelsPerPath];
 extern const Kernel kTF32Kernels[kKernelsPerPath];

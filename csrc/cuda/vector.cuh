@@ -50,6 +50,13 @@ __device__ __forceinline__ T from_float(float x) {
   }
 }
 
+// A number of fp32 rounded to TF32.
+__device__ __forceinline__ uint32_t to_tf32(uint32_t bits) {
+  uint32_t r;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(__uint_as_float(bits)));
+  return r;
+}
+
 // kCount numbers that are loaded and stored as one aligned vector of 2, 4, 8 or 16 bytes.
 template <typename T, int kCount>
 struct Vector {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,29 @@ def unavailable() -> str | None:
     return None
 
 
+TEGRA = ((8, 7),)
+"""Jetson's: these GPUs run the machine code of no other, and no other runs theirs."""
+
+
+def runs_on(architectures: str, capability: tuple[int, int]) -> bool:
+    """Whether a GPU of a compute capability runs what is built for ``architectures``, a TORCH_CUDA_ARCH_LIST.
+
+    Machine code runs on later minor versions of its major one, PTX on everything later; code for 9.0a on that alone.
+    A list with other words (Ampere) is left to the driver.
+    """
+    entries = [re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry) for entry in architectures.replace(";", " ").split()]
+    for entry in entries:
+        if entry is None:
+            return True
+        built = int(entry[1]), int(entry[2])
+        everywhere = not entry[3] and built <= capability
+        if built == capability or (everywhere and entry[4]):
+            return True
+        if everywhere and built[0] == capability[0] and not {built, capability} & set(TEGRA):
+            return True
+    return not entries
+
+
 _device_refusals: dict[int, str | None] = {}  # asking costs microseconds, and this is on the way of every call
 
 
@@ -34,8 +59,11 @@ def _device_refusal(index: int) -> str | None:
         reason = unavailable()
         if reason is None:
             major, minor = torch.cuda.get_device_capability(index)
+            architectures = (build_info() or {}).get("architectures", "")
             if major < 8:
                 reason = f"a GPU of compute capability {major}.{minor} (the kernel takes 8.0 and later)"
+            elif not runs_on(architectures, (major, minor)):
+                reason = f"a GPU of compute capability {major}.{minor} (this build has code for {architectures})"
         _device_refusals[index] = reason
     return _device_refusals[index]
 

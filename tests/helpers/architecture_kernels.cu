@@ -8,7 +8,7 @@
 
 namespace ghostfused {
 const void* const kernels[] = {
-    kernel<Path::kFloat16, 3, true>(),
+    kernel<Path::kFloat16, 0, true>(),
     nhwc_kernel<Path::kFloat16, 1, 3, Epilogue::kNone>(),
     nhwc_kernel<Path::kBFloat16, 2, 3, Epilogue::kReLU>(),
     nchw_kernel<Path::kFloat16, NchwMap::kFourteen, 2, 3, false>(),

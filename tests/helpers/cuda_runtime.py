@@ -76,7 +76,7 @@ def check(case: Case) -> None:
 
 def check_args(args: Args, name: str = "") -> None:
     """By the kernel that the planner chooses, and by the general one where that may be another."""
-    for general in (False, True) if isinstance(args, GhostArgs) and args.x.element_size() == 2 else (False,):
+    for general in (False, True) if isinstance(args, GhostArgs) else (False,):
         with general_only(general):
             verdict = judge(forward(args), args)
         assert verdict.ok, f"error {verdict.error:.2e}, limit {verdict.limit:.2e}: {name}"

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import fuzz_raw_ops
 import pytest
 import torch
-from cuda_runtime import ON_CPU, check, check_args, forward, needs_cuda, planned_for, run_in_order
+from cuda_runtime import _C, ON_CPU, check, check_args, forward, needs_cuda, planned_for, run_in_order
 from draws import ACTS, LAYOUTS
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,6 +31,8 @@ PATHS = {
     "tf32": {"dtype": torch.float32, "allow_tf32": True},
     "float32": {"dtype": torch.float32},
 }
+SMALL_DEVICE = 101376
+"""Bytes of shared memory for a block on sm_86, sm_89 and sm_120."""
 each_path = pytest.mark.parametrize("path", PATHS)
 each_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
@@ -330,3 +335,24 @@ def test_malformed_calls():
     counts = fuzz_raw_ops.run(seed=3, calls=60, backend="cuda")
     assert counts["error"] > 0, counts
     assert counts["right result"] > 0, counts
+
+
+@pytest.mark.skipif(not ON_CPU, reason="a GPU's shared memory can't be chosen")
+def test_plans_ask_the_device_for_shared_memory(tmp_path):
+    """The code is that of sm_80, which has 163 KB; a device may have 99. The runner refuses a launch with more."""
+    shape = {"in_channels": 200, "height": 14, "width": 14, "out_channels": 64, "dw_size": 7}
+    planned = _C.plan(batch=1, init_channels=32, path="float32", sm_count=4, **shape)
+    assert planned["smem_bytes"] > SMALL_DEVICE
+    library = tmp_path / "small_device.so"
+    source = Path(__file__).parents[1] / "helpers" / "small_device.c"
+    subprocess.run(["gcc", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
+    script = f"from cuda_runtime import *; check(Case(1, dtype=torch.float32, layout='nhwc', **{shape}))"
+    environment = {
+        "LD_PRELOAD": f"{library}:{os.environ['LD_PRELOAD']}",
+        "SHIM_SMEM": str(SMALL_DEVICE),
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", script], env=os.environ | environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]

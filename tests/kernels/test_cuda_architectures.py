@@ -9,8 +9,10 @@ from pathlib import Path
 
 import aarch64
 import pytest
+import torch
 from torch.utils import cpp_extension
 
+from ghostfused.backends import cuda
 from tools.sass import build
 
 ROOT = Path(__file__).parents[2]
@@ -28,6 +30,34 @@ def nvcc(*arguments: object) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("architectures", "served", "others"),
+    [
+        (build.setup_functions()["ARCHITECTURES"], "8.0 8.6 8.9 9.0 10.0 10.3 12.0 12.1 13.0", "7.5 8.7 11.0"),
+        ("8.7", "8.7", "8.0 8.6 8.9 9.0"),
+        ("8.0+PTX", "8.0 8.6 8.7 8.9 9.0 12.0", "7.5"),
+        ("8.6;9.0a+PTX", "8.6 8.9 9.0", "8.0 8.7 10.0"),
+        ("Ampere", "8.0 9.0", ""),
+    ],
+)
+def test_the_gpus_that_a_build_serves(architectures, served, others):
+    """The default serves every GPU from 8.0 on but Jetson's; docs/install.md says so."""
+    for names, expected in ((served, True), (others, False)):
+        for name in names.split():
+            major, minor = map(int, name.split("."))
+            assert cuda.runs_on(architectures, (major, minor)) is expected, name
+
+
+def test_a_gpu_without_code_is_refused(monkeypatch):
+    monkeypatch.setattr(cuda, "_device_refusals", {})
+    monkeypatch.setattr(cuda, "unavailable", lambda: None)
+    monkeypatch.setattr(cuda, "build_info", lambda: {"architectures": "9.0 10.0"})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 6 + index))
+    assert cuda._device_refusal(0) == "a GPU of compute capability 8.6 (this build has code for 9.0 10.0)"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    assert cuda._device_refusal(1) is None
 
 
 @needs_nvcc

@@ -17,18 +17,25 @@ from ghostfused.testing import Case, make_args
 
 pytestmark = [pytest.mark.cuda, needs_cuda]
 
-DTYPES = (torch.float16, torch.bfloat16)
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=("float16", "bfloat16"))
+PATHS: dict[str, dict[str, Any]] = {
+    "float16": {"dtype": torch.float16},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "tf32": {"dtype": torch.float32, "allow_tf32": True},
+    "float32": {"dtype": torch.float32},
+}
+FLOATS = ("tf32", "float32")
+each_path = pytest.mark.parametrize("path", PATHS)
 
 
 def plan(args: GhostArgs, sm_count: int, family: str = "") -> dict[str, Any]:
     """The launch plan for dense ``args`` on the device that ``planned_for`` pretends."""
     batch, cin, height, width = args.x.shape
     plain = args.residual is args.output_gate is None and args.primary_act == args.cheap_act in (Act.NONE, Act.RELU)
+    plain = plain and (args.x.element_size() == 2 or args.input_gate is None)
     return _C.plan(
         batch=batch, in_channels=cin, height=height, width=width, init_channels=args.init_channels,
         out_channels=args.out_channels, ratio=args.ratio, dw_size=args.dw_size,
-        path=str(args.x.dtype).removeprefix("torch."), channels_last=True, input_gate=args.input_gate is not None,
+        path="tf32" if args.allow_tf32 else str(args.x.dtype).removeprefix("torch."), channels_last=True, input_gate=args.input_gate is not None,
         full=not plain, sm_count=sm_count, smem_per_block=101376, smem_per_sm=102400, family=family,
     )  # fmt: skip
 
@@ -52,6 +59,7 @@ SHAPES: dict[str, dict[str, Any]] = {  # Cin, H, W, Cout
     "long K": {"in_channels": 200, "height": 7, "width": 7, "out_channels": 80},
     "two warps": {"in_channels": 40, "height": 14, "width": 14, "out_channels": 240},
     "images": {"batch": 5, "in_channels": 64, "height": 7, "width": 7, "out_channels": 96},
+    "warps of channels": {"in_channels": 8, "height": 5, "width": 8, "out_channels": 120},
     "narrow": {"in_channels": 32, "height": 21, "width": 4, "out_channels": 24},
 }
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -62,11 +70,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-@each_dtype
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_every_kernel(dtype, variant):
-    plans = [p for shape in SHAPES.values() for p in check(dtype=dtype, **shape, **VARIANTS[variant])]
-    assert {p["warp_tiles"] for p in plans} == ({1, 2, 3} if variant in ("none", "relu") else {1, 2})
+@pytest.mark.parametrize(
+    ("path", "variant"), [(p, v) for p, v in itertools.product(PATHS, VARIANTS) if p not in FLOATS or v != "5x5"]
+)
+def test_every_kernel(path, variant):
+    plans = [p for shape in SHAPES.values() for p in check(**PATHS[path], **shape, **VARIANTS[variant])]
+    few, many = {"none": (1, 3), "relu": (1, 3), "any": (1, 2), "5x5": (2, 2)}[variant]
+    if path in FLOATS:
+        few, many = (1, 2) if many == 3 else (2, 2)
+    assert {p["warp_tiles"] for p in plans} == set(range(few, many + 1))
     assert {p["images"] for p in plans} > {1}
     assert {p["warps_n"] for p in plans} > {1}
     assert {p["strips"] for p in plans} > {1}
@@ -77,7 +89,8 @@ def test_every_kernel(dtype, variant):
 def test_thread_order(variant):
     """Also run in other orders of threads, in which a missing barrier shows."""
     for name in ("one tile", "odd rows", "images"):
-        check((1, 132), dtype=torch.float16, **SHAPES[name], **VARIANTS[variant])
+        for path in ("float16", *FLOATS) if variant != "5x5" else ("float16",):
+            check((1, 132), **PATHS[path], **SHAPES[name], **VARIANTS[variant])
 
 
 @pytest.mark.skipif(not ON_CPU, reason="a GPU's order of threads can't be chosen")
@@ -87,18 +100,19 @@ def test_other_orders(order):
 
 
 @pytest.mark.parametrize("act", ACTS)
-def test_activations(act):
-    shape = {"in_channels": 16, "height": 6, "width": 9, "out_channels": 24, "dtype": torch.float16}
+@pytest.mark.parametrize("path", ["float16", *FLOATS])
+def test_activations(act, path):
+    shape = {"in_channels": 16, "height": 6, "width": 9, "out_channels": 24, **PATHS[path]}
     for per_channel in (False, True) if act == "prelu" else (False,):
         check((132,), **shape, act_primary=act, act_cheap="none", per_channel_slope=per_channel)
         check((132,), **shape, act_primary="none", act_cheap=act, per_channel_slope=per_channel)
 
 
-@each_dtype
+@each_path
 @pytest.mark.parametrize("optional", list(itertools.product([False, True], repeat=3))[1:])
-def test_optional_inputs(optional, dtype):
+def test_optional_inputs(optional, path):
     gate, residual, output_gate = optional
-    extra = {"input_gate": gate, "residual": residual, "output_gate": output_gate, "dtype": dtype}
+    extra = {"input_gate": gate, "residual": residual, "output_gate": output_gate, **PATHS[path]}
     check((132,), batch=2, in_channels=40, height=9, width=6, out_channels=24, **extra)
     check(
         (132,),
@@ -117,7 +131,7 @@ def test_optional_inputs(optional, dtype):
 @pytest.mark.parametrize("cut", [4, 12, 20])
 def test_sliced_ghosts(cut, more):
     """The last ghost channels are cut off, and so are those of residual and gate: nothing lies behind the last image."""
-    for dw_size in (3, 5):
+    for path, dw_size in (("float16", 3), ("float16", 5), ("tf32", 3), ("float32", 3)):
         check(
             in_channels=16,
             height=8,
@@ -125,7 +139,7 @@ def test_sliced_ghosts(cut, more):
             out_channels=48 - cut,
             init_channels=24,
             dw_size=dw_size,
-            dtype=torch.float16,
+            **PATHS[path],
             **more,
         )
 
@@ -139,13 +153,14 @@ def test_norms_and_biases():
             )  # fmt: skip
 
 
-def test_zeros_stay_zeros_beside_infinite_channels():
+@pytest.mark.parametrize("path", ["float16", *FLOATS])
+def test_zeros_stay_zeros_beside_infinite_channels(path):
     """Lanes beyond the last input channel add nothing, whatever lies behind it."""
-    for cin in (8, 40, 56):
-        args = make_args(Case(1, cin, 8, 8, 16, layout="nhwc", dtype=torch.float16))
-        wide = torch.full((1, 8, 8, 2 * cin), float("inf"), dtype=torch.float16)
+    for cin in (8, 40, 56) if path == "float16" else (4, 8, 20, 44):
+        args = make_args(Case(1, cin, 8, 8, 16, layout="nhwc", **PATHS[path]))
+        wide = torch.full((1, 8, 8, 2 * cin), float("inf"), dtype=args.x.dtype)
         wide[..., :cin] = args.x.permute(0, 2, 3, 1)
-        weight = torch.full((8, 2 * cin), float("nan"), dtype=torch.float16)
+        weight = torch.full((8, 2 * cin), float("nan"), dtype=args.x.dtype)
         weight[:, :cin] = args.primary_weight.flatten(1)
         x = wide.permute(0, 3, 1, 2)[:, :cin]
         check_args(args._replace(x=x, primary_weight=weight[:, :cin, None, None]))
@@ -156,7 +171,8 @@ def test_zeros_stay_zeros_beside_infinite_channels():
     [
         {"in_channels": 20}, {"out_channels": 20, "init_channels": 10}, {"out_channels": 30, "init_channels": 16},
         {"width": 3, "height": 12}, {"ratio": 3, "out_channels": 48}, {"dw_size": 7}, {"dw_size": 1},
-        {"height": 4, "width": 4}, {"layout": "nchw"}, {"dtype": torch.float32},
+        {"height": 4, "width": 4}, {"layout": "nchw"}, {**PATHS["tf32"], "in_channels": 18},
+        {**PATHS["tf32"], "dw_size": 5}, {**PATHS["float32"], "in_channels": 18},
     ],
     ids=lambda case: "-".join(case),
 )  # fmt: skip
@@ -175,12 +191,13 @@ def test_what_the_general_kernel_keeps(case):
 
 @st.composite
 def cases(draw) -> Case:
-    dw_size = draw(st.sampled_from([3, 5]))
+    path = draw(st.sampled_from(list(PATHS)))
+    dw_size = 3 if path in FLOATS else draw(st.sampled_from([3, 5]))
     init = 4 * draw(st.integers(1, 24))
     gated = draw(st.booleans())
     return Case(
         batch=draw(st.integers(1, 5)),
-        in_channels=8 * draw(st.integers(1, 14)),
+        in_channels=(4 if path in FLOATS else 8) * draw(st.integers(1, 14)),
         height=draw(st.integers(8, 19)),
         width=draw(st.integers(4, 19)),
         out_channels=init + 4 * draw(st.integers(1, init // 4)),
@@ -196,7 +213,7 @@ def cases(draw) -> Case:
         residual=gated and draw(st.booleans()),
         output_gate=gated and draw(st.booleans()),
         seed=draw(st.integers(0, 100)),
-        dtype=draw(st.sampled_from(DTYPES)),
+        **PATHS[path],
     )
 
 

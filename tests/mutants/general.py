@@ -51,8 +51,8 @@ MUTANTS = [
     Mutant(
         "the kernel for any size takes the column left of the image for part of it",
         "cuda/ghost/cheap.cuh",
-        "&& ww >= 0 && ww < s.width;",
-        "&& ww >= -1 && ww < s.width;",
+        "const int kw_begin = max(0, -left),",
+        "const int kw_begin = max(0, -left - 1),",
         (ANY,),
     ),
     Mutant(

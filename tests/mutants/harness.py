@@ -59,14 +59,10 @@ def kernel_tables(kernels: Iterable[str]) -> str:
     )  # fmt: skip
     lines = [*(f'#include "cuda/{header}.cuh"' for header in headers), "namespace ghostfused {"]
     for path, name in PATHS.items():
-        entries = []
-        for dw in ("dw3", "dw5", "any"):
-            for layout in ("nchw", "nhwc"):
-                kernel = f"{path}_{dw}_{layout}"
-                size, last = dw.removeprefix("dw").replace("any", "0"), str(layout == "nhwc").lower()
-                entries.append(
-                    f'{{kernel<Path::k{name}, {size}, {last}>(), "{kernel}"}}' if kernel in kernels else "{}"
-                )
+        entries = [
+            f'{{kernel<Path::k{name}, {arguments}>(), "{path}_{form}"}}' if f"{path}_{form}" in kernels else "{}"
+            for form, arguments in (("dw3_nchw", "3, false"), ("any_nchw", "0, false"), ("any_nhwc", "0, true"))
+        ]
         lines.append(f"const Kernel k{name}Kernels[kKernelsPerPath] = {{{', '.join(entries)}}};")
         tables = {
             "Statistics[2]": {f"{path}_primary_statistics_{x}": f"primary_statistics<P, {y}>" for x, y in LAYOUTS}
@@ -74,6 +70,8 @@ def kernel_tables(kernels: Iterable[str]) -> str:
         if path != "tf32":
             tables |= {"Bottleneck[kBottleneckKernels]": bottleneck_kernels(path)}
             tables |= {"Training[kTrainingKernels]": training_kernels(path)}
+        if path in ("tf32", "float32"):
+            tables |= {"NhwcKernels[kNhwcFloatKernelsPerPath]": nhwc_kernels(path)}
         if path in ("float16", "bfloat16"):
             tables |= {"NhwcKernels[kNhwcKernelsPerPath]": nhwc_kernels(path)}
             tables |= {"NchwKernels[kNchwKernelsPerPath]": nchw_kernels(path)}
@@ -94,7 +92,7 @@ def nchw_kernels(path: str) -> dict[str, str]:
     maps = {"w8": "Wide8", "w4": "Wide4", "w14": "Fourteen", "w7": "Seven"}
     tiles = {
         "dw3": "w8_t1 w8_t2 w4_t2 w4_t4 w14_t2 w14_t4 w7_t3",
-        "dw3_any": "w8_t2 w4_t2 w14_t2 w14_t4 w7_t3",
+        "dw3_any": "w8_t2 w4_t2 w14_t2 w7_t3",
         "dw5_any": "w8_t2 w4_t2 w14_t2 w7_t3",
     }
     return {
@@ -107,21 +105,26 @@ def nchw_kernels(path: str) -> dict[str, str]:
 
 def nhwc_kernels(path: str) -> dict[str, str]:
     """Those of ghost/nhwc/forward.cuh's; a kernel's name stands for all its tiles, among which the planner picks."""
-    return {
-        f"{path}_nhwc_t{tiles}_dw{d}_{name.lower()}": f"nhwc_forward<P, {tiles}, {d}, Epilogue::k{name}>"
-        for tiles in (1, 2, 3)
-        for d, name in ((3, "None"), (3, "ReLU"), (3, "Any"), (5, "Any"))[: 4 if tiles < 3 else 2]
-    }
+    forms = ("1_dw3 2_dw3 2_dw3_any") if path in ("tf32", "float32") else (
+        "1_dw3_none 1_dw3_relu 1_dw3_any 2_dw3_none 2_dw3_relu 2_dw3_any 3_dw3_none 3_dw3_relu 2_dw5_any"
+    )  # fmt: skip
+    epilogues = {"none": "None", "relu": "ReLU", "any": "Any", "": "Lowest"}
+    entries = {}
+    for form in forms.split():
+        tiles, dw, *epilogue = form.split("_")
+        function = f"nhwc_forward<P, {tiles}, {dw[-1]}, Epilogue::k{epilogues[''.join(epilogue)]}>"
+        entries[f"{path}_nhwc_t{form}"] = function
+    return entries
 
 
 def bottleneck_kernels(path: str) -> dict[str, str]:
     """The entries of bottleneck.cuh's table by name, P standing for the path."""
     entries = {
         f"{path}_depthwise_w{w}_s{s}_{layout}": f"depthwise_conv<P, {w}, {s}, {last}>"
-        for s in (1, 2)
-        for w in (1, 3, 5, 7)
+        for w, s in ((1, 1), (3, 1), (5, 1), (3, 2), (5, 2))
         for layout, last in LAYOUTS
     }
+    entries[f"{path}_depthwise_any"] = "depthwise_conv<P, 0, 0, false>"
     entries |= {f"{path}_squeeze_{layout}": f"squeeze<P, {last}>" for layout, last in LAYOUTS}
     entries[f"{path}_excite"] = "excite<P>"
     return entries
@@ -130,15 +133,15 @@ def bottleneck_kernels(path: str) -> dict[str, str]:
 def training_kernels(path: str) -> dict[str, str]:
     """Those of training/kernels.cuh's."""
     entries = {
-        f"{path}_{step}_{layout}": f"{step}<P, {last}>"
+        f"{path}_{step}_{layout}": f"{step}<P, Layout::k{layout.capitalize()}>"
         for step in ("normalize", "normalize_backward")
-        for layout, last in LAYOUTS
+        for layout, _ in LAYOUTS
     }
+    forms = {"dw3_nchw": "3, Layout::kNchw", "dw3_nhwc": "3, Layout::kNhwc", "any": "0, Layout::kEither"}
     return entries | {
-        f"{path}_{step}_dw{d}_{layout}": f"{step}<P, {d}, {last}>"
+        f"{path}_{step}_{form}": f"{step}<P, {arguments}>"
         for step in ("cheap_statistics", "cheap_backward", "primary_backward")
-        for d in (1, 3, 5, 7)
-        for layout, last in LAYOUTS
+        for form, arguments in forms.items()
     }
 
 

@@ -17,11 +17,12 @@ class Mutant(NamedTuple):
     """The order of threads (SHIM_ORDER) that is tried first; a race may show in one only."""
 
 
-NCHW, NHWC, ANY, FP32 = "float16_dw3_nchw", "float16_dw3_nhwc", "float16_any_nchw", "float32_dw3_nchw"
+NCHW, NHWC, ANY, FP32 = "float16_dw3_nchw", "float16_any_nhwc", "float16_any_nchw", "float32_dw3_nchw"
 
 WIDE8, WIDE8_ANY = "float16_nchw_w8_dw3", "float16_nchw_w8_dw3_any"
 WIDE4, FOURTEEN, SEVEN = "float16_nchw_w4_dw3", "float16_nchw_w14_dw3", "float16_nchw_w7_dw3"
 NHWC_RELU, NHWC_ANY = ("float16_nhwc_dw3_relu",), ("float16_nhwc_dw3_any",)
+NHWC_TF32, NHWC_FP32 = ("tf32_nhwc_dw3", "tf32_nhwc_dw3_any"), ("float32_nhwc_dw3",)
 DEPTHWISE, PLANES = "float16_depthwise_w3_s2_nhwc", "float16_depthwise_w5_s2_nchw"
 SQUEEZE_EXCITE = ("float16_squeeze_nhwc",)
 TRAINING = ("float32_training_dw3_nchw",)

@@ -1,6 +1,6 @@
 """Faults for the channels_last forward kernel."""
 
-from .mutant import NHWC_ANY, NHWC_RELU, Mutant
+from .mutant import NHWC_ANY, NHWC_FP32, NHWC_RELU, NHWC_TF32, Mutant
 
 MUTANTS = [
     # the channels_last kernel
@@ -152,5 +152,34 @@ MUTANTS = [
         "v = finish(v, true, row_h - 1 - kPad, col_w + column);",
         "v = finish(v, true, max(row_h - 2 - kPad, 0), col_w + column);",
         NHWC_ANY,
+    ),
+    Mutant(
+        "channels_last, TF32: the primary conv's ReLU is left out",
+        "cuda/ghost/nhwc/primary.cuh",
+        "raise_to(y, p.lowest);",
+        "raise_to(y, -1e30f);",
+        NHWC_TF32,
+    ),
+    Mutant(
+        "channels_last: lanes take a quarter of another type's input channels for their own",
+        "cuda/ghost/nhwc/load.cuh",
+        "inside = (blocks - 1) * kK + kK / 4 * q < in_channels;",
+        "inside = (blocks - 1) * kK + 8 * q < in_channels;",
+        NHWC_TF32,
+    ),
+    Mutant(
+        "channels_last, fp32: what is left of Cin is multiplied by the first weights",
+        "cuda/ghost/nhwc/primary_fma.cuh",
+        "multiply(std::true_type(), even, k);",
+        "multiply(std::true_type(), even, 0);",
+        NHWC_FP32,
+    ),
+    Mutant(
+        "channels_last, fp32: no barrier between the weights and the 1×1 conv",
+        "cuda/ghost/nhwc/primary_fma.cuh",
+        "  __syncthreads();  // weights, scales and padding are there\n",
+        "",
+        NHWC_FP32,
+        "desc",
     ),
 ]

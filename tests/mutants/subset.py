@@ -62,6 +62,7 @@ NHWC: dict[str, dict[str, Any]] = {
 """For the channels_last kernel's variants."""
 VARIANTS: dict[str, dict[str, Any]] = {
     "dw3_none": {"act_primary": "none", "act_cheap": "none"},
+    "dw3": {},
     "dw3_relu": {},
     "dw3_any": {"act_primary": "prelu", "per_channel_slope": True, "residual": True, "output_gate": True},
     "dw5_any": {"dw_size": 5, "act_cheap": "silu", "residual": True, "output_gate": True},
@@ -88,7 +89,7 @@ SQUEEZE_EXCITE = {
 def cases(kernel: str) -> dict[str, Args]:
     """By name, arguments for which ``kernel`` is what runs; after squeeze, excite runs too."""
     path, kind, *rest = kernel.split("_")
-    common = {"dtype": getattr(torch, path), "layout": rest[-1]}
+    common = {"dtype": torch.float32 if path == "tf32" else getattr(torch, path), "layout": rest[-1]}
     if kind == "squeeze":
         return {
             name: make_squeeze_excite(SqueezeExciteCase(**shape, **common)) for name, shape in SQUEEZE_EXCITE.items()
@@ -98,13 +99,14 @@ def cases(kernel: str) -> dict[str, Args]:
         common |= {"kernel": (5 if size == 1 else size, size), "stride": stride}
         return {name: make_depthwise(DepthwiseCase(**shape, **common)) for name, shape in DEPTHWISE.items()}
     if kind == "nhwc":
-        variant = VARIANTS["_".join(rest)]
+        variant = VARIANTS["_".join(rest)] | ({"allow_tf32": True} if path == "tf32" else {})
         plain = {
             name: make_args(Case(**{"batch": 1, **shape, **variant, "dtype": common["dtype"], "layout": "nhwc"}))
             for name, shape in NHWC.items()
         }
         gated = Case(2, 72, 9, 8, 40, input_gate=True, dtype=common["dtype"], layout="nhwc", **variant)
-        return plain | {"input gate": make_args(gated)}
+        # in fp32 and TF32 a gate takes the kernel for everything
+        return plain | ({"input gate": make_args(gated)} if rest != ["dw3"] else {})
     if kind == "nchw" and rest:
         name = "_".join(rest[1:])
         variant = VARIANTS["dw3_relu" if name == "dw3" else name]

@@ -7,14 +7,14 @@ MUTANTS = [
     Mutant(
         "the transposed conv isn't mirrored",
         "cuda/training/backward.cuh",
-        "const int h = cell.h + kPad - kh;",
-        "const int h = cell.h - kPad + kh;",
+        "const int h = cell.h + pad - kh;",
+        "const int h = cell.h - pad + kh;",
         TRAINING,
     ),
     Mutant(
         "the padding of dy2 is what the norm's backward makes of zeros",
         "cuda/training/backward.cuh",
-        "if (cell.w - kPad + i >= 0 && cell.w - kPad + i < s.width) continue;",
+        "if (left + i >= 0 && left + i < s.width) continue;",
         "continue;",
         TRAINING,
     ),

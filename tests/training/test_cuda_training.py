@@ -289,7 +289,7 @@ def test_every_kernel_is_in_the_table():
         own = ("_strips", "_pixels", "_statistics_nhwc_")
         nhwc = [n for n in names if n.startswith(f"{path}_") and any(part in n for part in own)]
         assert len(nhwc) == (0 if path == "float32" else 14)
-        assert len([n for n in names if n.startswith(f"{path}_") and "statistics" in n and n not in nhwc]) == 2 + 8
+        assert len([n for n in names if n.startswith(f"{path}_") and "statistics" in n and n not in nhwc]) == 2 + 3
 
 
 def test_forward_is_three_kernels():

@@ -15,8 +15,11 @@ constexpr int kVectorBytes = 16, kChannelBytes = 256;  // 256: of a pixel, at mo
 constexpr int kMaxPlanes = 128;
 constexpr int kBlocksPerSm = 4;  // that a grid should have, before blocks get more than the least work
 
-// Largest first; of the widths that channels_last kernels are compiled for.
-int compiled_vector(int vector, int full) { return vector >= full ? full : vector >= full / 2 ? full / 2 : 1; }
+// The kernel for that many columns, or kAnyDepthwise.
+int depthwise_kernel(const DepthwiseParams& a) {
+  if (a.kernel_w > 5 || (a.stride == 2 && a.kernel_w == 1)) return kAnyDepthwise;
+  return (a.kernel_w / 2 + (a.stride == 2 ? 2 : 0)) * 2 + a.channels_last;
+}
 
 const Kernel& kernel_of(Path path, int index) {
   const int paths = path == Path::kFloat16 ? 0 : path == Path::kBFloat16 ? 1 : 2;
@@ -46,10 +49,16 @@ const Kernel& bottleneck_kernel(int index) {
 DepthwisePlan plan_depthwise(const DepthwiseParams& a, int sm_count) {
   DepthwisePlan p{};
   const int es = element_size(a.path), full = kVectorBytes / es;
+  p.kernel = depthwise_kernel(a);
   if (a.channels_last) {
-    const int widest = (a.kernel_w >= kNarrowVectors ? 8 : 16) / es;
-    p.x_vector = common_vector(widest, es, a.x.data, {a.channels, a.x.stride_n, a.x.stride_h, a.x.stride_w});
-    p.x_vector = compiled_vector(common_vector(p.x_vector, es, a.out.data, {}), widest);
+    p.x_vector = common_vector(full, es, a.x.data, {a.channels, a.x.stride_n, a.x.stride_h, a.x.stride_w});
+    p.x_vector = common_vector(p.x_vector, es, a.out.data, {});
+    if (p.x_vector < full / 2) p.kernel = kAnyDepthwise;
+  }
+  if (p.kernel == kAnyDepthwise) {
+    p.x_vector = p.out_vector = 1;
+    p.columns = 4;
+  } else if (a.channels_last) {
     p.out_vector = p.x_vector;
     p.columns = 4;
   } else {
@@ -86,8 +95,7 @@ const char* launch_depthwise(const DepthwiseParams& a, const DepthwisePlan& plan
   if (int64_t{a.out_height} * plan.row_groups > kMaxPixels) return kManyPixels;
   DepthwiseKernelParams p{a, plan, {}, {}};
   if (!narrow(a.x, &p.x) || !narrow(a.out, &p.out)) return kLongStride;
-  const int index = ((a.stride - 1) * 4 + a.kernel_w / 2) * 2 + a.channels_last;
-  return queue(kernel_of(a.path, index), plan.grid, plan.smem_bytes, &p, stream);
+  return queue(kernel_of(a.path, plan.kernel), plan.grid, plan.smem_bytes, &p, stream);
 }
 
 SqueezeExcitePlan plan_squeeze_excite(const SqueezeExciteParams& a, int sm_count) {

@@ -27,19 +27,17 @@ const void* excite_kernel() {
   {depthwise_kernel<Path::k##PATH, W, S, false>(), NAME "_depthwise_w" #W "_s" #S "_nchw"}, \
       {depthwise_kernel<Path::k##PATH, W, S, true>(), NAME "_depthwise_w" #W "_s" #S "_nhwc"}
 
-#define GHOSTFUSED_BOTTLENECK_KERNELS(PATH, NAME)                     \
-  namespace ghostfused {                                              \
-  const Kernel k##PATH##Bottleneck[kBottleneckKernels] = {            \
-      GHOSTFUSED_DEPTHWISE(PATH, NAME, 1, 1),                         \
-      GHOSTFUSED_DEPTHWISE(PATH, NAME, 3, 1),                         \
-      GHOSTFUSED_DEPTHWISE(PATH, NAME, 5, 1),                         \
-      GHOSTFUSED_DEPTHWISE(PATH, NAME, 7, 1),                         \
-      GHOSTFUSED_DEPTHWISE(PATH, NAME, 1, 2),                         \
-      GHOSTFUSED_DEPTHWISE(PATH, NAME, 3, 2),                         \
-      GHOSTFUSED_DEPTHWISE(PATH, NAME, 5, 2),                         \
-      GHOSTFUSED_DEPTHWISE(PATH, NAME, 7, 2),                         \
-      {squeeze_kernel<Path::k##PATH, false>(), NAME "_squeeze_nchw"}, \
-      {squeeze_kernel<Path::k##PATH, true>(), NAME "_squeeze_nhwc"},  \
-      {excite_kernel<Path::k##PATH>(), NAME "_excite"},               \
-  };                                                                  \
+#define GHOSTFUSED_BOTTLENECK_KERNELS(PATH, NAME)                              \
+  namespace ghostfused {                                                       \
+  const Kernel k##PATH##Bottleneck[kBottleneckKernels] = {                     \
+      GHOSTFUSED_DEPTHWISE(PATH, NAME, 1, 1),                                  \
+      GHOSTFUSED_DEPTHWISE(PATH, NAME, 3, 1),                                  \
+      GHOSTFUSED_DEPTHWISE(PATH, NAME, 5, 1),                                  \
+      GHOSTFUSED_DEPTHWISE(PATH, NAME, 3, 2),                                  \
+      GHOSTFUSED_DEPTHWISE(PATH, NAME, 5, 2),                                  \
+      {depthwise_kernel<Path::k##PATH, 0, 0, false>(), NAME "_depthwise_any"}, \
+      {squeeze_kernel<Path::k##PATH, false>(), NAME "_squeeze_nchw"},          \
+      {squeeze_kernel<Path::k##PATH, true>(), NAME "_squeeze_nhwc"},           \
+      {excite_kernel<Path::k##PATH>(), NAME "_excite"},                        \
+  };                                                                           \
   }

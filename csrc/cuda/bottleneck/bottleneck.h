@@ -11,6 +11,7 @@ constexpr int kBottleneckThreads = 256;
 // How a depthwise conv is cut into blocks: one image, block_c channels and block_p positions, each of which is some
 // output columns of one row. See depthwise_conv.cuh.
 struct DepthwisePlan {
+  int kernel;  // of a path: index in the table below
   int block_c, block_p, channel_blocks, position_blocks;
   int columns;               // of output, in a position
   int row_groups;            // positions in a row
@@ -18,9 +19,6 @@ struct DepthwisePlan {
   int smem_bytes;
   int64_t grid;
 };
-
-// From this width of kernel on, channels_last kernels have vectors of 8 bytes instead of 16: a row of 7 weights spills.
-constexpr int kNarrowVectors = 7;
 
 struct DepthwiseKernelParams {
   DepthwiseParams args;
@@ -61,8 +59,9 @@ const char* launch_depthwise(const DepthwiseParams& params, const DepthwisePlan&
 const char* launch_squeeze_excite(const SqueezeExciteParams& params, const SqueezeExcitePlan& plan, float* parts,
                                   void* stream);
 
-// Index: (log2 of stride * 4 + kernel_w / 2) * 2 + channels_last, then squeeze in both layouts, then excite.
-constexpr int kDepthwiseKernels = 16, kBottleneckKernels = kDepthwiseKernels + 3;
+// Index: the depthwise conv of 1, 3 and 5 columns at stride 1 and of 3 and 5 at stride 2, each by layout; of any number
+// of columns; then squeeze in both layouts, then excite.
+constexpr int kAnyDepthwise = 10, kDepthwiseKernels = kAnyDepthwise + 1, kBottleneckKernels = kDepthwiseKernels + 3;
 extern const Kernel kFloat16Bottleneck[kBottleneckKernels];
 extern const Kernel kBFloat16Bottleneck[kBottleneckKernels];
 extern const Kernel kFloat32Bottleneck[kBottleneckKernels];

@@ -7,7 +7,8 @@
 //
 //   channels_last   a thread has one vector of channels; each pixel of its window is one load of up to 16 bytes
 //   NCHW            a thread has one channel; its columns start where vectors do, and the window's rims are single
-//   loads
+//                   loads
+//   any             what the others aren't compiled for, and channels that make no vectors: single loads
 #pragma once
 
 #include "cuda/bottleneck/bottleneck.h"
@@ -16,7 +17,7 @@
 
 namespace ghostfused {
 
-constexpr int kDepthwiseColumns = 4;  // of output, in a position of channels_last
+constexpr int kDepthwiseColumns = 4;  // of output, in a position of channels_last and of the kernel for any
 constexpr int kSpan = 8;              // columns of input that a position of NCHW starts with
 
 // What a block works on: channels [c0, c0 + channels) and positions [first, first + positions) of image n.
@@ -59,9 +60,9 @@ __device__ __forceinline__ void load_parameters(const DepthwiseKernelParams& p, 
   }
   __syncthreads();  // the scales are there
   const T* weight = static_cast<const T*>(p.args.weight) + t.c0 * p.args.weight_stride_c;
-  const int taps = p.args.kernel_h * kW;
+  const int columns = kW > 0 ? kW : p.args.kernel_w, taps = p.args.kernel_h * columns;
   for (int i = threadIdx.x; i < t.channels * taps; i += blockDim.x) {
-    const int c = i / taps, tap = i - c * taps, kh = tap / kW, kw = tap - kh * kW;
+    const int c = i / taps, tap = i - c * taps, kh = tap / columns, kw = tap - kh * columns;
     const float w =
         to_float(weight[c * p.args.weight_stride_c + kh * p.args.weight_stride_h + kw * p.args.weight_stride_w]);
     out.weights[tap * p.plan.block_c + c] = out.scale[c] * w;
@@ -207,6 +208,46 @@ __device__ __forceinline__ void conv_planes(const DepthwiseKernelParams& p, cons
   }
 }
 
+template <Path kPath, typename T>
+__device__ __forceinline__ void conv_any(const DepthwiseKernelParams& p, const DepthwiseBlock& t,
+                                         const DepthwiseParameters& in) {
+  constexpr int kColumns = kDepthwiseColumns;
+  const DepthwiseParams& a = p.args;
+  const ThreadShare share = a.channels_last ? ThreadShare::of<true>(t.channels, t.positions)
+                                            : ThreadShare::of<false>(t.channels, t.positions);
+  const int c = share.vector;
+  const T* x = static_cast<const T*>(p.x.data) + t.n * p.x.stride_n + uint64_t{p.x.stride_c} * (t.c0 + c);
+  T* out = static_cast<T*>(p.out.data) + t.n * p.out.stride_n + uint64_t{p.out.stride_c} * (t.c0 + c);
+  for (int i = share.first; i < t.positions; i += share.step) {
+    const int position = t.first + i, oh = position / p.plan.row_groups;
+    const int ow = (position - oh * p.plan.row_groups) * kColumns, left = ow * a.stride - a.kernel_w / 2;
+    float sums[kColumns] = {}, slope[kColumns];
+    for_each_row(a, oh, [&](int kh, int h) {
+      const T* row = x + uint64_t{p.x.stride_h} * h;
+#pragma unroll 1
+      for (int kw = 0; kw < a.kernel_w; ++kw) {
+        const float weight = in.weights[(kh * a.kernel_w + kw) * p.plan.block_c + c];
+#pragma unroll
+        for (int col = 0; col < kColumns; ++col) {
+          const int w = left + col * a.stride + kw;
+          if (w >= 0 && w < a.width) sums[col] = fmaf(to_float(row[uint64_t{p.x.stride_w} * w]), weight, sums[col]);
+        }
+      }
+    });
+#pragma unroll
+    for (int col = 0; col < kColumns; ++col) {
+      sums[col] += in.shift[c];
+      slope[col] = in.slope[c];
+    }
+    activate<kColumns, kPath == Path::kFloat32>(sums, a.norm.act, slope);
+#pragma unroll
+    for (int col = 0; col < kColumns; ++col) {
+      if (ow + col < a.out_width) out[offset_in_image(p.out, 0, oh, ow + col)] = from_float<T>(sums[col]);
+    }
+  }
+}
+
+// kW = 0: any number of columns, stride and layout.
 template <Path kPath, int kW, int kStride, bool kChannelsLast>
 __global__ void __launch_bounds__(kBottleneckThreads, 2)
     depthwise_conv(const __grid_constant__ DepthwiseKernelParams p) {
@@ -216,14 +257,14 @@ __global__ void __launch_bounds__(kBottleneckThreads, 2)
   const DepthwiseParameters parameters(depthwise_smem, p);
   load_parameters<T, kW>(p, t, parameters);
   __syncthreads();  // the parameters are there
-  if constexpr (kChannelsLast) {
-    constexpr int kFull = (kW >= kNarrowVectors ? 8 : 16) / sizeof(T);
+  if constexpr (kW == 0) {
+    conv_any<kPath, T>(p, t, parameters);
+  } else if constexpr (kChannelsLast) {
+    constexpr int kFull = 16 / sizeof(T);
     if (p.plan.x_vector == kFull) {
       conv_channels_last<kPath, T, kW, kStride, kFull>(p, t, parameters);
-    } else if (p.plan.x_vector == kFull / 2) {
-      conv_channels_last<kPath, T, kW, kStride, kFull / 2>(p, t, parameters);
     } else {
-      conv_channels_last<kPath, T, kW, kStride, 1>(p, t, parameters);
+      conv_channels_last<kPath, T, kW, kStride, kFull / 2>(p, t, parameters);
     }
   } else {
     conv_planes<kPath, T, kW, kStride>(p, t, parameters);

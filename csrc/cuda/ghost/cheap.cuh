@@ -40,7 +40,7 @@ __device__ __forceinline__ void stage(unsigned char* p, int pitch, const float (
   }
 }
 
-// kD > 0: ratio 2 and a kD × kD kernel, unrolled. kD = 0: any size and ratio.
+// kD = 3: ratio 2 and a 3×3 kernel, unrolled. kD = 0: any size and ratio.
 template <Path kPath, typename T, int kD, bool kChannelsLast>
 __device__ __forceinline__ void depthwise(const KernelParams& p, const BlockTile& t, const DepthwiseOperands& op) {
   constexpr int kV = kDepthwiseChannels<kD>;
@@ -108,19 +108,23 @@ __device__ __forceinline__ void depthwise(const KernelParams& p, const BlockTile
         }
       }
     } else {
-      const int d = s.dw_size, pad = d / 2;
+      const int d = s.dw_size, pad = d / 2, left = t.w0 + col - pad;
+      const int kw_begin = max(0, -left), kw_end = min(d, s.width - left);
       int source[kV];  // new channel j is made from x1 channel j / (ratio - 1)
 #pragma unroll
       for (int i = 0; i < kV; ++i) source[i] = (op.channels.first + c + i) / (s.ratio - 1) - t.c0;
       for (int h = first; h < end; ++h, out += t.cols * pixel_pitch) {
         float sum[kV] = {};
-        for (int tap = 0; tap < d * d; ++tap) {
-          const int hh = h + tap / d - pad, ww = t.w0 + col + tap % d - pad;
-          const bool inside = hh >= 0 && hh < s.height && ww >= 0 && ww < s.width;
-          const T* x1 = reinterpret_cast<const T*>(op.x1 + (hh - t.halo_h0) * row_pitch + (ww - t.halo_w0) * x1_pitch);
+        const int top = h - pad, kh_end = min(d, s.height - top);  // the window's part inside the image
+        for (int kh = max(0, -top); kh < kh_end; ++kh) {
+          const unsigned char* x1 =
+              op.x1 + (top + kh - t.halo_h0) * row_pitch + (left + kw_begin - t.halo_w0) * x1_pitch;
+          const float* weight = weights + (kh * d + kw_begin) * block_c;
+          for (int kw = kw_begin; kw < kw_end; ++kw, x1 += x1_pitch, weight += block_c) {
 #pragma unroll
-          for (int i = 0; i < kV; ++i) {
-            sum[i] = fmaf(inside ? to_float(x1[source[i]]) : 0.f, weights[tap * block_c + i], sum[i]);
+            for (int i = 0; i < kV; ++i) {
+              sum[i] = fmaf(to_float(reinterpret_cast<const T*>(x1)[source[i]]), weight[i], sum[i]);
+            }
           }
         }
         emit(sum, out);

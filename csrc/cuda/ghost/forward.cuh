@@ -209,12 +209,12 @@ const void* kernel() {
 
 }  // namespace ghostfused
 
-// The six kernels of one path, in the order that launch.h gives.
-#define GHOSTFUSED_KERNELS(PATH, NAME)                                                                             \
-  namespace ghostfused {                                                                                           \
-  const Kernel k##PATH##Kernels[kKernelsPerPath] = {                                                               \
-      {kernel<Path::k##PATH, 3, false>(), NAME "_dw3_nchw"}, {kernel<Path::k##PATH, 3, true>(), NAME "_dw3_nhwc"}, \
-      {kernel<Path::k##PATH, 5, false>(), NAME "_dw5_nchw"}, {kernel<Path::k##PATH, 5, true>(), NAME "_dw5_nhwc"}, \
-      {kernel<Path::k##PATH, 0, false>(), NAME "_any_nchw"}, {kernel<Path::k##PATH, 0, true>(), NAME "_any_nhwc"}, \
-  };                                                                                                               \
+// The three kernels of one path, in the order that launch.h gives.
+#define GHOSTFUSED_KERNELS(PATH, NAME)                       \
+  namespace ghostfused {                                     \
+  const Kernel k##PATH##Kernels[kKernelsPerPath] = {         \
+      {kernel<Path::k##PATH, 3, false>(), NAME "_dw3_nchw"}, \
+      {kernel<Path::k##PATH, 0, false>(), NAME "_any_nchw"}, \
+      {kernel<Path::k##PATH, 0, true>(), NAME "_any_nhwc"},  \
+  };                                                         \
   }

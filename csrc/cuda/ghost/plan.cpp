@@ -107,7 +107,7 @@ bool complete(const GhostShape& s, const Span& rows, const Span& cols, LaunchPla
   p.blocks_per_sm = std::max(1, std::min<int>(by_registers, s.smem_per_sm / (end + 1024)));  // 1 KB is the system's
 
   // A thread of the depthwise conv slides down as many rows as leave work for all threads.
-  const int channels_per_thread = s.dw_size == 3 ? 4 : 2;
+  const int channels_per_thread = is_unrolled(s) ? 4 : 2;
   const int64_t threads_per_row = ceil_div(std::min(p.block_c, s.init_channels), channels_per_thread) * p.tile_w;
   const int strips = static_cast<int>(std::clamp<int64_t>(p.threads / threads_per_row, 1, p.tile_h));
   p.strip_h = static_cast<int>(ceil_div(p.tile_h, strips));
@@ -238,7 +238,8 @@ bool needs_full_kernel(const GhostForwardParams& a) {
     if (act != Act::kNone && act != Act::kReLU) return true;
   }
   return a.residual.data != nullptr || a.output_gate.data != nullptr ||
-         (a.shape.channels_last ? primary != cheap : a.input_gate != nullptr);
+         (a.shape.channels_last ? primary != cheap : a.input_gate != nullptr) ||
+         (element_size(a.shape) == 4 && a.input_gate != nullptr);
 }
 
 // The one place where a call gets its kernel: the fastest family that takes it.

@@ -77,12 +77,6 @@ __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint3
 }
 #undef GHOSTFUSED_MMA
 
-__device__ __forceinline__ uint32_t to_tf32(uint32_t bits) {
-  uint32_t r;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(__uint_as_float(bits)));
-  return r;
-}
-
 // Rounds to x's type, as x * gate in eager mode does.
 template <typename T>
 __device__ __forceinline__ uint32_t times_gate(uint32_t a, const T* gate) {

@@ -7,8 +7,14 @@
 
 namespace ghostfused {
 
-template <typename T, int kD, bool kChannelsLast>
-constexpr int kCellChannels = cell_channels(kD, kChannelsLast, sizeof(T));
+// Channels of a thread, ``kBytes`` of them where they are neighbours.
+template <typename T, int kBytes, Layout kLayout>
+constexpr int kCellChannels = cell_channels(kBytes, kLayout == Layout::kNhwc, sizeof(T));
+
+template <Layout kLayout>
+__device__ __forceinline__ bool channels_last(const GhostShape& s) {
+  return kLayout == Layout::kEither ? s.channels_last : kLayout == Layout::kNhwc;
+}
 
 // Columns [w, w + columns) of row h of image n.
 struct Cell {
@@ -73,26 +79,31 @@ struct Channels {
   }
 };
 
-// Where row h of image n begins in a dense map; a pixel further is pixel_step<kChannelsLast>(channels) elements.
-template <bool kChannelsLast>
+// Where row h of image n begins in a dense map.
+template <Layout kLayout>
 __device__ __forceinline__ int64_t row_offset(const GhostShape& s, int channels, int n, int h) {
-  return kChannelsLast ? (int64_t{n} * s.height + h) * s.width * channels
-                       : (int64_t{n} * channels * s.height + h) * s.width;
+  return channels_last<kLayout>(s) ? (int64_t{n} * s.height + h) * s.width * channels
+                                   : (int64_t{n} * channels * s.height + h) * s.width;
 }
 
-template <bool kChannelsLast>
+template <Layout kLayout>
 __device__ __forceinline__ int64_t channel_offset(const GhostShape& s, int c) {
-  return kChannelsLast ? c : int64_t{c} * s.height * s.width;
+  return channels_last<kLayout>(s) ? c : int64_t{c} * s.height * s.width;
 }
 
 // Columns [w, w + kCount) of a row as v[column][channel], zero outside the image.
-template <typename T, int kCount, int kV, bool kChannelsLast>
+template <typename T, int kCount, int kV, Layout kLayout>
 __device__ __forceinline__ void load_columns(float (&v)[kCount * kV], const TrainingParams& p, const void* map,
                                              int channels, int n, int h, int w, const Channels<kV>& c) {
-  static_assert(kChannelsLast || kV == 1);
+  static_assert(kLayout == Layout::kNhwc || kV == 1);
   const GhostShape& s = p.args.shape;
-  const T* row = static_cast<const T*>(map) + row_offset<kChannelsLast>(s, channels, n, h);
-  if constexpr (kChannelsLast) {
+  const T* row = static_cast<const T*>(map) + row_offset<kLayout>(s, channels, n, h);
+  if constexpr (kLayout == Layout::kEither) {
+    const int step = s.channels_last ? channels : 1;
+    row += channel_offset<kLayout>(s, c.at[0]) + int64_t{w} * step;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i, row += step) v[i] = w + i >= 0 && w + i < s.width ? to_float(*row) : 0.f;
+  } else if constexpr (kLayout == Layout::kNhwc) {
     row += int64_t{w} * channels;
 #pragma unroll
     for (int i = 0; i < kCount; ++i, row += channels) {
@@ -108,7 +119,7 @@ __device__ __forceinline__ void load_columns(float (&v)[kCount * kV], const Trai
       }
     }
   } else {
-    row += channel_offset<false>(s, c.at[0]) + w;
+    row += channel_offset<kLayout>(s, c.at[0]) + w;
     constexpr int kRim = (kCount - kCellColumns) / 2;  // the cell's own columns are aligned
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
@@ -124,18 +135,25 @@ __device__ __forceinline__ void load_columns(float (&v)[kCount * kV], const Trai
   }
 }
 
-template <typename T, int kV, bool kChannelsLast>
+template <typename T, int kV, Layout kLayout>
 __device__ __forceinline__ void load_cell(float (&v)[kCellColumns * kV], const TrainingParams& p, const void* map,
                                           int channels, const Cell& cell, const Channels<kV>& c) {
-  load_columns<T, kCellColumns, kV, kChannelsLast>(v, p, map, channels, cell.n, cell.h, cell.w, c);
+  load_columns<T, kCellColumns, kV, kLayout>(v, p, map, channels, cell.n, cell.h, cell.w, c);
 }
 
-template <typename T, int kV, bool kChannelsLast>
+template <typename T, int kV, Layout kLayout>
 __device__ __forceinline__ void store_cell(const float (&v)[kCellColumns * kV], const TrainingParams& p, void* map,
                                            int channels, const Cell& cell, const Channels<kV>& c) {
   const GhostShape& s = p.args.shape;
-  T* row = static_cast<T*>(map) + row_offset<kChannelsLast>(s, channels, cell.n, cell.h);
-  if constexpr (kChannelsLast) {
+  T* row = static_cast<T*>(map) + row_offset<kLayout>(s, channels, cell.n, cell.h);
+  if constexpr (kLayout == Layout::kEither) {
+    const int step = s.channels_last ? channels : 1;
+    row += channel_offset<kLayout>(s, c.at[0]) + int64_t{cell.w} * step;
+#pragma unroll
+    for (int i = 0; i < kCellColumns; ++i, row += step) {
+      if (c.kept[0] && i < cell.columns) *row = from_float<T>(v[i]);
+    }
+  } else if constexpr (kLayout == Layout::kNhwc) {
     row += int64_t{cell.w} * channels;
 #pragma unroll
     for (int i = 0; i < kCellColumns; ++i, row += channels) {
@@ -153,7 +171,7 @@ __device__ __forceinline__ void store_cell(const float (&v)[kCellColumns * kV], 
       }
     }
   } else if (c.kept[0]) {
-    row += channel_offset<false>(s, c.at[0]) + cell.w;
+    row += channel_offset<kLayout>(s, c.at[0]) + cell.w;
     if (p.plan.vector) {
       Vector<T, kCellColumns> x;
 #pragma unroll
@@ -282,9 +300,10 @@ __device__ __forceinline__ float weight_at(const GhostForwardParams& a, int64_t 
 // memory. A barrier must follow.
 template <typename T, int kD>
 __device__ __forceinline__ void load_weights(const TrainingParams& p, float* out, int first, int every, int count) {
-  for (int i = threadIdx.x; i < count * kD * kD; i += blockDim.x) {
-    const int c = i / (kD * kD), tap = i - c * (kD * kD);
-    out[tap * kMaxBlockChannels + c] = weight_at<T>(p.args, first + int64_t{c} * every, tap / kD, tap % kD);
+  const int d = kD > 0 ? kD : p.args.shape.dw_size;
+  for (int i = threadIdx.x; i < count * d * d; i += blockDim.x) {
+    const int c = i / (d * d), tap = i - c * (d * d);
+    out[tap * kMaxBlockChannels + c] = weight_at<T>(p.args, first + int64_t{c} * every, tap / d, tap % d);
   }
 }
 

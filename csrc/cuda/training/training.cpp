@@ -20,7 +20,7 @@ int paths_index(Path path) { return path == Path::kFloat16 ? 0 : path == Path::k
 int kernel_index(TrainingStep step, const GhostShape& s) {
   const int index = static_cast<int>(step);
   if (index < 2) return index * 2 + s.channels_last;
-  return 4 + ((index - 2) * 4 + s.dw_size / 2) * 2 + s.channels_last;
+  return 4 + (index - 2) * 3 + (s.dw_size == 3 ? s.channels_last : 2);
 }
 
 const char* queue(const void* function, int64_t grid, int threads, int smem_bytes, unsigned* counters,
@@ -56,7 +56,9 @@ TrainingPlan plan_cells(TrainingStep step, const TrainingParams& params, int sm_
   const bool elementwise = is_elementwise(step);
   const bool cheap = step == TrainingStep::kCheapStatistics || step == TrainingStep::kCheapBackward;
   const int64_t channels = cheap ? int64_t{s.init_channels} * (s.ratio - 1) : s.init_channels;
-  const int vector = cell_channels(elementwise ? 0 : s.dw_size, s.channels_last, element_size(s.path));
+  const bool any_size = !elementwise && s.dw_size != 3;
+  const int vector = cell_channels(elementwise ? kElementwiseBytes : kStencilBytes, s.channels_last && !any_size,
+                                   element_size(s.path));
   TrainingPlan p{};
   p.kernel = &training_kernel(paths_index(s.path) * kTrainingKernels + kernel_index(step, s));
   p.threads = kTrainingThreads;
@@ -74,14 +76,19 @@ TrainingPlan plan_cells(TrainingStep step, const TrainingParams& params, int sm_
   if (step == TrainingStep::kNormalize) {
     p.channel_blocks += static_cast<int>(ceil_div(s.out_channels - s.init_channels, p.block_c));
   }
-  p.passes = step == TrainingStep::kPrimaryBackward && params.weight_gradient != nullptr ? s.ratio - 1 : 1;
+  p.passes = 1;
+  if (step == TrainingStep::kPrimaryBackward && params.weight_gradient != nullptr) {
+    p.passes = (s.ratio - 1) * (any_size ? s.dw_size : 1);
+  }
   const int64_t together = kTrainingThreads / (p.block_c / vector);
   const int64_t wanted = ceil_div(int64_t{kBlocksPerSm} * sm_count, int64_t{p.channel_blocks} * p.passes);
   const int64_t rows = std::clamp<int64_t>(ceil_div(p.cells, together * kLeastRounds), 1, wanted);
   p.row_cells = ceil_div(ceil_div(p.cells, rows), together) * together;
   p.rows = RowGroups::of(static_cast<int>(ceil_div(p.cells, p.row_cells)));
-  p.vector = vectors_fit(s, params.maps, vector, elementwise);
-  const int values = step == TrainingStep::kPrimaryBackward ? 3 + s.dw_size * s.dw_size : elementwise ? 0 : 3;
+  p.vector = !any_size && vectors_fit(s, params.maps, vector, elementwise);
+  const int values = step == TrainingStep::kPrimaryBackward ? 3 + (any_size ? kPassSums<0> : kPassSums<3>)
+                     : elementwise                          ? 0
+                                                            : 3;
   p.partial = p.passes * p.rows.partial(values * channels);
   p.counters = p.rows.counters(p.passes * p.channel_blocks);
   return p;

@@ -20,12 +20,22 @@ constexpr bool is_elementwise(TrainingStep s) {
 
 constexpr int kTrainingThreads = 256, kMaxBlockChannels = 64;
 
-// A thread's cell: so many neighbouring columns of one row, times so many channels, neighbours in channels_last: of 4
-// bytes, or 8 for a step without a depthwise conv (dw_size 0). More channels with a large window would spill.
-constexpr int kCellColumns = 4;
-constexpr int cell_channels(int dw_size, bool channels_last, int element_size) {
-  return !channels_last || dw_size >= 5 ? 1 : (dw_size == 0 ? 8 : 4) / element_size;
+// A thread's cell: so many neighbouring columns of one row, times so many channels, neighbours in channels_last: of 8
+// bytes, or 4 for a step with a depthwise conv. More channels with a large window would spill.
+constexpr int kCellColumns = 4, kElementwiseBytes = 8, kStencilBytes = 4;
+constexpr int cell_channels(int bytes, bool channels_last, int element_size) {
+  return channels_last ? bytes / element_size : 1;
 }
+
+// What a kernel is compiled for; kEither reads it from the shape, and has no vectors.
+enum class Layout : int { kNchw, kNhwc, kEither };
+
+// The depthwise conv is 3×3, or else any size up to this, by kernels that read size and layout from the shape.
+constexpr int kMaxTrainingSize = 7;
+// Sums that one pass of primary_backward makes for the weights' gradient: all taps, or (kD = 0: any size) a row of
+// them.
+template <int kD>
+constexpr int kPassSums = kD > 0 ? kD * kD : kMaxTrainingSize;
 
 // Rows of partial results are combined by groups of about √rows, then the groups: a chain of 2 √rows additions, no
 // more.
@@ -88,7 +98,7 @@ struct TrainingPlan {
   const Kernel* kernel;
   int threads;
   int block_c, channel_blocks;
-  int passes;  // of primary_backward: pass r makes the weights' gradient of each primary channel's r-th cheap one
+  int passes;  // of primary_backward: for each of the cheap channels of a primary one (any size: and for each row)
   int row_groups, image_cells;  // cells in a row of pixels, in an image
   RowGroups rows;
   int64_t cells, row_cells;  // of all images, of a row of the grid
@@ -155,8 +165,8 @@ StatisticsPlan plan_statistics(const GhostForwardParams& params, const LaunchPla
 const char* launch_statistics(const GhostForwardParams& params, const LaunchPlan& plan, StatisticsParams& statistics,
                               void* stream);
 
-// Index: the two elementwise steps by layout, then the other three by (size of the depthwise conv, layout).
-constexpr int kTrainingKernels = 2 * 2 + 3 * 4 * 2;
+// Index: the two elementwise steps by layout, then the other three, each 3×3 by layout and any size.
+constexpr int kTrainingKernels = 2 * 2 + 3 * 3;
 extern const Kernel kFloat16Training[kTrainingKernels];
 extern const Kernel kBFloat16Training[kTrainingKernels];
 extern const Kernel kFloat32Training[kTrainingKernels];

@@ -62,15 +62,15 @@ const void* nchw_kernel() {
   GHOSTFUSED_NCHW(PATH, NAME, MAP, WIDTH, TILES, 3, false, "")
 #define GHOSTFUSED_NCHW_FULL(PATH, NAME, MAP, WIDTH, TILES, DW) \
   GHOSTFUSED_NCHW(PATH, NAME, MAP, WIDTH, TILES, DW, true, "_any")
-#define GHOSTFUSED_NCHW_KERNELS(PATH, NAME)                                                                         \
-  namespace ghostfused {                                                                                            \
-  const Kernel k##PATH##NchwKernels[kNchwKernelsPerPath] = {                                                        \
-      GHOSTFUSED_NCHW_PLAIN(PATH, NAME, kWide8, 8, 1),       GHOSTFUSED_NCHW_PLAIN(PATH, NAME, kWide8, 8, 2),       \
-      GHOSTFUSED_NCHW_PLAIN(PATH, NAME, kWide4, 4, 2),       GHOSTFUSED_NCHW_PLAIN(PATH, NAME, kWide4, 4, 4),       \
-      GHOSTFUSED_NCHW_PLAIN(PATH, NAME, kFourteen, 14, 2),   GHOSTFUSED_NCHW_PLAIN(PATH, NAME, kFourteen, 14, 4),   \
-      GHOSTFUSED_NCHW_PLAIN(PATH, NAME, kSeven, 7, 3),       GHOSTFUSED_NCHW_FULL(PATH, NAME, kWide8, 8, 2, 3),     \
-      GHOSTFUSED_NCHW_FULL(PATH, NAME, kWide4, 4, 2, 3),     GHOSTFUSED_NCHW_FULL(PATH, NAME, kFourteen, 14, 2, 3), \
-      GHOSTFUSED_NCHW_FULL(PATH, NAME, kFourteen, 14, 4, 3), GHOSTFUSED_NCHW_FULL(PATH, NAME, kSeven, 7, 3, 3),     \
-      GHOSTFUSED_NCHW_FULL(PATH, NAME, kWide8, 8, 2, 5),     GHOSTFUSED_NCHW_FULL(PATH, NAME, kWide4, 4, 2, 5),     \
-      GHOSTFUSED_NCHW_FULL(PATH, NAME, kFourteen, 14, 2, 5), GHOSTFUSED_NCHW_FULL(PATH, NAME, kSeven, 7, 3, 5)};    \
+#define GHOSTFUSED_NCHW_KERNELS(PATH, NAME)                                                                       \
+  namespace ghostfused {                                                                                          \
+  const Kernel k##PATH##NchwKernels[kNchwKernelsPerPath] = {                                                      \
+      GHOSTFUSED_NCHW_PLAIN(PATH, NAME, kWide8, 8, 1),     GHOSTFUSED_NCHW_PLAIN(PATH, NAME, kWide8, 8, 2),       \
+      GHOSTFUSED_NCHW_PLAIN(PATH, NAME, kWide4, 4, 2),     GHOSTFUSED_NCHW_PLAIN(PATH, NAME, kWide4, 4, 4),       \
+      GHOSTFUSED_NCHW_PLAIN(PATH, NAME, kFourteen, 14, 2), GHOSTFUSED_NCHW_PLAIN(PATH, NAME, kFourteen, 14, 4),   \
+      GHOSTFUSED_NCHW_PLAIN(PATH, NAME, kSeven, 7, 3),     GHOSTFUSED_NCHW_FULL(PATH, NAME, kWide8, 8, 2, 3),     \
+      GHOSTFUSED_NCHW_FULL(PATH, NAME, kWide4, 4, 2, 3),   GHOSTFUSED_NCHW_FULL(PATH, NAME, kFourteen, 14, 2, 3), \
+      GHOSTFUSED_NCHW_FULL(PATH, NAME, kSeven, 7, 3, 3),   GHOSTFUSED_NCHW_FULL(PATH, NAME, kWide8, 8, 2, 5),     \
+      GHOSTFUSED_NCHW_FULL(PATH, NAME, kWide4, 4, 2, 5),   GHOSTFUSED_NCHW_FULL(PATH, NAME, kFourteen, 14, 2, 5), \
+      GHOSTFUSED_NCHW_FULL(PATH, NAME, kSeven, 7, 3, 5)};                                                         \
   }

@@ -9,10 +9,9 @@ namespace {
 int kernel_index(const GhostShape& s, const NchwPlan& p) {
   const int map = static_cast<int>(p.map), path = s.path == Path::kFloat16 ? 0 : kNchwKernelsPerPath;
   if (s.dw_size == 5) return path + kNchwPlain + kNchwFull3 + map;
+  if (s.full) return path + kNchwPlain + map;
   const bool many = p.map == NchwMap::kWide8 ? p.tiles > 1 : p.map != NchwMap::kSeven && p.tiles > 2;
-  if (!s.full) return path + 2 * map + many;
-  constexpr int first[] = {0, 1, 2, 4};
-  return path + kNchwPlain + first[map] + (p.map == NchwMap::kFourteen && many);
+  return path + 2 * map + many;
 }
 
 }  // namespace

@@ -181,7 +181,7 @@ NchwPlan plan_nchw(const GhostShape& s) {
   if (s.width == 7 && s.height == 7) {
     search.map(NchwMap::kSeven, {3});
   } else if (s.width == 14 && s.height == 14) {
-    s.dw_size == 5 ? search.map(NchwMap::kFourteen, {2}) : search.map(NchwMap::kFourteen, {2, 4});
+    full ? search.map(NchwMap::kFourteen, {2}) : search.map(NchwMap::kFourteen, {2, 4});
   } else if (s.width % 8 == 0 && s.width > 8) {
     full ? search.map(NchwMap::kWide8, {2}) : search.map(NchwMap::kWide8, {1, 2});
   } else if (s.width % 4 == 0 && s.width > 4) {

@@ -4,38 +4,11 @@
 
 #include <type_traits>
 
+#include "cuda/ghost/nhwc/channels.cuh"
 #include "cuda/ghost/nhwc/load.cuh"
 #include "cuda/ghost/store.cuh"
 
 namespace ghostfused {
-
-// Two or four neighbouring channels of a pixel.
-template <typename T, int kChannels>
-struct ChannelVectorOf;
-template <typename T>
-struct ChannelVectorOf<T, 2> {
-  uint32_t raw;
-  __device__ __forceinline__ void to_float(float (&v)[2]) const {
-    const float2 a = unpack<T>(raw);
-    v[0] = a.x, v[1] = a.y;
-  }
-  template <bool kReLU>
-  __device__ __forceinline__ static ChannelVectorOf of(const float (&v)[2]) {
-    return {pack<T, kReLU>(v[0], v[1])};
-  }
-};
-template <typename T>
-struct ChannelVectorOf<T, 4> {
-  uint2 raw;
-  __device__ __forceinline__ void to_float(float (&v)[4]) const {
-    const float2 a = unpack<T>(raw.x), b = unpack<T>(raw.y);
-    v[0] = a.x, v[1] = a.y, v[2] = b.x, v[3] = b.y;
-  }
-  template <bool kReLU>
-  __device__ __forceinline__ static ChannelVectorOf of(const float (&v)[4]) {
-    return {uint2{pack<T, kReLU>(v[0], v[1]), pack<T, kReLU>(v[2], v[3])}};
-  }
-};
 
 // A thread slides down strip_h rows of kThreadColumns columns. Row r of x1 adds to the kD outputs that it touches;
 // their sums lie in registers, output o's at index o % kD, which is why rows come in kD phases.
@@ -44,9 +17,10 @@ struct Cheap {
   using T = typename PathType<kPath>::T;
   static constexpr int kChannels = nhwc_thread_channels(kD), kColumns = kThreadColumns, kPad = kD / 2;
   static constexpr bool kReLU = kEpilogue == Epilogue::kReLU;
+  static constexpr int kBytes = sizeof(T);
   // Blocks of few channels: neighbouring lanes have neighbouring positions and exchange, so that one instruction stores
   // both halves of a pixel: whole sectors.
-  static constexpr bool kPaired = kTiles == 1 && kEpilogue != Epilogue::kAny;
+  static constexpr bool kPaired = kTiles == 1 && kEpilogue != Epilogue::kAny && sizeof(T) == 2;
   using Vec = ChannelVectorOf<T, kChannels>;
 
   const NhwcParams& p;
@@ -92,7 +66,7 @@ struct Cheap {
   // v * gate + residual at a pixel; ``second``: of the output's second half.
   __device__ __forceinline__ Vec finish(Vec v, bool second, int h, int w) const {
     if (p.residual.data == nullptr && p.output_gate.data == nullptr) return v;
-    const int half = second ? p.args.shape.init_channels * 2 : 0;
+    const int half = second ? p.args.shape.init_channels * kBytes : 0;
     float y[kChannels], z[kChannels];
     v.to_float(y);
     if (p.output_gate.data != nullptr) {
@@ -113,8 +87,8 @@ struct Cheap {
   __device__ __forceinline__ static Vec load(const DeviceTensor& t, const unsigned char* image, uint32_t h,
                                              uint32_t w) {
     Vec v;
-    v.raw =
-        *reinterpret_cast<const decltype(v.raw)*>(image + (uint64_t{h} * t.stride_h + uint64_t{w} * t.stride_w) * 2);
+    v.raw = *reinterpret_cast<const decltype(v.raw)*>(image +
+                                                      (uint64_t{h} * t.stride_h + uint64_t{w} * t.stride_w) * kBytes);
     return v;
   }
 
@@ -124,7 +98,8 @@ struct Cheap {
   }
 
   __device__ __forceinline__ void store_x2(float (&y)[kChannels], int column) {
-    if constexpr (kEpilogue == Epilogue::kAny) activate<kChannels, false>(y, p.args.cheap.act, slope);
+    if constexpr (kEpilogue == Epilogue::kAny) activate<kChannels, kPath == Path::kFloat32>(y, p.args.cheap.act, slope);
+    if constexpr (kEpilogue == Epilogue::kLowest) raise_to(y, p.lowest);
     Vec v = Vec::template of<kReLU>(y);
     if constexpr (kPaired) {
       Vec other;  // x2 of the even lane, for the odd one
@@ -236,7 +211,7 @@ struct Cheap {
 template <Path kPath, int kTiles, int kD, Epilogue kEpilogue>
 __device__ __forceinline__ void cheap_and_store(const NhwcParams& p, const NhwcTile& t, unsigned char* smem) {
   using Work = Cheap<kPath, kTiles, kD, kEpilogue>;
-  constexpr int kPad = kD / 2, kLanes = Work::kPaired ? 2 : 1;  // that share a channel vector
+  constexpr int kPad = kD / 2, kBytes = Work::kBytes, kLanes = Work::kPaired ? 2 : 1;  // that share a channel vector
   const NhwcPlan& plan = p.plan;
   const GhostShape& s = p.args.shape;
   const int vectors = p.vectors.divisor, unit = threadIdx.x / kLanes, units = blockDim.x / kLanes;
@@ -255,8 +230,8 @@ __device__ __forceinline__ void cheap_and_store(const NhwcParams& p, const NhwcT
   const int c = t.c0 + channel;
   const bool odd_lane = Work::kPaired && threadIdx.x % 2 == 1;
   work.has_x2 = s.init_channels + c < s.out_channels && (odd_lane || !Work::kPaired);
-  const uint32_t x1 = shared_address(smem) + plan.x1_offset + channel * 2;
-  unsigned char* out = static_cast<unsigned char*>(p.out.data) + c * 2;
+  const uint32_t x1 = shared_address(smem) + plan.x1_offset + channel * kBytes;
+  unsigned char* out = static_cast<unsigned char*>(p.out.data) + c * kBytes;
 
   if constexpr (kEpilogue == Epilogue::kAny) {
     work.gate_scale_h = static_cast<float>(p.args.gate_height) / static_cast<float>(s.height);
@@ -279,7 +254,7 @@ __device__ __forceinline__ void cheap_and_store(const NhwcParams& p, const NhwcT
     return x1 + row * work.row_bytes + at.w * work.pitch;
   };
   const auto in_out = [&](const Place& at) {
-    return out + (t.n + at.image) * p.out.stride_n * 2 + static_cast<int64_t>(t.h0 + at.h) * p.out_row +
+    return out + (t.n + at.image) * p.out.stride_n * kBytes + static_cast<int64_t>(t.h0 + at.h) * p.out_row +
            static_cast<int64_t>(at.w) * p.out_pixel;
   };
 #pragma unroll 1
@@ -288,7 +263,7 @@ __device__ __forceinline__ void cheap_and_store(const NhwcParams& p, const NhwcT
       if (first + place_of_warp * 2 >= positions) break;
       const int even = min(first + min(place, step / 2 - 1) * 2, positions - 1), odd = min(even + 1, positions - 1);
       const Place a = place_of(even), b = place_of(odd);
-      const int half = work.has_x2 ? s.init_channels * 2 : 0;
+      const int half = work.has_x2 ? s.init_channels * kBytes : 0;
       work.in = in_x1(odd_lane ? b : a);
       work.from_a = in_x1(a) + kPad * (work.row_bytes + work.pitch);
       work.from_b = in_x1(b) + kPad * (work.row_bytes + work.pitch);
@@ -299,16 +274,17 @@ __device__ __forceinline__ void cheap_and_store(const NhwcParams& p, const NhwcT
       const Place at = place_of(first + place);
       work.in = in_x1(at);
       work.to_x1 = in_out(at);
-      work.to_x2 = work.to_x1 + s.init_channels * 2;
+      work.to_x2 = work.to_x1 + s.init_channels * kBytes;
       if constexpr (kEpilogue == Epilogue::kAny) {
         const int n = t.n + at.image;
-        work.gate = static_cast<const unsigned char*>(p.output_gate.data) + (n * p.output_gate.stride_n + c) * 2;
-        work.residual = static_cast<const unsigned char*>(p.residual.data) + (n * p.residual.stride_n + c) * 2;
+        work.gate = static_cast<const unsigned char*>(p.output_gate.data) + (n * p.output_gate.stride_n + c) * kBytes;
+        work.residual = static_cast<const unsigned char*>(p.residual.data) + (n * p.residual.stride_n + c) * kBytes;
         work.row_h = t.h0 + at.h - kPad;
         work.col_w = at.w;
       }
     }
-    if constexpr (kEpilogue == Epilogue::kAny) {
+    if constexpr (kEpilogue == Epilogue::kAny ||
+                  (kStepsApart && Work::kBytes == 4)) {  // it would spill, see vector.cuh
       work.strip();
     } else {
       work.strip3();

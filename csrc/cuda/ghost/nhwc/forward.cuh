@@ -1,10 +1,11 @@
-// The Ghost module in channels_last, fp16 and bf16, as one kernel: 3×3 or 5×5, ratio 2. A block takes whole rows of an
-// image with their halo, or whole images, × block_c init channels:
+// The Ghost module in channels_last as one kernel: 3×3 or (fp16, bf16) 5×5, ratio 2. A block
+// takes whole rows of an image with their halo, or whole images, × block_c init channels:
 //
 //   load          the first x → registers; 1×1 weights and x1's padding → shared memory             load.cuh
 //   norm_affine   bias and norm as scale and shift, the cheap weights times theirs → shared memory  load.cuh
 //   --- barrier ---
 //   primary       w * x on tensor cores, scale, shift, activation → x1 in shared memory             primary.cuh
+//                 or by multiply-adds, IEEE fp32                                           primary_fma.cuh
 //   --- barrier ---
 //   cheap         x1 → x2 in registers, sliding down rows                                           cheap.cuh
 //   store         x1 and x2 → output, gate and residual applied                                     cheap.cuh
@@ -15,6 +16,7 @@
 
 #include "cuda/ghost/nhwc/cheap.cuh"
 #include "cuda/ghost/nhwc/primary.cuh"
+#include "cuda/ghost/nhwc/primary_fma.cuh"
 
 namespace ghostfused {
 
@@ -24,12 +26,17 @@ __global__ void __launch_bounds__(nhwc_max_threads(kTiles), nhwc_min_blocks(kTil
   using T = typename PathType<kPath>::T;
   extern __shared__ __align__(128) unsigned char smem[];
   const NhwcTile t = nhwc_tile<kD>(p);
-  primary<kPath, kTiles, kD, kEpilogue>(p, t, smem, [&] {
-    load_primary_weight<T, kTiles>(p, t, smem);
+  const auto prepare = [&] {
+    load_primary_weight<kPath, kTiles>(p, t, smem);
     norm_affine<T, kD>(p, t, p.plan.warps_n * kTiles * 16, reinterpret_cast<float*>(smem + p.plan.affine_offset),
                        reinterpret_cast<float*>(smem + p.plan.cheap_offset));
     zero_padding<kD>(p, t, smem + p.plan.x1_offset);
-  });
+  };
+  if constexpr (kPath == Path::kFloat32) {
+    primary_fma<kTiles, kD, kEpilogue>(p, t, smem, prepare);
+  } else {
+    primary<kPath, kTiles, kD, kEpilogue>(p, t, smem, prepare);
+  }
   __syncthreads();  // x1 is complete
   cheap_and_store<kPath, kTiles, kD, kEpilogue>(p, t, smem);
 }
@@ -42,15 +49,20 @@ const void* nhwc_kernel() {
 }  // namespace ghostfused
 
 // The kernels of one path, in the order that nhwc.h gives.
-#define GHOSTFUSED_NHWC_PLAIN(PATH, NAME, TILES)                                                \
-  {nhwc_kernel<Path::k##PATH, TILES, 3, Epilogue::kNone>(), NAME "_nhwc_t" #TILES "_dw3_none"}, \
-      {nhwc_kernel<Path::k##PATH, TILES, 3, Epilogue::kReLU>(), NAME "_nhwc_t" #TILES "_dw3_relu"},
-#define GHOSTFUSED_NHWC_TILES(PATH, NAME, TILES)                                                   \
-  GHOSTFUSED_NHWC_PLAIN(PATH, NAME, TILES){nhwc_kernel<Path::k##PATH, TILES, 3, Epilogue::kAny>(), \
-                                           NAME "_nhwc_t" #TILES "_dw3_any"},                      \
-      {nhwc_kernel<Path::k##PATH, TILES, 5, Epilogue::kAny>(), NAME "_nhwc_t" #TILES "_dw5_any"},
-#define GHOSTFUSED_NHWC_KERNELS(PATH, NAME)                                                                            \
-  namespace ghostfused {                                                                                               \
-  const Kernel k##PATH##NhwcKernels[kNhwcKernelsPerPath] = {                                                           \
-      GHOSTFUSED_NHWC_TILES(PATH, NAME, 1) GHOSTFUSED_NHWC_TILES(PATH, NAME, 2) GHOSTFUSED_NHWC_PLAIN(PATH, NAME, 3)}; \
+#define GHOSTFUSED_NHWC(PATH, NAME, TILES, DW, EPILOGUE, SUFFIX) \
+  {nhwc_kernel<Path::k##PATH, TILES, DW, Epilogue::EPILOGUE>(), NAME "_nhwc_t" #TILES "_dw" #DW SUFFIX}
+#define GHOSTFUSED_NHWC_KERNELS(PATH, NAME)                                                                 \
+  namespace ghostfused {                                                                                    \
+  const Kernel k##PATH##NhwcKernels[kNhwcKernelsPerPath] = {                                                \
+      GHOSTFUSED_NHWC(PATH, NAME, 1, 3, kNone, "_none"), GHOSTFUSED_NHWC(PATH, NAME, 1, 3, kReLU, "_relu"), \
+      GHOSTFUSED_NHWC(PATH, NAME, 1, 3, kAny, "_any"),   GHOSTFUSED_NHWC(PATH, NAME, 2, 3, kNone, "_none"), \
+      GHOSTFUSED_NHWC(PATH, NAME, 2, 3, kReLU, "_relu"), GHOSTFUSED_NHWC(PATH, NAME, 2, 3, kAny, "_any"),   \
+      GHOSTFUSED_NHWC(PATH, NAME, 3, 3, kNone, "_none"), GHOSTFUSED_NHWC(PATH, NAME, 3, 3, kReLU, "_relu"), \
+      GHOSTFUSED_NHWC(PATH, NAME, 2, 5, kAny, "_any")};                                                     \
+  }
+#define GHOSTFUSED_NHWC_FLOAT_KERNELS(PATH, NAME)                                                                  \
+  namespace ghostfused {                                                                                           \
+  const Kernel k##PATH##NhwcKernels[kNhwcFloatKernelsPerPath] = {GHOSTFUSED_NHWC(PATH, NAME, 1, 3, kLowest, ""),   \
+                                                                 GHOSTFUSED_NHWC(PATH, NAME, 2, 3, kLowest, ""),   \
+                                                                 GHOSTFUSED_NHWC(PATH, NAME, 2, 3, kAny, "_any")}; \
   }

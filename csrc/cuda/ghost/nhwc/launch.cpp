@@ -8,17 +8,24 @@ namespace {
 
 Epilogue epilogue_of(const GhostForwardParams& a) {
   if (a.shape.full) return Epilogue::kAny;
+  if (element_size(a.shape.path) == 4) return Epilogue::kLowest;
   return a.primary.act == Act::kNone ? Epilogue::kNone : Epilogue::kReLU;
 }
 
 int kernel_index(const GhostForwardParams& a, const NhwcPlan& plan) {
-  return (a.shape.path == Path::kFloat16 ? 0 : kNhwcKernelsPerPath) + (plan.warp_tiles - 1) * kNhwcVariants +
-         nhwc_variant(a.shape.dw_size, epilogue_of(a));
+  constexpr int first[] = {0, kNhwcKernelsPerPath, 2 * kNhwcKernelsPerPath,
+                           2 * kNhwcKernelsPerPath + kNhwcFloatKernelsPerPath};
+  return first[static_cast<int>(a.shape.path)] + nhwc_kernel_of_path(a.shape, plan.warp_tiles, epilogue_of(a));
 }
 
 }  // namespace
 
 const Kernel& nhwc_kernel(int index) {
+  const int of_float = index - 2 * kNhwcKernelsPerPath;
+  if (of_float >= 0) {
+    return (of_float < kNhwcFloatKernelsPerPath ? kTF32NhwcKernels
+                                                : kFloat32NhwcKernels)[of_float % kNhwcFloatKernelsPerPath];
+  }
   return (index < kNhwcKernelsPerPath ? kFloat16NhwcKernels : kBFloat16NhwcKernels)[index % kNhwcKernelsPerPath];
 }
 

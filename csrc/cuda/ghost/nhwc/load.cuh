@@ -32,6 +32,14 @@ __device__ __forceinline__ NhwcTile nhwc_tile(const NhwcParams& p) {
   return t;
 }
 
+// Input channels of which the four lanes of a pixel load 16 bytes each.
+template <typename T>
+constexpr int kNhwcK = 64 / sizeof(T);
+
+__device__ __forceinline__ uint4 to_tf32(const uint4& v) {
+  return {to_tf32(v.x), to_tf32(v.y), to_tf32(v.z), to_tf32(v.w)};
+}
+
 // A lane's channel within the kTiles m16 tiles of its warp: row g + 8 * half of tile t. Two neighbouring tiles give it
 // four channels in a row, a last single one two, so that it stores x1 as one vector.
 template <int kTiles>
@@ -40,18 +48,22 @@ __device__ __forceinline__ int channel_of(int t, int g, int half) {
   return single ? 16 * t + 2 * g + half : t / 2 * 32 + 4 * g + t % 2 * 2 + half;
 }
 
-// The 1×1 weights as mma's A fragments: [warp along channels][32 input channels][k16 step][tile][lane], 16 bytes each.
-// Lane 4 g + q has input channels 8 q … 8 q + 7 of 32, in the order in which it reads x; zero beyond Cin. Channels
-// beyond the block's are any: nobody stores their x1.
-template <typename T, int kTiles>
+// The 1×1 weights as mma's A fragments: [warp along channels][kNhwcK input channels][k step][tile][lane], 16 bytes
+// each. Lane 4 g + q has the q-th quarter of kNhwcK input channels, in the order in which it reads x; zero beyond Cin.
+// Channels beyond the block's are any: nobody stores their x1. For IEEE fp32, in the same place: [warp along
+// channels][four input channels][tile][half][g], see primary_fma.cuh.
+template <Path kPath, int kTiles>
 __device__ __forceinline__ void load_primary_weight(const NhwcParams& p, const NhwcTile& t, unsigned char* fragments) {
+  using T = typename PathType<kPath>::T;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
   const int blocks = p.plan.k_blocks, tiles = p.plan.warps_n * kTiles, last = p.plan.block_c - 1;
   const int side = p.weight_warps.divisor, row_of_warps = FastDivisor(p.weight_warps).divide(warp);  // along the tiles
   const int rows_of_warps = p.weight_rows;                                                           // along Cin
   if (row_of_warps >= rows_of_warps) return;
-  const bool whole = p.args.shape.in_channels % 32 == 0, inside = (blocks - 1) * 32 + 8 * q < p.args.shape.in_channels;
-  const uint32_t row_bytes = static_cast<uint32_t>(p.args.primary_weight_stride_n) * 2;
+  constexpr int kK = kNhwcK<T>;
+  const int in_channels = p.args.shape.in_channels;
+  const bool whole = in_channels % kK == 0, inside = (blocks - 1) * kK + kK / 4 * q < in_channels;
+  const uint32_t row_bytes = static_cast<uint32_t>(p.args.primary_weight_stride_n) * sizeof(T);
   const unsigned char* weight = static_cast<const unsigned char*>(p.args.primary_weight) + q * 16 + row_of_warps * 64;
 #pragma unroll 1
   for (int tile = warp - row_of_warps * side; tile < tiles; tile += side) {
@@ -60,7 +72,8 @@ __device__ __forceinline__ void load_primary_weight(const NhwcParams& p, const N
       return weight + static_cast<uint64_t>(static_cast<uint32_t>(t.c0 + min(c, last))) * row_bytes;
     };
     const unsigned char *row_a = row(c), *row_b = row(c + 1);
-    unsigned char* to = fragments + ((warp_n * blocks + row_of_warps) * 2 * kTiles + i) * 512 + lane * 16;
+    unsigned char* to = fragments + (warp_n * blocks + row_of_warps) * 2 * kTiles * 512;
+    to += kPath == Path::kFloat32 ? ((q * kTiles + i) * 16 + g) * 16 : i * 512 + lane * 16;
 #pragma unroll 1
     for (int block = row_of_warps; block < blocks; block += rows_of_warps) {
       uint4 a, b;
@@ -69,8 +82,14 @@ __device__ __forceinline__ void load_primary_weight(const NhwcParams& p, const N
       } else {
         a = load_global16_or_zero(inside, row_a), b = load_global16_or_zero(inside, row_b);
       }
-      *reinterpret_cast<uint4*>(to) = uint4{a.x, b.x, a.y, b.y};
-      *reinterpret_cast<uint4*>(to + kTiles * 512) = uint4{a.z, b.z, a.w, b.w};
+      if constexpr (kPath == Path::kFloat32) {
+        *reinterpret_cast<uint4*>(to) = a;
+        *reinterpret_cast<uint4*>(to + 128) = b;
+      } else {
+        if constexpr (kPath == Path::kTF32) a = to_tf32(a), b = to_tf32(b);
+        *reinterpret_cast<uint4*>(to) = uint4{a.x, b.x, a.y, b.y};
+        *reinterpret_cast<uint4*>(to + kTiles * 512) = uint4{a.z, b.z, a.w, b.w};
+      }
       row_a += rows_of_warps * 64;
       row_b += rows_of_warps * 64;
       to += rows_of_warps * 2 * kTiles * 512;

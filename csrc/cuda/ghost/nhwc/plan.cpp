@@ -2,6 +2,7 @@
 // counts instructions. Pure functions, no CUDA.
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <vector>
 
 #include "cuda/ghost/nhwc/nhwc.h"
@@ -9,21 +10,27 @@
 namespace ghostfused {
 namespace {
 
-constexpr int64_t kElement = 2;
-constexpr int kChannelsOfK = 32, kFragmentBytes = 512, kSectorBytes = 32;
+constexpr int kLoadBytes = 16, kFragmentBytes = 512, kSectorBytes = 32;
+
+int64_t element(const GhostShape& s) { return element_size(s.path); }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// A pixel's bytes in x1: an odd number of 8-byte vectors, so that pixels four apart lie in other banks.
-int odd_pitch(int channels) { return static_cast<int>((ceil_div(channels * kElement, 8) | 1) * 8); }
+// A pixel's bytes in x1: an odd number of vectors of four channels, so that pixels four apart lie in other banks.
+int odd_pitch(const GhostShape& s, int channels) {
+  return static_cast<int>((ceil_div(channels, 4) | 1) * 4 * element(s));
+}
+
+// Two lanes of a block of few channels share a pixel.
+bool paired(const GhostShape& s, const NhwcPlan& p) { return p.warp_tiles == 1 && element(s) == 2; }
 
 // Whether the kernel is made for such sizes: whole vectors of channels, and tiles that can overlap.
 bool takes(const GhostShape& s) {
-  return (s.path == Path::kFloat16 || s.path == Path::kBFloat16) && s.channels_last && s.ratio == 2 &&
-         (s.dw_size == 3 || s.dw_size == 5) && s.out_channels > s.init_channels && s.in_channels % 8 == 0 &&
-         s.init_channels % 4 == 0 && s.out_channels % 4 == 0 && s.width >= kThreadColumns &&
-         s.height >= s.dw_size - 1 && int64_t{s.height} * s.width >= kNhwcPixels;
+  return s.channels_last && s.ratio == 2 && (s.dw_size == 3 || (s.dw_size == 5 && element(s) == 2)) &&
+         s.out_channels > s.init_channels && s.in_channels * element(s) % kLoadBytes == 0 && s.init_channels % 4 == 0 &&
+         s.out_channels % 4 == 0 && s.width >= kThreadColumns && s.height >= s.dw_size - 1 &&
+         int64_t{s.height} * s.width >= kNhwcPixels;
 }
 
 // What follows from warp_tiles, threads, images, tile_h, block_c and strip_h. False if it doesn't fit.
@@ -31,7 +38,7 @@ bool complete(const GhostShape& s, NhwcPlan& p) {
   const int pad = s.dw_size / 2;
   p.warps_n = static_cast<int>(ceil_div(p.block_c, 16 * p.warp_tiles));
   if (p.threads / 32 % p.warps_n != 0) return false;
-  p.k_blocks = static_cast<int>(ceil_div(s.in_channels, kChannelsOfK));
+  p.k_blocks = static_cast<int>(ceil_div(s.in_channels, 4 * kLoadBytes / element(s)));
   p.strips = static_cast<int>(ceil_div(p.tile_h, p.strip_h));
   p.column_groups = static_cast<int>(ceil_div(s.width, kThreadColumns));
   p.tiles_h = static_cast<int>(ceil_div(s.height, p.tile_h));
@@ -41,11 +48,11 @@ bool complete(const GhostShape& s, NhwcPlan& p) {
   if (groups > 65535 || p.grid > INT32_MAX) return false;
 
   const int vectors = p.block_c / nhwc_thread_channels(s.dw_size);
-  const int lanes = p.warp_tiles == 1 ? 2 : 1;  // of which each pair of positions has two
+  const int lanes = paired(s, p) ? 2 : 1;  // of which each pair of positions has two
   if (p.threads / lanes < vectors) return false;
 
   const int64_t rows = pad + int64_t{p.images} * (p.tile_h + pad), channels = p.warps_n * p.warp_tiles * 16;
-  p.pitch = odd_pitch(p.block_c);
+  p.pitch = odd_pitch(s, p.block_c);
   p.row_pixels = s.width + 2 * pad;
   int64_t end = 0;
   const auto reserve = [&end](int64_t bytes) {
@@ -70,13 +77,13 @@ bool complete(const GhostShape& s, NhwcPlan& p) {
     halo_rows += std::min(h0 + p.tile_h + pad, s.height) - std::max(h0 - pad, 0);
   }
   p.recompute = static_cast<double>(halo_rows) / s.height;
-  const int64_t image = int64_t{s.height} * s.width, weights = int64_t{s.init_channels} * s.in_channels * kElement;
-  const int64_t x_bytes = s.batch * image * s.in_channels * kElement;
-  p.dram_read = x_bytes + weights + int64_t{s.init_channels} * s.dw_size * s.dw_size * kElement;
-  p.dram_write = s.batch * image * s.out_channels * kElement;
+  const int64_t image = int64_t{s.height} * s.width, weights = int64_t{s.init_channels} * s.in_channels * element(s);
+  const int64_t x_bytes = s.batch * image * s.in_channels * element(s);
+  p.dram_read = x_bytes + weights + int64_t{s.init_channels} * s.dw_size * s.dw_size * element(s);
+  p.dram_write = s.batch * image * s.out_channels * element(s);
   p.l2_read =
-      ceil_div(s.batch, p.images) * p.images * p.channel_blocks * halo_rows * s.width * s.in_channels * kElement +
-      p.grid * p.block_c * s.in_channels * kElement;
+      ceil_div(s.batch, p.images) * p.images * p.channel_blocks * halo_rows * s.width * s.in_channels * element(s) +
+      p.grid * p.block_c * s.in_channels * element(s);
   return true;
 }
 
@@ -87,10 +94,10 @@ double stored_sectors(const GhostShape& s, const NhwcPlan& p) {
                        p.block_c / s.init_channels;
   int align = kSectorBytes;
   for (const int c : {s.init_channels, s.out_channels, p.block_c}) {
-    while (c * kElement % align != 0) align /= 2;
+    while (c * element(s) % align != 0) align /= 2;
   }
   // A pair of lanes stores both halves of a pixel.
-  const bool both = p.warp_tiles == 1;
+  const bool both = paired(s, p);
   const int lanes = p.block_c / nhwc_thread_channels(s.dw_size) * (both ? 2 : 1);
   const double runs =
       32.0 / lanes * (both && p.channel_blocks > 1 ? 2 : 1) + (32 % lanes == 0 || lanes % 32 == 0 ? 0 : 1);
@@ -104,23 +111,27 @@ double cost(const GhostShape& s, const NhwcPlan& p) {
   const int warps = p.threads / 32, taps = s.dw_size * s.dw_size, thread_c = nhwc_thread_channels(s.dw_size);
   const int tiles = p.warps_n * p.warp_tiles, pad = s.dw_size / 2;
   const int rows = std::min(p.tile_h + (p.tiles_h > 2 ? 2 : p.tiles_h - 1) * pad, s.height);
-  const double pixels = double(p.images) * rows * s.width, chunks = std::ceil(pixels / kNhwcPixels) * p.warps_n;
+  const bool fma = s.path == Path::kFloat32;
+  const double pixels = double(p.images) * rows * s.width, together = fma ? kNhwcPixels / 2 : kNhwcPixels;
+  const double chunks = std::ceil(pixels / together) * together / kNhwcPixels * p.warps_n;
 
   const double prologue = warps * 350.0 + tiles * (25 + p.k_blocks * 14.0) +
                           std::ceil(tiles / 2.0) * (300 + taps * 12) + 30.0 * p.images * (p.tile_h + pad);
   const double addresses = s.width % 4 == 0 ? 70 : 120;  // of a chunk's pixels, and what its loop takes
-  const double of_chunk = p.k_blocks == 1 ? addresses + 33 * p.warp_tiles
-                                          : addresses + 50 + 35 * p.warp_tiles + p.k_blocks * (10 * p.warp_tiles + 25);
-  const int lanes = p.warp_tiles == 1 ? 2 : 1, vectors = p.block_c / thread_c;
+  const double of_k = fma ? 8 * (34.0 * p.warp_tiles + 12) + 16 * p.warp_tiles  // a k block, of a chunk
+                          : 10.0 * p.warp_tiles + (element(s) == 2 ? 25 : 41);
+  const double of_chunk =
+      p.k_blocks == 1 && !fma ? addresses + 33 * p.warp_tiles : addresses + 50 + 35 * p.warp_tiles + p.k_blocks * of_k;
+  const int lanes = paired(s, p) ? 2 : 1, vectors = p.block_c / thread_c;
   const double positions = double(p.images) * p.strips * p.column_groups;
   const double in_step = p.threads / lanes / vectors * lanes, trips = std::floor(positions / in_step);
   const double strips = trips * warps + std::ceil((positions - trips * in_step) * vectors / 32);  // of whole warps
-  const double of_row = kThreadColumns * (taps * thread_c + 8 + (p.warp_tiles == 1 ? 6 : 0));
+  const double of_row = kThreadColumns * (taps * thread_c + 8 + (lanes == 2 ? 6 : 0));
   const double cheap = warps * 60.0 + strips * ((p.strip_h + 2 * pad) * 50 + p.strip_h * of_row + 30);
   const double instructions = prologue + chunks * of_chunk + cheap;
 
-  const double shared = chunks * (p.k_blocks * 8.0 * p.warp_tiles + p.warp_tiles * 24) + tiles * p.k_blocks * 8 +
-                        strips * (p.strip_h + 2 * pad) * (kThreadColumns + 2 * pad) * 2.5;
+  const double shared = chunks * (p.k_blocks * (fma ? 32.0 : 8.0) * p.warp_tiles + p.warp_tiles * 24) +
+                        tiles * p.k_blocks * 8 + strips * (p.strip_h + 2 * pad) * (kThreadColumns + 2 * pad) * 2.5;
   const double blocks = double(ceil_div(p.grid, s.sm_count));
   constexpr double kDramBytes = 1830, kL2Bytes = 3000;  // a clock, of the device
   const double stored = p.dram_write * stored_sectors(s, p);
@@ -154,7 +165,7 @@ NhwcPlan plan_nhwc(const GhostShape& s) {
       if (images > 1 && (tile_h < s.height || images > s.batch || s.input_gate)) continue;
       for (const int block_c : divisions(s.init_channels, 4)) {
         if (block_c > 256) continue;
-        for (int warp_tiles = 1; warp_tiles <= nhwc_max_warp_tiles(s); ++warp_tiles) {
+        for (int warp_tiles = nhwc_min_warp_tiles(s); warp_tiles <= nhwc_max_warp_tiles(s); ++warp_tiles) {
           for (const int threads : {256, 128, 64}) {
             if (threads > nhwc_max_threads(warp_tiles)) continue;
             for (const int strip_h : divisions(tile_h, 1)) {
@@ -179,22 +190,23 @@ bool nhwc_takes(const GhostForwardParams& a, const NhwcPlan& p) {
   const auto aligned = [](const void* data, int bytes) { return reinterpret_cast<uintptr_t>(data) % bytes == 0; };
   const GhostShape& s = a.shape;
   const Tensor4& x = a.x;
+  const int64_t es = element(s), vector = kLoadBytes / es;
   // Pixels are vectors of 16 bytes, rows follow each other and so do the images of a block, within 32-bit offsets.
-  if (x.stride_c != 1 || x.stride_w % 8 != 0 || x.stride_h != x.stride_w * s.width || x.stride_n % 8 != 0 ||
-      !aligned(x.data, 16) || x.stride_h * s.height * kElement > INT32_MAX ||
+  if (x.stride_c != 1 || x.stride_w % vector != 0 || x.stride_h != x.stride_w * s.width || x.stride_n % vector != 0 ||
+      !aligned(x.data, 16) || x.stride_h * s.height * es > INT32_MAX ||
       (p.images > 1 && x.stride_n != x.stride_h * s.height)) {
     return false;
   }
-  if (a.primary_weight_stride_k != 1 || a.primary_weight_stride_n % 8 != 0 ||
+  if (a.primary_weight_stride_k != 1 || a.primary_weight_stride_n % vector != 0 ||
       a.primary_weight_stride_n > INT32_MAX / 4 || !aligned(a.primary_weight, 16))
     return false;
   if (a.input_gate != nullptr &&
-      (a.input_gate_stride_c != 1 || a.input_gate_stride_n % 8 != 0 || !aligned(a.input_gate, 16))) {
+      (a.input_gate_stride_c != 1 || a.input_gate_stride_n % vector != 0 || !aligned(a.input_gate, 16))) {
     return false;
   }
   for (const Tensor4* t : {&a.residual, &a.output_gate}) {
     if (t->data == nullptr) continue;
-    if (t->stride_c != 1 || !aligned(t->data, 8)) return false;
+    if (t->stride_c != 1 || !aligned(t->data, static_cast<int>(4 * es))) return false;
     for (const int64_t stride : {t->stride_n, t->stride_h, t->stride_w}) {
       if (stride % 4 != 0) return false;
     }
@@ -208,10 +220,12 @@ const char* nhwc_params(const GhostForwardParams& a, const NhwcPlan& plan, NhwcP
     return "a stride within an image is beyond 2^31 elements";
   }
   const GhostShape& s = a.shape;
-  p.x_pixel = static_cast<uint32_t>(a.x.stride_w * 2);
-  p.x_row = static_cast<uint32_t>(a.x.stride_h * 2);
-  p.out_pixel = p.out.stride_w * 2;
-  p.out_row = p.out.stride_h * 2;
+  const int es = element_size(s.path);
+  p.x_pixel = static_cast<uint32_t>(a.x.stride_w * es);
+  p.x_row = static_cast<uint32_t>(a.x.stride_h * es);
+  p.out_pixel = p.out.stride_w * es;
+  p.out_row = p.out.stride_h * es;
+  p.lowest = a.primary.act == Act::kReLU ? 0.f : -std::numeric_limits<float>::infinity();
   p.channel_blocks = reciprocal_of(plan.channel_blocks);
   const int warps = plan.threads / 32, weight_warps = std::min(warps, plan.warps_n * plan.warp_tiles);
   p.weight_warps = reciprocal_of(weight_warps);

@@ -4,12 +4,13 @@
 
 #include <type_traits>
 
+#include "cuda/ghost/nhwc/channels.cuh"
 #include "cuda/ghost/nhwc/load.cuh"
 
 namespace ghostfused {
 
-// A lane loads 16 bytes of a pixel: 8 of 32 input channels. K is permuted alike in x and in the weights, so the four
-// lanes of a pixel need not exchange anything.
+// A lane loads 16 bytes of a pixel: a quarter of kNhwcK input channels. K is permuted alike in x and in the weights, so
+// the four lanes of a pixel need not exchange anything.
 //
 // A warp's 32 pixels are four mma tiles of 8. Column n of tile j is pixel 16 (j / 2) + 2 n + j % 2, so that of the sums
 // a lane holds four pixels in a row: one division finds them all where rows are made of fours.
@@ -39,7 +40,12 @@ struct Products {
     }
   }
 
-  // sums += weights * x, or = with kFirst, over 32 input channels; weight(i) is fragment i of two k16 steps × kTiles.
+  __device__ __forceinline__ void round(uint4 (&x)[kSlots]) {
+#pragma unroll
+    for (int j = 0; j < kSlots; ++j) x[j] = to_tf32(x[j]);
+  }
+
+  // sums += weights * x, or = with kFirst, over kNhwcK input channels; weight(i) is fragment i of two k steps × kTiles.
   template <bool kFirst, typename F>
   __device__ __forceinline__ void multiply(const uint4 (&x)[kSlots], F weight) {
     multiply_step<kFirst, 0>(x, weight);
@@ -61,8 +67,10 @@ struct Products {
 };
 
 // What a lane needs to turn sums into x1.
-template <typename T, int kTiles, Epilogue kEpilogue>
+template <Path kPath, int kTiles, Epilogue kEpilogue>
 struct PrimaryEpilogue {
+  using T = typename PathType<kPath>::T;
+  static constexpr int kBytes = sizeof(T);
   float scale[kTiles][2], shift[kTiles][2], slope[kTiles][2];
   uint32_t x1, pitch,
       row_padding;         // where the lane's channels of the first pixel go; bytes of a pixel, of 2 kPad pixels
@@ -86,7 +94,7 @@ struct PrimaryEpilogue {
     pitch = p.plan.pitch;
     row_padding = 2 * pad * pitch;
     image_padding = pad * p.plan.row_pixels * pitch;
-    x1 = x1_address + (t.first_row * p.plan.row_pixels + pad) * pitch + first * 2 + (kTiles == 1 ? 4 : 8) * g;
+    x1 = x1_address + (t.first_row * p.plan.row_pixels + pad) * pitch + (first + (kTiles == 1 ? 2 : 4) * g) * kBytes;
     channels = p.plan.block_c - first;
     fours = p.width.divisor % 4 == 0;
   }
@@ -101,42 +109,50 @@ struct PrimaryEpilogue {
   // Stores pixels [pixel, pixel + 32) but for the first ``done`` of them, which another warp has.
   __device__ __forceinline__ void store(const NhwcParams& p, const float (&sums)[kTiles][kNhwcPixels / 8][4], int pixel,
                                         int done, int lane) const {
-    const int g = lane / 4, q = lane % 4;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int first = 16 * h + 4 * q;
-      uint32_t to[4];
-      to[0] = address(p, pixel + first);
-      if (fours) {
+      store_half(p, h, pixel, done, lane, [&](int t, int odd, int e) { return sums[t][2 * h + odd][e]; });
+    }
+  }
+
+  // Half ``h`` of them: 16. sum(t, odd, e): what mma leaves in element e of tile t, for the even or odd pixels.
+  template <typename F>
+  __device__ __forceinline__ void store_half(const NhwcParams& p, int h, int pixel, int done, int lane, F sum) const {
+    const int g = lane / 4, q = lane % 4;
+    const int first = 16 * h + 4 * q;
+    uint32_t to[4];
+    to[0] = address(p, pixel + first);
+    if (fours) {
 #pragma unroll
-        for (int i = 1; i < 4; ++i) to[i] = to[i - 1] + pitch;
-      } else {
+      for (int i = 1; i < 4; ++i) to[i] = to[i - 1] + pitch;
+    } else {
 #pragma unroll
-        for (int i = 1; i < 4; ++i) to[i] = address(p, pixel + first + i);
-      }
+      for (int i = 1; i < 4; ++i) to[i] = address(p, pixel + first + i);
+    }
 #pragma unroll
-      for (int t = 0; t < kTiles; t += 2) {
-        const bool pair = t + 1 < kTiles;
-        const int own = (pair ? 4 : 2) * g + 16 * t < channels ? done - first : kNhwcPixels;
+    for (int t = 0; t < kTiles; t += 2) {
+      const bool pair = t + 1 < kTiles;
+      const int own = (pair ? 4 : 2) * g + 16 * t < channels ? done - first : kNhwcPixels;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int j = 2 * h + i % 2, e = i / 2;
-          float y[4];
+      for (int i = 0; i < 4; ++i) {
+        const int odd = i % 2, e = i / 2;
+        float y[4];
 #pragma unroll
-          for (int k = 0; k < (pair ? 4 : 2); ++k) {
-            y[k] = fmaf(sums[t + k / 2][j][k % 2 * 2 + e], scale[t + k / 2][k % 2], shift[t + k / 2][k % 2]);
-          }
-          if constexpr (kEpilogue == Epilogue::kAny) {
-            const float slopes[4] = {slope[t][0], slope[t][1], slope[t + pair][0], slope[t + pair][1]};
-            activate<4, false>(y, p.args.primary.act, slopes);
-          }
-          constexpr bool kReLU = kEpilogue == Epilogue::kReLU;
-          const uint32_t low = pack<T, kReLU>(y[0], y[1]);
-          if (pair) {
-            store_shared_if(i >= own, to[i] + 32 * t, uint2{low, pack<T, kReLU>(y[2], y[3])});
-          } else {
-            store_shared_if(i >= own, to[i] + 32 * t - (kTiles == 1 ? 0 : 4 * g), low);
-          }
+        for (int k = 0; k < (pair ? 4 : 2); ++k) {
+          y[k] = fmaf(sum(t + k / 2, odd, k % 2 * 2 + e), scale[t + k / 2][k % 2], shift[t + k / 2][k % 2]);
+        }
+        if constexpr (kEpilogue == Epilogue::kAny) {
+          const float slopes[4] = {slope[t][0], slope[t][1], slope[t + pair][0], slope[t + pair][1]};
+          activate<4, kPath == Path::kFloat32>(y, p.args.primary.act, slopes);
+        }
+        if constexpr (kEpilogue == Epilogue::kLowest) raise_to(y, p.lowest);
+        constexpr bool kReLU = kEpilogue == Epilogue::kReLU;
+        if (pair) {
+          store_shared_if(i >= own, to[i] + 16 * kBytes * t, ChannelVectorOf<T, 4>::template of<kReLU>(y).raw);
+        } else {
+          const float two[2] = {y[0], y[1]};
+          store_shared_if(i >= own, to[i] + (16 * t - (kTiles == 1 ? 0 : 2 * g)) * kBytes,
+                          ChannelVectorOf<T, 2>::template of<kReLU>(two).raw);
         }
       }
     }
@@ -153,21 +169,22 @@ __device__ __forceinline__ void primary(const NhwcParams& p, const NhwcTile& t, 
   const int step = blockDim.x / 32 / plan.warps_n * kNhwcPixels, pixels = plan.images * t.rows * p.args.shape.width;
   const int blocks = plan.k_blocks, in_channels = p.args.shape.in_channels;
 
-  const unsigned char* x = static_cast<const unsigned char*>(p.args.x.data) + t.n * p.args.x.stride_n * 2 +
+  const unsigned char* x = static_cast<const unsigned char*>(p.args.x.data) + t.n * p.args.x.stride_n * sizeof(T) +
                            static_cast<int64_t>(t.top) * p.x_row + lane / 4 * 2 * p.x_pixel + 16 * q;
   const int last = pixels - kNhwcPixels;  // the last 32 pixels overlap those before
   const auto at = [&](int pixel) {
     return x + static_cast<uint64_t>(static_cast<uint32_t>(min(pixel, last))) * p.x_pixel;
   };
-  const bool whole = in_channels % 32 == 0, inside = (blocks - 1) * 32 + 8 * q < in_channels;
+  constexpr int kK = kNhwcK<T>;
+  const bool whole = in_channels % kK == 0, inside = (blocks - 1) * kK + kK / 4 * q < in_channels;
   const unsigned char* weights = smem + warp_n * blocks * 2 * kTiles * 512 + lane * 16;
-  const T* gates = static_cast<const T*>(p.args.input_gate) + t.n * p.args.input_gate_stride_n + 8 * q;
-  const bool gated = p.args.input_gate != nullptr;
+  const T* gates = static_cast<const T*>(p.args.input_gate) + t.n * p.args.input_gate_stride_n + kK / 4 * q;
+  const bool gated = kEpilogue != Epilogue::kLowest && p.args.input_gate != nullptr;
 
   Products<T, kTiles> products;
-  PrimaryEpilogue<T, kTiles, kEpilogue> epilogue;
+  PrimaryEpilogue<kPath, kTiles, kEpilogue> epilogue;
   auto& b = products.x;
-  // Block ``k`` of 32 input channels of the pixels at ``from``. Lanes beyond the last channel have zeros: with one
+  // Block ``k`` of kK input channels of the pixels at ``from``. Lanes beyond the last channel have zeros: with one
   // block they keep those that they begin with.
   const auto fetch = [&](uint4(&to)[4], const unsigned char* from, int k) {
     if (k + 1 < blocks || whole) {
@@ -178,7 +195,8 @@ __device__ __forceinline__ void primary(const NhwcParams& p, const NhwcTile& t, 
     }
   };
   const auto multiply = [&](auto first, uint4(&x)[4], int k, auto weight) {
-    if (gated) products.gate(x, load_global16_or_zero(k + 1 < blocks || inside, gates + k * 32));
+    if (gated) products.gate(x, load_global16_or_zero(k + 1 < blocks || inside, gates + k * kK));
+    if constexpr (sizeof(T) == 4) products.round(x);
     products.template multiply<decltype(first)::value>(x, weight);
   };
   const auto store = [&](int pixel) {
