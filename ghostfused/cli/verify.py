@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from .. import backends, functional
 from ..fuse import fuse_with_report
 from ..nn.bottleneck import FusedGhostBottleneck
 from ..nn.ghost_module import FusedGhostModule
-from ..numerics import TOLERANCES, relative_error
+from ..numerics import TOLERANCES, relative_error, rounded_anew
 from ..spec import Act
 from ..testing import Case, Verdict, judge, make_args, to_device
 from . import inputs
@@ -167,23 +168,23 @@ def _first_tensor(out) -> Tensor:
 
 
 def network_verdict(model: nn.Module, fused: nn.Module, x: Tensor, dtype: torch.dtype, tf32: bool = False) -> Verdict:
-    """Errors of ``fused`` and of ``model`` in ``dtype``, each against ``model`` in float64 on the CPU."""
+    """Errors of ``fused`` and of ``model`` in ``dtype``, each against ``model`` in float64 on the CPU.
+
+    Each is the median of five, on inputs that differ by less than rounding: in one run either may be small by luck.
+    """
     device = x.device
-    x = x.to(dtype)
 
-    def run(m: nn.Module) -> Tensor:
-        with torch.inference_mode():
-            return _first_tensor(copy.deepcopy(m).to(device, dtype)(x))
-
+    cast, fused = (copy.deepcopy(m).to(device, dtype) for m in (model, fused))
     # weights rounded to dtype first: the reference answers the same question
     exact = copy.deepcopy(model).cpu().to(dtype).double()
+    errors = []
     with torch.inference_mode():
-        expected = _first_tensor(exact(x.cpu().double()))
-    torch_error = relative_error(run(model), expected)
+        for each in (near.to(device) for near in (x.cpu().to(dtype), *rounded_anew(x.cpu().to(dtype), 4))):
+            expected = _first_tensor(exact(each.cpu().double()))
+            errors.append([relative_error(_first_tensor(m(each)), expected) for m in (fused, cast)])
+    error, torch_error = map(statistics.median, zip(*errors, strict=True))
     tolerance = TOLERANCES["tf32" if tf32 else dtype]
-    return Verdict(
-        relative_error(run(fused), expected), torch_error, max(tolerance.factor * torch_error, tolerance.floor)
-    )
+    return Verdict(error, torch_error, max(tolerance.factor * torch_error, tolerance.floor))
 
 
 def _network(options: argparse.Namespace, device: str) -> Iterator[tuple[str, Verdict, str]]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ghostfused import FusedGhostBottleneck, FusedGhostModule, backends
 from ghostfused.cli.verify import calibrate
 from ghostfused.models import paper
-from ghostfused.numerics import TOLERANCES, relative_error
+from ghostfused.numerics import TOLERANCES, relative_error, rounded_anew
 
 KERNEL = "reference" if backends.BACKENDS["cpu"].unavailable() else "cpu"
 """What runs a fused module on this machine's CPU."""
@@ -49,15 +49,6 @@ def network(name: str) -> nn.Module:
 def first(out) -> Tensor:
     """The tensor of a detector's output, which in eval mode has more to it."""
     return out if isinstance(out, Tensor) else out[0]
-
-
-def rounded_anew(x: Tensor, count: int) -> list[Tensor]:
-    """Tensors that differ from x by less than its rounding; PyTorch's random state stays as it is."""
-    generator = torch.Generator().manual_seed(0)
-    half_unit = torch.finfo(x.dtype).eps / 2
-    return [
-        x * (1 + half_unit * (2 * torch.rand(x.shape, generator=generator, dtype=x.dtype) - 1)) for _ in range(count)
-    ]
 
 
 def assert_same(out, model: nn.Module, x: Tensor) -> None:

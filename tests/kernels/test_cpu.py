@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -211,6 +212,20 @@ def test_each_instruction_set(isa):
 @pytest.mark.skipif(ISA not in os.environ, reason=f"{ISA} isn't set")
 def test_chosen_instruction_set():
     assert cpu.build_info()["chosen"] == os.environ[ISA]
+
+
+def vendor() -> str:
+    path = Path("/proc/cpuinfo")
+    found = re.search(r"vendor_id\s*: (\S+)", path.read_text()) if path.exists() else None
+    return found[1] if found else "unknown"
+
+
+@pytest.mark.skipif(ISA in os.environ, reason=f"{ISA} is set")
+@pytest.mark.skipif(vendor() != "GenuineIntel", reason="the CPU is not Intel's")
+def test_intel_widens_bfloat16():
+    """Its products of pairs are slower, and less exact."""
+    info = cpu.build_info()
+    assert info["chosen"] == [name for name in info["supported"] if not name.endswith("_bf16")][-1]
 
 
 THREADED = {
