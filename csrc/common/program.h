@@ -19,6 +19,7 @@ struct Program {
   std::vector<Tensor> tensors;
   std::vector<int64_t> code;
   std::vector<double> numbers;
+  bool any_format = false;  // maps between steps may lie in another memory format than x
   bool per_image = true;    // it makes the same of an image whatever others are in the batch: ProgramChecker's proof
   std::vector<bool> alone;  // per step: whether later steps read its result and nothing else that was there before
 };
@@ -202,8 +203,10 @@ class Programs {
     return run(std::move(x), checked(std::move(tensors), std::move(code), std::move(numbers)));
   }
 
-  static int64_t keep(std::vector<Tensor> tensors, std::vector<int64_t> code, std::vector<double> numbers) {
-    auto program = std::make_shared<const Program>(checked(std::move(tensors), std::move(code), std::move(numbers)));
+  static int64_t keep(std::vector<Tensor> tensors, std::vector<int64_t> code, std::vector<double> numbers,
+                      bool any_format) {
+    auto program = std::make_shared<Program>(checked(std::move(tensors), std::move(code), std::move(numbers)));
+    program->any_format = any_format;
     const std::lock_guard lock(table().mutex);
     table().programs.emplace(++table().last, std::move(program));
     return table().last;

@@ -44,7 +44,7 @@ inline bool has_format(const Tensor& t, bool* channels_last) {
 constexpr int64_t kFewVectors = 14;  // of pixels: such a map fills vectors better with channels
 constexpr size_t kFewSteps = 6;      // a program of fewer isn't worth a conversion at both ends
 
-// What a program of more than a few steps makes of x and of each result before others read it: maps of few pixels go in
+// What a program that may choose formats makes of x and of each result before others read it: maps of few pixels go in
 // channels_last, all others in NCHW, whose kernels go along rows. Vectors of four floats, which nobody has measured,
 // leave each as it is.
 inline Tensor adapted(Tensor t) {
@@ -69,7 +69,7 @@ class Network {
     // as many for each thread
     const int64_t rounds = std::min((batch + kImages * threads - 1) / (kImages * threads), kMaxRounds);
     const int64_t pieces = rounds * threads;
-    if (pieces == 1 || pieces > batch) return Network(program).run_piece(std::move(x));
+    if (pieces < 2 || pieces > batch) return Network(program).run_piece(std::move(x));
     return Network(program).run_pieces(x, pieces);
   }
 
@@ -81,7 +81,8 @@ class Network {
   // Until a map is as narrow as that, even a few images' would leave the cache: they go one by one.
   static constexpr int64_t kNarrow = 64 << 10;  // bytes
 
-  explicit Network(const Program& program) : program_(program), adapts_(program.alone.size() >= kFewSteps) {}
+  explicit Network(const Program& program)
+      : program_(program), adapts_(program.any_format && program.alone.size() >= kFewSteps) {}
 
   Tensor run_whole(Tensor x) const {
     Reader reader(start(x), program_);
@@ -92,7 +93,7 @@ class Network {
   // On one thread if there are several images.
   Tensor run_piece(Tensor x) const {
     const int64_t images = x.size(0);
-    if (images == 1 || torch_threads() > 1 || is_narrow(x)) return run_whole(std::move(x));
+    if (images < 2 || torch_threads() > 1 || is_narrow(x)) return run_whole(std::move(x));
     std::vector<Tensor> results;
     Reader reader = run_to_narrow(image(x, 0));
     results.push_back(reader.take_last());

@@ -31,13 +31,17 @@ for _backend in PROGRAM_BACKENDS:
 
 class KeptProgram:
     """A program that the extension of ``backend`` keeps, so that a call of it hands over nothing but x:
-    ``ghostfused::replay_<backend>(x, number)``. Its tensors live as long as this does."""
+    ``ghostfused::replay_<backend>(x, number)``. Its tensors live as long as this does.
 
-    def __init__(self, backend: str, kept: encoding.Program, drop: Callable[[int], None]):
+    ``any_format``: maps between its steps may lie in the memory format that is faster, on a CPU. Sums are then made in
+    another order than by the ops one by one, so that results differ from theirs by rounding.
+    """
+
+    def __init__(self, backend: str, kept: encoding.Program, drop: Callable[[int], None], *, any_format: bool = False):
         self.program, self._drop, self._op = kept, drop, forward_op(backend, "replay")
         self.refuse_negative_views()  # of which the dispatcher would hand over copies, that miss what is written later
         keep: Callable[..., Any] = forward_op(backend, "keep_program")
-        self.number: int = below_autograd(keep, *kept)
+        self.number: int = below_autograd(keep, *kept, any_format)
         _kept_programs[backend, self.number] = self
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -77,7 +81,11 @@ def _fake_replay(backend: str, x: Tensor, number: int) -> Tensor:
 
 
 for _backend in REPLAY_BACKENDS:
-    define_op(f"keep_program_{_backend}", "(Tensor[] tensors, int[] code, float[] numbers) -> int", None)
+    define_op(
+        f"keep_program_{_backend}",
+        "(Tensor[] tensors, int[] code, float[] numbers, bool any_format=False) -> int",
+        None,
+    )
     define_op(
         f"replay_{_backend}",
         "(Tensor x, int number) -> Tensor",
