@@ -67,7 +67,7 @@ def test_files_of_the_judge_are_predictions():
     setting = {"dtype": "float32", "layout": "nhwc", "batch": 64, "mode": "inference"}
     for layer in layers_from_rows(CONFIGS, "timm/ghostnet_100@224"):
         row = found[results.module_key({**layer.as_row(), **setting})]
-        assert predicted.bound(row)[0] == "issue"
+        assert predicted.bound(row)[0] == max(("issue", "shared", "dram"), key=lambda name: row[f"{name}_us"])
         assert "hmma" not in predicted.times(row)  # no tensor cores in float32
 
 
