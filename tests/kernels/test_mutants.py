@@ -30,6 +30,12 @@ def test_the_fault_has_its_place(mutant):
     assert mutant.new != mutant.old
 
 
+def test_kernels_have_their_names():
+    harness.kernel_tables({kernel for mutant in MUTANTS for kernel in mutant.kernels})
+    with pytest.raises(ValueError, match="got float16_dw5_nhwc"):
+        harness.kernel_tables(["float16_any_nhwc", "float16_dw5_nhwc"])
+
+
 @needs_tools
 def test_cases_pass_without_a_fault(host_objects, tmp_path):
     assert harness.find(tmp_path / "sound", host_objects, KERNELS, None) is None

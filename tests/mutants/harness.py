@@ -34,56 +34,82 @@ def missing() -> str | None:
     return None
 
 
-def kernel_tables(kernels: Iterable[str]) -> str:
-    """A .cu file with ``kernels`` in place of all of them; excite comes with squeeze, which it follows, and
-    ``float32_training_dw3_nchw`` stands for the six of a training step; with ``strips`` or ``masked`` for dw3, for the
+def forms(kernel: str) -> set[str]:
+    """The table entries that ``kernel`` stands for: all tiles of a name without tiles, and what runs beside it.
+
+    excite follows squeeze; a depthwise convolution whose channels don't fill half a vector takes the kernel for any;
+    ``float32_training_dw3_nchw`` stands for the six of a training step, with ``strips`` or ``masked`` for dw3 for the
     six of channels_last.
     """
-    kernels = {*kernels, *(f"{kernel.split('_')[0]}_excite" for kernel in kernels if "_squeeze_" in kernel)}
-    kernels |= {kernel.replace("_nhwc_", f"_nhwc_t{tiles}_") for kernel in kernels for tiles in (1, 2, 3)}
-    for kernel in [kernel for kernel in kernels if "_nchw_w" in kernel]:
-        path, _, width, *variant = kernel.split("_")
-        kernels |= {f"{path}_nchw_{width}_t{tiles}_{'_'.join(variant)}" for tiles in (1, 2, 3, 4)}
-    for path, _, dw, layout in [kernel.split("_") for kernel in sorted(kernels) if "_training_" in kernel]:
+    path, _, *rest = kernel.split("_")
+    names = {kernel}
+    if "_squeeze_" in kernel:
+        names.add(f"{path}_excite")
+    if "_depthwise_" in kernel:
+        names.add(f"{path}_depthwise_any")
+    names |= {kernel.replace("_nhwc_", f"_nhwc_t{tiles}_") for tiles in (1, 2, 3)}
+    if "_nchw_w" in kernel:
+        width, *variant = rest
+        names |= {f"{path}_nchw_{width}_t{tiles}_{'_'.join(variant)}" for tiles in (1, 2, 3, 4)}
+    if "_training_" in kernel:
+        dw, layout = rest
         if dw in ("strips", "masked"):
             other = "strips" if dw == "masked" else "strips_masked"
-            kernels |= {kernel for kernel in training_nhwc_kernels(path) if not kernel.endswith(other)}
-            continue
-        kernels |= {f"{path}_{step}_{layout}" for step in ("primary_statistics", "normalize", "normalize_backward")}
-        kernels |= {
-            f"{path}_{step}_{dw}_{layout}" for step in ("cheap_statistics", "cheap_backward", "primary_backward")
-        }
+            return {name for name in training_nhwc_kernels(path) if not name.endswith(other)}
+        names |= {f"{path}_{step}_{layout}" for step in ("primary_statistics", "normalize", "normalize_backward")}
+        steps = ("cheap_statistics", "cheap_backward", "primary_backward")
+        names |= {f"{path}_{step}_{dw}_{layout}" for step in steps}
+    return names
+
+
+def kernel_tables(kernels: Iterable[str]) -> str:
+    """A .cu file with ``kernels`` (see ``forms``) in place of all of them.
+
+    Raises:
+        ValueError: the extension has no such kernel.
+    """
+    tables = {(path, table): entries for path in PATHS for table, entries in tables_of(path).items()}
+    known = {name for entries in tables.values() for name in entries}
+    wanted = {kernel: forms(kernel) & known for kernel in kernels}
+    if unknown := [kernel for kernel, names in wanted.items() if not names]:
+        raise ValueError(f"kernels: expected names of the extension's, got {', '.join(sorted(unknown))}")
+    built = set().union(*wanted.values())
     headers = (
         "bottleneck/bottleneck", "ghost/forward", "ghost/nchw/forward", "ghost/nhwc/forward",
         "training/kernels", "training/primary", "training/nhwc",
     )  # fmt: skip
     lines = [*(f'#include "cuda/{header}.cuh"' for header in headers), "namespace ghostfused {"]
-    for path, name in PATHS.items():
-        entries = [
-            f'{{kernel<Path::k{name}, {arguments}>(), "{path}_{form}"}}' if f"{path}_{form}" in kernels else "{}"
-            for form, arguments in (("dw3_nchw", "3, false"), ("any_nchw", "0, false"), ("any_nhwc", "0, true"))
+    for (path, table), entries in tables.items():
+        values = [
+            f'{{{entry.replace("<P", f"<Path::k{PATHS[path]}", 1)}, "{name}"}}' if name in built else "{}"
+            for name, entry in entries.items()
         ]
-        lines.append(f"const Kernel k{name}Kernels[kKernelsPerPath] = {{{', '.join(entries)}}};")
-        tables = {
-            "Statistics[2]": {f"{path}_primary_statistics_{x}": f"primary_statistics<P, {y}>" for x, y in LAYOUTS}
-        }
-        if path != "tf32":
-            tables |= {"Bottleneck[kBottleneckKernels]": bottleneck_kernels(path)}
-            tables |= {"Training[kTrainingKernels]": training_kernels(path)}
-        if path in ("tf32", "float32"):
-            tables |= {"NhwcKernels[kNhwcFloatKernelsPerPath]": nhwc_kernels(path)}
-        if path in ("float16", "bfloat16"):
-            tables |= {"NhwcKernels[kNhwcKernelsPerPath]": nhwc_kernels(path)}
-            tables |= {"NchwKernels[kNchwKernelsPerPath]": nchw_kernels(path)}
-            tables |= {"NhwcTraining[kTrainingNhwcKernels]": training_nhwc_kernels(path)}
-        for table, every in tables.items():
-            entries = [table_entry(kernel, every[kernel], name) if kernel in kernels else "{}" for kernel in every]
-            lines.append(f"const Kernel k{name}{table} = {{{', '.join(entries)}}};")
+        lines.append(f"const Kernel k{PATHS[path]}{table} = {{{', '.join(values)}}};")
     return "\n".join([*lines, "}", ""])
 
 
-def table_entry(kernel: str, function: str, path: str) -> str:
-    return f'{{reinterpret_cast<const void*>(&{function.replace("<P", f"<Path::k{path}", 1)}), "{kernel}"}}'
+def tables_of(path: str) -> dict[str, dict[str, str]]:
+    """The extension's tables of one path: for each the kernels by name, in its order; P stands for the path."""
+    general = {"dw3_nchw": "3, false", "any_nchw": "0, false", "any_nhwc": "0, true"}
+    tables = {"Kernels[kKernelsPerPath]": {f"{path}_{form}": f"kernel<P, {last}>()" for form, last in general.items()}}
+
+    def add(table: str, functions: dict[str, str]) -> None:
+        tables[table] = {name: f"reinterpret_cast<const void*>(&{function})" for name, function in functions.items()}
+
+    add(
+        "Statistics[2]",
+        {f"{path}_primary_statistics_{layout}": f"primary_statistics<P, {last}>" for layout, last in LAYOUTS},
+    )
+    if path != "tf32":
+        add("Bottleneck[kBottleneckKernels]", bottleneck_kernels(path))
+        add("Training[kTrainingKernels]", training_kernels(path))
+    if path in ("tf32", "float32"):
+        add("NhwcKernels[kNhwcFloatKernelsPerPath]", nhwc_kernels(path))
+    if path in ("float16", "bfloat16"):
+        add("NhwcKernels[kNhwcKernelsPerPath]", nhwc_kernels(path))
+        add("NchwKernels[kNchwKernelsPerPath]", nchw_kernels(path))
+        add("NhwcTraining[kTrainingNhwcKernels]", training_nhwc_kernels(path))
+    return tables
 
 
 def nchw_kernels(path: str) -> dict[str, str]:
