@@ -20,6 +20,7 @@ struct Program {
   std::vector<int64_t> code;
   std::vector<double> numbers;
   bool any_format = false;  // maps between steps may lie in another memory format than x
+  int64_t packs = 0;        // other than 0: weights don't change; programs of one number share what they make of them
   bool per_image = true;    // it makes the same of an image whatever others are in the batch: ProgramChecker's proof
   std::vector<bool> alone;  // per step: whether later steps read its result and nothing else that was there before
 };
@@ -204,9 +205,10 @@ class Programs {
   }
 
   static int64_t keep(std::vector<Tensor> tensors, std::vector<int64_t> code, std::vector<double> numbers,
-                      bool any_format) {
+                      bool any_format, int64_t packs) {
     auto program = std::make_shared<Program>(checked(std::move(tensors), std::move(code), std::move(numbers)));
     program->any_format = any_format;
+    program->packs = packs;
     const std::lock_guard lock(table().mutex);
     table().programs.emplace(++table().last, std::move(program));
     return table().last;

@@ -87,6 +87,11 @@ PyMODINIT_FUNC PyInit__cpu() {
     ghostfused::bind_guard(m);
     m.def("drop_program", &ghostfused::cpu::CpuPrograms::drop, arg("number"),
           "Forgets a program that keep_program_cpu has kept.");
+    m.def("renew_packs", &ghostfused::cpu::Packs::renew, arg("number"), arg("bfloat16"),
+          "Forgets what programs of that number of packs have made of their weights: they make it anew, in half the "
+          "bytes "
+          "if all are numbers that bfloat16 holds.");
+    m.def("drop_packs", &ghostfused::cpu::Packs::drop, arg("number"), "There are none of that number any more.");
     m.def("multiply_adds", &ghostfused::cpu::multiply_adds, arg("count"), arg("bfloat16") = false,
           "Multiply-adds in registers, those of a 1×1 convolution of float32 or of bfloat16, on each of PyTorch's "
           "threads, for the benchmarks; returns the operations done.");

@@ -17,11 +17,20 @@ struct ConvertParams {
   bool to_channels_last;
 };
 
+// A weight as a kernel reads it, made once by ``pack_weight``; null: the kernel makes it from the tensor at each call.
+struct Packed {
+  const void* data = nullptr;
+  bool bfloat16 = false;  // in half the bytes, of float32 numbers that bfloat16 holds exactly
+};
+
 // One compilation of the kernels. ``threads``: at most so many work on a call, the calling one among them.
 struct Kernels {
-  void (*forward)(const GhostForwardParams& params, int threads);
+  void (*forward)(const GhostForwardParams& params, const Packed& weight, int threads);
   void (*depthwise)(const DepthwiseParams& params, int threads);
-  void (*squeeze_excite)(const SqueezeExciteParams& params, int threads);
+  void (*squeeze_excite)(const SqueezeExciteParams& params, const Packed& reduce, const Packed& expand, int threads);
+  // The 1×1 weights as forward reads them, whatever the batch, the height and width are; null ``to``: nothing is
+  // written. Returns the bytes; 0: forward reads them where they lie.
+  int64_t (*pack_weight)(const GhostForwardParams& params, bool bfloat16, void* to);
   // the means of x over height and width, to out
   void (*global_pool)(const SqueezeExciteParams& params, int threads);
   void (*convert)(const ConvertParams& params, int threads);

@@ -6,8 +6,8 @@
 #include "cpu/fully_connected.h"
 #include "cpu/output.h"
 #include "cpu/pack.h"
+#include "cpu/pack_weight.h"
 #include "cpu/parameters.h"
-#include "cpu/patches.h"
 #include "cpu/plan.h"
 
 namespace ghostfused::cpu::GHOSTFUSED_ISA {
@@ -16,11 +16,13 @@ template <typename T, bool kChannelsLast>
 class Worker {
   using Number = typename Operand<T, kChannelsLast>::Number;
   static constexpr int kPerLane = Operand<T, kChannelsLast>::kChannels;
+  static constexpr bool kMayHalve = kChannelsLast && std::is_same_v<T, float>;
 
  public:
-  Worker(const GhostForwardParams& params, const Plan& plan)
+  Worker(const GhostForwardParams& params, const Packed& packed_weight, const Plan& plan)
       : p(params),
         s(params.shape),
+        packed_weight(packed_weight),
         plan(plan),
         at(scratch_layout(s, plan)),
         scratch(thread_scratch(at.total + plan.blocks)),
@@ -31,7 +33,12 @@ class Worker {
     for (int64_t b = 0; b < plan.blocks; ++b) block_image[b] = -1;
     for (int vecs = 1; vecs <= kMaxVecs; ++vecs) {
       for (int rows = 1; rows <= kMaxRows; ++rows) {
-        multiply_kernels[rows][vecs] = multiply_kernel<T, !kChannelsLast>(rows, vecs);
+        multiply_kernels[rows][vecs] = multiply_kernel<T, !kChannelsLast, false>(rows, vecs);
+        if constexpr (kMayHalve) {
+          if (packed_weight.bfloat16) {
+            multiply_kernels[rows][vecs] = multiply_kernel<T, !kChannelsLast, true>(rows, vecs);
+          }
+        }
       }
     }
   }
@@ -66,7 +73,8 @@ class Worker {
       parameters = scratch + at.blocks + block * at.block_size;
       int32_t& image = block_image[block];
       if (image < 0) prepare_block();
-      if (plan.pack_weight && (image < 0 || (plan.gate_weight && image != output.n))) prepare_weight();
+      if (plan.pack_weight && !packed_weight.data && (image < 0 || (plan.gate_weight && image != output.n)))
+        prepare_weight();
       image = static_cast<int32_t>(output.n);
       run_unit();
     }
@@ -163,7 +171,12 @@ class Worker {
     }
     if constexpr (kChannelsLast) {
       panel.b = parameters + at.block_weight;
-      panel.b_row = plan.padded_block;
+      if (packed_weight.data) {
+        const int64_t numbers = c0 * plan.depth;
+        panel.b = packed_weight.bfloat16
+                      ? reinterpret_cast<const float*>(static_cast<const BFloat16*>(packed_weight.data) + numbers)
+                      : static_cast<const float*>(packed_weight.data) + numbers;
+      }
       panel.a_row = x_w;
       panel.y_row = plan.padded_block;
       panel.copy_row = p.out.stride_w;
@@ -255,39 +268,8 @@ class Worker {
 
   // The 1×1 weights of the block's channels, as the multiplication reads them.
   void prepare_weight() const {
-    float* weight = parameters + at.block_weight;
-    if (plan.patches) {
-      return prepare_patch_weight<T, kChannelsLast>(p, c0, channels, plan.depth, plan.padded_block, weight);
-    }
-    const T* from = static_cast<const T*>(p.primary_weight) + c0 * p.primary_weight_stride_n;
-    const int64_t next = p.primary_weight_stride_n, stride = p.primary_weight_stride_k;
-    const auto read = [&](int64_t c, int64_t k) {
-      const int64_t first = k * kPerLane;
-      return load_operand<kPerLane>(from + c * next + first * stride, stride, s.in_channels - first);
-    };
-    if constexpr (kChannelsLast) {
-      for (int64_t c = 0; c < channels; c += kLanes) {
-        for (int64_t k = 0; k < plan.depth; k += kLanes) {
-          Vec v[kLanes];
-#pragma GCC unroll 16
-          for (int i = 0; i < kLanes; ++i) v[i] = c + i < channels ? read(c + i, k) : Vec{};
-          transpose(v);
-          float* to = weight + k * plan.padded_block + c;
-          const int64_t count = min_of<int64_t>(plan.depth - k, kLanes);
-          for (int64_t i = 0; i < count; ++i) store(to + i * plan.padded_block, row_of_pairs<T>(v[i]));
-        }
-      }
-    } else {
-      const T* gate = plan.gate_weight ? gate_of<T>(p, output.n) : nullptr;
-      for (int64_t c = 0; c < channels; ++c, weight += plan.depth) {
-        for (int64_t k = 0; k < plan.depth; k += kLanes) {
-          const int count = min_of<int64_t>(plan.depth - k, kLanes);
-          Vec v = read(c, k);
-          if (gate) v *= load_strided(gate + k * p.input_gate_stride_c, p.input_gate_stride_c, count);
-          store_part(weight + k, v, count);
-        }
-      }
-    }
+    const T* gate = plan.gate_weight ? gate_of<T>(p, output.n) : nullptr;
+    pack_channels<T, kChannelsLast>(p, gate, c0, channels, plan.depth, parameters + at.block_weight);
   }
 
   // Its norms and depthwise weights.
@@ -300,6 +282,7 @@ class Worker {
 
   const GhostForwardParams& p;
   const GhostShape& s;
+  const Packed& packed_weight;
   const Plan& plan;
   const Scratch at;
   float* const scratch;
@@ -318,12 +301,13 @@ class Worker {
 
 struct Task {
   const GhostForwardParams& p;
+  const Packed& weight;
   const Plan& plan;
 };
 
 template <typename Worker>
 void run_worker(Items& items, const Task& task) {
-  Worker worker(task.p, task.plan);
+  Worker worker(task.p, task.weight, task.plan);
   for (int64_t begin, end; items.next(&begin, &end);) worker.run(begin, end);
 }
 
@@ -337,11 +321,11 @@ void run_units(Items& items, void* context) {
   }
 }
 
-inline void forward(const GhostForwardParams& p, int threads) {
+inline void forward(const GhostForwardParams& p, const Packed& weight, int threads) {
   const GhostShape& s = p.shape;
-  if (is_fully_connected(p)) return fully_connected(p, threads);
+  if (is_fully_connected(p)) return fully_connected(p, weight, threads);
   const Plan plan = make_plan(p, threads);
-  Task task{p, plan};
+  Task task{p, weight, plan};
   const double work = static_cast<double>(s.batch) * s.height * s.width * s.init_channels *
                       (s.in_channels + static_cast<double>(s.dw_size * s.dw_size) * (s.ratio - 1));
   run(threads, plan.units, work, GHOSTFUSED_BY_PATH(s.path, run_units), &task);

@@ -1,6 +1,7 @@
 // The 1×1 convolution of a map of one pixel, with no ghosts: the head of a network.
 #pragma once
 
+#include "cpu/dispatch.h"
 #include "cpu/dot.h"
 #include "cpu/output.h"
 #include "cpu/pack.h"
@@ -15,10 +16,15 @@ inline bool is_fully_connected(const GhostForwardParams& p) {
          p.stride == 1 && p.primary_weight_stride_k == 1;
 }
 
+struct FullyConnected {
+  const GhostForwardParams& p;
+  const Packed& weight;
+};
+
 // A unit is one vector of output channels, for all images.
 template <typename T>
 void fully_connected(Items& items, void* context) {
-  const GhostForwardParams& p = *static_cast<const GhostForwardParams*>(context);
+  const auto& [p, packed] = *static_cast<const FullyConnected*>(context);
   const GhostShape& s = p.shape;
   const int64_t depth = s.in_channels, images = s.batch, channels = s.init_channels;
   float* x = thread_scratch(images * (depth + kLanes) + 3 * kLanes);
@@ -30,8 +36,12 @@ void fully_connected(Items& items, void* context) {
     const int64_t c = unit * kLanes;
     const int lanes = min_of<int64_t>(kLanes, channels - c);
     prepare_norm<T>(p.primary, c, 1, lanes, norm, kLanes);
-    const T* weight = static_cast<const T*>(p.primary_weight) + c * p.primary_weight_stride_n;
-    dot(weight, p.primary_weight_stride_n, lanes, x, depth, s.batch, depth, y, kLanes);
+    if (packed.data) {
+      dot(static_cast<const BFloat16*>(packed.data) + c * depth, depth, lanes, x, depth, s.batch, depth, y, kLanes);
+    } else {
+      const T* weight = static_cast<const T*>(p.primary_weight) + c * p.primary_weight_stride_n;
+      dot(weight, p.primary_weight_stride_n, lanes, x, depth, s.batch, depth, y, kLanes);
+    }
     for (output.n = 0; output.n < images; ++output.n) {
       Vec v = load(y + output.n * kLanes) * load(norm) + load(norm + kLanes);
       v = is_clamp(p.primary.act) ? clamp(v, bounds) : activate(v, load(norm + 2 * kLanes), p.primary.act);
@@ -40,10 +50,10 @@ void fully_connected(Items& items, void* context) {
   });
 }
 
-inline void fully_connected(const GhostForwardParams& p, int threads) {
-  GhostForwardParams params = p;
+inline void fully_connected(const GhostForwardParams& p, const Packed& weight, int threads) {
+  FullyConnected task{p, weight};
   const double work = static_cast<double>(p.shape.batch) * p.shape.init_channels * p.shape.in_channels;
-  run(threads, div_up(p.shape.init_channels, kLanes), work, GHOSTFUSED_BY_PATH(p.shape.path, fully_connected), &params);
+  run(threads, div_up(p.shape.init_channels, kLanes), work, GHOSTFUSED_BY_PATH(p.shape.path, fully_connected), &task);
 }
 
 }  // namespace ghostfused::cpu::GHOSTFUSED_ISA

@@ -29,6 +29,6 @@ inline double multiply_adds(int64_t count, Path path) {
   return path == Path::kBFloat16 ? multiply_adds<BFloat16>(count) : multiply_adds<float>(count);
 }
 
-inline constexpr Kernels kernels{forward, depthwise, squeeze_excite, global_pool, convert, multiply_adds};
+inline constexpr Kernels kernels{forward, depthwise, squeeze_excite, pack_weight, global_pool, convert, multiply_adds};
 
 }  // namespace ghostfused::cpu::GHOSTFUSED_ISA

@@ -62,6 +62,8 @@ class Network {
 
  public:
   static Tensor run(Tensor x, const Program& program) {
+    const std::shared_ptr<Packs> packs = program.packs ? Packs::numbered(program.packs) : nullptr;
+    const UsePacks use(packs.get());
     if (!program.per_image || x.dim() != 4) return Network(program).run_whole(std::move(x));
     size32("x", x.size(0));
     if (x.size(0) > 1) Checker(x).check("x", x, {x.size(0), x.size(1), x.size(2), x.size(3)});  // before it is cut
@@ -137,15 +139,17 @@ class Network {
   Tensor run_pieces(Tensor& x, int64_t pieces) const {
     struct Pieces {
       const Network& network;
+      Packs* const packs;
       std::vector<Tensor> parts, results;
       std::vector<std::string> errors;
-    } all{*this, {}, std::vector<Tensor>(pieces), std::vector<std::string>(pieces)};
+    } all{*this, current_packs, {}, std::vector<Tensor>(pieces), std::vector<std::string>(pieces)};
     for (int64_t i = 0, batch = x.size(0); i < pieces; ++i) {
       const int64_t begin = i * batch / pieces, end = (i + 1) * batch / pieces;
       all.parts.push_back(torch::stable::narrow(x, 0, begin, end - begin));
     }
     const auto body = [](Items& items, void* context) {
       Pieces& all = *static_cast<Pieces*>(context);
+      const UsePacks use(all.packs);
       whole_images = true;
       for (int64_t begin, end; items.next(&begin, &end);) {
         for (int64_t i = begin; i < end; ++i) {

@@ -5,7 +5,7 @@
 #include <initializer_list>
 
 #include "common/arguments.h"
-#include "cpu/dispatch.h"
+#include "cpu/packs.h"
 
 namespace ghostfused::cpu {
 
@@ -41,6 +41,11 @@ inline const Isa& isa() {
 }
 inline const Kernels& kernels() { return *isa().kernels; }
 
+inline void forward(const GhostForwardParams& p) {
+  const Kernels& chosen = kernels();
+  chosen.forward(p, current_packs ? current_packs->weight(chosen, p) : Packed{}, torch_threads());
+}
+
 inline Tensor launch(GhostForwardParams& a, const Tensor& x) {
   if (!x.is_cpu()) fail("x: expected a CPU tensor");
   GhostShape& s = a.shape;
@@ -50,7 +55,7 @@ inline Tensor launch(GhostForwardParams& a, const Tensor& x) {
     s.channels_last = true;
     a.out.stride_c = 1;
   }
-  if (s.batch > 0) kernels().forward(a, torch_threads());
+  if (s.batch > 0) forward(a);
   return out;
 }
 
@@ -65,7 +70,11 @@ inline Tensor launch(SqueezeExciteParams& p, const Tensor& x) {
   if (!x.is_cpu()) fail("x: expected a CPU tensor");
   Tensor out = new_output({p.batch, p.channels}, {p.channels, 1}, x.scalar_type());
   p.out = out.data_ptr();
-  if (p.batch > 0) kernels().squeeze_excite(p, torch_threads());
+  const auto packed = [&](const Matrix& weight, int64_t rows, int64_t columns) {
+    return current_packs ? current_packs->rows(weight, rows, columns, p.path) : Packed{};
+  };
+  const Packed reduce = packed(p.reduce, p.reduced, p.channels), expand = packed(p.expand, p.channels, p.reduced);
+  if (p.batch > 0) kernels().squeeze_excite(p, reduce, expand, torch_threads());
   return out;
 }
 
@@ -108,7 +117,7 @@ inline Tensor linear(Tensor x, Tensor weight, OptionalTensor bias) {
   if (!countable(std::initializer_list<int64_t>{batch, rows})) fail("weight: expected at most 2^40 elements of output");
   Tensor out = new_output({batch, rows}, {std::max<int64_t>(rows, 1), 1}, x.scalar_type());
   p.out = {out.data_ptr(), rows, 1, 0, 0};
-  if (batch > 0 && rows > 0) kernels().forward(p, torch_threads());
+  if (batch > 0 && rows > 0) forward(p);
   return out;
 }
 

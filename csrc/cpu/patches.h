@@ -107,14 +107,13 @@ void pack_patch_pixels(const GhostForwardParams& p, const T* gate, int64_t n, in
   }
 }
 
-// The weights of ``channels`` outputs from c0 on, as the multiplication reads them.
+// pack_channels of the weights of ``channels`` outputs from c0 on.
 template <typename T, bool kChannelsLast>
-void prepare_patch_weight(const GhostForwardParams& p, int64_t c0, int64_t channels, int64_t depth,
-                          int64_t padded_block, float* weight) {
+void pack_patch_channels(const GhostForwardParams& p, int64_t c0, int64_t channels, int64_t depth, float* weight) {
   using Number = typename Operand<T, kChannelsLast>::Number;
   constexpr int kPerLane = Operand<T, kChannelsLast>::kChannels;
   const int64_t in_channels = p.shape.in_channels, area = int64_t{p.kernel} * p.kernel;
-  const int64_t rows = kChannelsLast ? padded_block : channels;
+  const int64_t rows = kChannelsLast ? div_up(channels, kLanes) * kLanes : channels;
   __builtin_memset(weight, 0, rows * depth * sizeof(float));
   Number* to = reinterpret_cast<Number*>(weight);
   for (int64_t c = 0; c < channels; ++c) {
@@ -123,7 +122,8 @@ void prepare_patch_weight(const GhostForwardParams& p, int64_t c0, int64_t chann
       const T* of_tap = from + tap / p.kernel * p.primary_weight_stride_h + tap % p.kernel * p.primary_weight_stride_w;
       for (int64_t k = 0; k < in_channels; ++k) {
         const int64_t v = kChannelsLast ? tap * in_channels + k : k * area + tap;
-        const int64_t lane = kChannelsLast ? v / kPerLane * padded_block + c : c * depth + v / kPerLane;
+        const int64_t vector = kChannelsLast ? c / kLanes * kLanes : c, k_step = kChannelsLast ? kLanes : 1;
+        const int64_t lane = vector * depth + v / kPerLane * k_step + (c - vector);
         const T value = of_tap[k * p.primary_weight_stride_k];
         if constexpr (kPerLane == 1) {
           to[lane] = to_float(value);

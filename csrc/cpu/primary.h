@@ -35,13 +35,14 @@ GHOSTFUSED_INLINE P next_row(P p, int64_t step) {
 
 // y = act(scale * (a b) + shift): a (rows, depth) read by broadcasts, b (depth, vecs * kLanes), row-major all. a and b
 // are made of the lanes of operand.h, which ``float`` stands for.
-// NCHW: rows are channels, vectors lie along pixels. channels_last: rows are pixels, vectors lie along channels.
+// NCHW: rows are channels, vectors lie along pixels. channels_last: rows are pixels, vectors lie along channels, and b
+// is (vecs, depth, kLanes), of BFloat16 numbers if kHalfB.
 template <typename T>
 struct Panel {
   const float* a;
   int64_t a_row;
   const float* b;
-  int64_t b_row;
+  int64_t b_row;       // NCHW's
   const float* ahead;  // what will be read next: two lines from here on are fetched with every row of b
   int64_t ahead_row;
   int64_t depth;
@@ -90,22 +91,25 @@ __attribute__((noinline)) void activate_panel(const Panel<T>& p, int rows, int v
   }
 }
 
-template <typename T, int kRows, int kVecs, bool kRowsAreChannels>
+template <typename T, int kRows, int kVecs, bool kRowsAreChannels, bool kHalfB>
 void multiply(const Panel<T>& p) {
   constexpr int kChannels = Operand<T, !kRowsAreChannels>::kChannels;
   Vec sum[kRows][kVecs];
   const int64_t part = part_of<kChannels>(p.depth);
-  const float *a = p.a, *b = p.b, *ahead = p.ahead;
+  using B = std::conditional_t<kHalfB, BFloat16, float>;
+  const float *a = p.a, *ahead = p.ahead;
+  const B* b = reinterpret_cast<const B*>(p.b);
+  const int64_t b_row = kRowsAreChannels ? p.b_row : kLanes, b_vec = kRowsAreChannels ? kLanes : p.depth * kLanes;
   for (int64_t left = p.depth;; left -= part) {
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 8
       for (int j = 0; j < kVecs; ++j) sum[i][j] = Vec{};
     }
-    for (int64_t k = min_of(left, part); k > 0; --k, ++a, b += p.b_row) {
+    for (int64_t k = min_of(left, part); k > 0; --k, ++a, b += b_row) {
       Vec row[kVecs];
 #pragma GCC unroll 8
-      for (int j = 0; j < kVecs; ++j) row[j] = load(b + j * kLanes);
+      for (int j = 0; j < kVecs; ++j) row[j] = load_float(b + j * b_vec);
       if (kRowsAreChannels) {
         __builtin_prefetch(ahead);
         __builtin_prefetch(ahead + kLine);
@@ -186,15 +190,16 @@ void multiply(const Panel<T>& p) {
 template <typename T>
 using Multiply = void (*)(const Panel<T>&);
 
-template <typename T, bool kRowsAreChannels, int... kIndex>
+template <typename T, bool kRowsAreChannels, bool kHalfB, int... kIndex>
 Multiply<T> multiply_kernel(int rows, int vecs, std::integer_sequence<int, kIndex...>) {
   static constexpr Multiply<T> kernels[] = {
-      multiply<T, kIndex / kMaxVecs + 1, kIndex % kMaxVecs + 1, kRowsAreChannels>...};
+      multiply<T, kIndex / kMaxVecs + 1, kIndex % kMaxVecs + 1, kRowsAreChannels, kHalfB>...};
   return kernels[(rows - 1) * kMaxVecs + vecs - 1];
 }
-template <typename T, bool kRowsAreChannels>
+template <typename T, bool kRowsAreChannels, bool kHalfB>
 Multiply<T> multiply_kernel(int rows, int vecs) {
-  return multiply_kernel<T, kRowsAreChannels>(rows, vecs, std::make_integer_sequence<int, kMaxRows * kMaxVecs>{});
+  return multiply_kernel<T, kRowsAreChannels, kHalfB>(rows, vecs,
+                                                      std::make_integer_sequence<int, kMaxRows * kMaxVecs>{});
 }
 
 }  // namespace ghostfused::cpu::GHOSTFUSED_ISA

@@ -1,6 +1,7 @@
 // The gate of a squeeze-and-excite block: the means of x, and two fully connected layers. And global pooling.
 #pragma once
 
+#include "cpu/dispatch.h"
 #include "cpu/dot.h"
 #include "cpu/parallel.h"
 
@@ -10,6 +11,7 @@ constexpr int kUnitRows = 4;  // of a matrix, in one unit
 
 struct SqueezeExciteTask {
   const SqueezeExciteParams& p;
+  const Packed &packed_reduce, &packed_expand;
   float *mean, *hidden;  // (N, C), (N, reduced)
 };
 
@@ -104,16 +106,23 @@ void squeeze(Items& items, void* context) {
 
 // Units of kUnitRows outputs for all images, of weight b + bias.
 template <typename T, typename Finish>
-void layer(Items& items, const SqueezeExciteParams& p, const void* weight, const ChannelVector& bias, const float* b,
-           int64_t depth, int64_t channels, const Finish& finish) {
+void layer(Items& items, const SqueezeExciteParams& p, const void* weight, const Packed& packed,
+           const ChannelVector& bias, const float* b, int64_t depth, int64_t channels, const Finish& finish) {
   for_each_unit(items, [&](int64_t unit) {
     const int64_t first = unit * kUnitRows;
     const int rows = min_of<int64_t>(kUnitRows, channels - first);
-    const T* a = static_cast<const T*>(weight) + first * depth;
+    const int64_t at = first * depth;
     for (int64_t n = 0; n < p.batch; n += kDotColumns) {
       const int columns = min_of<int64_t>(kDotColumns, p.batch - n);
       float y[kDotColumns * kUnitRows];
-      dot(a, depth, rows, b + n * depth, depth, columns, depth, y, kUnitRows);
+      const auto products = [&](auto* a) {
+        dot(a + at, depth, rows, b + n * depth, depth, columns, depth, y, kUnitRows);
+      };
+      if (packed.data) {
+        products(static_cast<const BFloat16*>(packed.data));
+      } else {
+        products(static_cast<const T*>(weight));
+      }
       for (int j = 0; j < columns; ++j) {
         for (int i = 0; i < rows; ++i) {
           float sum = y[j * kUnitRows + i];
@@ -133,7 +142,7 @@ void reduce(Items& items, void* context) {
   const auto finish = [&](int64_t n, int64_t r, const float* y, int count) {
     store_part(task.hidden + n * p.reduced + r, activate(load_part(y, count), Vec{}, p.act), count);
   };
-  layer<T>(items, p, p.reduce.data, p.reduce_bias, task.mean, p.channels, p.reduced, finish);
+  layer<T>(items, p, p.reduce.data, task.packed_reduce, p.reduce_bias, task.mean, p.channels, p.reduced, finish);
 }
 
 template <typename T>
@@ -150,14 +159,14 @@ void excite(Items& items, void* context) {
     }
     store_part(static_cast<T*>(p.out) + n * p.channels + c, v, count);
   };
-  layer<T>(items, p, p.expand.data, p.expand_bias, task.hidden, p.reduced, p.channels, finish);
+  layer<T>(items, p, p.expand.data, task.packed_expand, p.expand_bias, task.hidden, p.reduced, p.channels, finish);
 }
 
 template <typename T>
-void squeeze_excite(const SqueezeExciteParams& p, int threads) {
+void squeeze_excite(const SqueezeExciteParams& p, const Packed& reduced, const Packed& expanded, int threads) {
   const int64_t images = p.batch, planes = images * p.channels;
   float* scratch = thread_scratch(planes + images * p.reduced);
-  SqueezeExciteTask task{p, scratch, scratch + planes};
+  SqueezeExciteTask task{p, reduced, expanded, scratch, scratch + planes};
   // each weight comes from memory for a few products: such work takes longer, and is worth more threads
   const double products = 4. * static_cast<double>(planes) * p.reduced;
   run(threads, images * div_up(p.channels, kLanes), static_cast<double>(planes) * p.height * p.width, squeeze<T>,
@@ -170,7 +179,8 @@ void squeeze_excite(const SqueezeExciteParams& p, int threads) {
 template <typename T>
 void global_pool(const SqueezeExciteParams& p, int threads) {
   const int64_t planes = int64_t{p.batch} * p.channels;
-  SqueezeExciteTask task{p, thread_scratch(planes), nullptr};
+  const Packed none;
+  SqueezeExciteTask task{p, none, none, thread_scratch(planes), nullptr};
   run(threads, p.batch * div_up(p.channels, kLanes), static_cast<double>(planes) * p.height * p.width, squeeze<T>,
       &task);
   for (int64_t i = 0; i < planes; i += kLanes) {
@@ -183,8 +193,8 @@ inline void global_pool(const SqueezeExciteParams& p, int threads) {
   GHOSTFUSED_BY_PATH(p.path, global_pool)(p, threads);
 }
 
-inline void squeeze_excite(const SqueezeExciteParams& p, int threads) {
-  GHOSTFUSED_BY_PATH(p.path, squeeze_excite)(p, threads);
+inline void squeeze_excite(const SqueezeExciteParams& p, const Packed& reduced, const Packed& expanded, int threads) {
+  GHOSTFUSED_BY_PATH(p.path, squeeze_excite)(p, reduced, expanded, threads);
 }
 
 }  // namespace ghostfused::cpu::GHOSTFUSED_ISA

@@ -18,18 +18,15 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from ..fuse import fuse
-from ..numerics import relative_error
 from ..ops.transforms import transformed
 from ..spec import memory_format
+from . import proof
 from .frozen import Frozen
 from .graphs import RecordedGraph
 from .lowering import Lowered, lower
 
 Inputs = tuple[Tensor, ...]
 Key = tuple[tuple[torch.Size, torch.dtype], ...]
-
-_SAME = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
-"""How far two ways of computing a network may differ, relative to the largest output: ten times what their rounding makes."""
 
 
 class NotCaptured(ValueError):
@@ -44,6 +41,7 @@ def capture(
     dynamic_batch: bool = False,
     copy_output: bool = True,
     freeze: bool = False,
+    weights: torch.dtype | str | None = None,
 ) -> Captured:
     """``model``'s inference for inputs like ``example``, as one program on a CPU and as one CUDA graph on a GPU.
 
@@ -63,6 +61,8 @@ def capture(
             tensors, which the next call overwrites, and one copy fewer runs.
         freeze: on a CPU, give the programs parameters of their own, as the kernels read them, with norms folded into float32
             weights. What is written into the model's parameters later takes no effect until ``Captured.refresh``.
+        weights: of a frozen network of float32, ``torch.bfloat16`` (or ``"bfloat16"``) rounds the weights of 1×1 convolutions
+            and fully connected layers to that type: half the bytes to read. Maps and sums stay float32.
 
     Returns:
         A function of the model's inputs, a ``Captured``, which computes no gradients.
@@ -72,10 +72,12 @@ def capture(
             exported; or the program computes something else than the model.
         TypeError: ``model`` is no module, or ``example`` is neither tensors nor tuples or lists of them.
         ValueError: ``model`` is in train mode, tensors are on several devices or of a device that is neither a CPU nor a
-            GPU, or ``dynamic_batch`` or ``freeze`` is asked for on a GPU.
+            GPU, ``dynamic_batch`` or ``freeze`` is asked for on a GPU, or ``weights`` of what isn't frozen or float32, or of
+            another type.
     """
     examples = _examples(example)
     device = check(model, [x for inputs in examples for x in inputs])
+    rounded = _weights(weights, freeze)
     if device.type == "cuda":
         if dynamic_batch:
             raise ValueError("dynamic_batch: expected False on a GPU, where a CUDA graph is for one shape, got True")
@@ -90,13 +92,27 @@ def capture(
         raise ValueError(f"model: expected it on a CPU or on a GPU, got {device}")
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         fused = _shared_copy(model)
-        frozen = Frozen() if freeze else None
+        frozen = Frozen(rounded) if freeze else None
         variants = {}
         for inputs in examples:
             variant = Program(export(fused, inputs, dynamic_batch), inputs, partial, frozen)
             _prove(variant, model, inputs, dynamic_batch)
             variants[_key(inputs, dynamic_batch)] = variant
+        if frozen is not None:
+            frozen.round_weights()
     return Captured(variants, device, partial, dynamic_batch, frozen)
+
+
+def _weights(given: torch.dtype | str | None, freeze: bool) -> torch.dtype | None:
+    if given is None:
+        return None
+    if str(given).removeprefix("torch.") not in ("bfloat16", "bf16"):
+        raise ValueError(f"weights: expected None or torch.bfloat16, got {given!r}")
+    if not freeze:
+        raise ValueError(
+            f"weights: expected None where freeze is False: the model's own weights are read, got {given!r}"
+        )
+    return torch.bfloat16
 
 
 class Captured:
@@ -146,6 +162,11 @@ class Captured:
         """Whether the programs have parameters of their own: what is written into the model's takes no effect."""
         return self._frozen is not None
 
+    @property
+    def weights(self) -> torch.dtype | None:
+        """The type to which the weights of a frozen network are rounded, or None."""
+        return None if self._frozen is None else self._frozen.weights
+
     def refresh(self) -> None:
         """Takes over the model's parameters and buffers as they are now, in place. No call may run meanwhile.
 
@@ -174,13 +195,21 @@ class Captured:
                     "save: the model's parameters were written since they were frozen: call refresh() before"
                 )
         exported = [variant.exported for variant in self._variants.values()]
-        settings = {"partial": self._partial, "dynamic_batch": self._dynamic_batch, "freeze": self.frozen}
+        settings = {
+            "partial": self._partial,
+            "dynamic_batch": self._dynamic_batch,
+            "freeze": self.frozen,
+            "weights": self.weights and "bfloat16",
+        }
         saved.write(path, exported, settings)
 
     def __repr__(self) -> str:
         lines = [f"{self._shown(key)}: {variant}" for key, variant in self._variants.items()]
         return "\n".join(
-            [f"Captured on {self._device}{', frozen' if self.frozen else ''}", *(f"  {line}" for line in lines)]
+            [
+                f"Captured on {self._device}{', frozen' if self.frozen else ''}{', bfloat16 weights' if self.weights else ''}",
+                *(f"  {line}" for line in lines),
+            ]
         )
 
     def __reduce__(self) -> Any:
@@ -312,43 +341,19 @@ def _where(node: fx.Node) -> str:
 
 
 def _prove(program: Program, model: nn.Module, inputs: Inputs, dynamic_batch: bool) -> None:
-    """Runs both on ``inputs`` and on random numbers."""
-    generator = torch.Generator("cpu").manual_seed(0)
+    for call in proof.calls(inputs, dynamic_batch):
 
-    def random(x: Tensor, batch: int | None) -> Tensor:
-        if not x.is_floating_point():
-            return x if batch is None or x.dim() == 0 else x[:1].expand(batch, *x.shape[1:]).contiguous()
-        shape = x.shape if batch is None or x.dim() == 0 else (batch, *x.shape[1:])
-        return torch.empty(shape, dtype=x.dtype).normal_(generator=generator)
+        def run(*inputs: Tensor, shown: str = _shown(_key(call))) -> Any:
+            try:
+                return program(*inputs)
+            except RuntimeError as error:  # a kernel refuses
+                raise NotCaptured(f"the program doesn't run on {shown}: {error}") from error
 
-    calls = [
-        inputs,
-        *(tuple(random(x, batch) for x in inputs) for batch in ((None, 1, 3) if dynamic_batch else (None,))),
-    ]
-    for call in calls:
-        expected = pytree.tree_leaves(model(*(x.clone() for x in call)))
-        try:
-            outs = pytree.tree_leaves(program(*call))
-        except RuntimeError as error:  # a kernel refuses
-            raise NotCaptured(f"the program doesn't run on {_shown(_key(call))}: {error}") from error
-        if len(outs) != len(expected) or not all(map(_same, outs, expected)):
+        if not proof.computes_the_same(run, model, call):
             raise NotCaptured(
                 f"the program computes something else than {type(model).__name__} for {_shown(_key(call))}: its forward may "
                 "depend on more than its tensors, or draw random numbers"
             )
-
-
-def _same(out: Any, expected: Any) -> bool:
-    if not isinstance(out, Tensor) or not isinstance(expected, Tensor):
-        return type(out) is type(expected) and out == expected
-    if out.shape != expected.shape or out.dtype != expected.dtype:
-        return False
-    if not expected.is_floating_point():
-        return torch.equal(out, expected)
-    finite = expected.isfinite()
-    if not torch.equal(out.isfinite(), finite):
-        return False
-    return not finite.any() or relative_error(out[finite], expected[finite]) < _SAME[expected.dtype]
 
 
 def graphed(model: nn.Module, example: Tensor | Inputs, *, copy_output: bool = True) -> Callable[..., Any]:
@@ -381,7 +386,7 @@ def load(path: str | os.PathLike[str], *, copy_output: bool = True) -> Captured:
     variants: dict[Key, Any] = {}
     device = torch.device("cpu")
     partial, dynamic = bool(settings.get("partial")), bool(settings.get("dynamic_batch"))
-    frozen = Frozen() if settings.get("freeze") else None
+    frozen = Frozen(torch.bfloat16 if settings.get("weights") else None) if settings.get("freeze") else None
     for exported in programs:
         inputs = _inputs_like(exported)
         device = inputs[0].device
@@ -391,6 +396,9 @@ def load(path: str | os.PathLike[str], *, copy_output: bool = True) -> Captured:
                 if device.type == "cuda"
                 else Program(exported, inputs, partial, frozen)
             )
+    if frozen is not None:
+        with torch.no_grad():
+            frozen.round_weights()
     return Captured(variants, device, partial, dynamic, frozen)
 
 

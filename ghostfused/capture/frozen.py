@@ -7,17 +7,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..spec import DepthwiseArgs, GhostArgs
+from .. import ops
+from ..backends import cpu
+from ..spec import DepthwiseArgs, GhostArgs, LinearArgs, SqueezeExciteArgs
 
 ACTIVE = ("x", "input_gate", "residual", "output_gate")
 """Arguments of a step that the network computes; all others are the model's own tensors."""
+_LARGE: dict[type, tuple[str, ...]] = {
+    GhostArgs: ("primary_weight",),
+    SqueezeExciteArgs: ("reduce_weight", "expand_weight"),
+    LinearArgs: ("weight",),
+}
+"""The weights that a network reads many of; those of its depthwise convolutions are few."""
 _NORM = ("mean", "var", "gamma", "beta")
 
 
 class Frozen:
     """Copies of the model's tensors, as a program's steps read them; programs of several shapes share them."""
 
-    def __init__(self) -> None:
+    def __init__(self, weights: torch.dtype | None = None) -> None:
+        self.weights = weights
+        self.packs = ops.Packs(cpu.extension.module)
+        self._rounded = False
         self._steps: dict[Any, tuple[Any, Any]] = {}
         """By what a step is made of: the step as the model has it, and with tensors of our own."""
         self._tensors: dict[int, tuple[Tensor, Tensor]] = {}
@@ -44,15 +55,32 @@ class Frozen:
         pairs = [(own, given) for given, own in self._tensors.values()]
         for given, own in self._steps.values():
             folded = [half for half in _halves(given) if half not in _halves(own)]
+            large = _LARGE.get(type(own), ()) if self._rounded else ()
             for name, value in _own(given, folded)._asdict().items():
                 if isinstance(value, Tensor):
-                    pairs.append((getattr(own, name), value))
+                    rounded = name in large and value.dtype == torch.float32
+                    pairs.append((getattr(own, name), value.to(self.weights).float() if rounded else value))
         return pairs
 
     def refresh(self) -> None:
         """Takes over the model's parameters as they are now."""
         for own, now in self._pairs():
             own.copy_(now)
+        self.packs.renew(bfloat16=self._rounded)
+
+    def round_weights(self) -> None:
+        """From now on, rounds to the type ``weights`` what the kernels read in it, which stay float32 tensors.
+
+        Raises:
+            ValueError: no weight is float32 or of that type.
+        """
+        if self.weights is None:
+            return
+        weights = [getattr(own, name) for _, own in self._steps.values() for name in _LARGE.get(type(own), ())]
+        if not any(weight.dtype in (torch.float32, self.weights) for weight in weights):
+            raise ValueError(f"weights: expected a network of float32 or {self.weights}, got one of another type")
+        self._rounded = True
+        self.refresh()
 
     def is_current(self) -> bool:
         """Whether the model's parameters are still those of the last refresh."""

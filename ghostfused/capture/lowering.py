@@ -373,7 +373,13 @@ class _Writer:
                 self.written_as[item.node] = self.new.node_copy(item.node, self._new)
                 self.left.append(item.node)
             return
-        kept = ops.KeptProgram("cpu", found, cpu.extension.module.drop_program, any_format=True)  # type: ignore[union-attr]
+        kept = ops.KeptProgram(
+            "cpu",
+            found,
+            cpu.extension.module.drop_program,  # type: ignore[union-attr]
+            any_format=True,
+            packs=self.frozen.packs if self.frozen else None,
+        )
         self.programs.append(kept)
         call = self.new.call_function(ops.replay_cpu, (self._new(start), kept.number))
         self.written_as[items[-1].node] = call

@@ -2,7 +2,7 @@
 
 from ..spec import OPS
 from . import flops, implementations, recording
-from .programs import KeptProgram, replay_cpu
+from .programs import KeptProgram, Packs, replay_cpu
 from .schemas import STATISTICS, TRAIN_FIELDS, backward_op, forward_op, training_op
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "STATISTICS",
     "TRAIN_FIELDS",
     "KeptProgram",
+    "Packs",
     "backward_op",
     "flops",
     "forward_op",

@@ -4,6 +4,7 @@ and ``replay_<backend>`` of a program that ``keep_program_<backend>`` was given.
 from __future__ import annotations
 
 import functools
+import itertools
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -29,19 +30,54 @@ for _backend in PROGRAM_BACKENDS:
     )
 
 
+class Packs:
+    """What kept programs make of weights that never change: in the order in which the kernels read them, when a program first
+    reads them so.
+
+    ``module``: the extension's.
+    """
+
+    def __init__(self, module: Any):
+        self.number, self._module = next(_pack_numbers), module
+        self.renew()
+
+    def renew(self, *, bfloat16: bool = False) -> None:
+        """The weights have changed. No program that reads them may run meanwhile.
+
+        ``bfloat16``: they are numbers that it holds, or tensors of another type than float32; half the bytes do.
+        """
+        self._module.renew_packs(self.number, bfloat16)
+
+    def __del__(self) -> None:
+        self._module.drop_packs(self.number)
+
+
+_pack_numbers = itertools.count(1)
+
+
 class KeptProgram:
     """A program that the extension of ``backend`` keeps, so that a call of it hands over nothing but x:
     ``ghostfused::replay_<backend>(x, number)``. Its tensors live as long as this does.
 
     ``any_format``: maps between its steps may lie in the memory format that is faster, on a CPU. Sums are then made in
     another order than by the ops one by one, so that results differ from theirs by rounding.
+
+    ``packs``: its tensors change before a ``packs.renew()`` only.
     """
 
-    def __init__(self, backend: str, kept: encoding.Program, drop: Callable[[int], None], *, any_format: bool = False):
-        self.program, self._drop, self._op = kept, drop, forward_op(backend, "replay")
+    def __init__(
+        self,
+        backend: str,
+        kept: encoding.Program,
+        drop: Callable[[int], None],
+        *,
+        any_format: bool = False,
+        packs: Packs | None = None,
+    ):
+        self.program, self._drop, self._op, self.packs = kept, drop, forward_op(backend, "replay"), packs
         self.refuse_negative_views()  # of which the dispatcher would hand over copies, that miss what is written later
         keep: Callable[..., Any] = forward_op(backend, "keep_program")
-        self.number: int = below_autograd(keep, *kept, any_format)
+        self.number: int = below_autograd(keep, *kept, any_format, packs.number if packs else 0)
         _kept_programs[backend, self.number] = self
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -83,7 +119,7 @@ def _fake_replay(backend: str, x: Tensor, number: int) -> Tensor:
 for _backend in REPLAY_BACKENDS:
     define_op(
         f"keep_program_{_backend}",
-        "(Tensor[] tensors, int[] code, float[] numbers, bool any_format=False) -> int",
+        "(Tensor[] tensors, int[] code, float[] numbers, bool any_format=False, int packs=0) -> int",
         None,
     )
     define_op(

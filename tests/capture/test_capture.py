@@ -374,3 +374,14 @@ def test_programs_go_with_what_holds_them():
     with pytest.raises(RuntimeError, match="there is none of number"):
         ghostfused.ops.forward_op("cpu", "replay")(x, number)
     assert cpu.extension.module is not None
+
+
+def test_a_network_that_enlarges_rounding_is_captured():
+    model = torch.nn.Sequential(torch.nn.Conv2d(8, 16, 1), torch.nn.BatchNorm2d(16), torch.nn.ReLU()).eval()
+    x = 1 + 1e-6 * torch.randn(2, 8, 6, 7)
+    with torch.no_grad():
+        model[1].running_mean.copy_(model[0](torch.ones(1, 8, 1, 1)).flatten())
+    exact = copy.deepcopy(model).double()(x.double())
+    assert relative_error(model(x), exact) > 1e-2
+    captured = capture(model, x)
+    assert relative_error(captured(x), exact) < 4 * relative_error(model(x), exact)

@@ -1,5 +1,7 @@
 """``capture(..., freeze=True)``: parameters of its own, which the model's later ones don't change until ``refresh``."""
 
+import copy
+
 import networks
 import pytest
 import torch
@@ -8,7 +10,8 @@ from capture_network import made
 from spies import needs_cpu_kernels
 
 import ghostfused
-from ghostfused import capture
+from ghostfused import capture, ops
+from ghostfused.numerics import TOLERANCES, relative_error
 
 pytestmark = needs_cpu_kernels
 
@@ -134,3 +137,63 @@ def test_a_gpu_refuses(monkeypatch):
     monkeypatch.setitem(ghostfused.capture.__globals__, "check", lambda model, inputs: torch.device("cuda"))
     with pytest.raises(ValueError, match="freeze: expected False on a GPU, where a CUDA graph reads"):
         capture(model, x, freeze=True)
+
+
+def without_packs(captured):
+    """What its one program makes, with the weights read from the tensors at each call."""
+    (variant,) = captured._variants.values()
+    (kept,) = variant.lowered.programs
+    drop = ghostfused.backends.cpu.extension.module.drop_program
+    return ops.KeptProgram("cpu", kept.program, drop, any_format=True)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "weights"), [*((dtype, None) for dtype in DTYPES), (torch.float32, torch.bfloat16)], ids=str
+)
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("ghostnet_050", torch.contiguous_format),
+        ("small", torch.contiguous_format),
+        ("small", torch.channels_last),
+    ],
+    ids=str,
+)
+def test_packed_weights_are_the_same(name, layout, dtype, weights):
+    model = networks.network(name).to(dtype, memory_format=layout)
+    x = torch.randn(3, 3, 60, 44).to(dtype, memory_format=layout)
+    captured = capture(model, x, freeze=True, weights=weights)
+    for _ in range(2):
+        out = captured(x)
+        assert out.isfinite().all()
+        assert torch.equal(out, without_packs(captured)(x))
+        scaled(model, 0.98)
+        captured.refresh()
+
+
+@pytest.mark.parametrize("weights", [torch.bfloat16, "bfloat16", "torch.bfloat16"], ids=repr)
+def test_rounded_weights(weights, tmp_path):
+    model = networks.network("ghostnet_050")
+    x = torch.randn(2, 3, 64, 64)
+    exact = copy.deepcopy(model).double()(x.double())
+    captured = capture(model, x, freeze=True, weights=weights)
+    assert captured.weights == torch.bfloat16
+    assert "bfloat16 weights" in str(captured)
+    error = relative_error(captured(x), exact)
+    whole = relative_error(copy.deepcopy(model).bfloat16()(x.bfloat16()), exact)
+    assert relative_error(model(x), exact) < error < TOLERANCES[torch.bfloat16].factor * whole
+    captured.save(tmp_path / "net.pt2")
+    loaded = ghostfused.load(tmp_path / "net.pt2")
+    assert loaded.weights == torch.bfloat16
+    assert torch.equal(loaded(x), captured(x))
+
+
+def test_weights_are_refused():
+    model, x = made()
+    with pytest.raises(ValueError, match=r"weights: expected None or torch.bfloat16, got torch.float16"):
+        capture(model, x, freeze=True, weights=torch.float16)
+    with pytest.raises(ValueError, match="weights: expected None where freeze is False"):
+        capture(model, x, weights="bfloat16")
+    with pytest.raises(ValueError, match=r"weights: expected a network of float32 or torch.bfloat16"):
+        capture(model.half(), x.half(), freeze=True, weights="bfloat16")
+    assert capture(model.float(), x.float(), freeze=True).weights is None

@@ -80,6 +80,23 @@ struct Drawer {
   }
 };
 
+bool once = true;  // nothing is repeated, to be counted
+
+// With its weights packed before, it must make the same.
+void forward(const cpu::Isa& isa, const GhostForwardParams& p, const Buffer& out) {
+  isa.kernels->forward(p, {}, thread_count);
+  const int64_t bytes = once ? isa.kernels->pack_weight(p, false, nullptr) : 0;
+  if (!bytes) return;
+  const auto packed = std::make_unique<char[]>(bytes), first = std::make_unique<char[]>(out.bytes);
+  isa.kernels->pack_weight(p, false, packed.get());
+  std::memcpy(first.get(), out.data.get(), out.bytes);
+  std::memset(out.data.get(), -1, out.bytes);
+  isa.kernels->forward(p, {packed.get(), false}, thread_count);
+  if (std::memcmp(first.get(), out.data.get(), out.bytes) == 0) return;
+  std::fprintf(stderr, "packed weights make another result\n");
+  std::exit(1);
+}
+
 void run_ghost(const cpu::Isa& isa, const int* n, Drawer& draw, Buffer& out, int kernel = 1, int stride = 1) {
   GhostForwardParams p{};
   GhostShape& s = p.shape;
@@ -112,7 +129,7 @@ void run_ghost(const cpu::Isa& isa, const int* n, Drawer& draw, Buffer& out, int
   out = numbers(int64_t{s.batch} * s.out_channels * s.height * s.width, s.path);
   p.out = dense(out, s.channels_last, s.out_channels, s.height, s.width);
   if (s.height * s.width == 1) s.channels_last = true, p.out.stride_c = 1;
-  isa.kernels->forward(p, thread_count);
+  forward(isa, p, out);
 }
 
 void run_conv(const cpu::Isa& isa, const int* n, Drawer& draw, Buffer& out) {
@@ -148,8 +165,11 @@ void run_squeeze(const cpu::Isa& isa, const int* n, Drawer& draw, Buffer& out) {
   if (draw.extras) p.reduce_bias = draw.vector(p.reduced), p.expand_bias = draw.vector(p.channels);
   out = numbers(int64_t{p.batch} * p.channels, p.path);
   p.out = out.data.get();
-  const auto kernel = p.reduced ? isa.kernels->squeeze_excite : isa.kernels->global_pool;
-  kernel(p, thread_count);
+  if (p.reduced) {
+    isa.kernels->squeeze_excite(p, {}, {}, thread_count);
+  } else {
+    isa.kernels->global_pool(p, thread_count);
+  }
 }
 
 void run_convert(const cpu::Isa& isa, const int* n, Drawer& draw, Buffer& out) {
@@ -201,5 +221,6 @@ int main(int argc, char** argv) {
     }
   }
   if (!isa) return std::fprintf(stderr, "%s\n", error), 1;
+  once = repeat == 1;
   for (; i + 11 <= argc; i += 11) run_case(*isa, argv + i, repeat);
 }
