@@ -63,10 +63,8 @@ class Cheap {
           if (lanes < kLanes && valid >= kLanes) first = valid - kLanes, lanes = kLanes;
           strip.norm = norm + first;
           strip.weight = weight + first;
-          for (int64_t h = begin; h < end; ++h) {
-            strip.x1 = scratch + at.x1 + (h - begin) * at.x1_row + first;
-            run_row(strip, lanes, s.init_channels + (c0 + first) * per_channel + j, h);
-          }
+          strip.x1 = scratch + at.x1 + first;
+          run_rows(strip, lanes, s.init_channels + (c0 + first) * per_channel + j, begin, end);
         }
       } else {
         for (int64_t c = 0; c < valid; ++c) {
@@ -119,20 +117,25 @@ class Cheap {
     }
   }
 
-  // channels_last: row h of the vector of ``lanes`` channels from c on.
-  void run_row(Strip<T>& strip, int64_t lanes, int64_t c, int64_t h) const {
+  // channels_last: rows begin … end - 1 of the vector of ``lanes`` channels from c on.
+  void run_rows(Strip<T>& strip, int64_t lanes, int64_t c, int64_t begin, int64_t end) const {
     strip.walk = strip.weight_step = plan.padded_block;
     strip.cross = at.x1_row;
     if (output.plain && s.ratio == 2 && lanes == kLanes) {
-      strip.out = output.at(c, h, 0);
+      strip.out = output.at(c, begin, 0);
       strip.out_walk = p.out.stride_w;
-      strip.residual = output.residual_at(c, h, 0);
+      strip.out_cross = p.out.stride_h;
+      strip.residual = output.residual_at(c, begin, 0);
       strip.residual_walk = p.residual.stride_w;
+      strip.residual_cross = p.residual.stride_h;
       strip.steps = s.width;
+      strip.rows = end - begin;
       return depthwise_kernel<T, false>(s.dw_size)(strip);
     }
-    const float* y = stage(strip, strip.x1, kLanes, s.width);
-    for (int64_t w = 0; w < s.width; ++w, y += kLanes) output.put(load(y), c, h, w, lanes, s.ratio - 1);
+    for (int64_t h = begin; h < end; ++h) {
+      const float* y = stage(strip, strip.x1 + (h - begin) * at.x1_row, kLanes, s.width);
+      for (int64_t w = 0; w < s.width; ++w, y += kLanes) output.put(load(y), c, h, w, lanes, s.ratio - 1);
+    }
   }
 
   // Outputs of the strip that can't be stored as they are, to scratch memory.
@@ -150,6 +153,9 @@ class Cheap {
                         nullptr,
                         0,
                         steps,
+                        1,
+                        0,
+                        0,
                         strip.width,
                         strip.masks};
     depthwise_kernel<float, !kChannelsLast>(s.dw_size)(staged);

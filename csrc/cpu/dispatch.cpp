@@ -10,6 +10,10 @@
 
 #ifdef __x86_64__
 #include <cpuid.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #elif defined(__aarch64__)
 #ifdef __linux__
 #include <sys/auxv.h>
@@ -33,6 +37,18 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");
 }
 bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+// Its registers are large: Linux hands them out to a process that asks.
+bool has_amx() {
+#ifdef __linux__
+  unsigned a, b, c, d;
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return has_avx512_bf16() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kBf16) && (d & kTile) &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 
 bool is_made_by(unsigned signature) {
   unsigned a, b, c, d;
@@ -74,6 +90,7 @@ const Isa kIsas[] = {
     {"avx512vl_bf16", 8, has_avx512_bf16, &kAvx512vlBf16},
     {"avx512", 16, has_avx512, &kAvx512},
     {"avx512_bf16", 16, has_avx512_bf16, &kAvx512Bf16},
+    {"avx512_amx", 16, has_amx, &kAvx512Amx, true},
 #elif defined(__aarch64__)
     {"neon_fp16", 4, has_neon_fp16, &kNeonFp16},
     {"neon_bf16", 4, has_neon_bf16, &kNeonBf16},

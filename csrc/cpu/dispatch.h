@@ -38,13 +38,14 @@ struct Kernels {
   double (*multiply_adds)(int64_t count, Path path);
 };
 // each in the file of isa/ that has its name
-extern const Kernels kBaseline, kAvx2, kAvx512vl, kAvx512vlBf16, kAvx512, kAvx512Bf16, kNeonFp16, kNeonBf16;
+extern const Kernels kBaseline, kAvx2, kAvx512vl, kAvx512vlBf16, kAvx512, kAvx512Bf16, kAvx512Amx, kNeonFp16, kNeonBf16;
 
 struct Isa {
   const char* name;
   int lanes;  // floats in a vector
   bool (*supported)();
   const Kernels* kernels;
+  bool tiles = false;  // bf16 in channels_last is multiplied by matrices
 };
 
 // Every compiled instruction set, slowest first; ends with a null name.

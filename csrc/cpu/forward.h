@@ -9,6 +9,7 @@
 #include "cpu/pack_weight.h"
 #include "cpu/parameters.h"
 #include "cpu/plan.h"
+#include "cpu/tiles.h"
 
 namespace ghostfused::cpu::GHOSTFUSED_ISA {
 
@@ -16,6 +17,7 @@ template <typename T, bool kChannelsLast>
 class Worker {
   using Number = typename Operand<T, kChannelsLast>::Number;
   static constexpr int kPerLane = Operand<T, kChannelsLast>::kChannels;
+  static constexpr bool kTiles = kHasTiles && kChannelsLast;
   static constexpr bool kMayHalve = kChannelsLast && std::is_same_v<T, float>;
 
  public:
@@ -183,6 +185,19 @@ class Worker {
       panel.residual_row = p.residual.stride_w;
       const int64_t panels = div_up(s.width, kMaxRows), vecs = div_up(channels, kLanes);
       panel.last = static_cast<int>(channels - (vecs - 1) * kLanes);
+      if constexpr (kTiles) {
+        // a run: pixels at one stride
+        const int64_t rows = x_h == s.width * x_w ? end - begin : 1, pixels = rows * s.width;
+        if (pixels >= kTile) {
+          for (int64_t h = begin; h < end; h += rows, x += x_h) {
+            multiply_tiles(x, x_w, pixels, panel.b, vecs, plan.depth, [&](int64_t pixel, int64_t j, const float* sums) {
+              const int lanes = j == vecs - 1 ? panel.last : kLanes;
+              finish_tile(sums, h + pixel / s.width, pixel % s.width, top, j * kLanes, lanes, store_too);
+            });
+          }
+          return;
+        }
+      }
       for (int64_t h = begin; h < end; ++h, x += x_h, x1 += at.x1_row) {
         for (int64_t i = 0; i < panels; ++i) {
           const int64_t w = i * s.width / panels, rows = (i + 1) * s.width / panels - w;
@@ -224,6 +239,23 @@ class Worker {
           run(0, pixels_of.vecs - 1);
           run(pixels - kLanes, 1);
         }
+      }
+    }
+  }
+
+  // ``lanes`` channels from c on of the tile's pixels, whose first is (h, w).
+  void finish_tile(const float* sums, int64_t h, int64_t w, int64_t top, int64_t c, int lanes, bool store_too) const {
+    const Finish finish(parameters + at.block_norms + c, plan.padded_block, p.primary.act, Finish::kVectors);
+    for (const float* end = sums + kTile * kTile; sums < end; ++h, w = 0) {
+      float* y = scratch + at.x1 + (h - top) * at.x1_row + (pad + w) * plan.padded_block + c;
+      T* to = output.at(c0 + c, h, w);
+      const T* residual = output.residual_at(c0 + c, h, w);
+      for (; w < s.width && sums < end; ++w, sums += kTile, y += plan.padded_block, to += p.out.stride_w) {
+        Vec v = finish(load(sums));
+        if (plan.ghosts || !store_too) store(y, v);
+        if (!store_too) continue;
+        if (residual) v += load_part(residual, lanes), residual += p.residual.stride_w;
+        store_part(to, v, lanes);
       }
     }
   }
@@ -307,6 +339,9 @@ struct Task {
 
 template <typename Worker>
 void run_worker(Items& items, const Task& task) {
+#ifdef GHOSTFUSED_AMX
+  const TileRegisters registers(task.plan.depth);
+#endif
   Worker worker(task.p, task.weight, task.plan);
   for (int64_t begin, end; items.next(&begin, &end);) worker.run(begin, end);
 }

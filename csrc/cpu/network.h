@@ -41,17 +41,20 @@ inline bool has_format(const Tensor& t, bool* channels_last) {
              : t.stride(3) == c && (h == 1 || t.stride(2) == w * c) && (t.size(0) == 1 || t.stride(0) == h * w * c);
 }
 
-constexpr int64_t kFewVectors = 14;  // of pixels: such a map fills vectors better with channels
-constexpr size_t kFewSteps = 6;      // a program of fewer isn't worth a conversion at both ends
+constexpr int64_t kFewVectors = 14;     // of pixels: such a map fills vectors better with channels
+constexpr int64_t kTiledPixels = 4096;  // of a map of so many, matrices multiply too few channels to be worth it
+constexpr size_t kFewSteps = 6;         // a program of fewer isn't worth a conversion at both ends
 
 // What a program that may choose formats makes of x and of each result before others read it: maps of few pixels go in
-// channels_last, all others in NCHW, whose kernels go along rows. Vectors of four floats, which nobody has measured,
-// leave each as it is.
+// channels_last, larger ones of bf16 too where AMX multiplies it, and all others in NCHW, whose kernels go along rows.
+// Vectors of four floats, which nobody has measured, leave each as it is.
 inline Tensor adapted(Tensor t) {
-  const int64_t lanes = isa().lanes;
+  const Isa& isa = cpu::isa();
+  const int64_t lanes = isa.lanes;
   bool channels_last;
   if (lanes < 8 || !has_format(t, &channels_last)) return t;
-  const bool wanted = t.size(2) * t.size(3) < kFewVectors * lanes;
+  const bool tiles = isa.tiles && t.scalar_type() == ScalarType::BFloat16;
+  const bool wanted = t.size(2) * t.size(3) < (tiles ? kTiledPixels : kFewVectors * lanes);
   return wanted == channels_last ? t : converted(t, wanted);
 }
 

@@ -14,7 +14,13 @@ struct Operand {
   static constexpr int kChannels = 1;
 };
 
-#if defined(GHOSTFUSED_X86_BF16) || defined(GHOSTFUSED_NEON_BF16)
+#ifdef GHOSTFUSED_AMX  // its matrices are channels_last's; by vectors, products of fp32 are made faster
+template <>
+struct Operand<BFloat16, true> {
+  using Number = BFloat16;
+  static constexpr int kChannels = 2;
+};
+#elif defined(GHOSTFUSED_X86_BF16) || defined(GHOSTFUSED_NEON_BF16)
 template <bool kChannelsLast>
 struct Operand<BFloat16, kChannelsLast> {
   using Number = BFloat16;
@@ -31,7 +37,9 @@ struct Operand<Float16, true> {
 #endif
 
 inline int channels_per_lane(Path path, bool channels_last) {
-  if (path == Path::kBFloat16) return Operand<BFloat16, true>::kChannels;
+  if (path == Path::kBFloat16) {
+    return channels_last ? Operand<BFloat16, true>::kChannels : Operand<BFloat16, false>::kChannels;
+  }
   return path == Path::kFloat16 && channels_last ? Operand<Float16, true>::kChannels : 1;
 }
 

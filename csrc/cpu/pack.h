@@ -53,6 +53,26 @@ GHOSTFUSED_INLINE void pack_pixel(const GhostForwardParams& p, const T* gate, co
   }
 }
 
+// The same for ``pixels`` that follow each other, through a gate. Its numbers wait in registers' form while they pass.
+template <typename T, typename Number>
+void pack_gated_run(const GhostForwardParams& p, const T* gate, const T* from, int64_t pixels, Number* to,
+                    int64_t to_row) {
+  constexpr int64_t kChunk = 32 * kLanes;
+  const int64_t channels = p.shape.in_channels, stride = p.input_gate_stride_c;
+  alignas(64) float factors[kChunk];
+  for (int64_t first = 0; first < channels; first += kChunk) {
+    const int64_t count = min_of<int64_t>(channels - first, kChunk), whole = count / kLanes * kLanes;
+    for (int64_t k = 0; k < count; ++k) factors[k] = to_float(gate[(first + k) * stride]);
+    const int rest = static_cast<int>(count - whole);
+    for (int64_t i = 0; i < pixels; ++i) {
+      const T* x = from + i * p.x.stride_w + first;
+      Number* y = to + i * to_row + first;
+      for (int64_t k = 0; k < whole; k += kLanes) store_float(y + k, gated<T>(load_float(x + k), load(factors + k)));
+      if (rest) store_part(y + whole, gated<T>(load_part(x + whole, rest), load_part(factors + whole, rest)), rest);
+    }
+  }
+}
+
 // channels_last: ``rows`` rows of image n from row ``top`` on, through the input gate (null: none), ``to_row`` numbers
 // from one pixel to the next, zeros after the last channel.
 template <typename T, typename Number>
@@ -61,8 +81,12 @@ void pack_pixels(const GhostForwardParams& p, const T* gate, int64_t n, int64_t 
   const GhostShape& s = p.shape;
   const int64_t pixels = rows * s.width;
   const T* x = static_cast<const T*>(p.x.data) + n * p.x.stride_n + top * p.x.stride_h;
+  const bool by_rows = gate && p.x.stride_c == 1;
+  for (int64_t h = 0; by_rows && h < rows; ++h) {
+    pack_gated_run(p, gate, x + h * p.x.stride_h, s.width, to + h * s.width * to_row, to_row);
+  }
   for (int64_t i = 0; i < pixels; ++i, to += to_row) {
-    pack_pixel(p, gate, x + i / s.width * p.x.stride_h + i % s.width * p.x.stride_w, to);
+    if (!by_rows) pack_pixel(p, gate, x + i / s.width * p.x.stride_h + i % s.width * p.x.stride_w, to);
     for (int64_t k = s.in_channels; k < to_row; ++k) to[k] = {};
   }
 }

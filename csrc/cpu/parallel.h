@@ -26,7 +26,9 @@ GHOSTFUSED_INLINE void for_each_unit(Items& items, const Each& each) {
 }
 
 // ``Kernels::run<T>`` for the T of a path. Sums are fp32 on all of them.
+#ifndef GHOSTFUSED_BY_PATH
 #define GHOSTFUSED_BY_PATH(path, function) \
   ((path) == Path::kFloat16 ? function<Float16> : (path) == Path::kBFloat16 ? function<BFloat16> : function<float>)
+#endif
 
 }  // namespace ghostfused::cpu::GHOSTFUSED_ISA

@@ -10,7 +10,7 @@ namespace ghostfused::cpu::GHOSTFUSED_ISA {
 constexpr int kStripRows =
     4;  // outputs made at once, so that each loaded vector serves all the taps that it lies under
 
-// Outputs that follow each other: the rows of a channel in NCHW, the pixels of a row in channels_last.
+// Outputs that follow each other: the rows of a channel in NCHW, the pixels of several rows in channels_last.
 template <typename T>
 struct Strip {
   const float* x1;      // at the first tap of the first output
@@ -24,7 +24,8 @@ struct Strip {
   int64_t out_walk;
   const T* residual;  // added to what goes out, or null
   int64_t residual_walk;
-  int64_t steps;  // outputs
+  int64_t steps;  // outputs; in channels_last of each of the rows, which are ``cross`` apart in x1
+  int64_t rows, out_cross, residual_cross;
   int64_t width;  // NCHW: of a row; its last vector ends where the row does, unless the row is shorter
   const float*
       masks;  // NCHW: per vector of a row and column of taps: lanes inside the image. All are at the middle tap
@@ -130,8 +131,7 @@ GHOSTFUSED_INLINE void depthwise_outputs(const Filter<kSize, kSplat>& filter, co
 }
 
 template <typename T, int kSize, bool kSplat>
-void depthwise(const Strip<T>& p) {
-  const Filter<kSize, kSplat> filter(p);
+GHOSTFUSED_INLINE void depthwise_steps(const Filter<kSize, kSplat>& filter, const Strip<T>& p) {
   int64_t i = 0;
   for (; i + kStripRows <= p.steps; i += kStripRows) depthwise_outputs<kStripRows>(filter, p, i);
   if constexpr (kSize <= 3) {
@@ -139,6 +139,22 @@ void depthwise(const Strip<T>& p) {
     if (p.steps - i == 2) return depthwise_outputs<2>(filter, p, i);
   }
   for (; i < p.steps; ++i) depthwise_outputs<1>(filter, p, i);  // the code of large kernels is large
+}
+
+template <typename T, int kSize, bool kSplat>
+void depthwise(const Strip<T>& strip) {
+  const Filter<kSize, kSplat> filter(strip);
+  if constexpr (kSplat) {
+    depthwise_steps(filter, strip);
+  } else {
+    Strip<T> row = strip;
+    for (int64_t i = 0; i < strip.rows; ++i) {
+      depthwise_steps(filter, row);
+      row.x1 += row.cross;
+      row.out += row.out_cross;
+      if (row.residual) row.residual += row.residual_cross;
+    }
+  }
 }
 
 template <typename T>

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 CPU = ROOT / "csrc" / "cpu"
 KERNELS = [CPU / "dispatch.cpp", CPU / "pool.cpp", *sorted((CPU / "isa").glob("*.cpp"))]
 DRIVER, BINDING = ROOT / "tests" / "helpers" / "cpu_driver.cpp", CPU / "binding.cpp"
-ISAS = ["baseline", "avx2", "avx512vl", "avx512vl_bf16", "avx512", "avx512_bf16"]
+ISAS = ["baseline", "avx2", "avx512vl", "avx512vl_bf16", "avx512", "avx512_bf16", "avx512_amx"]
 
 CASES = [  # as tests/helpers/cpu_driver.cpp describes them
     "ghost 2 5 7 7 12 2 3 nchw float32 0",
@@ -41,6 +41,8 @@ CASES = [  # as tests/helpers/cpu_driver.cpp describes them
     "ghost 2 21 13 14 90 2 3 nchw bfloat16 1",
     "ghost 2 20 9 11 37 2 3 nhwc bfloat16 0",  # read as it lies where bf16 is multiplied in pairs
     "ghost 2 21 9 11 37 2 5 nhwc bfloat16 0",
+    "ghost 2 70 7 7 37 2 3 nhwc bfloat16 1",  # where matrices are multiplied: a part of one left, and none
+    "ghost 1 64 5 6 70 2 3 nhwc bfloat16 0",
     "ghost 2 20 5 3 37 2 5 nchw bfloat16 0",
     "ghost 2 20 9 11 37 1 1 nchw float32 0",
     "ghost 2 20 9 11 37 1 1 nhwc float32 1",
