@@ -139,6 +139,7 @@ _FUNCTIONS: dict = {
     LinearArgs: linear,
 }
 
+
 def forward(args: Args) -> Tensor:
     """``run``, and a map as dense as the op's fake says, whatever the strides of x."""
     out = run(args)

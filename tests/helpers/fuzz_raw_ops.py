@@ -41,8 +41,6 @@ FLOATS = (math.nan, math.inf, -math.inf, -1.0, -1e-9, 0.0, 1e-5, 0.5, 1e300)
 LONG = (2**31 - 1, 2**31, 2**33, 2**40)
 """Sizes of a dimension that no kernel takes."""
 WORDS = {"code", "numbers", "tensors", "program", *(name for kind in STEPS.values() for name in kind.__annotations__)}
-
-
 MEMORY = 12 << 30
 """Bytes of addresses that the command may use: a call that needs more of them has slipped through the bounds."""
 

@@ -13,6 +13,7 @@ from ghostfused import backends, functional, ops
 from ghostfused.backends import reference
 from ghostfused.ops.autograd import FusedFunction
 from ghostfused.spec import Act, tensor_names
+from ghostfused.spec.kernels import COMMON
 from ghostfused.testing import Case, DepthwiseCase, SqueezeExciteCase, convert, make
 
 EVERYTHING = {  # tensors that there can be
@@ -134,7 +135,7 @@ def bad_arguments(op: str, backend: Backend) -> list[tuple[str, object]]:
         return [
             *common, ("weight", torch.ones(5, 1, 3, 3)), ("weight", torch.ones(6, 1, 2, 3)), ("bias", torch.ones(3)),
             ("mean", torch.ones(5)), ("mean", torch.ones(6, device=elsewhere)), ("var", None),
-            ("gamma", torch.ones(6).double()), ("slope", torch.ones(3)), ("act", int(Act.GELU)), ("stride", 3), ("stride", 0),
+            ("gamma", torch.ones(6).double()), ("slope", torch.ones(3)), ("stride", 3), ("stride", 0),
         ]  # fmt: skip
     return [
         common[0], ("primary_weight", torch.ones(4, 5, 1, 1)), ("primary_weight", torch.ones(4, 6, 2, 2)),
@@ -142,7 +143,7 @@ def bad_arguments(op: str, backend: Backend) -> list[tuple[str, object]]:
         ("primary_mean", torch.ones(5)), ("primary_mean", torch.ones(4, device=elsewhere)), ("cheap_var", None),
         ("cheap_gamma", torch.ones(4).double()), ("primary_slope", torch.ones(3)), ("input_gate", torch.ones(2, 7)),
         ("residual", torch.ones(2, 7, 5, 4)), ("output_gate", torch.ones(2, 6, 2, 2)), ("out_channels", 9), ("stride", 0),
-        ("dilation", 0), ("groups", 2), ("primary_act", int(Act.GELU)), ("cheap_act", 77),
+        ("dilation", 0), ("groups", 2), ("primary_act", -1), ("cheap_act", 77),
     ]  # fmt: skip
 
 
@@ -169,20 +170,16 @@ def test_a_backend_is_the_default_and_explains_refusals(backend, op):
     assert backends.choose(args, backend.name) == backend.name
     if backend.name == backends.AUTO.get(backend.device, [None])[0]:
         assert backends.choose(args) == backend.name
-    gelu = {"cheap_act" if op == "forward" else "act": int(Act.GELU)}
+    doubles = backend.there(convert(plain, torch.float64))
     refused = {
         "forward": {"groups 2": {"groups": 2}, "2×2": {"primary_weight": torch.ones(12, 16, 2, 2)}},
         "depthwise": {"3×5": {"weight": torch.ones(12, 1, 3, 5)}, "stride 3": {"stride": 3}},
         "squeeze_excite": {"LEAKY_RELU": {"act": int(Act.LEAKY_RELU)}},
-    }
-    for message, change in {
-        "GELU": gelu,
-        "float64": {"x": backend.there(convert(plain, torch.float64)).x},
-        **refused[op],
-    }.items():
+    }[op] | {act.name: {"cheap_act" if op == "forward" else "act": int(act)} for act in Act if act not in COMMON.acts}
+    for message, change in refused.items():
         assert message in supports(args._replace(**change))
-    with pytest.raises(RuntimeError, match=rf"backend='{backend.name}' can't run this \w.*GELU"):
-        functional.run(args._replace(**gelu), backend.name)
+    with pytest.raises(RuntimeError, match=rf"backend='{backend.name}' can't run this \w.*float64"):
+        functional.run(doubles, backend.name)
 
 
 @on("cpu", "cuda")
