@@ -12,7 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..spec import Act, Args, DepthwiseArgs, Gate, GhostArgs, GlobalPoolArgs, LinearArgs, SqueezeExciteArgs, Step
+from ..spec import (
+    Act,
+    Args,
+    DepthwiseArgs,
+    Gate,
+    GhostArgs,
+    GlobalPoolArgs,
+    LinearArgs,
+    SqueezeExciteArgs,
+    Step,
+    memory_format,
+)
 from ..spec.activations import TABLE
 
 DEVICES = None
@@ -128,5 +139,8 @@ _FUNCTIONS: dict = {
     LinearArgs: linear,
 }
 
-forward = run
-"""What a backend's function is called."""
+
+def forward(args: Args) -> Tensor:
+    """``run``, and a map as dense as the op's fake says, whatever the strides of x."""
+    out = run(args)
+    return out.contiguous(memory_format=memory_format(args.x)) if out.dim() == 4 else out

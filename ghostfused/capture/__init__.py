@@ -46,9 +46,8 @@ def capture(
     """``model``'s inference for inputs like ``example``, as one program on a CPU and as one CUDA graph on a GPU.
 
     What is written into the model's parameters and buffers takes effect (``load_state_dict``, a weight average), unless it is
-    frozen. Modules,
-    attributes and hooks are as they are now, and what the forward does in Python beside computing isn't done again.
-    The model itself stays as it is; it need not be fused before.
+    frozen. Modules, attributes and hooks are as they are now, and what the forward does in Python beside computing isn't
+    done again. The model itself stays as it is; it need not be fused before.
 
     Args:
         model: in eval mode, on one device.
@@ -148,9 +147,8 @@ class Captured:
                 raise ValueError(f"input {i}: expected one that asks for no gradient, got requires_grad=True")
         variant = self._variants.get(_key(inputs, self._dynamic_batch))
         if variant is None:
-            raise ValueError(
-                f"inputs: expected {' or '.join(map(self._shown, self._variants))}, got {_shown(_key(inputs))}"
-            )
+            known = " or ".join(map(self._shown, self._variants))
+            raise ValueError(f"inputs: expected {known}, got {_shown(_key(inputs))}")
         with torch.no_grad():
             if torch.is_autocast_enabled(self._device.type):
                 with torch.autocast(self._device.type, enabled=False):
@@ -232,23 +230,20 @@ def _examples(example: Any) -> list[Inputs]:
     """Each call's inputs."""
     examples = example if isinstance(example, list) else [example]
     calls = [(each,) if isinstance(each, Tensor) else each for each in examples]
+    wanted = "example: expected a tensor or a tuple of tensors, or a list of these, got"
     for inputs in calls:
         if not isinstance(inputs, tuple) or not inputs or not all(isinstance(x, Tensor) for x in inputs):
-            raise TypeError(
-                f"example: expected a tensor or a tuple of tensors, or a list of these, got {_kinds(example)}"
-            )
+            raise TypeError(f"{wanted} {_kinds(example)}")
     if not calls:
-        raise TypeError("example: expected a tensor or a tuple of tensors, or a list of these, got an empty list")
+        raise TypeError(f"{wanted} an empty list")
     return calls
 
 
 def _kinds(example: Any) -> str:
     name = type(example).__name__
-    return (
-        f"a {name} of {', '.join(type(x).__name__ for x in example) or 'nothing'}"
-        if isinstance(example, list | tuple)
-        else name
-    )
+    if not isinstance(example, list | tuple):
+        return name
+    return f"a {name} of {', '.join(type(x).__name__ for x in example) or 'nothing'}"
 
 
 def check(model: nn.Module, inputs: Sequence[Tensor]) -> torch.device:
@@ -320,9 +315,8 @@ class Program:
         for kept in self.lowered.programs:
             kept.refuse_negative_views()
         # a graph's views hold for the example's memory format
-        outs = self.run(
-            *(x if f is None else x.contiguous(memory_format=f) for x, f in zip(inputs, self.formats, strict=True))
-        )
+        pairs = zip(inputs, self.formats, strict=True)
+        outs = self.run(*(x if f is None else x.contiguous(memory_format=f) for x, f in pairs))
         return outs[0] if self.one_tensor else pytree.tree_unflatten(outs, self.structure)  # type: ignore[arg-type]
 
     def __repr__(self) -> str:

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import backends
 from ..functional import ghost_module
 from ..ops.recording import note_others
 from ..ops.transforms import runs_plain
@@ -17,9 +16,9 @@ from ..recognize import ghost
 from ..recognize.equivalence import prove
 from ..recognize.swap import make_twin, original
 from ..spec import Act
-from ..spec.activations import BY_MODULE, TABLE
 from . import batch_statistics
 from .cache import CachesPrograms, ProgramCache, may_replay
+from .children import ConvNormAct, activation, check_backend, check_int
 from .layers import Layout
 
 torch.fx.wrap("ghost_module")  # torch.fx's symbolic tracing records the call and doesn't look inside
@@ -87,8 +86,8 @@ class FusedGhostModule(CachesPrograms, nn.Module):
             ("in_channels", in_channels, 1), ("out_channels", out_channels, 1), ("kernel_size", kernel_size, 1),
             ("stride", stride, 1), ("dw_size", dw_size, 1), ("dilation", dilation, 1), ("groups", groups, 1),
         ):  # fmt: skip
-            _check_int(name, value, least)
-        _check_int("s", s, 2, "; with one map for each there are no ghosts: use nn.Conv2d")
+            check_int(name, value, least)
+        check_int("s", s, 2, "; with one map for each there are no ghosts: use nn.Conv2d")
         if dw_size % 2 == 0:
             raise ValueError(f"dw_size: expected an odd number, got {dw_size}")
         init_channels = -(-out_channels // s)
@@ -100,15 +99,15 @@ class FusedGhostModule(CachesPrograms, nn.Module):
             )
         if keys not in KEYS:
             raise ValueError(f"keys: expected one of {sorted(KEYS)}, got {keys!r}")
-        _check_backend(backend)
+        check_backend(backend)
         to = {"device": device, "dtype": dtype}
 
         def half(name: str, conv: nn.Conv2d, act: str | Act | nn.Module) -> nn.Sequential:
             channels = conv.out_channels
-            block = _ConvNormAct() if keys == "ultralytics" else nn.Sequential()
+            block = ConvNormAct() if keys == "ultralytics" else nn.Sequential()
             names = ("conv", "bn", "act") if keys == "ultralytics" else ("0", "1", "2")
             norm = nn.BatchNorm2d(channels, **to)  # type: ignore[arg-type]
-            for key, child in zip(names, (conv, norm, _activation(name, act, channels, to)), strict=True):
+            for key, child in zip(names, (conv, norm, activation(name, act, channels, to)), strict=True):
                 block.add_module(key, child)
             return block
 
@@ -157,7 +156,7 @@ class FusedGhostModule(CachesPrograms, nn.Module):
         """
         if not isinstance(module, nn.Module):
             raise TypeError(f"module: expected an nn.Module, got {type(module).__name__}")
-        _check_backend(backend)
+        check_backend(backend)
         adopted = ghost.read(module)
         fused = adopted if isinstance(adopted, str) else cls.from_adopted(module, adopted, backend)
         if isinstance(fused, str):
@@ -360,43 +359,3 @@ class _Halves(nn.Sequential):
         for half in self:
             maps.append(half(maps[-1]))
         return torch.cat(maps[1:], 1)[:, : self.out_channels]
-
-
-class _ConvNormAct(nn.Sequential):
-    """conv, bn and act under these names."""
-
-
-def _activation(name: str, act: str | Act | nn.Module, channels: int, to: dict) -> nn.Module:
-    """The activation module for ``act``; ``name`` is the argument's, for errors."""
-    if isinstance(act, nn.Module):
-        if type(act) not in BY_MODULE and not isinstance(act, nn.Identity):
-            raise ValueError(
-                f"{name}: expected a module among {sorted(k.__name__ for k in BY_MODULE)}, got {type(act).__name__}"
-            )
-        if isinstance(act, nn.PReLU) and act.num_parameters not in (1, channels):
-            raise ValueError(f"{name}: expected a PReLU of 1 or {channels} parameters, got {act.num_parameters}")
-        return act
-    try:
-        kind = Act[act.upper()] if isinstance(act, str) else Act(act)
-    except (KeyError, ValueError):
-        names = [a.name.lower() for a in Act]
-        raise ValueError(f"{name}: expected one of {names} or a module, got {act!r}") from None
-    if kind == Act.NONE:
-        return nn.Sequential()
-    if kind == Act.PRELU:
-        return nn.PReLU(**to)
-    if kind in (Act.RELU, Act.RELU6):
-        return TABLE[kind].module(inplace=True)
-    return TABLE[kind].module()
-
-
-def _check_int(name: str, value: int, least: int, hint: str = "") -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{name}: expected at least {least}, got {value}{hint}")
-
-
-def _check_backend(backend: str) -> None:
-    if backend != "auto" and backend not in backends.BACKENDS:
-        raise ValueError(f"backend: expected 'auto' or one of {sorted(backends.BACKENDS)}, got {backend!r}")

@@ -340,6 +340,9 @@ def test_readme_covers_what_the_kernels_take():
     sizes = [str(h) if h == w else f"{h}×{w}" for h, w in COMMON.depthwise]
     assert "depthwise " + ", ".join(sizes) in coverage("bottleneck")[0]
     assert f"up to {TAKES['cpu'].patch_channels} channels" in coverage("primary conv")[0]
+    isas = {path.stem.partition("_")[0] for path in (ROOT / "csrc" / "cpu" / "isa").glob("*.cpp")}
+    processors = {"avx2": "x86-64", "neon": "aarch64"}
+    assert {isa for isa, name in processors.items() if name in coverage("device")[0]} == isas & set(processors)
 
 
 @pytest.mark.parametrize("settings", [{"stride": 2}, {"kernel_size": 3}])

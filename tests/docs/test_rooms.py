@@ -130,3 +130,12 @@ def test_no_test_is_imported_by_another():
     for path in (documents.ROOT / "tests").rglob("*.py"):
         names = re.findall(r"^(?:from|import) (\w+)", path.read_text(), re.MULTILINE)
         assert not [name for name in names if name.startswith("test_")], path
+
+
+def test_files_are_short():
+    folders = ("ghostfused", "csrc", "tests", "bench", "tools", "examples")
+    files = [path for folder in folders for path in (documents.ROOT / folder).rglob("*")]
+    code = [path for path in files if path.suffix in (".py", ".cpp", ".h", ".cuh", ".cu", ".c", ".sh")]
+    assert len(code) > 200
+    long = {str(path): count for path in code if (count := len(path.read_text().splitlines())) > 400}
+    assert not long

@@ -1,4 +1,4 @@
-"""What the CUDA tests share: whether kernels can run here, and how one case is run and judged."""
+"""What the CUDA tests share: whether kernels can run here, and for what device and in what order."""
 
 from __future__ import annotations
 
@@ -9,13 +9,8 @@ import sys
 from collections.abc import Iterator
 
 import pytest
-import torch
-from torch import Tensor
 
-from ghostfused import ops
 from ghostfused.backends import cuda
-from ghostfused.spec import Args, GhostArgs
-from ghostfused.testing import Case, judge, make_args, to_device
 
 try:
     from ghostfused import _C
@@ -32,7 +27,7 @@ needs_cuda = pytest.mark.skipif(
     cuda.unavailable() is not None,
     reason=f"{cuda.unavailable()}. On a machine with an NVIDIA GPU these tests run on it; on one without, "
     'build with TORCH_CUDA_ARCH_LIST="8.0+PTX" and run '
-    "$PTX_ON_CPU/run-extension ghostfused/_C*.so python -m pytest tests/kernels/test_cuda.py",
+    "$PTX_ON_CPU/run-extension ghostfused/_C*.so python -m pytest -m cuda tests/kernels",
 )
 
 
@@ -56,36 +51,10 @@ def general_only(general: bool = True) -> Iterator[None]:
         _C.general_only(False)
 
 
-def forward(args: Args) -> Tensor:
-    """The kernel's output for CPU tensors ``args``, on the CPU. Memory it may get is NaN before."""
-    on_gpu = to_device(args, "cuda")
-    if not ON_CPU:  # there, fresh memory is NaN anyway
-        poison = torch.full(args.output_shape(), float("nan"), dtype=args.x.dtype, device="cuda")
-        del poison
-    out = ops.forward_op("cuda", args.op)(*on_gpu)
-    expected = args.new_output()
-    assert out.shape == expected.shape
-    assert out.stride() == expected.stride()
-    assert out.dtype == expected.dtype
-    return out.cpu()
-
-
-def check(case: Case) -> None:
-    check_args(make_args(case), str(case))
-
-
-def check_args(args: Args, name: str = "") -> None:
-    """By the kernel that the planner chooses, and by the general one where that may be another."""
-    for general in (False, True) if isinstance(args, GhostArgs) else (False,):
-        with general_only(general):
-            verdict = judge(forward(args), args)
-        assert verdict.ok, f"error {verdict.error:.2e}, limit {verdict.limit:.2e}: {name}"
-
-
 def run_in_order(file: str, order: str) -> None:
     """``file``'s test_thread_order with the CPU runner's threads in another order."""
     if "SHIM_ORDER" in os.environ:
         pytest.skip("runs inside one of those orders")
-    command = [sys.executable, "-m", "pytest", file, "-k", "test_thread_order", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", file, "-m", "cuda", "-k", "test_thread_order", "-p", "no:cacheprovider"]
     run = subprocess.run(command, env=os.environ | {"SHIM_ORDER": order}, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]

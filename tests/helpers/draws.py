@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from hypothesis import strategies as st
 
-from ghostfused.spec import Act, Gate
+from ghostfused.spec import Gate
 from ghostfused.spec.kernels import COMMON
 from ghostfused.testing import Case, DepthwiseCase, SqueezeExciteCase
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LAYOUTS = ("nchw", "nhwc")
-ACTS = [act.name.lower() for act in Act if act != Act.GELU]
+ACTS = [act.name.lower() for act in COMMON.acts]
 GATE_ACTS = [act.name.lower() for act in COMMON.gate_acts]
 GATES = [gate.name.lower() for gate in Gate]
+SIZES = ((1, 1), (1, 9), (13, 1), (2, 2), (5, 2), (7, 7), (7, 9), (14, 14), (3, 33), (33, 7), (16, 16))
+CHANNELS = (1, 2, 4, 5, 12, 20, 33, 36, 72, 130)
 NORMS = ("bn", "bias", "bn+bias", "bn_no_affine", "none")
 
 
-def ghost_modules(**fields: st.SearchStrategy) -> st.SearchStrategy[Case]:
+def ghost_modules(cut: st.SearchStrategy | None = None, **fields: st.SearchStrategy) -> st.SearchStrategy[Case]:
+    """``cut``: how many output channels fewer than both halves make; those of the first half at most remain."""
     defaults = {
         "batch": st.integers(1, 3),
         "in_channels": st.integers(1, 40),
@@ -40,7 +45,13 @@ def ghost_modules(**fields: st.SearchStrategy) -> st.SearchStrategy[Case]:
         "output_gate": st.booleans(),
         "seed": st.integers(0, 99),
     }
-    return st.builds(Case, **{**defaults, **fields})
+    return st.builds(_cut, st.builds(Case, **{**defaults, **fields}), st.just(0) if cut is None else cut)
+
+
+def _cut(case: Case, cut: int) -> Case:
+    out_channels = max(case.out_channels, case.ratio)
+    init = case.init_channels or -(-out_channels // case.ratio)
+    return dataclasses.replace(case, out_channels=max(out_channels - cut, init), init_channels=init)
 
 
 def depthwise(**fields: st.SearchStrategy) -> st.SearchStrategy[DepthwiseCase]:

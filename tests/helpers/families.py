@@ -1,9 +1,11 @@
 """Networks as their users have them, written anew where no package ships them: what fuse() has to recognize."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ghostfused.models import seed
 from ghostfused.models.paper import make_divisible
 
 
@@ -149,3 +151,60 @@ YOLOV5S_GHOST = {
     ],
 }  # fmt: skip
 """The layers that YOLOv5s-ghost consists of, for ultralytics' own builder."""
+
+
+class LeakyNoSlice(nn.Module):
+    """As NanoDet has it: LeakyReLU or none, not sliced."""
+
+    def __init__(self, cin, cout, ratio=2, activation=True):
+        super().__init__()
+        init = -(-cout // ratio)
+        new = init * (ratio - 1)
+        act = (lambda: nn.LeakyReLU(0.1, inplace=True)) if activation else None
+        self.primary_conv = half(nn.Conv2d(cin, init, 1, bias=False), act)
+        self.cheap_operation = half(nn.Conv2d(init, new, 3, 1, 1, groups=init, bias=False), act)
+
+    def forward(self, x):
+        x1 = self.primary_conv(x)
+        return torch.cat([x1, self.cheap_operation(x1)], dim=1)
+
+
+class PReLUGhost(seed.GhostModule):
+    """As GhostFaceNets has it: PReLU with a slope per channel."""
+
+    def __init__(self, cin, cout):
+        super().__init__(cin, cout)
+        self.primary_conv[2] = nn.PReLU(self.primary_conv[0].out_channels)
+        self.cheap_op[2] = nn.PReLU(self.cheap_op[0].out_channels)
+
+
+def ultralytics_ghost(*args, fused=False, **kwargs):
+    modules = pytest.importorskip("ultralytics.nn.modules", reason="ultralytics' own GhostConv is what is adopted")
+    m = modules.GhostConv(*args, **kwargs)
+    for bn in (m.cv1.bn, m.cv2.bn):
+        bn.eps, bn.momentum = 1e-3, 0.03
+    if fused:
+        ultralytics_fuse(m)
+    return m
+
+
+def ultralytics_fuse(m):
+    """Their model.fuse(), which works on whole detectors only, does this to each Conv."""
+    from ultralytics.utils.torch_utils import fuse_conv_and_bn
+
+    for conv in (m.cv1, m.cv2):
+        conv.eval()
+        conv.conv = fuse_conv_and_bn(conv.conv, conv.bn)
+        delattr(conv, "bn")
+        conv.forward = conv.forward_fuse
+
+
+def timm_ghost(name, *args, **kwargs):
+    ghostnet = pytest.importorskip("timm.models.ghostnet", reason="timm's own Ghost module is what is adopted")
+    return getattr(ghostnet, name)(*args, **kwargs)
+
+
+def timm_v3_deployed(**kwargs):
+    m = timm_ghost("GhostModuleV3", 6, 12, **kwargs)
+    m.switch_to_deploy()
+    return m

@@ -1,5 +1,7 @@
 """A FusedGhostModule to try things on, random statistics for any network, and the definition to compare with."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -9,7 +11,7 @@ FLOAT64 = {"rtol": 1e-10, "atol": 1e-10}
 
 
 def randomize(module: nn.Module) -> nn.Module:
-    """BatchNorm statistics and shifts away from 0 and 1."""
+    """BatchNorm statistics and shifts away from 0 and 1, and slopes of both signs."""
     for m in module.modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
             if m.running_mean is not None:
@@ -18,6 +20,8 @@ def randomize(module: nn.Module) -> nn.Module:
             if m.affine:
                 nn.init.uniform_(m.weight, 0.5, 1.5)
                 nn.init.normal_(m.bias, std=0.5)
+        if isinstance(m, nn.PReLU):
+            nn.init.uniform_(m.weight, -0.5, 0.5)
     return module
 
 
@@ -40,17 +44,20 @@ def runs_fused(m: FusedGhostModule) -> bool:
     return not isinstance(m._read(), str)
 
 
+def independent_copy(module: nn.Module, x: torch.Tensor, duplicate: Callable) -> nn.Module:
+    """What ``duplicate`` makes of ``module``: it computes the same, and still does when ``module``'s parameters are others."""
+    expected = module(x)
+    copied = duplicate(module)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.zero_()
+    assert torch.equal(copied(x), expected)
+    return copied
+
+
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 
 
 def randomized(model: nn.Module) -> nn.Module:
     """In eval mode and float64, with statistics and weights as after training."""
-    for m in model.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            nn.init.uniform_(m.running_var, 0.5, 1.5)
-            nn.init.normal_(m.running_mean, std=0.3)
-            nn.init.uniform_(m.weight, 0.5, 1.5)
-            nn.init.normal_(m.bias, std=0.3)
-        if isinstance(m, nn.PReLU):
-            nn.init.uniform_(m.weight, -0.5, 0.5)
-    return model.eval().double()
+    return randomize(model).eval().double()

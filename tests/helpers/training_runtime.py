@@ -1,19 +1,15 @@
-"""What the tests of training kernels share: the backends that can run here, and how one case is run and judged."""
+"""What the tests of training kernels share: how one case is run on a backend, and judged."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
-import triton_runtime
-from cuda_runtime import ON_CPU, planned_for
+from kernel_backends import Backend, poisoned
 from torch import Tensor
 
-from ghostfused.backends import cuda, training, triton
-from ghostfused.backends.triton import training as triton_training
+from ghostfused.backends import training
 from ghostfused.spec import GhostArgs
 from ghostfused.testing import Case, make_args, to_device
 from ghostfused.testing.training import by_kernels, by_op, judge_training
@@ -21,23 +17,11 @@ from ghostfused.testing.training import by_kernels, by_op, judge_training
 NORMS = ["bn", "bn+bias", "bn_no_affine"]
 ALL_INPUTS = {"input_gate": True, "residual": True, "output_gate": True}
 
-BACKENDS = [
-    *(["triton"] if triton_runtime.unavailable is None else []),
-    *(["cuda"] if cuda.unavailable() is None else []),
-]
-NEEDS = (
-    f"Triton: {triton_runtime.unavailable}; or the compiled kernels under $PTX_ON_CPU/run-extension ghostfused/_C*.so"
-)
 
-
-def device(backend: str) -> str:
-    return "cpu" if backend == "triton" and triton.INTERPRETED else "cuda"
-
-
-def kernels(backend: str) -> training.Kernels:
+def kernels(backend: Backend) -> training.Kernels:
     """``backend``'s kernels for CPU tensors."""
-    own = training.KERNELS[backend]
-    return training.Kernels(*(_from_cpu(f, device(backend)) for f in own))
+    own = training.KERNELS[backend.name]
+    return training.Kernels(*(_from_cpu(f, backend.device) for f in own))
 
 
 def _from_cpu(kernel: Callable, device: str) -> Callable:
@@ -60,12 +44,13 @@ def to(t: Tensor, device: str) -> Tensor:
     return buffer.to(device).as_strided(t.shape, t.stride(), t.storage_offset())
 
 
-def run(backend: str, a: GhostArgs, grad: Tensor, batch_statistics: bool) -> dict[str, Tensor]:
+def run(backend: Backend, a: GhostArgs, grad: Tensor, batch_statistics: bool) -> dict[str, Tensor]:
     """One training step: by the op, or where Torch itself has no CUDA, by the kernels alone."""
-    if backend == "cuda" and ON_CPU:
-        return by_kernels(kernels(backend), a, grad, batch_statistics)
-    there = device(backend)
-    return {name: t.cpu() for name, t in by_op(backend, to_device(a, there), grad.to(there), batch_statistics).items()}
+    with poisoned():
+        if not backend.has_torch:
+            return by_kernels(kernels(backend), a, grad, batch_statistics)
+        results = by_op(backend.name, backend.there(a), grad.to(backend.device), batch_statistics)
+    return {name: t.cpu() for name, t in results.items()}
 
 
 def make(case: Case) -> tuple[GhostArgs, Tensor]:
@@ -73,25 +58,13 @@ def make(case: Case) -> tuple[GhostArgs, Tensor]:
     return a, torch.randn(a.output_shape(), generator=torch.Generator().manual_seed(case.seed)).to(a.x.dtype)
 
 
-def check(backend: str, case: Case, batch_statistics: bool = True) -> None:
+def check(backend: Backend, case: Case, batch_statistics: bool = True) -> None:
     a, grad = make(case)
-    assert training.KERNELS[backend].supports(to_device(a, device(backend))) is None
+    assert training.KERNELS[backend.name].supports(backend.there(a)) is None
     check_args(backend, a, grad, batch_statistics, str(case))
 
 
-def check_args(backend: str, a: GhostArgs, grad: Tensor, batch_statistics: bool = True, name: str = "") -> None:
+def check_args(backend: Backend, a: GhostArgs, grad: Tensor, batch_statistics: bool = True, name: str = "") -> None:
     verdicts = judge_training(run(backend, a, grad, batch_statistics), a, grad, batch_statistics)
     wrong = {name: verdict for name, verdict in verdicts.items() if not verdict.ok}
     assert not wrong, f"{name}: {wrong}"
-
-
-@contextlib.contextmanager
-def rows(backend: str, count: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """About so many rows of partial results, or blocks."""
-    if backend == "cuda":
-        with planned_for(count):
-            yield
-    else:
-        with monkeypatch.context() as patch:
-            patch.setattr(triton_training, "PROGRAMS", count)
-            yield

@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_runtime import _C, ON_CPU, check_args, forward, needs_cuda, needs_extension, planned_for, run_in_order
+from cuda_runtime import _C, ON_CPU, needs_cuda, needs_extension, planned_for, run_in_order
 from draws import ACTS
 from hypothesis import given
 from hypothesis import strategies as st
+from kernel_backends import Backend
 
 from ghostfused.testing import Case, judge, make_args
 
+CUDA = Backend("cuda")
 DTYPES = (torch.float16, torch.bfloat16)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=("float16", "bfloat16"))
 
@@ -54,7 +56,7 @@ def check(sizes: Sizes, batch: int = 1, cut: int = 0, sm_counts: tuple[int, ...]
     assert planned(sizes, cut, path=path, dw_size=args.dw_size)["family"] == "nchw"
     for sm_count in sm_counts:
         with planned_for(sm_count):
-            verdict = judge(forward(args), args)
+            verdict = judge(CUDA.run(args), args)
         assert verdict.ok, f"error {verdict.error:.2e}, limit {verdict.limit:.2e}: {sizes}, {more}, {sm_count} SMs"
 
 
@@ -191,7 +193,7 @@ def test_nan_and_infinity_stay():
     for act, value in itertools.product(("none", "relu"), (float("nan"), float("inf"))):
         args = make_args(Case(1, 8, 8, 16, 16, dtype=torch.float16, act_primary=act, act_cheap=act))
         args.x[0, 3, 4, 5] = value
-        out = forward(args)
+        out = CUDA.run(args)
         assert out[0, :, 4, 5].isnan().all() if value != value else not out[0, :8, 4, 5].isnan().any()
         assert out[0, :, 0, 0].isfinite().all()
 
@@ -204,9 +206,9 @@ def test_x_in_a_larger_buffer():
         args = make_args(Case(2, 16, 6, width, 24, dtype=torch.float16))
         buffer = torch.full((2, 24, 6, width), float("nan"), dtype=torch.float16)
         buffer[:, 4:20] = args.x
-        check_args(args._replace(x=buffer[:, 4:20]))
+        CUDA.check(args._replace(x=buffer[:, 4:20]))
         flat = torch.full((args.x.numel() + 1,), float("nan"), dtype=torch.float16)
-        check_args(args._replace(x=flat[1:].view(args.x.shape).copy_(args.x)))
+        CUDA.check(args._replace(x=flat[1:].view(args.x.shape).copy_(args.x)))
 
 
 @pytest.mark.cuda

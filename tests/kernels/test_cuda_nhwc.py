@@ -7,16 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_runtime import _C, ON_CPU, check_args, needs_cuda, planned_for, run_in_order
+from cuda_runtime import _C, ON_CPU, needs_cuda, planned_for, run_in_order
 from draws import ACTS
 from hypothesis import given
 from hypothesis import strategies as st
+from kernel_backends import Backend
 
 from ghostfused.spec import Act, GhostArgs
 from ghostfused.testing import Case, make_args
 
 pytestmark = [pytest.mark.cuda, needs_cuda]
 
+CUDA = Backend("cuda")
 PATHS: dict[str, dict[str, Any]] = {
     "float16": {"dtype": torch.float16},
     "bfloat16": {"dtype": torch.bfloat16},
@@ -48,7 +50,7 @@ def check(sm_counts: tuple[int, ...] = (1, 132), **case: Any) -> list[dict[str, 
         plans.append(plan(args, sm_count))
         assert plans[-1]["family"] == "nhwc", case
         with planned_for(sm_count):
-            check_args(args, f"{case}, planned as {plans[-1]}")
+            CUDA.check(args, name=f"{case}, planned as {plans[-1]}")
     return plans
 
 
@@ -163,7 +165,7 @@ def test_zeros_stay_zeros_beside_infinite_channels(path):
         weight = torch.full((8, 2 * cin), float("nan"), dtype=args.x.dtype)
         weight[:, :cin] = args.primary_weight.flatten(1)
         x = wide.permute(0, 3, 1, 2)[:, :cin]
-        check_args(args._replace(x=x, primary_weight=weight[:, :cin, None, None]))
+        CUDA.check(args._replace(x=x, primary_weight=weight[:, :cin, None, None]))
 
 
 @pytest.mark.parametrize(
@@ -186,7 +188,7 @@ def test_what_the_general_kernel_keeps(case):
         assert plan(args, 132)["family"] == "general"
         assert plan(args, 132, "nhwc") == {}
     with planned_for(132):
-        check_args(args)
+        CUDA.check(args)
 
 
 @st.composite
@@ -222,4 +224,4 @@ def test_any_case(case, sm_count):
     args = make_args(case)
     assert plan(args, sm_count)["family"] == "nhwc"
     with planned_for(sm_count):
-        check_args(args)
+        CUDA.check(args)

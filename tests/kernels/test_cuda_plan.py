@@ -162,6 +162,20 @@ def test_bytes_of_a_plan_are_those_of_its_tiles(batch, channels_last):
         assert {name: p[name] for name in expected} == expected, shape
 
 
+def test_no_ghosts_plan():
+    """No halo, no depthwise weights, and in channels_last nothing staged: an ordinary 1×1 conv."""
+    shape = {"batch": 64, "in_channels": 40, "height": 28, "width": 28, "init_channels": 40}
+    for channels_last in (True, False):
+        common = {**shape, "channels_last": channels_last, "family": "general"}
+        conv = _C.plan(**common, out_channels=40, dw_size=5)
+        module = _C.plan(**common, out_channels=80, dw_size=5)
+        assert conv == _C.plan(**common, out_channels=40, dw_size=1, ratio=4)
+        assert conv["recompute"] == 1 < module["recompute"] or module["tiles_h"] == module["tiles_w"] == 1
+        assert conv["dram_write"] * 2 == module["dram_write"]
+        assert conv["dram_read"] == (64 * 40 * 28 * 28 + 40 * 40) * 2
+        assert conv["smem_bytes"] < module["smem_bytes"]
+
+
 def test_vectors():
     """The widest that alignment allows."""
     assert plan((20, 40, 28, 28, 3, 2), 1)["x_vector_bytes"] == 8

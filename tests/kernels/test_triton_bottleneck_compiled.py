@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 
-import bottleneck_cases as cases
 import pytest
 import torch
+from draws import LAYOUTS
 from triton_compiler import compiled_on_cpu, launch_on_cpu, spilled  # noqa: F401 (a fixture)
 
 from ghostfused.backends.triton import bottleneck as triton_bottleneck
 from ghostfused.backends.triton.bottleneck_kernels import depthwise_kernel, excite_kernel, squeeze_kernel
 from ghostfused.backends.triton.compile import compile_launch
-from ghostfused.spec import DepthwiseArgs
+from ghostfused.spec import Args, DepthwiseArgs
 from ghostfused.testing import DepthwiseCase, SqueezeExciteCase, judge, make
 
 TARGETS = ["sm_80", "sm_90", "sm_100"]
@@ -20,7 +20,7 @@ KNOWN = {("sm_80", torch.float16, "nhwc", 7): 8}
 """Bytes that spill all the same, with 32 registers in use: no block size that was tried changes it."""
 
 
-def launches(args: cases.Args, out: torch.Tensor) -> list[tuple]:
+def launches(args: Args, out: torch.Tensor) -> list[tuple]:
     """(kernel, its arguments, programs), as the backend would launch them."""
     made: list[tuple] = []
     with pytest.MonkeyPatch.context() as patch:
@@ -36,7 +36,7 @@ def launches(args: cases.Args, out: torch.Tensor) -> list[tuple]:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("layout", cases.LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_spills_nothing(dtype, layout, target, tmp_path):
     for case in (

@@ -1,6 +1,6 @@
 """Runs small cases of some kernels under ptx-on-cpu: ``subset.py KERNEL…``; exit status 1 and the case's name if one fails.
 
-Each shape is one that tests/kernels/test_cuda.py or test_cuda_bottleneck.py has too, or a like one.
+Each shape is one that the tests in tests/kernels have too, or a like one.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 import training_runtime
-from cuda_runtime import forward, general_only, planned_for
+from cuda_runtime import general_only, planned_for
+from kernel_backends import Backend
 
 from ghostfused.spec import Args, GhostArgs
 from ghostfused.testing import (
@@ -24,6 +25,7 @@ from ghostfused.testing import (
 )
 from ghostfused.testing.training import judge_training
 
+CUDA = Backend("cuda")
 SM_COUNTS = (1, 132)
 """Few SMs mean large tiles, many mean many small blocks."""
 
@@ -168,7 +170,7 @@ def training_passes(kernel: str) -> bool:
         for sm_count in SM_COUNTS:
             print(f"{kernel}, {name}, {sm_count} SMs", end=": ", flush=True)
             with planned_for(sm_count):
-                verdicts = judge_training(training_runtime.run("cuda", a, grad, True), a, grad, True)
+                verdicts = judge_training(training_runtime.run(CUDA, a, grad, True), a, grad, True)
             worst = max(verdicts.values(), key=lambda verdict: verdict.error - verdict.limit)
             print(f"error {worst.error:.1e}, limit {worst.limit:.1e}", flush=True)
             if not worst.ok:
@@ -186,7 +188,7 @@ def main(kernels: list[str]) -> int:
             for sm_count in SM_COUNTS:
                 print(f"{kernel}, {name}, {sm_count} SMs", end=": ", flush=True)
                 with planned_for(sm_count), general_only("_nhwc_" not in kernel and "_nchw_w" not in kernel):
-                    verdict = judge(forward(args), args)
+                    verdict = judge(CUDA.run(args), args)
                 print(f"error {verdict.error:.1e}, limit {verdict.limit:.1e}", flush=True)
                 if not verdict.ok:
                     return 1

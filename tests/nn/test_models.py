@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from modules import randomize
 from torch import Tensor, nn
 
 from ghostfused.models import paper, seed
@@ -79,24 +80,13 @@ def seed_forward(p: dict[str, Tensor], x: Tensor, training: bool) -> Tensor:
     return linear(x.reshape(len(x), -1), "classifier")
 
 
-def randomize(model: nn.Module) -> nn.Module:
-    """Signs mixed, statistics and shifts away from 0 and 1, in float64."""
-    for m in model.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            nn.init.uniform_(m.running_var, 0.5, 1.5)
-            nn.init.normal_(m.running_mean, std=0.3)
-            nn.init.uniform_(m.weight, 0.5, 1.5)
-            nn.init.normal_(m.bias, std=0.5)
-    return model.double()
-
-
 def test_seed_state_dict_keys():
     assert list(seed.GhostNet().state_dict()) == seed_keys()
 
 
 @pytest.mark.parametrize("training", [False, True])
 def test_seed_network_against_an_independent_computation(training):
-    model = randomize(seed.GhostNet(num_classes=7)).train(training)
+    model = randomize(seed.GhostNet(num_classes=7)).double().train(training)
     state = {k: v.clone() for k, v in model.state_dict().items()}
     x = torch.randn(1 + training, 3, 224, 224, dtype=torch.float64)
     with torch.no_grad():
@@ -113,7 +103,7 @@ def test_seed_takes_other_image_sizes():
 
 
 def test_seed_ghost_module_ends_in_relu6_without_relu_too():
-    m = randomize(seed.GhostModule(4, 8, use_relu=False)).eval()
+    m = randomize(seed.GhostModule(4, 8, use_relu=False)).double().eval()
     out = m(torch.randn(1, 4, 9, 9, dtype=torch.float64) * 20)
     assert out[:, :4].min() < 0
     assert out[:, :4].max() > 6
@@ -208,7 +198,7 @@ def test_paper_size_at_width_1():
 @pytest.mark.parametrize(("name", "width"), [("ghostnet_050", 0.5), ("ghostnet_100", 1.0), ("ghostnet_130", 1.3)])
 def test_paper_network_is_timms(name, width):
     timm = pytest.importorskip("timm", reason="timm's GhostNet is what the paper's network is compared with")
-    theirs = randomize(timm.create_model(name, num_classes=11))
+    theirs = randomize(timm.create_model(name, num_classes=11)).double()
     ours = paper.GhostNet(num_classes=11, width=width).double()
     assert list(ours.state_dict()) == list(theirs.state_dict())
     ours.load_state_dict(theirs.state_dict(), strict=True)

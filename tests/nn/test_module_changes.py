@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from modules import FLOAT64, example, runs_fused, unfused
+from modules import FLOAT64, example, independent_copy, runs_fused, unfused
 from torch import nn
 from torch.nn.utils import prune as pruning
 
@@ -146,12 +146,7 @@ def through_file(m):
 @pytest.mark.parametrize("keys", ["seed", "ultralytics"])
 def test_copies_are_independent(duplicate, keys):
     m, x = example(keys=keys, act_cheap=nn.LeakyReLU(0.3), backend="reference")
-    expected = m(x)
-    twin = duplicate(m)
-    with torch.no_grad():
-        for p in m.parameters():
-            p.zero_()
-    assert torch.equal(twin(x), expected)
+    twin = independent_copy(m, x, duplicate)
     assert (twin.backend, twin.out_channels, repr(twin)) == (m.backend, m.out_channels, repr(m))
 
 

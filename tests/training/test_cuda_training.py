@@ -1,5 +1,5 @@
-"""What only the CUDA training kernels have: thread orders, vectors, grids, the ops' errors. test_training_kernels.py has the
-rest."""
+"""What only CUDA's training kernels are asked: thread orders, vectors, each kernel for channels_last, the ops' errors.
+test_training_kernels.py has the rest."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ import hashlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 
 import pytest
 import torch
-from cuda_runtime import _C, ON_CPU, needs_cuda, planned_for, run_in_order
+from cuda_runtime import _C, ON_CPU, needs_cuda, run_in_order
 from draws import DTYPES, LAYOUTS
+from kernel_backends import Backend
 from training_runtime import ALL_INPUTS, check, check_args, kernels, make, run
 
 from ghostfused import ops
 from ghostfused.backends import reference_training, training
 from ghostfused.backends.extension import op
-from ghostfused.spec import TENSORS, GhostArgs
+from ghostfused.spec import GhostArgs
 from ghostfused.testing import Case, make_args, relative_error, to_device
 
 pytestmark = [pytest.mark.cuda, needs_cuda]
 
+CUDA = Backend("cuda")
 STEP = Case(2, 20, 9, 11, 39, act_primary="silu", act_cheap="none", **ALL_INPUTS)
 
 
@@ -36,15 +37,15 @@ NHWC = Case(2, 40, 9, 16, 40, dtype=torch.float16, layout="nhwc", act_primary="s
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_thread_order(dtype, layout, sm_count):
     """Several blocks and rows of everything; also run in other thread orders."""
-    with planned_for(sm_count):
-        check("cuda", dataclasses.replace(STEP, dtype=dtype, layout=layout))
+    with CUDA.planned_for(sm_count):
+        check(CUDA, dataclasses.replace(STEP, dtype=dtype, layout=layout))
 
 
 @pytest.mark.parametrize("sm_count", [1, 132])
 @pytest.mark.parametrize("width", [14, 16])
 def test_thread_order_of_the_nhwc_kernels(width, sm_count):
-    with planned_for(sm_count):
-        check("cuda", dataclasses.replace(NHWC, width=width))
+    with CUDA.planned_for(sm_count):
+        check(CUDA, dataclasses.replace(NHWC, width=width))
 
 
 @pytest.mark.skipif(not ON_CPU, reason="a GPU's order of threads can't be chosen")
@@ -58,9 +59,9 @@ def digest() -> str:
     sha = hashlib.sha256()
     for layout in LAYOUTS:
         for case in (STEP, dataclasses.replace(STEP, dtype=torch.float16, ratio=3, height=17, width=16), NHWC):
-            with planned_for(132):
+            with CUDA.planned_for(132):
                 a, grad = make(dataclasses.replace(case, layout=layout))
-                for _, t in sorted(run("cuda", a, grad, True).items()):
+                for _, t in sorted(run(CUDA, a, grad, True).items()):
                     sha.update(t.float().contiguous().numpy().tobytes())
     return sha.hexdigest()
 
@@ -88,40 +89,8 @@ def test_vectors(dtype, layout, width):
     """Channels and widths that vectors fit, or don't: all in one, so that every load and store is of one kind."""
     for out_channels in (32, 34, 30):
         case = Case(1, 8, 5, width, out_channels, act_primary="silu", act_cheap="none", dtype=dtype, layout=layout)
-        check("cuda", case)
-        check("cuda", dataclasses.replace(case, residual=True, output_gate=True), False)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_unaligned_gradient(layout):
-    """A contiguous gradient that starts in the middle of a vector."""
-    a, grad = make(Case(1, 8, 4, 8, 16, layout=layout))
-    shifted = torch.zeros(grad.numel() + 1)[1:].as_strided(grad.shape, grad.stride(), 1).copy_(grad)
-    results = (run("cuda", a, g, True) for g in (grad, shifted))
-    first, second = results
-    assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_many_channels_and_images(layout):
-    with planned_for(132):
-        check("cuda", Case(1, 4, 3, 5, 280, layout=layout))
-        check("cuda", Case(300, 3, 1, 2, 6, layout=layout))
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_strided_parameters(layout):
-    a, grad = make(Case(2, 12, 5, 6, 24, primary_norm="bn+bias", input_gate=True, output_gate=True, layout=layout))
-    strided = {}
-    for name in TENSORS[1:]:
-        t = getattr(a, name)
-        if t is not None and name != "output_gate":
-            wide = torch.full((*t.shape[:-1], 3 * t.shape[-1]), float("nan"), dtype=t.dtype)
-            wide[..., ::3] = t
-            strided[name] = wide[..., ::3]
-    for batch in (False, True):
-        plain, other = (run("cuda", x, grad, batch) for x in (a, a._replace(**strided)))
-        assert all(torch.equal(plain[name], other[name].view_as(plain[name])) for name in plain)
+        check(CUDA, case)
+        check(CUDA, dataclasses.replace(case, residual=True, output_gate=True), False)
 
 
 # ---- the kernels for channels_last
@@ -186,7 +155,7 @@ def test_every_nhwc_step(batch, cin, height, width, cp, acts, sm_count, dtype):
     """Each against the reference's in float64 on the same numbers: a map is a rounding away, a sum less."""
     case = Case(batch, cin, height, width, 2 * cp, dtype=dtype, layout="nhwc", act_primary=acts[0], act_cheap=acts[1])
     a, grad = make(case)
-    own, reference = kernels("cuda"), training.KERNELS["reference"]
+    own, reference = kernels(CUDA), training.KERNELS["reference"]
     exact = GhostArgs(*(v.double() if isinstance(v, torch.Tensor) else v for v in a))
     norms = [f"{half}_{name}" for half in ("primary", "cheap") for name in ("mean", "var", "gamma", "beta")]
     a = a._replace(**{name: getattr(a, name).float() for name in norms})
@@ -203,7 +172,7 @@ def test_every_nhwc_step(batch, cin, height, width, cp, acts, sm_count, dtype):
         for got, expected in zip(results, of(stored), strict=True):
             close(got, expected, 1e-5)
 
-    with planned_for(sm_count):
+    with CUDA.planned_for(sm_count):
         bare = a._replace(**dict.fromkeys(ops.STATISTICS))
         out, expected = (torch.full_like(t.new_output(), float("nan"), **last) for t in (a, exact))
         results = own.primary_statistics(bare, out)
@@ -247,39 +216,12 @@ def test_every_nhwc_step(batch, cin, height, width, cp, acts, sm_count, dtype):
 
 def test_nhwc_kernels_beside_others():
     """Where some steps aren't taken: a slice of x, addresses in the middle of a vector, a residual, PReLU."""
-    check("cuda", dataclasses.replace(NHWC, sliced=True, act_cheap="silu", width=5))
-    check("cuda", dataclasses.replace(NHWC, residual=True, width=7))
-    check("cuda", dataclasses.replace(NHWC, act_primary="prelu", per_channel_slope=True, width=5))
+    check(CUDA, dataclasses.replace(NHWC, sliced=True, act_cheap="silu", width=5))
+    check(CUDA, dataclasses.replace(NHWC, residual=True, width=7))
+    check(CUDA, dataclasses.replace(NHWC, act_primary="prelu", per_channel_slope=True, width=5))
     a, grad = make(dataclasses.replace(NHWC, batch=1, width=7))
     shifted = torch.zeros(grad.numel() + 1, dtype=grad.dtype)[1:].as_strided(grad.shape, grad.stride(), 1).copy_(grad)
-    check_args("cuda", a, shifted)
-
-
-NEEDED = [
-    {"x"},
-    {"residual"},
-    {"cheap_beta"},
-    {"cheap_weight"},
-    {"primary_weight"},
-    {"output_gate"},
-    {"primary_slope", "x"},
-]
-
-
-@pytest.mark.parametrize("batch_statistics", [False, True])
-@pytest.mark.parametrize("asked", NEEDED, ids=lambda names: "+".join(sorted(names)))
-def test_only_what_is_asked_for(asked, batch_statistics):
-    """The same gradients as when all are asked for, and none besides."""
-    case = dataclasses.replace(STEP, act_primary="prelu", per_channel_slope=True)
-    a, grad = make(case)
-    own = kernels("cuda")
-    all_needs = [t is not None for t in a.tensors]
-    every = training.backward(own, grad, a, batch_statistics, "", all_needs)
-    every = dict(zip([n for n, need in zip(TENSORS, all_needs, strict=True) if need], every, strict=True))
-    needs = [name in asked for name in TENSORS]
-    results = training.backward(own, grad, a, batch_statistics, "", needs)
-    for name, result in zip([n for n in TENSORS if n in asked], results, strict=True):
-        assert torch.equal(result, every[name])
+    check_args(CUDA, a, shifted)
 
 
 def test_every_kernel_is_in_the_table():
@@ -290,17 +232,6 @@ def test_every_kernel_is_in_the_table():
         nhwc = [n for n in names if n.startswith(f"{path}_") and any(part in n for part in own)]
         assert len(nhwc) == (0 if path == "float32" else 14)
         assert len([n for n in names if n.startswith(f"{path}_") and "statistics" in n and n not in nhwc]) == 2 + 3
-
-
-def test_forward_is_three_kernels():
-    calls: list[str] = []
-
-    def spy(name: str) -> Callable:
-        return lambda *args: calls.append(name) or getattr(training.KERNELS["cuda"], name)(*args)
-
-    spied = training.Kernels(*(spy(name) for name in training.Kernels._fields))
-    training.train_forward(spied, to_device(make_args(STEP), "cuda"), "")
-    assert calls == ["primary_statistics", "cheap_statistics", "normalize"]
 
 
 def kernel(name: str, a: GhostArgs, *memory: object) -> None:
@@ -324,12 +255,3 @@ def test_errors_name_the_argument():
         kernel("cheap_backward", a, out[:, :15], out[:, :8], out[:, :8], None, None, None)
     with pytest.raises(RuntimeError, match="weight"):
         kernel("primary_backward", a, out, out[:, :8], None, None, None, False, None, None, a.cheap_weight)
-
-
-@pytest.mark.skipif(ON_CPU, reason="needs PyTorch's own CUDA kernels")
-def test_opcheck():
-    a, grad = (to_device(make_args(STEP), "cuda"), torch.randn(STEP.batch, STEP.out_channels, STEP.height, STEP.width))
-    arguments = (*(getattr(a, name) for name in ops.TRAIN_FIELDS), "")
-    torch.library.opcheck(ops.training_op("train_forward", "cuda"), arguments)
-    needs = [t is not None for t in a.tensors]
-    torch.library.opcheck(ops.training_op("backward", "cuda"), (grad.cuda(), *a, True, "", needs))

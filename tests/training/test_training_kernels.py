@@ -1,45 +1,30 @@
-"""The training kernels against float64 autograd: Triton's on a GPU or in its interpreter (TRITON_INTERPRET=1), CUDA's on a GPU
-or compiled and run on the CPU by ptx-on-cpu. What only one of them has is in test_triton_training.py and
-test_cuda_training.py."""
+"""A training step of a Ghost module on every backend, against float64 autograd. What only CUDA's and Triton's kernels are asked
+is in test_cuda_training.py and test_triton_training.py."""
 
 import dataclasses
 
 import draws
 import pytest
+import strides
 import torch
 import training_runtime
 from draws import ACTS, DTYPES, LAYOUTS
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from training_runtime import ALL_INPUTS, BACKENDS, NEEDS, NORMS, check_args, kernels, rows
+from kernel_backends import Backend, on
+from training_runtime import ALL_INPUTS, NORMS, check_args, kernels, make, run
 
-from ghostfused import ops
+from ghostfused import FusedGhostModule, ops
+from ghostfused.backends import reference, training
 from ghostfused.backends.training import KERNELS
 from ghostfused.numerics import relative_error
 from ghostfused.spec import TENSORS, GhostArgs, memory_format
-from ghostfused.testing import Case, make_args
-
-pytestmark = [pytest.mark.cuda, pytest.mark.triton, pytest.mark.skipif(not BACKENDS, reason=NEEDS)]
+from ghostfused.testing import Case, convert, make_args
+from ghostfused.testing.training import wanted
 
 SMOOTH = ["none", "silu"]
-
-
-@pytest.fixture(autouse=True)
-def _poisoned(monkeypatch):
-    """Fresh memory, outputs and scratch buffers among it, is NaN: what a kernel forgets to write can't pass."""
-    empty, empty_like = torch.empty, torch.empty_like
-
-    def poison(t):  # ptx-on-cpu has NaN in fresh memory by itself
-        fill = t.is_floating_point() and t.device.type != "meta" and not (t.is_cuda and training_runtime.ON_CPU)
-        return t.fill_(float("nan")) if fill else t
-
-    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: poison(empty(*args, **kwargs)))
-    monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: poison(empty_like(*args, **kwargs)))
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request) -> str:
-    return request.param
+STEP = Case(2, 20, 9, 11, 39, act_primary="silu", act_cheap="none", **ALL_INPUTS)
+with_kernels = on("cuda", "triton")
 
 
 @pytest.fixture
@@ -66,7 +51,8 @@ def test_activations(check, act, layout):
 
 @pytest.mark.parametrize("primary", [*NORMS, "bias", "none"])
 def test_norms(check, primary):
-    check(Case(primary_norm=primary, cheap_norm="bias", height=5, width=6, layout="nhwc"), False)
+    for cheap in ("bias", "none"):
+        check(Case(primary_norm=primary, cheap_norm=cheap, height=5, width=6, layout="nhwc", act_cheap="prelu"), False)
     if primary in NORMS:
         check(Case(primary_norm=primary, cheap_norm=NORMS[NORMS.index(primary) - 1], height=5, width=6))
 
@@ -87,9 +73,10 @@ def test_ratio_and_cut_channels(check, ratio, out_channels, layout):
 
 
 @pytest.mark.parametrize("batch_statistics", [False, True])
-def test_all_ghosts_cut(check, batch_statistics):
-    check(Case(init_channels=9, out_channels=9, height=5, width=7), batch_statistics)
-    check(Case(init_channels=9, out_channels=9, height=5, width=7, output_gate=True), batch_statistics)
+def test_all_ghosts_cut_but_one_or_none(check, batch_statistics):
+    for out_channels, output_gate in ((9, False), (9, True), (10, False)):
+        case = Case(init_channels=9, out_channels=out_channels, height=5, width=7, output_gate=output_gate)
+        check(case, batch_statistics)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -136,17 +123,17 @@ def test_grad_output_of_any_strides(backend):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("programs", [1, 3, 10**6])
-def test_any_number_of_rows(backend, check, programs, layout, monkeypatch):
+def test_any_number_of_rows(backend, check, programs, layout):
     """One program walks through several images, or each through a part of one; and many rows are combined."""
-    with rows(backend, programs, monkeypatch):
+    with backend.planned_for(programs):
         check(Case(batch=3, height=9, width=15, in_channels=4, out_channels=8, layout=layout))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("programs", [1, 4, 132])
-def test_statistics_do_not_cancel(backend, programs, layout, monkeypatch):
+def test_statistics_do_not_cancel(backend, programs, layout):
     """Where the mean is a thousand standard deviations, E[y²] - E[y]² in float32 would leave no digit."""
-    with rows(backend, programs, monkeypatch):
+    with backend.planned_for(programs):
         case = Case(batch=3, in_channels=8, out_channels=12, height=17, width=13, act_primary="none", act_cheap="none")
         a = make_args(dataclasses.replace(case, layout=layout))
         a = a._replace(x=a.x / 1000 + 1, primary_weight=a.primary_weight.abs() + 0.1)
@@ -157,9 +144,12 @@ def test_statistics_do_not_cancel(backend, programs, layout, monkeypatch):
         assert relative_error(mean, exact_mean) < 1e-6
         # y1 itself, rounded to float32, has a variance that differs by about 2⁻²⁴ · mean/std
         assert relative_error(var, exact_var) < 1e-4
+        out = run(backend, a, torch.ones(a.output_shape()), True)["out"]
+        exact = reference.ghost_module(convert(a, torch.float64), True)
+        assert relative_error(out, exact) <= 2 * relative_error(reference.ghost_module(a, True), exact)
 
 
-def primary_statistics(backend: str, a: GhostArgs) -> tuple[torch.Tensor, torch.Tensor]:
+def primary_statistics(backend: Backend, a: GhostArgs) -> tuple[torch.Tensor, torch.Tensor]:
     a = a._replace(**dict.fromkeys(ops.STATISTICS))
     return kernels(backend).primary_statistics(a, a.new_output())
 
@@ -177,18 +167,109 @@ def test_empty_batch(backend, batch_statistics):
     a = make_args(Case(batch=1, out_channels=23, **ALL_INPUTS))
     cut = {name: getattr(a, name)[:0] for name in ("x", "input_gate", "residual", "output_gate")}
     a = a._replace(**cut)
-    results = training_runtime.run(backend, a, torch.empty(a.output_shape()), batch_statistics)
+    results = run(backend, a, torch.empty(a.output_shape()), batch_statistics)
     for name in TENSORS:
         if name in results and name not in cut:
             assert torch.equal(results[name], torch.zeros_like(getattr(a, name)))
 
 
-def test_deterministic(backend, monkeypatch):
+def test_deterministic(backend):
     a = make_args(Case(height=9, width=8, out_channels=8, dtype=torch.float16, layout="nhwc", **ALL_INPUTS))
     grad = torch.randn(a.output_shape()).half()
-    with rows(backend, 16, monkeypatch):
-        first, second = (training_runtime.run(backend, a, grad, True) for _ in range(2))
+    with backend.planned_for(16):
+        first, second = (run(backend, a, grad, True) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_unaligned_gradient(backend, layout):
+    """A contiguous gradient that starts in the middle of a vector."""
+    a, grad = make(Case(1, 8, 4, 8, 16, layout=layout))
+    first, second = (run(backend, a, g, True) for g in (grad, strides.shifted(grad)))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strided_parameters(backend, layout):
+    a, grad = make(Case(2, 12, 5, 6, 24, primary_norm="bn+bias", input_gate=True, output_gate=True, layout=layout))
+    for batch in (False, True):
+        plain, other = (
+            run(backend, x, grad, batch) for x in (a, strides.changed(a, strides.with_gaps, "x", "output_gate"))
+        )
+        for name, result in plain.items():
+            torch.testing.assert_close(other[name].view_as(result), result, rtol=1e-5, atol=1e-5)
+
+
+@on("reference", "cuda")  # in the interpreter it takes minutes
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_many_channels_and_images(backend, layout):
+    with backend.planned_for(132):
+        training_runtime.check(backend, Case(1, 4, 3, 5, 280, layout=layout))
+        training_runtime.check(backend, Case(300, 3, 1, 2, 6, layout=layout))
+
+
+NEEDED = ["x", "residual", "cheap_beta", "cheap_weight", "primary_weight", "output_gate", "primary_slope x"]
+
+
+@pytest.mark.parametrize("batch_statistics", [False, True])
+@pytest.mark.parametrize("asked", NEEDED)
+def test_only_what_is_asked_for(backend, asked, batch_statistics):
+    """The same gradients as when all are asked for, and none besides."""
+    a, grad = make(Case(2, 8, 5, 6, 15, act_primary="prelu", per_channel_slope=True, **ALL_INPUTS))
+
+    def gradients(needs: list[bool]) -> dict[str, torch.Tensor]:
+        results = training.backward(kernels(backend), grad, a, batch_statistics, "", needs)
+        return dict(zip([name for name, need in zip(TENSORS, needs, strict=True) if need], results, strict=True))
+
+    every = gradients([t is not None for t in a.tensors])
+    results = gradients([name in asked.split() for name in TENSORS])
+    assert set(results) == set(asked.split())
+    assert all(torch.equal(result, every[name]) for name, result in results.items())
+
+
+def test_forward_is_three_kernels(backend):
+    calls: list[str] = []
+    own = kernels(backend)
+    spied = {name: lambda *args, name=name: calls.append(name) or getattr(own, name)(*args) for name in own._fields}
+    training.train_forward(training.Kernels(**spied), make_args(STEP), "")
+    assert calls == ["primary_statistics", "cheap_statistics", "normalize"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("batch_statistics", [False, True])
+def test_opcheck(backend, batch_statistics, layout):
+    if not backend.has_torch:
+        pytest.skip("needs PyTorch's own CUDA kernels")
+    case = Case(layout=layout, sliced=True, height=5, width=6, out_channels=7, act_cheap="prelu", **ALL_INPUTS)
+    a = backend.there(make_args(case))
+    if batch_statistics:
+        fields = (*(getattr(a, n) for n in ops.TRAIN_FIELDS), "")
+        torch.library.opcheck(ops.training_op("train_forward", backend.name), fields)
+    needs = [
+        n or (name == "residual" and backend.name == "reference") for name, n in zip(TENSORS, wanted(a), strict=True)
+    ]
+    arguments = torch.randn(a.output_shape(), device=backend.device), *a, batch_statistics, "", needs
+    torch.library.opcheck(ops.training_op("backward", backend.name), arguments)
+
+
+@pytest.mark.parametrize("training_mode", [False, True])
+def test_a_module_trains(backend, training_mode):
+    if not backend.has_torch:
+        pytest.skip("needs PyTorch's own CUDA kernels")
+    m = FusedGhostModule(6, 9, backend=backend.name).to(backend.device).train(training_mode)
+    x = torch.randn(2, 6, 5, 6, device=backend.device, requires_grad=True)
+    m(x).square().sum().backward()
+    ours = [p.grad for p in (x, *m.parameters())]
+    m.zero_grad(), setattr(x, "grad", None)
+    m._run_children(x, None, None, None).square().sum().backward()
+    for grad, p in zip(ours, (x, *m.parameters()), strict=True):
+        torch.testing.assert_close(grad, p.grad, rtol=1e-4, atol=1e-4)
+
+
+@with_kernels
+def test_what_the_kernels_refuse_trains_on_the_reference(backend):
+    assert training.choose(backend.name, backend.there(make_args(Case(kernel_size=3)))) == "reference"
+    assert training.choose(backend.name, backend.there(make_args(Case()))) == backend.name
 
 
 @given(
@@ -204,15 +285,13 @@ def test_deterministic(backend, monkeypatch):
     batch_statistics=st.booleans(),
 )
 @settings(max_examples=16, phases=[Phase.generate])  # shrinking takes minutes in the interpreter
-def test_any_module(case, batch_statistics):
-    case = dataclasses.replace(case, out_channels=max(case.out_channels, case.ratio))
+def test_any_module(backend, case, batch_statistics):
     if case.dtype.itemsize == 2:  # no kinks: see testing_training
         smooth = {f"act_{half}": SMOOTH[getattr(case, f"act_{half}") != "none"] for half in ("primary", "cheap")}
         case = dataclasses.replace(case, **smooth)
     if not batch_statistics:  # PyTorch's batch_norm wants one dtype for the norm tensors and stored statistics
         case = dataclasses.replace(case, norm_dtype=None)
-    for backend in BACKENDS:
-        training_runtime.check(backend, case, batch_statistics)
+    training_runtime.check(backend, case, batch_statistics)
 
 
 STEPS = {
@@ -222,32 +301,33 @@ STEPS = {
 }
 
 
+@with_kernels
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", STEPS.values(), ids=list(STEPS))
 def test_every_step(backend, case, layout):
     """Each kernel on the same arguments as the reference's, in float32: they differ by a few roundings only."""
-    a, grad = training_runtime.make(dataclasses.replace(case, layout=layout))
-    own, reference = kernels(backend), KERNELS["reference"]
+    a, grad = make(dataclasses.replace(case, layout=layout))
+    own, ground = kernels(backend), KERNELS["reference"]
 
     def dense(t: torch.Tensor) -> torch.Tensor:
         return t.contiguous(memory_format=memory_format(a.x))
 
     out = a.new_output().fill_(float("nan"))
-    expected = reference.primary_statistics(a, out)
+    expected = ground.primary_statistics(a, out)
     assert_close(own.primary_statistics(a, mine := a.new_output()), expected)
     assert_close(mine[:, : a.init_channels], out[:, : a.init_channels])
     y1, grad = dense(out[:, : a.init_channels]), dense(grad)
     mine = out.clone()
-    expected = reference.cheap_statistics(a, out)
+    expected = ground.cheap_statistics(a, out)
     assert_close(own.cheap_statistics(a, mine), expected)
     assert_close(mine, out)
     own.normalize(a, mine := out.clone())
-    reference.normalize(a, out)
+    ground.normalize(a, out)
     assert_close(mine, out)
     for batch in (False, True):
         product = None if a.output_gate is None else (torch.empty_like(grad), torch.empty_like(grad))
         results, expected = (
-            k.cheap_backward(a, grad, y1, batch, True, product and product[i]) for i, k in enumerate((own, reference))
+            k.cheap_backward(a, grad, y1, batch, True, product and product[i]) for i, k in enumerate((own, ground))
         )
         assert_close(results, expected)
         if product:
@@ -255,15 +335,13 @@ def test_every_step(backend, case, layout):
         dz2, y2, sums = (t if t is None or t.dim() == 2 else dense(t) for t in expected)
         means = sums[:2] / grad[:, 0].numel() if batch else None
         for asked in ((True, True, True), (True, False, False), (False, False, True)):
-            results, expected = (
-                k.primary_backward(a, grad, y1, dz2, y2, means, batch, *asked) for k in (own, reference)
-            )
+            results, expected = (k.primary_backward(a, grad, y1, dz2, y2, means, batch, *asked) for k in (own, ground))
             assert_close(results, expected)
         if batch:
-            dz1, sums, _ = reference.primary_backward(a, grad, y1, dz2, y2, means, True, True, True, True)
+            dz1, sums, _ = ground.primary_backward(a, grad, y1, dz2, y2, means, True, True, True, True)
             means = sums[:2] / grad[:, 0].numel()
             own.normalize_backward(a, mine := dense(dz1.clone()), y1, means)
-            reference.normalize_backward(a, dz1, y1, means)
+            ground.normalize_backward(a, dz1, y1, means)
             assert_close(mine, dz1)
 
 

@@ -1,17 +1,15 @@
-"""What only the Triton training kernels have: launches, the ops and modules that run them. test_training_kernels.py has the
-rest."""
+"""What only Triton's training kernels are asked: launches. test_training_kernels.py has the rest."""
 
 import pytest
 import torch
 from training_runtime import ALL_INPUTS
 from triton_runtime import DEVICE, needs_triton
 
-from ghostfused import FusedGhostModule, ops
+from ghostfused import ops
 from ghostfused.backends import training
 from ghostfused.backends.triton import training as triton_training
 from ghostfused.spec import TENSORS
 from ghostfused.testing import Case, make_args, to_device
-from ghostfused.testing.training import wanted
 
 pytestmark = [pytest.mark.triton, needs_triton]
 
@@ -46,32 +44,3 @@ def test_forward_is_three_kernels(monkeypatch):
     a = to_device(make_args(Case(**ALL_INPUTS)), DEVICE)
     training.train_forward(training.KERNELS["triton"], a, "")
     assert launched == ["primary_statistics_kernel", "cheap_statistics_kernel", "normalize_kernel"]
-
-
-@pytest.mark.parametrize("batch_statistics", [False, True])
-def test_opcheck(batch_statistics):
-    a = to_device(make_args(Case(sliced=True, height=5, width=6, out_channels=7, **ALL_INPUTS)), DEVICE)
-    if batch_statistics:
-        torch.library.opcheck(
-            ops.training_op("train_forward", "triton"), (*(getattr(a, n) for n in ops.TRAIN_FIELDS), "")
-        )
-    arguments = torch.randn(a.output_shape(), device=DEVICE), *a, batch_statistics, "", wanted(a)
-    torch.library.opcheck(ops.training_op("backward", "triton"), arguments)
-
-
-@pytest.mark.parametrize("training_mode", [False, True])
-def test_module_trains_on_triton(training_mode):
-    m = FusedGhostModule(6, 9, backend="triton").to(DEVICE).train(training_mode)
-    x = torch.randn(2, 6, 5, 6, device=DEVICE, requires_grad=True)
-    m(x).square().sum().backward()
-    ours = [p.grad for p in (x, *m.parameters())]
-    m.zero_grad(), setattr(x, "grad", None)
-    m._run_children(x, None, None, None).square().sum().backward()
-    for grad, p in zip(ours, (x, *m.parameters()), strict=True):
-        torch.testing.assert_close(grad, p.grad, rtol=1e-4, atol=1e-4)
-
-
-def test_what_the_kernels_refuse_trains_on_the_reference():
-    a = to_device(make_args(Case(kernel_size=3)), DEVICE)
-    assert training.choose("triton", a) == "reference"
-    assert training.choose("triton", to_device(make_args(Case()), DEVICE)) == "triton"

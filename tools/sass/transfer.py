@@ -222,33 +222,34 @@ def _matrices(i: Instruction) -> tuple[int, bool]:
     return int(i.modifiers[-1]) if i.modifiers[-1].isdigit() else 1, "MT88" in i.modifiers
 
 
-def _rows(g: Gang, address: Read, m: Array, count: int) -> tuple[Array, Array]:
-    """Which lanes give rows' addresses, and the positions of the rows."""
+_ROW, _COLUMN = np.arange(32) // 4, np.arange(32) % 4 * 2
+"""Where in an 8×8 matrix the two elements of each lane begin."""
+
+
+def _rows(g: Gang, address: Read, m: Array, count: int, write: bool) -> tuple[Array, list[Array]]:
+    """Which warps take part, and where in shared memory, in elements, the matrices' elements lie."""
     at = address(g)
     giving = m & (np.arange(32) < 8 * count)
     place = checked_shared(g, at, giving, 16)
     count_shared(g, at, giving, 16)
-    return giving, place
+    if g.race:
+        g.race.access(g, place, giving, 16, write=write)
+    active = np.asarray(m.any(axis=1))
+    return active, [place[active, 8 * k : 8 * k + 8, None] // 2 + np.arange(8) for k in range(count)]
 
 
 @opcode("LDSM")
 def load_matrices(i: Instruction) -> Action:
     count, transposed = _matrices(i)
     target, address = register(i.operands[0]), shared_address(i.operands[1])
-    lane = np.arange(32)
-    row, column = lane // 4, lane % 4 * 2
 
     def act(g: Gang, m: Array) -> None:
-        giving, place = _rows(g, address, m, count)
-        if g.race:
-            g.race.access(g, place, giving, 16, write=False)
-        active = m.any(axis=1)
-        for k in range(count):
-            starts = place[active, 8 * k : 8 * k + 8, None] // 2 + np.arange(8)
-            matrix = g.shared16[starts].astype(U32)
+        active, places = _rows(g, address, m, count, write=False)
+        for k, place in enumerate(places):
+            matrix = g.shared16[place].astype(U32)
             if transposed:
                 matrix = matrix.swapaxes(1, 2)
-            g.R[target + k][active] = matrix[:, row, column] | matrix[:, row, column + 1] << U32(16)
+            g.R[target + k][active] = matrix[:, _ROW, _COLUMN] | matrix[:, _ROW, _COLUMN + 1] << U32(16)
 
     return act
 
@@ -257,21 +258,16 @@ def load_matrices(i: Instruction) -> Action:
 def store_matrices(i: Instruction) -> Action:
     count, transposed = _matrices(i)
     address, source = shared_address(i.operands[0]), register(i.operands[1])
-    lane = np.arange(32)
-    row, column = lane // 4, lane % 4 * 2
 
     def act(g: Gang, m: Array) -> None:
-        giving, place = _rows(g, address, m, count)
-        if g.race:
-            g.race.access(g, place, giving, 16, write=True)
-        active = m.any(axis=1)
-        for k in range(count):
+        active, places = _rows(g, address, m, count, write=True)
+        for k, place in enumerate(places):
             bits = g.R[source + k][active]
             matrix = np.zeros((len(bits), 8, 8), np.uint16)
-            matrix[:, row, column], matrix[:, row, column + 1] = bits & U32(0xFFFF), bits >> U32(16)
+            matrix[:, _ROW, _COLUMN], matrix[:, _ROW, _COLUMN + 1] = bits & U32(0xFFFF), bits >> U32(16)
             if transposed:
                 matrix = matrix.swapaxes(1, 2)
-            g.shared16[place[active, 8 * k : 8 * k + 8, None] // 2 + np.arange(8)] = matrix
+            g.shared16[place] = matrix
 
     return act
 

@@ -22,8 +22,8 @@ DEVICES = ("cpu", "cuda") if INTERPRETED else ("cuda",)
 MAX_PROGRAMS = 2**31 - 1
 
 
-@constant_to_dynamo  # Dynamo need not trace into the CUDA runtime
 @functools.cache
+@constant_to_dynamo  # Dynamo, which looks through the cache, need not trace into the CUDA runtime
 def unavailable() -> str | None:
     """Why no Triton kernel can run here; None if they can."""
     if importlib.util.find_spec("triton") is None:  # Windows, macOS, CPU-only installations

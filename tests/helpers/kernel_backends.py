@@ -1,0 +1,112 @@
+"""The backends of which the tests of kernels ask the same: which run here, and how one call is run and judged.
+
+``conftest.py`` makes a fixture of them. The marks ``cuda`` and ``triton`` select those that need an environment of their own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+
+import cuda_runtime
+import pytest
+import torch
+import triton_runtime
+from torch import Tensor
+
+from ghostfused import functional
+from ghostfused.backends import BACKENDS, triton
+from ghostfused.backends.triton import bottleneck as triton_bottleneck
+from ghostfused.backends.triton import training as triton_training
+from ghostfused.ops import forward_op
+from ghostfused.spec import Args, GhostArgs
+from ghostfused.testing import Case, DepthwiseCase, SqueezeExciteCase, judge, make, to_device
+
+AnyCase = Case | DepthwiseCase | SqueezeExciteCase
+needs_cpu = pytest.mark.skipif(
+    BACKENDS["cpu"].unavailable() is not None, reason=f"no CPU kernel: {BACKENDS['cpu'].unavailable()}"
+)
+NEEDS = {"cpu": [needs_cpu], "cuda": [pytest.mark.cuda, cuda_runtime.needs_cuda], "reference": []}
+NEEDS["triton"] = NEEDS["triton_two_kernel"] = [pytest.mark.triton, triton_runtime.needs_triton]
+
+
+def on(*names: str) -> pytest.MarkDecorator:
+    """Marks a test that these backends run, rather than those of the fixture."""
+    return pytest.mark.parametrize("backend", params(*names), indirect=True)
+
+
+def params(*names: str) -> list:
+    return [pytest.param(name, marks=NEEDS[name]) for name in names]
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """Fresh memory, outputs and scratch buffers among it, is NaN: what a kernel forgets to write can't pass."""
+    if cuda_runtime.ON_CPU:  # where it is so anyway
+        yield
+        return
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """One of ``ghostfused.backends.BACKENDS``. Its methods take tensors on the CPU, and return such."""
+
+    name: str
+
+    @property
+    def device(self) -> str:
+        own_device = self.name == "cuda" or (self.name.startswith("triton") and not triton.INTERPRETED)
+        return "cuda" if own_device else "cpu"
+
+    @property
+    def has_torch(self) -> bool:
+        """Whether PyTorch's own operations run on the device; ptx-on-cpu has none."""
+        return not (self.device == "cuda" and cuda_runtime.ON_CPU)
+
+    def there(self, args: Args) -> Args:
+        return to_device(args, self.device)
+
+    def call(self, args: Args) -> Tensor:
+        """The op with its own checks, or where these are in the function before it, the function."""
+        if self.name in ("cpu", "cuda"):
+            return forward_op(self.name, args.op)(*args)
+        return functional.run(args, self.name)
+
+    def run(self, args: Args) -> Tensor:
+        on_device = self.there(args)
+        torch.full(
+            args.output_shape(), float("nan"), dtype=args.x.dtype, device=self.device if self.has_torch else "cpu"
+        )
+        with poisoned():
+            out = forward_op(self.name, args.op)(*on_device)
+        expected = args.new_output()
+        assert (out.shape, out.stride(), out.dtype) == (expected.shape, expected.stride(), expected.dtype)
+        return out.cpu()
+
+    def check(self, *several: AnyCase | Args, name: object = "") -> None:
+        """Judges each; CUDA's Ghost modules by the kernel that the planner chooses, and by the general one."""
+        for case in several:
+            args = make(case) if isinstance(case, AnyCase) else case
+            both = self.name == "cuda" and isinstance(args, GhostArgs)
+            for general in (False, True) if both else (False,):
+                with cuda_runtime.general_only() if general else contextlib.nullcontext():
+                    verdict = judge(self.run(args), args)
+                assert verdict.ok, f"{case if isinstance(case, AnyCase) else name}, general {general}: {verdict}"
+
+    @contextlib.contextmanager
+    def planned_for(self, multiprocessors: int) -> Iterator[None]:
+        """Launches as for a device of so many: few mean large tiles, many mean many small blocks. A CPU has one way."""
+        if self.name == "cuda":
+            with cuda_runtime.planned_for(multiprocessors):
+                yield
+            return
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(triton_bottleneck, "PROGRAMS", 4 * multiprocessors)
+            patch.setattr(triton_training, "PROGRAMS", multiprocessors)
+            yield
