@@ -142,7 +142,7 @@ def bad_arguments(args: Args) -> dict[str, object]:
             "var": None,
             "gamma": torch.ones(cpu, dtype=torch.float64).cuda(),
             "slope": args.mean[:3],
-            "act": int(Act.GELU),
+            "act": max(Act) + 1,
             "stride": 3,
         }
     return {

@@ -11,7 +11,7 @@ from ghostfused.testing import Case, DepthwiseCase, SqueezeExciteCase
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LAYOUTS = ("nchw", "nhwc")
-ACTS = [act.name.lower() for act in Act if act != Act.GELU]
+ACTS = [act.name.lower() for act in Act]
 GATE_ACTS = [act.name.lower() for act in COMMON.gate_acts]
 GATES = [gate.name.lower() for gate in Gate]
 NORMS = ("bn", "bias", "bn+bias", "bn_no_affine", "none")

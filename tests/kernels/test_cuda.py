@@ -296,7 +296,7 @@ def test_errors_name_the_argument():
         "output_gate": good.output_gate[:, :7],
         "out_channels": 17,
         "stride": 2,
-        "primary_act": int(Act.GELU),
+        "primary_act": max(Act) + 1,
     }
     for name, value in bad.items():
         with pytest.raises(RuntimeError, match=name):
@@ -308,10 +308,10 @@ def test_backend_is_the_default_and_explains_refusals():
     assert cuda.supports(args) is None
     assert ghostfused.backends.choose(args) == "cuda"
     assert "stride" in cuda.supports(args._replace(stride=2))
-    assert "GELU" in cuda.supports(args._replace(cheap_act=int(Act.GELU)))
+    assert "dw_size 9" in cuda.supports(args._replace(cheap_weight=torch.ones(8, 1, 9, 9)))
     assert "cpu" in cuda.supports(make_args(Case(1, 8, 4, 4, 16)))
-    with pytest.raises(RuntimeError, match="GELU"):
-        ghostfused.ghost_module(args.x, args.primary_weight, args.cheap_weight, act_cheap="gelu", backend="cuda")
+    with pytest.raises(RuntimeError, match="dw_size 9"):
+        ghostfused.ghost_module(args.x, args.primary_weight, torch.ones(8, 1, 9, 9).cuda(), backend="cuda")
 
 
 def test_function_and_compile():

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from ghostfused import functional, ops
 from ghostfused.backends import choose, cuda
-from ghostfused.spec import Act, Args
+from ghostfused.spec import Args
 from ghostfused.testing import Case, DepthwiseCase, SqueezeExciteCase, judge, make, make_args, to_device
 
 pytestmark = [pytest.mark.cuda, needs_cuda]
@@ -124,7 +124,7 @@ def test_backend_is_the_default_and_explains_refusals():
     for case in (DepthwiseCase(), SqueezeExciteCase()):
         args = to_device(make(case), "cuda")
         assert choose(args) == "cuda"
-        assert "GELU" in cuda.supports(args._replace(act=int(Act.GELU)))
+        assert "float64" in cuda.supports(args._replace(x=args.x.double()))
         assert "cpu" in cuda.supports(make(case))
         with torch.no_grad():
             assert judge(functional.run(args).cpu(), make(case)).ok

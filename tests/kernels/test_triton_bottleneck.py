@@ -148,7 +148,6 @@ def test_refusals():
     assert triton.supports(gate) is None
     assert "3×5" in triton.supports(depthwise._replace(weight=torch.ones(12, 1, 3, 5)))
     assert "stride 3" in triton.supports(depthwise._replace(stride=3))
-    assert "GELU" in triton.supports(depthwise._replace(act=int(Act.GELU)))
     assert "LEAKY_RELU" in triton.supports(gate._replace(act=int(Act.LEAKY_RELU)))
     with pytest.raises(RuntimeError, match=r"can't run this depthwise convolution: a 9×9"):
         functional.run(depthwise._replace(weight=torch.ones(12, 1, 9, 9)), "triton")

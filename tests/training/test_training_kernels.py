@@ -21,7 +21,7 @@ from ghostfused.testing import Case, make_args
 
 pytestmark = [pytest.mark.cuda, pytest.mark.triton, pytest.mark.skipif(not BACKENDS, reason=NEEDS)]
 
-SMOOTH = ["none", "silu"]
+SMOOTH = ["none", "silu", "gelu", "gelu_tanh", "mish"]
 
 
 @pytest.fixture(autouse=True)
