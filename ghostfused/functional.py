@@ -49,7 +49,7 @@ def ghost_module(
         cheap_weight: (Cp * (ratio - 1), 1, d, d), d odd, x's dtype; ratio is read off its shape.
         primary_bias, cheap_bias: (Cp,) and (Cp * (ratio - 1),), added before the norm.
         primary_bn, cheap_bn: statistics and affine tensors, of x's dtype or float32; None for no norm.
-        act_primary, act_cheap: "none", "relu", "relu6", "silu", "hardswish", "leaky_relu", "prelu" or "gelu".
+        act_primary, act_cheap: "none", "relu", "relu6", "silu", "hardswish", "leaky_relu", "prelu", "gelu", "gelu_tanh" or "mish".
         primary_slope, cheap_slope: LeakyReLU's negative slope (a float, default 0.01), or PReLU's weight, of
             shape (1,) or one per channel.
         out_channels: the output's channels; the default is all Cp * ratio.

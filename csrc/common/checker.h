@@ -143,7 +143,7 @@ class Checker {
   }
 
   static Act act(Name name, int64_t act) {
-    if (act < 0 || act > static_cast<int64_t>(Act::kPReLU)) fail(name, ": the kernels have no activation ", act);
+    if (act < 0 || act > static_cast<int64_t>(kLastAct)) fail(name, ": the kernels have no activation ", act);
     return static_cast<Act>(act);
   }
 

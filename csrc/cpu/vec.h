@@ -220,7 +220,7 @@ GHOSTFUSED_INLINE void transpose(Vec (&v)[kLanes]) {
 
 // e^x to two units in the last place: x = n ln 2 + r, a polynomial in r, and n in the exponent.
 GHOSTFUSED_INLINE Vec exp(Vec x) {
-  x = x < -103.f ? splat(-103.f) : x;
+  x = x < -104.f ? splat(-104.f) : x;  // 0
   x = x > 89.f ? splat(89.f) : x;
   const Vec shifted = x * 1.44269504f + 0x1.8p23f;  // n in the low bits
   const Vec n = shifted - 0x1.8p23f;
@@ -232,7 +232,7 @@ GHOSTFUSED_INLINE Vec exp(Vec x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.f;
-  // 2^n as a product of two powers, since n runs from -149 to 128
+  // 2^n as a product of two powers, since n runs from -150 to 128
   const Ints whole = reinterpret_cast<Ints>(shifted) - 0x4b400000, half = whole >> 1;
   return p * reinterpret_cast<Vec>((half + 127) << 23) * reinterpret_cast<Vec>((whole - half + 127) << 23);
 }
@@ -258,6 +258,19 @@ __attribute__((noinline)) static Vec activate(Vec x, Vec slope, Act act) {
   switch (act) {
     case Act::kSiLU:
       return x / (1.f + exp(-x));
+    case Act::kGELU: {
+      using G = GeluArgument;
+      const Vec square = x * x, t = square > G::kEnd ? splat(G::kEnd) : square;
+      const Vec low = ((G::c3 * t + G::c2) * t + G::c1) * t + G::c0;
+      const Vec high = ((G::c7 * t + G::c6) * t + G::c5) * t + G::c4;
+      return x / (1.f + exp(-x * (high * (t * t) * (t * t) + low)));
+    }
+    case Act::kGELUTanh:
+      return x / (1.f + exp(-x * (GeluArgument::kTanh1 * x * x + GeluArgument::kTanh0)));
+    case Act::kMish: {  // tanh(ln(1 + e^x)) = n / (n + 2), and 1 from 30 on
+      const Vec e = exp(x > 30.f ? splat(30.f) : x), n = e * (e + 2.f);
+      return x * (n / (n + 2.f));
+    }
     case Act::kHardswish: {
       const Vec y = x + 3.f, low = 0.f > y ? Vec{} : y;
       return x * (low > 6.f ? splat(6.f) : low) / 6.f;  // as PyTorch rounds: 1 / 6 is no float

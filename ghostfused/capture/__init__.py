@@ -302,6 +302,8 @@ class Program:
             raise NotCaptured(f"the forward has a graph of its own inside, {_where(next(iter(attributes[0].users)))}")
         self.exported = exported
         self.lowered: Lowered = lower(exported, frozen)
+        # whose tensors somebody may make negative views of: a look costs some 60 ns for each
+        self.exposed = [] if frozen else self.lowered.programs
         left = self.lowered.left
         if left and not partial:
             others = f", and {len(left) - 1} more" if len(left) > 1 else ""
@@ -312,7 +314,7 @@ class Program:
         self.run: Callable[..., list] = self.lowered.graph.forward
 
     def __call__(self, *inputs: Tensor) -> Any:
-        for kept in self.lowered.programs:
+        for kept in self.exposed:
             kept.refuse_negative_views()
         # a graph's views hold for the example's memory format
         pairs = zip(inputs, self.formats, strict=True)

@@ -18,7 +18,7 @@ from .. import ops
 from ..backends import cpu
 from ..ops import encoding
 from ..spec import OPS, Act, Args, DepthwiseArgs, GhostArgs, GlobalPoolArgs, LinearArgs, Step
-from ..spec.activations import BY_OP
+from ..spec.activations import BY_OP, with_settings
 from ..spec.kernels import COMMON, kernel_refusal
 from .frozen import ACTIVE, Frozen
 
@@ -115,7 +115,8 @@ class _Steps:
             return self._our_op(node)
         arguments = self._bound(node)
         if packet in BY_OP:
-            return self._activation(node, BY_OP[packet], arguments)
+            act = with_settings(BY_OP[packet], arguments)
+            return act is not None and self._activation(node, act, arguments)
         if packet in _NORMS:
             return self._batch_norm(node, arguments)
         method = _LAYERS.get(packet)

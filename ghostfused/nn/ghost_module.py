@@ -51,7 +51,7 @@ class FusedGhostModule(CachesPrograms, nn.Module):
         dw_size: kernel size of the cheap operation, odd.
         dilation, groups: of the primary conv.
         act_primary, act_cheap: name or ``Act`` ("none", "relu", "relu6", "silu", "hardswish", "leaky_relu", "prelu",
-            "gelu"), or a module of one of these kinds, such as ``nn.LeakyReLU(0.1)`` or ``nn.PReLU(init_channels)``.
+            "gelu", "gelu_tanh", "mish"), or a module of one of these kinds, such as ``nn.LeakyReLU(0.1)`` or ``nn.PReLU(init_channels)``.
             Defaults are the blog's: by ``use_relu``, and ReLU6.
         keys: names of the children, hence of the state_dict's keys: "seed" (primary_conv.0, cheap_op.0, …), "paper"
             (primary_conv.0, cheap_operation.0, …) or "ultralytics" (cv1.conv, cv1.bn, cv2.conv, …).
@@ -182,10 +182,15 @@ class FusedGhostModule(CachesPrograms, nn.Module):
 
             kind = FusedAttentionGhostModule
             attributes |= FusedAttentionGhostModule.attributes(module, adopted.attention, adopted.gate_form)
-        fused = make_twin(kind, module, **attributes)
-        reason = prove(module, fused, adopted.in_channels)
-        fused.backend = backend
-        return fused if reason is None else reason
+        reason: str | None = ""
+        for order in _ORDERS if adopted.shuffled else (None,):
+            fused = make_twin(kind, module, **attributes, _order=order)
+            reason = prove(module, fused, adopted.in_channels)
+            if reason is None:
+                fused.backend = backend
+                return fused
+        assert reason is not None
+        return reason
 
     def _read(self) -> tuple[ghost.Half, ghost.Half] | str:
         """Both halves as they are now; or why the fused function can't stand for them."""
@@ -244,9 +249,25 @@ class FusedGhostModule(CachesPrograms, nn.Module):
         Returns:
             (N, out_channels, H', W'), a fresh tensor.
         """
+        if self.__dict__.get("_order") is not None:
+            return self._run_shuffled(x, input_gate, residual, output_gate)
         if input_gate is None and residual is None and output_gate is None and may_replay(x):
             return self._cache(self, x, self._run)
         return self._run(x, input_gate, residual, output_gate)
+
+    def _run_shuffled(
+        self, x: Tensor, input_gate: Tensor | None, residual: Tensor | None, output_gate: Tensor | None
+    ) -> Tensor:
+        """The kernel's maps, put into their order by PyTorch."""
+        note_others()
+        halves = self._read()
+        if isinstance(halves, str) or runs_plain(self.backend):
+            module = cast(nn.Module, original(self))
+            out = module.forward(x if input_gate is None else _gated(x, input_gate))
+        else:
+            out = self._run(x, input_gate)
+            out = out.unflatten(1, self.__dict__["_order"]).transpose(1, 2).flatten(1, 2)
+        return out if output_gate is None and residual is None else _finished(out, output_gate, residual)
 
     def _run(
         self,
@@ -330,6 +351,11 @@ class FusedGhostModule(CachesPrograms, nn.Module):
         primary, cheap = halves
         ratio = cheap.weight.shape[0] // primary.weight.shape[0] + 1
         return f"{text}, ratio={ratio}, act_primary={primary.act.name.lower()}, act_cheap={cheap.act.name.lower()}"
+
+
+_ORDERS = (2, -1), (-1, 2)
+"""Of GSConv's output, as what its channels are taken for before the two are transposed: the first and second half's maps in
+turn, or every second map and then the others."""
 
 
 # torch.fx's symbolic tracing doesn't know which of these are None: the graph asks as it runs

@@ -19,7 +19,7 @@ from ..recognize.equivalence import substituted
 from ..recognize.trace import Traced, is_fused, is_look, trace
 from ..recognize.watch import Path, Watched, get
 from ..spec import Act, Gate
-from ..spec.activations import BY_MODULE
+from ..spec.activations import of_layer
 from ..spec.kernels import COMMON, depthwise_form_refusal
 
 for _name in ("conv1x1", "depthwise", "squeeze_excite"):
@@ -107,10 +107,10 @@ def _kind(half: ghost.Half) -> str | None:
     if conv.padding != padding and not (conv.padding == "same" and conv.stride[0] == 1):
         return None
     if kh == kw == 1 and conv.groups == 1 and conv.stride[0] == 1:
-        return None if half.act == Act.GELU else "conv1x1"
+        return "conv1x1"
     if conv.groups != channels or channels != conv.in_channels or per_group != 1 or conv.dilation != (1, 1):
         return None
-    return None if depthwise_form_refusal((kh, kw), conv.stride[0], half.act, COMMON) else "depthwise"
+    return None if depthwise_form_refusal((kh, kw), conv.stride[0], COMMON) else "depthwise"
 
 
 def split(layers: Sequence[tuple[ghost.Layer, nn.Module | Known]]) -> list[Run]:
@@ -187,7 +187,7 @@ def read_squeeze_excite(block: nn.Module, path: Path) -> tuple[SqueezeExcite, Wa
     if isinstance(traced, str) or not _gates(traced, block, reduce, expand):
         return None
     channels = first._parameters["weight"].shape[1]  # type: ignore[union-attr]
-    acts = {BY_MODULE[type(m)] for m in block.modules() if type(m) in BY_MODULE} or {Act.RELU}
+    acts = {act for m in block.modules() if (act := of_layer(m)) is not None} or {Act.RELU}
     try:
         with substituted(block, channels, training=False) as (twin, x):
             expected = twin.forward(x)
@@ -237,7 +237,7 @@ def _gates(traced: Traced, block: nn.Module, reduce: Path, expand: Path) -> bool
                     return False
             elif isinstance(layer, _MEAN_LAYERS) and stage <= 1:
                 stage = 1
-            elif stage == 2 and type(layer) in BY_MODULE:
+            elif stage == 2 and of_layer(layer) is not None:
                 acts += 1
             elif not (isinstance(layer, _LAYERS_OF_NUMBERS) and stage in (1, 3)) and not ghost.is_nothing(layer):
                 return False

@@ -8,17 +8,18 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..spec import Act
-from ..spec.activations import BY_CALL, TABLE
+from ..spec.activations import BY_CALL, BY_MODULE, TABLE, WITHOUT_SLOPE, with_settings
 from .equivalence import SAME
 from .trace import is_fused, is_layer, more_than_one_tensor, shadow, trace
 from .watch import Path, Watched, is_immutable
 
 _OF_NUMBERS = {
     "relu", "relu_", "relu6", "hardtanh", "hardtanh_", "clamp", "clamp_", "clip", "sigmoid", "sigmoid_", "hardsigmoid", "silu",
-    "hardswish", "tanh", "softplus", "exp", "add", "add_", "iadd", "sub", "mul", "mul_", "imul", "div", "div_", "truediv", "itruediv",
+    "hardswish", "gelu", "mish", "tanh", "softplus", "exp", "erf", "add", "add_", "iadd", "sub", "mul", "mul_", "imul", "div",
+    "div_", "truediv", "itruediv", "pow",
 }  # fmt: skip
 _LAYERS_OF_NUMBERS = (
-    *(TABLE[act].module for act in dict.fromkeys(BY_CALL.values())),
+    *(module for module, act in BY_MODULE.items() if act in WITHOUT_SLOPE),
     nn.Hardtanh,
     nn.Sigmoid,
     nn.Hardsigmoid,
@@ -39,9 +40,10 @@ class Known(NamedTuple):
 
 def called(node: fx.Node) -> Act | None:
     """The activation that a step of a graph is, if it is a function's call."""
-    if node.op not in ("call_function", "call_method") or len(node.args) != 1 or node.kwargs.keys() - {"inplace"}:
+    settings = node.kwargs.keys() - {"inplace", "approximate"}
+    if node.op not in ("call_function", "call_method") or len(node.args) != 1 or settings:
         return None
-    return BY_CALL.get(node.target)  # type: ignore[call-overload, no-any-return]
+    return with_settings(BY_CALL.get(node.target), node.kwargs)  # type: ignore[call-overload]
 
 
 class Activations(NamedTuple):
@@ -80,14 +82,15 @@ def _read(module: nn.Module) -> tuple[Act, Watched] | None:
         name = getattr(node.target, "__name__", str(node.target))
         known = isinstance(layers.get(name), _LAYERS_OF_NUMBERS) if node.op == "call_module" else name in _OF_NUMBERS
         constants = [a for a in (*node.args, *node.kwargs.values()) if not isinstance(a, fx.Node)]
-        if not known or not all(a is None or (isinstance(a, bool | int | float) and abs(a) < 1e6) for a in constants):
+        numbers = [a for a in constants if a is not None and not isinstance(a, str)]  # F.gelu has approximate="tanh"
+        if not known or not all(isinstance(a, bool | int | float) and abs(a) < 1e6 for a in numbers):
             return None
     far = torch.logspace(-9, 8, 200, dtype=torch.float64, device="cpu")
     x = torch.cat([-far, torch.linspace(-9, 9, 1801, dtype=torch.float64, device="cpu"), far])
     try:
         with torch.no_grad():
             out = shadow(module).forward(x.clone())
-            for act in sorted(set(BY_CALL.values())):
+            for act in WITHOUT_SLOPE:
                 expected = TABLE[act].function(x, 0.0, None)
                 if out.shape == expected.shape and bool(((out - expected).abs() <= SAME * (1 + expected.abs())).all()):
                     watched = Watched()

@@ -15,7 +15,7 @@ from typing import NamedTuple, cast
 from torch import Tensor, nn
 
 from ..spec import Act, BatchNorm
-from ..spec.activations import BY_MODULE
+from ..spec.activations import BY_MODULE, of_layer
 from .activations import Activations, Known
 from .graph import Layer, gate_form, halves_of
 from .swap import PACKAGE
@@ -77,6 +77,8 @@ class Adopted(NamedTuple):
     """Name of the child that makes the gate of GhostNetV2's DFC attention."""
     gate_form: str = "pooled first"
     """How: see ``graph.gate_form``."""
+    shuffled: bool = False
+    """Whether its output has the maps in another order, as GSConv's has."""
 
     def out_channels(self, module: nn.Module) -> int:
         """Of the output of ``module``, as its tensors are."""
@@ -164,14 +166,14 @@ def read_layers(layers: Iterable[nn.Module | Known | None]) -> Half | str:
                 batch_norm, mean, var = child, None, None
             norm = BatchNorm(mean, var, affine["weight"], affine["bias"], child.eps)  # type: ignore[arg-type]
         elif kind in BY_MODULE and conv is not None and act is None:
-            act = BY_MODULE[kind]
+            act = of_layer(child)
             if kind is nn.LeakyReLU:
                 slope = child.negative_slope  # type: ignore[assignment]
                 if type(slope) is not float and type(slope) is not int:
                     return f"LeakyReLU, whose slope is a {type(slope).__name__}"
             elif kind is nn.PReLU:
                 slope = child._parameters["weight"]
-            elif kind is nn.GELU and child.approximate != "none":
+            elif act is None:
                 return f"GELU with approximate={child.approximate!r}"
         elif kind is not nn.Identity and (kind is not nn.Sequential or child._modules):
             known = kind is nn.Conv2d or kind in NORMS or kind in BY_MODULE
@@ -288,7 +290,7 @@ def read(module: nn.Module) -> Adopted | str:
     chains = halves_of(traced, attention, own.acts)
     if isinstance(chains, str):
         return reason or chains
-    first, second, cut = chains
+    first, second, cut, shuffled = chains
     names = {layer[0] for layer in (*first, *second) if isinstance(layer, tuple) and isinstance(layer[0], str)}
     if len(names) == 1 and not any(isinstance(layer, Act) for layer in (*first, *second)):
         return f"all that it runs is inside {names.pop()}"
@@ -316,7 +318,7 @@ def read(module: nn.Module) -> Adopted | str:
     if cut is not None and not channels[0] <= cut <= sum(channels):
         return f"it returns {cut} channels, no concatenation of {channels[0]} and {channels[1]}"
     form = "pooled first" if attention is None else gate_form(traced, attention)
-    return Adopted(primary, cheap, one.conv.in_channels, cut, traced.watched, attention, form)
+    return Adopted(primary, cheap, one.conv.in_channels, cut, traced.watched, attention, form, shuffled)
 
 
 def claims_to_be_one(module: nn.Module) -> bool:
@@ -351,7 +353,10 @@ def _of_fused(module: nn.Module) -> Adopted | str:
         state.get("_attention"),
         state.get("_gate_form", ""),
     )
-    return Adopted(primary, cheap, half.conv.in_channels, cut, state.get("_watched", Watched()), attention, form)
+    shuffled = state.get("_order") is not None
+    return Adopted(
+        primary, cheap, half.conv.in_channels, cut, state.get("_watched", Watched()), attention, form, shuffled
+    )
 
 
 def _by_structure(module: nn.Module, halves: dict[str, Half | str]) -> str | None:

@@ -18,17 +18,45 @@ Layer = Path | tuple[Path, Act] | Act
 """Where a layer is; with the activation that somebody's own layer computes; or an activation that is no layer."""
 
 _CAT = (torch.cat, torch.concat, torch.concatenate)
+_REARRANGES = (
+    *(
+        "view",
+        "reshape",
+        "permute",
+        "transpose",
+        "swapaxes",
+        "flatten",
+        "unflatten",
+        "contiguous",
+        "chunk",
+        "unbind",
+        "data",
+    ),
+    *(
+        torch.reshape,
+        torch.permute,
+        torch.transpose,
+        torch.swapaxes,
+        torch.flatten,
+        torch.chunk,
+        torch.unbind,
+        torch.stack,
+    ),
+    *(torch.channel_shuffle, F.channel_shuffle, *_CAT),
+)
 _GATING = (F.avg_pool2d, torch.sigmoid, F.sigmoid, F.interpolate, operator.mul, operator.imul, torch.mul)
 
 
 def halves_of(
     traced: Traced, attention: str | None, acts: dict[Path, Act]
-) -> tuple[tuple[Layer, ...], tuple[Layer, ...], int | None] | str:
-    """The layers of both halves, in the order they run, and where the output is cut; or why it isn't such."""
+) -> tuple[tuple[Layer, ...], tuple[Layer, ...], int | None, bool] | str:
+    """The layers of both halves, in the order they run, where the output is cut, and whether its numbers change places
+    after that; or why it isn't such."""
     if reason := more_than_one_tensor(traced):
         return reason
     cats = [node for node in traced.nodes if node.op == "call_function" and node.target in _CAT]
-    if len(cats) > 1:
+    rearranged = _rearranged(traced, cats[0]) if cats else set()
+    if not rearranged.issuperset(cats[1:]):
         return "it concatenates more than once"
     given = cats[0].args[0] if cats and cats[0].args else None
     if not isinstance(given, list | tuple) or len(given) != 2 or not all(isinstance(n, fx.Node) for n in given):
@@ -44,7 +72,7 @@ def halves_of(
         return first if isinstance(first, str) else str(second)
     if not first or not second:
         return "one of the tensors that it concatenates is not the result of a convolution"
-    known = {traced.start, cat, *first, *second}
+    known = {traced.start, cat, *first, *second, *rearranged}
     cuts: list[int] = []
     for node in traced.nodes:
         if node in known or is_look(node):
@@ -55,14 +83,33 @@ def halves_of(
         gates |= node.op == "call_module" and (
             str(node.target).partition(".")[0] == attention or "." not in str(node.target)
         )
-        if node.op == "call_function" and node.target is operator.getitem and (cut := _cut(node.args[1])):
+        if (cut := _cut_of(node)) and rearranged.isdisjoint(node.all_input_nodes):
             cuts.append(cut)
         elif attention is None or not gates:
             return f"{shown(node)} ({node.op.removeprefix('call_')}) is no step of a Ghost module"
     if len(cuts) > 1:
         return "its output is cut more than once"
+    if rearranged and attention is not None:
+        return "it gives out its maps in another order"
     places = [tuple(layer_of(node, acts) for node in chain) for chain in (first, second)]
-    return places[0], places[1], cuts[0] if cuts else None
+    return places[0], places[1], cuts[0] if cuts else None, bool(rearranged)
+
+
+def _rearranged(traced: Traced, cat: fx.Node) -> set[fx.Node]:
+    """The steps that only move the numbers of ``cat``, such as GSConv's shuffle; the proof tells whether it is that one."""
+    found, start = set[fx.Node](), {cat, *(user for user in cat.users if _cut_of(user))}
+    for node in traced.nodes:
+        tensors = {given for given in node.all_input_nodes if not is_look(given)}
+        if _moves(node) and tensors and tensors <= start | found and node not in start and not is_look(node):
+            found.add(node)
+    return found
+
+
+def _moves(node: fx.Node) -> bool:
+    if node.target is operator.getitem:  # one of several, of a tuple or along a dimension
+        index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+        return all(isinstance(i, int) or i in (slice(None), Ellipsis) for i in index)
+    return (node.args[1] if node.target is getattr else node.target) in _REARRANGES
 
 
 def gate_form(traced: Traced, attention: str) -> str:
@@ -102,8 +149,9 @@ def chain(node: object, start: fx.Node) -> list[fx.Node] | str:
     return calls
 
 
-def _cut(index: object) -> int | None:
-    """n of an index ``[:, :n]``."""
+def _cut_of(node: fx.Node) -> int | None:
+    """n of a step ``[:, :n]``."""
+    index = node.args[1] if node.op == "call_function" and node.target is operator.getitem else None
     if (
         not isinstance(index, tuple)
         or len(index) < 2

@@ -4,7 +4,7 @@ and ``capture`` follow this table; the kernels have their own code for each."""
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -25,16 +25,22 @@ class Act(enum.IntEnum):
     LEAKY_RELU = 5
     PRELU = 6
     GELU = 7
+    GELU_TANH = 8
+    MISH = 9
 
 
 class Activation(NamedTuple):
-    module: type[nn.Module]
+    module: Callable[..., nn.Module]
     function: Callable[[Tensor, float, Any], Tensor]
     """Of (x, LeakyReLU's negative slope, PReLU's weight)."""
     ops: tuple
     """What ``torch.export`` makes of it, where a program may hold it."""
     calls: tuple = ()
     """The functions and the tensor's methods by which a forward may call it, of those without a slope."""
+
+
+def _gelu_tanh() -> nn.Module:
+    return nn.GELU("tanh")
 
 
 TABLE = {
@@ -46,8 +52,25 @@ TABLE = {
     Act.HARDSWISH: Activation(nn.Hardswish, lambda x, _, __: F.hardswish(x), (aten.hardswish,), (F.hardswish,)),
     Act.LEAKY_RELU: Activation(nn.LeakyReLU, lambda x, slope, _: F.leaky_relu(x, slope), (aten.leaky_relu,)),
     Act.PRELU: Activation(nn.PReLU, lambda x, _, weight: F.prelu(x, weight), ()),
-    Act.GELU: Activation(nn.GELU, lambda x, _, __: F.gelu(x), ()),
+    Act.GELU: Activation(nn.GELU, lambda x, _, __: F.gelu(x), (aten.gelu,), (F.gelu,)),
+    Act.GELU_TANH: Activation(_gelu_tanh, lambda x, _, __: F.gelu(x, approximate="tanh"), ()),
+    Act.MISH: Activation(nn.Mish, lambda x, _, __: F.mish(x), (aten.mish,), (F.mish,)),
 }
-BY_MODULE: dict[type[nn.Module], Act] = {activation.module: act for act, activation in TABLE.items()}
+WITHOUT_SLOPE = tuple(act for act in TABLE if act not in (Act.LEAKY_RELU, Act.PRELU))
+BY_MODULE: dict[type[nn.Module], Act] = {
+    activation.module: act for act, activation in TABLE.items() if isinstance(activation.module, type)
+}
 BY_OP: dict[Any, Act] = {op: act for act, activation in TABLE.items() for op in activation.ops}
 BY_CALL: dict[Any, Act] = {call: act for act, activation in TABLE.items() for call in activation.calls}
+
+
+def with_settings(act: Act | None, settings: Mapping[str, Any]) -> Act | None:
+    """The activation of these attributes or arguments, of a class, function or op that one of the tables has as ``act``."""
+    if act is not Act.GELU:
+        return act
+    return {"none": Act.GELU, "tanh": Act.GELU_TANH}.get(settings.get("approximate", "none"))
+
+
+def of_layer(layer: nn.Module) -> Act | None:
+    """The activation that ``layer`` is, if it is one of PyTorch's layers."""
+    return with_settings(BY_MODULE.get(type(layer)), layer.__dict__)

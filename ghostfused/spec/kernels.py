@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from .activations import Act
+from .activations import WITHOUT_SLOPE, Act
 from .arguments import Args, DepthwiseArgs, GhostArgs, SqueezeExciteArgs, tensor_names
 
 Function = TypeVar("Function", bound=Callable)
@@ -20,10 +20,6 @@ def constant_to_dynamo(function: Function) -> Function:
     return function
 
 
-_ACTS = tuple(act for act in Act if act != Act.GELU)
-_GATE_ACTS = tuple(act for act in _ACTS if act not in (Act.LEAKY_RELU, Act.PRELU))
-
-
 class Takes(NamedTuple):
     """What the kernels of one backend take. The defaults are what all have in common."""
 
@@ -31,12 +27,11 @@ class Takes(NamedTuple):
     """Most input channels of a primary conv of any odd kernel at any stride; 0: primary convs are 1×1 at stride 1."""
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
     dw_sizes: tuple[int, ...] = (1, 3, 5, 7)
-    acts: tuple[Act, ...] = _ACTS
     depthwise: tuple[tuple[int, int], ...] = ((3, 3), (5, 5), (7, 7), (1, 5), (5, 1))
     """Kernels of the ``depthwise`` op: those of stride-2 steps and of shortcuts, and those of DFC attention."""
     depthwise_strides: tuple[int, ...] = (1, 2)
-    gate_acts: tuple[Act, ...] = _GATE_ACTS
-    """Between the two matrices of the ``squeeze_excite`` op: those without a slope, but GELU."""
+    gate_acts: tuple[Act, ...] = (Act.NONE, *WITHOUT_SLOPE)
+    """Between the two matrices of the ``squeeze_excite`` op."""
 
 
 TAKES = {
@@ -64,9 +59,9 @@ def kernel_refusal(args: Args, backend: str) -> str | None:
         return f"dtype {args.x.dtype} (the kernels take {', '.join(map(str, takes.dtypes))})"
     if isinstance(args, SqueezeExciteArgs):
         ours = args.act in takes.gate_acts
-        return None if ours else f"{Act(args.act).name} (the kernels have the activations without a slope, but GELU)"
+        return None if ours else f"{Act(args.act).name} (the kernels have the activations without a slope)"
     if isinstance(args, DepthwiseArgs):
-        reason = depthwise_form_refusal(tuple(args.weight.shape[2:]), args.stride, args.act, takes)
+        reason = depthwise_form_refusal(tuple(args.weight.shape[2:]), args.stride, takes)
     else:
         reason = form_refusal(args, takes)
     if reason is None and norm_dtype(args) not in (args.x.dtype, torch.float32):
@@ -87,21 +82,16 @@ def form_refusal(args: GhostArgs, takes: Takes) -> str | None:
         return f"dw_size {args.dw_size} (the kernels take {takes.dw_sizes})"
     if args.out_channels < args.init_channels:
         return f"out_channels {args.out_channels} below init_channels {args.init_channels}"
-    return _act_refusal(takes, args.primary_act, args.cheap_act)
+    return None
 
 
-def depthwise_form_refusal(kernel: tuple[int, ...], stride: int, act: int, takes: Takes) -> str | None:
+def depthwise_form_refusal(kernel: tuple[int, ...], stride: int, takes: Takes) -> str | None:
     """As ``form_refusal``, for a depthwise convolution."""
     if kernel not in takes.depthwise:
         return f"a {kernel[0]}×{kernel[1]} depthwise conv (the kernels take {takes.depthwise})"
     if stride not in takes.depthwise_strides:
         return f"stride {stride} (the kernels take {takes.depthwise_strides})"
-    return _act_refusal(takes, act)
-
-
-def _act_refusal(takes: Takes, *acts: int) -> str | None:
-    missing = next((Act(act) for act in acts if act not in takes.acts), None)
-    return None if missing is None else f"{missing.name} (the kernels have the other activations)"
+    return None
 
 
 _MAX_SIZE, _MAX_CHANNELS = 2**30, 2**26

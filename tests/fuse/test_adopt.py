@@ -263,7 +263,7 @@ REFUSED = {
     ),
     "empty": (nn.Module, "Module is one layer"),
     "unknown_act": (set_item("primary_conv", 2, nn.Tanh()), "primary_conv: Tanh is no layer that a kernel"),
-    "gelu_tanh": (set_item("cheap_op", 2, nn.GELU("tanh")), "GELU with approximate='tanh'"),
+    "no_gelu": (set_item("cheap_op", 2, nn.GELU("exact")), "GELU with approximate='exact'"),
     "group_norm": (set_item("cheap_op", 1, nn.GroupNorm(2, 6)), "cheap_op: GroupNorm is no layer that a kernel"),
     "not_depthwise": (set_item("cheap_op", 0, nn.Conv2d(6, 6, 3, padding=1)), "not depthwise over the 6 maps"),
     "reflection": (

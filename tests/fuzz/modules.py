@@ -14,8 +14,9 @@ from written import Written
 
 from ghostfused import FusedGhostModule
 from ghostfused.models import paper, seed
+from ghostfused.spec import Act
 
-ACTS = ["none", "relu", "relu6", "silu", "hardswish", "leaky_relu", "prelu"]
+ACTS = [act.name.lower() for act in Act]
 
 
 class HSwish(nn.Module):
@@ -34,11 +35,11 @@ class MyReLU(nn.ReLU):
 
 LAYERS: list[Callable[[], nn.Module]] = [
     nn.ReLU, lambda: nn.ReLU(inplace=True), nn.ReLU6, nn.SiLU, lambda: nn.SiLU(inplace=True), nn.Hardswish,
-    lambda: nn.LeakyReLU(0.2), nn.PReLU, nn.Identity, HSwish, Swish, MyReLU, nn.Sequential,
+    nn.GELU, lambda: nn.GELU("tanh"), nn.Mish, lambda: nn.LeakyReLU(0.2), nn.PReLU, nn.Identity, HSwish, Swish, MyReLU, nn.Sequential,
 ]  # fmt: skip
-UNKNOWN: list[Callable[[], nn.Module]] = [nn.Mish, nn.GELU, nn.ELU, nn.Tanh]
+UNKNOWN: list[Callable[[], nn.Module]] = [nn.Softplus, nn.CELU, nn.ELU, nn.Tanh]
 """Of which no kernel is: the module stays as it is, or runs its layers."""
-FUNCTIONS = [torch.relu, F.relu, F.relu6, F.silu, F.hardswish, lambda x: x.relu(), lambda x: x]
+FUNCTIONS = [torch.relu, F.relu, F.relu6, F.silu, F.hardswish, F.gelu, F.mish, lambda x: x.relu(), lambda x: x]
 
 
 NORMS: list[Callable[[int], nn.Module]] = [

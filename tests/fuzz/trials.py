@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import random
 import warnings
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from ghostfused import FusedGhostBottleneck, FusedGhostModule, NotCaptured, capture, fuse, fuse_with_report, unfuse
 from ghostfused.cli.verify import calibrate
-from ghostfused.numerics import TOLERANCES, relative_error
+from ghostfused.numerics import TOLERANCES, relative_error, rounded_anew
 
 from . import modules, networks
 
@@ -72,18 +73,24 @@ def compare(what: str, model: nn.Module, fused: Any, x: Tensor, forward: Forward
     assert _shapes(theirs) == _shapes(ours), f"{what}: {_shapes(ours)} in place of {_shapes(theirs)}"
     right = forward(copy.deepcopy(model).double(), x.double())
     tolerance = TOLERANCES[x.dtype]
-    first = errors = _errors(ours, right)
-    limits, near = [tolerance.floor] * len(right), x
+    judges = [_Judge(part, x.dtype) for part in right]
+
+    def errors_of(result: list) -> list[float]:
+        return [judge.error(part) for judge, part in zip(judges, result, strict=True)]
+
+    limits, errors, near = [tolerance.floor] * len(right), [math.inf] * len(right), x
     for attempt in range(12):
-        limits = [max(limit, tolerance.factor * e) for limit, e in zip(limits, _errors(theirs, right), strict=True)]
-        if attempt:
-            errors = [min(pair) for pair in zip(errors, _errors(forward(fused, near), right), strict=True)]
+        own = [judge.own_error(part) for judge, part in zip(judges, theirs, strict=True)]
+        limits = [max(limit, tolerance.factor * e) for limit, e in zip(limits, own, strict=True)]
+        first = errors_of(ours)  # anew, since what PyTorch's own infinities excuse grows
+        again = errors_of(forward(fused, near)) if attempt else first
+        errors = [min(three) for three in zip(errors, first, again, strict=True)]
         far = any(error > _FAR * limit for error, limit in zip(first, limits, strict=True))
         if not far and all(error <= limit for error, limit in zip(errors, limits, strict=True)):
             return
-        near = _near(x)
+        (near,) = rounded_anew(x, 1, seed=attempt)
         with _MatrixProducts() if attempt % 2 else contextlib.nullcontext():
-            theirs = forward(_nudged(model), near)
+            theirs = forward(_nudged(model, attempt), near)
     raise AssertionError(f"{what}: errors {errors}, limits {limits}")
 
 
@@ -94,24 +101,50 @@ def _result_or_error(forward: Forward, model: Any, x: Tensor) -> Any:
         return error
 
 
-def _near(t: Tensor) -> Tensor:
-    """Numbers that differ from t's by less than rounding."""
-    return t * (1 + torch.finfo(t.dtype).eps / 2 * (2 * torch.rand_like(t) - 1))
-
-
 @torch.no_grad()
-def _nudged(model: nn.Module) -> nn.Module:
+def _nudged(model: nn.Module, seed: int) -> nn.Module:
     model = copy.deepcopy(model)
-    for t in (*model.parameters(), *model.buffers()):
+    for number, t in enumerate((*model.parameters(), *model.buffers())):
         if t.is_floating_point():
-            t.copy_(_near(t))
+            t.copy_(*rounded_anew(t, 1, seed=1000 * seed + number))
     return model
 
 
-def _errors(parts: list, expected: list) -> list[float]:
-    """Of each part, all its tensors as one: relative to the largest number. Infinite of PyTorch's own that isn't finite."""
-    pairs = [(_vector(a), _vector(b)) for a, b in zip(parts, expected, strict=True)]
-    return [relative_error(a, b) if b.numel() and b.isfinite().all() else 0.0 for a, b in pairs]
+class _Judge:
+    """Of one part of a result, all its tensors as one: the error relative to the largest number that is finite.
+
+    A number that the dtype has no room for, and one of PyTorch's own that overflowed on its way, may be the infinity or
+    NaN that it is there; nothing else that isn't finite passes.
+    """
+
+    def __init__(self, right: Any, dtype: torch.dtype):
+        right, most = _vector(right), torch.finfo(dtype).max
+        self.right = right.clamp(-most, most)
+        self.kinds = [_kind(right.to(dtype))]
+
+    def own_error(self, theirs: Any) -> float:
+        """The error of PyTorch's result, where it is finite; where it isn't, another may be as it is."""
+        out = _vector(theirs)
+        self.kinds.append(_kind(out))
+        return self._error(out, (_kind(out) == 0) & (self.kinds[0] == 0))
+
+    def error(self, ours: Any) -> float:
+        out = _vector(ours)
+        kind = _kind(out)
+        excused = (kind != 0) & torch.stack([kind == each for each in self.kinds]).any(0)
+        # PyTorch's own may lie just below what there is room for; then another's may
+        finite_too = (kind == 0) & torch.stack([each == 0 for each in self.kinds]).any(0)
+        if not bool((excused | finite_too).all()):
+            return math.inf
+        return self._error(out, ~excused)
+
+    def _error(self, out: Tensor, where: Tensor) -> float:
+        return relative_error(out[where], self.right[where]) if bool(where.any()) else 0.0
+
+
+def _kind(x: Tensor) -> Tensor:
+    """0: finite, 1 and -1: infinite, 2: NaN."""
+    return x.isposinf().int() - x.isneginf().int() + 2 * x.isnan().int()
 
 
 @torch.no_grad()

@@ -54,6 +54,8 @@ def by_modules(args: GhostArgs) -> torch.Tensor:
                     Act.HARDSWISH: nn.Hardswish(),
                     Act.LEAKY_RELU: nn.LeakyReLU(get("negative_slope")),
                     Act.GELU: nn.GELU(),
+                    Act.GELU_TANH: nn.GELU("tanh"),
+                    Act.MISH: nn.Mish(),
                 }[act]
             )
         return nn.Sequential(*layers).to(args.x.dtype).eval()
@@ -138,7 +140,9 @@ def grad_args(**settings) -> tuple[GhostArgs, list[torch.Tensor]]:
 ALL_OPTIONS = {"input_gate": True, "residual": True, "output_gate": True, "primary_norm": "bn+bias"}
 
 
-@pytest.mark.parametrize("acts", [("silu", "hardswish"), ("prelu", "gelu"), ("leaky_relu", "none")])
+@pytest.mark.parametrize(
+    "acts", [("silu", "hardswish"), ("prelu", "gelu"), ("leaky_relu", "none"), ("gelu_tanh", "mish")]
+)
 def test_function_gradcheck(acts):
     args, leaves = grad_args(act_primary=acts[0], act_cheap=acts[1], **ALL_OPTIONS)
     assert torch.autograd.gradcheck(lambda *_: call("reference", args), leaves)
@@ -262,7 +266,7 @@ BN4 = BatchNorm(torch.zeros(4), torch.ones(4))
         ({"primary_bias": torch.randn(3)}, ValueError, r"primary_bias: expected shape .*\(4,\), got \(3,\)"),
         ({"primary_bn": BatchNorm(torch.zeros(4), None)}, ValueError, r"primary_bn: expected both"),
         ({"cheap_bn": BN4._replace(weight=torch.ones(5))}, ValueError, r"cheap_gamma: expected shape"),
-        ({"act_primary": "mish"}, ValueError, r"act_primary: expected one of .*'relu6'.*got 'mish'"),
+        ({"act_primary": "elu"}, ValueError, r"act_primary: expected one of .*'relu6'.*got 'elu'"),
         ({"act_cheap": "prelu"}, TypeError, r"cheap_slope: PReLU expects its weight as a tensor"),
         ({"act_cheap": "prelu", "cheap_slope": torch.ones(3)}, ValueError, r"cheap_slope: expected shape \(1,\) or"),
         ({"act_cheap": "relu", "cheap_slope": 0.1}, TypeError, r"cheap_slope: expected None with relu"),

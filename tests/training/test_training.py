@@ -40,9 +40,12 @@ def assert_right(case: Case, batch_statistics: bool, backend: str = "reference")
     assert not wrong, f"{case}: {wrong}"
 
 
+SMOOTH = ("none", "silu", "gelu", "gelu_tanh", "mish")
+
+
 def smooth(act: str) -> str:
     """An activation without kinks in place of one that has some (see testing_training)."""
-    return act if act in ("none", "silu", "gelu") else "silu"
+    return act if act in SMOOTH else "silu"
 
 
 # ---- the ops
@@ -100,6 +103,7 @@ def gradcheck_args(**settings) -> tuple[GhostArgs, list[torch.Tensor]]:
     [
         (("silu", "hardswish"), EVERYTHING),
         (("prelu", "gelu"), {"layout": "nhwc"}),
+        (("mish", "gelu_tanh"), {}),
         (("leaky_relu", "none"), {"kernel_size": 3, "dilation": 2, "per_channel_slope": True}),
         (("relu", "relu6"), {"layout": "nhwc", "sliced": True}),
     ],

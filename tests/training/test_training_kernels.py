@@ -22,7 +22,7 @@ from ghostfused.spec import TENSORS, GhostArgs, memory_format
 from ghostfused.testing import Case, convert, make_args
 from ghostfused.testing.training import wanted
 
-SMOOTH = ["none", "silu"]
+SMOOTH = ["none", "silu", "gelu", "gelu_tanh", "mish"]
 STEP = Case(2, 20, 9, 11, 39, act_primary="silu", act_cheap="none", **ALL_INPUTS)
 with_kernels = on("cuda", "triton")
 

@@ -249,7 +249,7 @@ __device__ __forceinline__ void conv_any(const DepthwiseKernelParams& p, const D
 
 // kW = 0: any number of columns, stride and layout.
 template <Path kPath, int kW, int kStride, bool kChannelsLast>
-__global__ void __launch_bounds__(kBottleneckThreads, 2)
+__global__ void __launch_bounds__(kBottleneckThreads, kW > 0 && kStride == 1 && !kChannelsLast ? 3 : 2)
     depthwise_conv(const __grid_constant__ DepthwiseKernelParams p) {
   using T = typename PathType<kPath>::T;
   extern __shared__ __align__(16) float depthwise_smem[];

@@ -14,6 +14,9 @@ SILU = tl.constexpr(int(Act.SILU))
 HARDSWISH = tl.constexpr(int(Act.HARDSWISH))
 LEAKY_RELU = tl.constexpr(int(Act.LEAKY_RELU))
 PRELU = tl.constexpr(int(Act.PRELU))
+GELU = tl.constexpr(int(Act.GELU))
+GELU_TANH = tl.constexpr(int(Act.GELU_TANH))
+MISH = tl.constexpr(int(Act.MISH))
 NAN = tl.constexpr(tl.PropagateNan.ALL)
 
 
@@ -34,7 +37,26 @@ def _activate(y, channel, mask, act, ACT: tl.constexpr):
     elif ACT == PRELU:
         slope = tl.load(slope_ptr + channel * slope_stride, mask=mask, other=0.0).to(tl.float32)
         y = tl.where(y > 0.0, y, y * slope[None, :])
+    elif ACT == GELU:
+        y = y * _normal_cdf(y)
+    elif ACT == GELU_TANH:
+        y = y / (1.0 + tl.exp(-y * (1.5957691216 + 0.0713548163 * y * y)))
+    elif ACT == MISH:
+        y = y * _tanh_softplus(y)[0]
     return y
+
+
+@triton.jit
+def _normal_cdf(x):
+    return 0.5 + 0.5 * tl.erf(x * 0.7071067812)
+
+
+@triton.jit
+def _tanh_softplus(x):
+    """tanh(ln(1 + e^x)) and its derivative: with n = e^x (e^x + 2) the first is n / (n + 2)."""
+    e = tl.exp(tl.minimum(x, 30.0))  # it is 1 from there on
+    n = e * (e + 2.0)
+    return n / (n + 2.0), 4.0 * e * (e + 1.0) / ((n + 2.0) * (n + 2.0))
 
 
 @triton.jit
@@ -55,4 +77,12 @@ def _activate_backward(grad, z, channel, mask, act, ACT: tl.constexpr):
     elif ACT == PRELU:
         slope = tl.load(slope_ptr + channel * slope_stride, mask=mask, other=0.0).to(tl.float32)
         grad = tl.where(z > 0.0, grad, grad * slope[None, :])
+    elif ACT == GELU:
+        grad = grad * (_normal_cdf(z) + z * tl.exp(-0.5 * z * z) * 0.3989422804)
+    elif ACT == GELU_TANH:
+        sigmoid = 1.0 / (1.0 + tl.exp(-z * (1.5957691216 + 0.0713548163 * z * z)))
+        grad = grad * (sigmoid + z * sigmoid * (1.0 - sigmoid) * (1.5957691216 + 0.2140644488 * z * z))
+    elif ACT == MISH:
+        gate, slope = _tanh_softplus(z)
+        grad = grad * (gate + z * slope)
     return grad

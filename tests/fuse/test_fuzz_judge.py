@@ -1,0 +1,72 @@
+"""The judge of ``python -m tests.fuzz`` where half precision overflows: what isn't finite is judged as well."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from tests.fuzz.trials import compare, infer
+
+
+class Scaled(nn.Module):
+    """x times its weight, and that divided again: in half precision the first overflows where x is large."""
+
+    def __init__(self, back: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(256.0))
+        self.back = back
+
+    def forward(self, x):
+        return x * self.weight * self.back
+
+
+def given(value: float) -> torch.Tensor:
+    x = torch.randn(2, 3, 4, 4)
+    x[0, 0, 0, 0] = value
+    return x.half()
+
+
+def judge(back: float, x: torch.Tensor, at: float | None) -> None:
+    """Of a twin that is right but for the first number, which is ``at``."""
+    model = Scaled(back).half()
+
+    def twin(x):
+        out = model(x).clone()
+        if at is not None:
+            out[0, 0, 0, 0] = at
+        return out
+
+    compare("twin", model, twin, x, infer)
+
+
+@pytest.mark.parametrize("value", [1000.0, -1000.0])
+def test_no_room_for_the_right_number(value):
+    """±256,000 is an infinity of that sign."""
+    judge(1.0, given(value), None)
+    for wrong in (0.0, math.nan, -math.copysign(math.inf, value), 65504.0):
+        with pytest.raises(AssertionError, match="errors"):
+            judge(1.0, given(value), wrong)
+
+
+def test_pytorchs_own_overflows_on_its_way():
+    """1,000 is right, PyTorch's own is infinite: either passes."""
+    judge(2.0**-8, given(1000.0), None)
+    judge(2.0**-8, given(1000.0), 1000.0)
+    for wrong in (0.0, 900.0, math.nan, -math.inf):
+        with pytest.raises(AssertionError, match="errors"):
+            judge(2.0**-8, given(1000.0), wrong)
+
+
+def test_nan_is_nan():
+    judge(1.0, given(math.nan), None)
+    for wrong in (0.0, math.inf):
+        with pytest.raises(AssertionError, match="errors"):
+            judge(1.0, given(math.nan), wrong)
+
+
+def test_what_is_finite_stays_so():
+    judge(1.0, given(3.0), None)
+    for wrong in (math.nan, math.inf, -math.inf, 760.0):
+        with pytest.raises(AssertionError, match="errors"):
+            judge(1.0, given(3.0), wrong)
