@@ -2,8 +2,8 @@
 
 A cell is one Python and one torch with its triton, on a CPU. In an environment of its own, which is removed afterwards, it
 installs the wheel that ``make wheels`` has built (one serves all cells), runs README's first example in a folder that is not
-the clone and with no compiler, and then the tests named below, against the installed package. Its row is appended to RESULTS,
-and a cell that has one is not run again, so that an interrupted run goes on where it was. ``--table`` writes docs/matrix.md.
+the clone and with no compiler, then the tests named below, against the installed package, and takes the time of the guard of
+replays, which each Python has its own means for. Its row is appended to RESULTS, and a cell that has one is not run again, so that an interrupted run goes on where it was. ``--table`` writes docs/matrix.md.
 
     python tests/matrix.py FOLDER [3.12x2.11 ...] [--again] [--table]
 
@@ -37,6 +37,7 @@ TESTS = [
 ]  # fmt: skip
 """What depends on Python's frames, code and dictionaries, and on torch's dispatcher, compiler and autograd."""
 LIMIT_S = 3000
+GUARD = ["-m", "bench", "overhead", "--device", "cpu", "--calls", "1", "--repeats", "41", "--output", "overhead.jsonl"]
 
 
 class Unavailable(Exception):
@@ -156,15 +157,25 @@ def run_cell(python: str, torch: str, folder: Path, tests_too: bool, keep: bool)
             return row | {"failed": [f"the tests were stopped after {round(time.monotonic() - begin)} s"]}
         if tests.returncode not in (0, 1):
             failed.append(last_line(tests.stdout))
+        seconds = round(time.monotonic() - begin)
         return row | {
             "passed": counts.get("passed", 0),
             "failed": sorted(set(failed)),
-            "seconds": round(time.monotonic() - begin),
+            "seconds": seconds,
+            "guard_us": guard_us(inside, log, empty),
         }
     finally:
         if not keep:
             shutil.rmtree(environment, ignore_errors=True)
         shutil.rmtree(empty, ignore_errors=True)
+
+
+def guard_us(python: Path, log: Path, tree: Path) -> float | None:
+    """What the guard of replays costs a forward of a network, by the benchmark's median."""
+    if run([python, *GUARD], log, cwd=tree, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode != 0:
+        return None
+    rows = map(json.loads, (tree / GUARD[-1]).read_text().splitlines())
+    return next((row["us"] for row in rows if row.get("step", "").startswith("guard")), None)
 
 
 def results() -> dict[tuple[str, str], dict]:
@@ -181,21 +192,22 @@ def commit() -> str:
 
 
 def table() -> str:
-    lines = ["| Python | torch | triton | README's example | tests | of | run on |", "|---|---|---|---|---|---|---|"]
+    lines = ["| Python | torch | triton | README's example | tests | guard, ms | of | run on |", f"|{'---|' * 8}"]
     rows, notes = results(), []
     for python in PYTHONS:
         for torch in TORCHES:
             row = rows.get((python, torch))
             if row is None or "unavailable" in row:
                 why = "not run" if row is None else f"not to be had: {row['unavailable']}"
-                lines.append(f"| {python} | {torch} | | | {why} | | {row['date'] if row else ''} |")
+                lines.append(f"| {python} | {torch} | | | {why} | | | {row['date'] if row else ''} |")
                 continue
             tests = f"{row['passed']} passed" if "passed" in row else "not run"
             if row.get("failed"):
                 tests += f", {len(row['failed'])} failed"
                 notes += [f"- {python} × {torch}: `{name}`" for name in row["failed"]]
+            guard = f"{row['guard_us'] / 1000:.3f}" if row.get("guard_us") else ""
             lines.append(
-                f"| {row['full_python']} | {row['full_torch']} | {row['triton']} | {row['readme']} | {tests} "
+                f"| {row['full_python']} | {row['full_torch']} | {row['triton']} | {row['readme']} | {tests} | {guard} "
                 f"| {row['commit']} | {row['date']} |"
             )
     return "\n".join([*lines, *(["", "Failed:", "", *notes] if notes else []), ""])

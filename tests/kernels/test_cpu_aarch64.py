@@ -17,7 +17,8 @@ from ghostfused.testing import Case, DepthwiseCase, SqueezeExciteCase, judge, ma
 
 pytestmark = pytest.mark.skipif(aarch64.missing() is not None, reason=str(aarch64.missing()))
 
-ISAS = ["baseline", "neon_fp16", "neon_bf16"]
+ISAS = ["baseline", "neon_fp16", "neon_bf16", "sve512"]
+SHORT_SVE = "max,sve-default-vector-length=32"
 
 
 @pytest.fixture(scope="session")
@@ -161,7 +162,9 @@ def test_an_error_is_the_bindings_own(driver):
 
 
 def test_a_cpu_gets_the_fastest_that_it_has(binary):
-    for cpu, expected in (("max", ISAS), ("cortex-a57", ["baseline"]), ("neoverse-n1", ["baseline"])):
+    baseline = ISAS[:1]
+    cpus = {"max": ISAS, SHORT_SVE: ISAS[:-1], "a64fx": [*baseline, "sve512"], "cortex-a57": baseline}
+    for cpu, expected in (cpus | {"neoverse-n1": baseline}).items():
         driver = aarch64.Driver(binary, cpu)
         assert driver.supported == expected
         assert driver.isa == expected[-1]
@@ -173,5 +176,6 @@ def test_a_cpu_gets_the_fastest_that_it_has(binary):
     ("isa", "why"), [*((isa, "this CPU lacks it") for isa in ISAS[1:]), ("avx2", "no such instruction set")]
 )
 def test_a_cpu_refuses_what_it_lacks(binary, isa, why):
-    with pytest.raises(RuntimeError, match=f"GHOSTFUSED_CPU_ISA={isa}: {why}"):
-        aarch64.Driver(binary, "cortex-a57", isa)
+    for cpu in ("cortex-a57", SHORT_SVE) if isa == "sve512" else ("cortex-a57",):
+        with pytest.raises(RuntimeError, match=f"GHOSTFUSED_CPU_ISA={isa}: {why}"):
+            aarch64.Driver(binary, cpu, isa)
