@@ -2,6 +2,7 @@
 // choice.
 #pragma once
 
+#include "cpu/matrix_products.h"
 #include "cpu/operand.h"
 
 namespace ghostfused::cpu::GHOSTFUSED_ISA {
@@ -114,7 +115,20 @@ void multiply(const Panel<T>& p) {
 #pragma GCC unroll 8
       for (int j = 0; j < kVecs; ++j) sum[i][j] = Vec{};
     }
-    for (int64_t k = min_of(left, part); k > 0; --k, ++a, b += p.b_row) {
+    int64_t k = min_of(left, part);
+#ifdef GHOSTFUSED_NEON_BF16
+    if constexpr (kMatrixProducts<T, kRows>) {
+      const auto fetch = [&] {
+        if (!kRowsAreChannels) return;
+        __builtin_prefetch(ahead);
+        __builtin_prefetch(ahead + kLine);
+        ahead += p.ahead_row;
+      };
+      multiply_quads(a, a_row, b, p.b_row, kLanes, k / 2, fetch, sum);
+      k %= 2;
+    }
+#endif
+    for (; k > 0; --k, ++a, b += p.b_row) {
       Vec row[kVecs];
 #pragma GCC unroll 8
       for (int j = 0; j < kVecs; ++j) row[j] = load(b + j * kLanes);

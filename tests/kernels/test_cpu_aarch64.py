@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import aarch64
@@ -148,9 +149,10 @@ def test_random_squeeze_excite(driver, case):
 
 def test_threads_change_no_bit(driver, binary):
     alone = aarch64.Driver(binary, "max", driver.isa)
-    for layout in LAYOUTS:
-        args = make_args(Case(1, 40, 14, 13, 130, layout=layout))
-        assert torch.equal(driver.run(args), alone.run(args))
+    for layout, dtype in itertools.product(LAYOUTS, DTYPES):
+        for channels in (130, 72):  # in blocks of other sizes
+            args = make_args(Case(1, 40, 14, 13, channels, layout=layout, dtype=dtype))
+            assert torch.equal(driver.run(args), alone.run(args))
     alone.close()
 
 
