@@ -2,8 +2,9 @@
 
 A cell is one Python and one torch with its triton, on a CPU. In an environment of its own, which is removed afterwards, it
 installs the wheel that ``make wheels`` has built (one serves all cells), runs README's first example in a folder that is not
-the clone and with no compiler, then the tests named below, against the installed package, and takes the time of the guard of
-replays, which each Python has its own means for. Its row is appended to RESULTS, and a cell that has one is not run again, so that an interrupted run goes on where it was. ``--table`` writes docs/matrix.md.
+the clone and with no compiler, takes the time of the guard of replays, which each Python has its own means for, and runs the
+tests named below, against the installed package. Its row is appended to RESULTS, and a cell that has one is not run again, so
+that an interrupted run goes on where it was. ``--table`` writes docs/matrix.md.
 
     python tests/matrix.py FOLDER [3.12x2.11 ...] [--again] [--table]
 
@@ -124,9 +125,10 @@ def run_cell(python: str, torch: str, folder: Path, tests_too: bool, keep: bool)
         row["readme"] = f"{unfused} modules unfused" if unfused else "ok"
         if example.returncode != 0:
             row["readme"] = last_line(example.stdout)
+        copy_tests(empty)
+        row["guard_us"] = guard_us(inside, log, empty)
         if not tests_too:
             return row
-        copy_tests(empty)
         pytest = [
             inside,
             "-m",
@@ -157,12 +159,10 @@ def run_cell(python: str, torch: str, folder: Path, tests_too: bool, keep: bool)
             return row | {"failed": [f"the tests were stopped after {round(time.monotonic() - begin)} s"]}
         if tests.returncode not in (0, 1):
             failed.append(last_line(tests.stdout))
-        seconds = round(time.monotonic() - begin)
         return row | {
             "passed": counts.get("passed", 0),
             "failed": sorted(set(failed)),
-            "seconds": seconds,
-            "guard_us": guard_us(inside, log, empty),
+            "seconds": round(time.monotonic() - begin),
         }
     finally:
         if not keep:
@@ -224,7 +224,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path, help="keeps logs and pip's cache")
     parser.add_argument("cells", nargs="*", help="such as 3.12x2.11; all by default")
     parser.add_argument("--again", action="store_true", help="run also the cells that have a result")
-    parser.add_argument("--example", action="store_true", help="run README's example, and no tests")
+    parser.add_argument("--example", action="store_true", help="run no tests")
     parser.add_argument("--keep", action="store_true", help="use the environment that is there, and don't remove it")
     parser.add_argument("--table", action="store_true", help="only write docs/matrix.md from the results")
     options = parser.parse_args()
@@ -234,7 +234,8 @@ def main() -> int:
     if unknown := set(options.cells) - set(names):
         parser.error(f"cells: expected some of {', '.join(names)}, got {', '.join(unknown)}")
     for cell in [] if options.table else [names[name] for name in options.cells] or cells:
-        if cell in results() and not options.again:
+        row = results().get(cell)
+        if row and not options.again and (options.example or "failed" in row or "unavailable" in row):
             continue
         row = {"python": cell[0], "torch": cell[1], "commit": commit(), "date": datetime.date.today().isoformat()}
         try:
