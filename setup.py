@@ -33,6 +33,8 @@ CXX_FLAGS = ["-std=c++20", "-g0", "-Wall", "-fvisibility=hidden"]
 CXX_FLAGS += ["-DTORCH_TARGET_VERSION=0x020b000000000000"]  # the stable ABI of torch 2.11
 # on aarch64 the scheduler before register allocation makes GCC spill the 1×1 convolution's sums
 CPU_FLAGS = ["-O3", "-fno-math-errno", "-fno-schedule-insns"]
+# SVE's vectors have a length that only a flag fixes, for a whole file
+OWN_FLAGS = {"csrc/cpu/isa/sve512.cpp": ["-march=armv8.2-a+sve", "-msve-vector-bits=512"]}
 ABI3 = not sysconfig.get_config_var("Py_GIL_DISABLED")  # a Python without GIL has no limited API
 MANYLINUX = platform.libc_ver()[0] == "glibc" and platform.machine() in ("x86_64", "aarch64")
 
@@ -131,12 +133,18 @@ def cpu_extension():
         raise RuntimeError(
             "MSVC, by which PyTorch builds extensions on Windows, has no vector extensions as g++ and clang"
         )
-    if not shutil.which(os.environ.get("CXX", "g++")):
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if not compiler:
         raise RuntimeError("no C++ compiler: neither g++ nor the one that CXX names")
     flags = [*CXX_FLAGS, *CPU_FLAGS, f'-DGHOSTFUSED_FLAGS="{" ".join(CPU_FLAGS)}"']
-    return linked(
-        cpp_extension().CppExtension("ghostfused._cpu", **common(ROOT / "csrc" / "cpu", []), extra_compile_args=flags)
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    sve = sysconfig.get_platform() == "linux-aarch64" and "clang" not in version
+    flags += ["-DGHOSTFUSED_SVE512"] * sve
+    module = cpp_extension().CppExtension(
+        "ghostfused._cpu", **common(ROOT / "csrc" / "cpu", []), extra_compile_args=flags
     )
+    module.own_flags = OWN_FLAGS if sve else {}
+    return linked(module)
 
 
 failures: dict[str, str] = {}  # why an extension isn't built
@@ -186,6 +194,15 @@ def build_command(base: type) -> type:
         def build_extension(self, ext) -> None:
             name = ext.name.rpartition(".")[2]
             try:
+                for source, flags in getattr(ext, "own_flags", {}).items():
+                    ext.sources.remove(source)
+                    ext.extra_objects += self.compiler.compile(
+                        [source],
+                        output_dir=str(Path(self.build_temp, Path(source).stem)),
+                        include_dirs=ext.include_dirs,
+                        extra_postargs=[*ext.extra_compile_args, *flags],
+                        depends=ext.depends,
+                    )
                 super().build_extension(ext)
             except Exception as error:
                 if required[name]:

@@ -2,8 +2,9 @@
 
 A cell is one Python and one torch with its triton, on a CPU. In an environment of its own, which is removed afterwards, it
 installs the wheel that ``make wheels`` has built (one serves all cells), runs README's first example in a folder that is not
-the clone and with no compiler, and then the tests named below, against the installed package. Its row is appended to RESULTS,
-and a cell that has one is not run again, so that an interrupted run goes on where it was. ``--table`` writes docs/matrix.md.
+the clone and with no compiler, takes the time of the guard of replays, which each Python has its own means for, and runs the
+tests named below, against the installed package. Its row is appended to RESULTS, and a cell that has one is not run again, so
+that an interrupted run goes on where it was. ``--table`` writes docs/matrix.md.
 
     python tests/matrix.py FOLDER [3.12x2.11 ...] [--again] [--table]
 
@@ -37,6 +38,7 @@ TESTS = [
 ]  # fmt: skip
 """What depends on Python's frames, code and dictionaries, and on torch's dispatcher, compiler and autograd."""
 LIMIT_S = 3000
+GUARD = ["-m", "bench", "overhead", "--device", "cpu", "--calls", "1", "--repeats", "41", "--output", "overhead.jsonl"]
 
 
 class Unavailable(Exception):
@@ -123,9 +125,10 @@ def run_cell(python: str, torch: str, folder: Path, tests_too: bool, keep: bool)
         row["readme"] = f"{unfused} modules unfused" if unfused else "ok"
         if example.returncode != 0:
             row["readme"] = last_line(example.stdout)
+        copy_tests(empty)
+        row["guard_us"] = guard_us(inside, log, empty)
         if not tests_too:
             return row
-        copy_tests(empty)
         pytest = [
             inside,
             "-m",
@@ -167,6 +170,14 @@ def run_cell(python: str, torch: str, folder: Path, tests_too: bool, keep: bool)
         shutil.rmtree(empty, ignore_errors=True)
 
 
+def guard_us(python: Path, log: Path, tree: Path) -> float | None:
+    """What the guard of replays costs a forward of a network, by the benchmark's median."""
+    if run([python, *GUARD], log, cwd=tree, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode != 0:
+        return None
+    rows = map(json.loads, (tree / GUARD[-1]).read_text().splitlines())
+    return next((row["us"] for row in rows if row.get("step", "").startswith("guard")), None)
+
+
 def results() -> dict[tuple[str, str], dict]:
     """The last row of each cell."""
     lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
@@ -181,21 +192,22 @@ def commit() -> str:
 
 
 def table() -> str:
-    lines = ["| Python | torch | triton | README's example | tests | of | run on |", "|---|---|---|---|---|---|---|"]
+    lines = ["| Python | torch | triton | README's example | tests | guard, ms | of | run on |", f"|{'---|' * 8}"]
     rows, notes = results(), []
     for python in PYTHONS:
         for torch in TORCHES:
             row = rows.get((python, torch))
             if row is None or "unavailable" in row:
                 why = "not run" if row is None else f"not to be had: {row['unavailable']}"
-                lines.append(f"| {python} | {torch} | | | {why} | | {row['date'] if row else ''} |")
+                lines.append(f"| {python} | {torch} | | | {why} | | | {row['date'] if row else ''} |")
                 continue
             tests = f"{row['passed']} passed" if "passed" in row else "not run"
             if row.get("failed"):
                 tests += f", {len(row['failed'])} failed"
                 notes += [f"- {python} × {torch}: `{name}`" for name in row["failed"]]
+            guard = f"{row['guard_us'] / 1000:.3f}" if row.get("guard_us") else ""
             lines.append(
-                f"| {row['full_python']} | {row['full_torch']} | {row['triton']} | {row['readme']} | {tests} "
+                f"| {row['full_python']} | {row['full_torch']} | {row['triton']} | {row['readme']} | {tests} | {guard} "
                 f"| {row['commit']} | {row['date']} |"
             )
     return "\n".join([*lines, *(["", "Failed:", "", *notes] if notes else []), ""])
@@ -212,7 +224,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path, help="keeps logs and pip's cache")
     parser.add_argument("cells", nargs="*", help="such as 3.12x2.11; all by default")
     parser.add_argument("--again", action="store_true", help="run also the cells that have a result")
-    parser.add_argument("--example", action="store_true", help="run README's example, and no tests")
+    parser.add_argument("--example", action="store_true", help="run no tests")
     parser.add_argument("--keep", action="store_true", help="use the environment that is there, and don't remove it")
     parser.add_argument("--table", action="store_true", help="only write docs/matrix.md from the results")
     options = parser.parse_args()
@@ -222,7 +234,8 @@ def main() -> int:
     if unknown := set(options.cells) - set(names):
         parser.error(f"cells: expected some of {', '.join(names)}, got {', '.join(unknown)}")
     for cell in [] if options.table else [names[name] for name in options.cells] or cells:
-        if cell in results() and not options.again:
+        row = results().get(cell)
+        if row and not options.again and (options.example or "failed" in row or "unavailable" in row):
             continue
         row = {"python": cell[0], "torch": cell[1], "commit": commit(), "date": datetime.date.today().isoformat()}
         try:

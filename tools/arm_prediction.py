@@ -3,6 +3,7 @@
 Nothing here is a measurement. The aarch64 compiler makes the loop of the largest register block as setup.py's flags make it, and
 LLVM's machine code analyzer runs it on its model of a core: every load hits the first cache. The same model runs the loop's multiplications
 alone, which is the peak. Only cores that LLVM models by themselves are listed: it stands in for a Cortex-A78, say, with its Cortex-A57.
+A second table has the peaks themselves, from which follows what an instruction set can gain.
 """
 
 from __future__ import annotations
@@ -25,12 +26,18 @@ CORES = [
     "neoverse-n2",
     "neoverse-v1",
     "neoverse-v2",
+    "a64fx",
 ]
 """Those with a model of their own since LLVM 17; Grace's core is the Neoverse V2."""
-LACKS = {"neon_fp16": {"cortex-a53", "cortex-a55", "cortex-a57", "neoverse-n1"}}
+SVE_BITS = {"cortex-a510": 128, "neoverse-n2": 128, "neoverse-v1": 256, "neoverse-v2": 128, "a64fx": 512}
+LACKS = {
+    "neon_fp16": {"cortex-a53", "cortex-a55", "cortex-a57", "neoverse-n1", "a64fx"},
+    "sve512": {core for core in CORES if SVE_BITS.get(core) != 512},
+}
 LACKS["neon_bf16"] = LACKS["neon_fp16"]
 OLDEST = 17
 FLAGS = ["-O3", "-fno-math-errno", "-fno-schedule-insns"]
+OWN_FLAGS = {"sve512": ["-DGHOSTFUSED_SVE512", "-march=armv8.2-a+sve", "-msve-vector-bits=512"]}
 """As setup.py has them."""
 LOOPS = {  # instruction set, dtype, and whether the rows are channels, as in NCHW
     "float32 nchw": ("baseline", "float", True),
@@ -38,8 +45,12 @@ LOOPS = {  # instruction set, dtype, and whether the rows are channels, as in NC
     "float16 nhwc": ("neon_fp16", "Float16", False),
     "bfloat16 nchw": ("neon_bf16", "BFloat16", True),
     "bfloat16 nhwc": ("neon_bf16", "BFloat16", False),
+    "float32 nchw, sve512": ("sve512", "float", True),
+    "float32 nhwc, sve512": ("sve512", "float", False),
 }
-MULTIPLICATION = re.compile(r"\s(fmla|fmlal2?|bfdot)\s")
+PRODUCTS = {"fmla": 4, "fmlal": 4, "fmlal2": 4, "bfdot": 8, "bfmmla": 16}
+"""Of one NEON instruction."""
+MULTIPLICATION = re.compile(r"\s(fmla|fmlal2?|bfdot|bfmmla)\s+([vz])")
 
 
 def compiler() -> str | None:
@@ -75,13 +86,14 @@ def inner_loop(name: str) -> list[str]:
     if 'include "cpu/kernels.h"\n' not in source:
         raise RuntimeError(f"isa/{isa}.cpp: expected it to include cpu/kernels.h")
     source = source.split('#include "cpu/kernels.h"\n')[0] + kernel + ("#endif\n" if isa != "baseline" else "")
-    command = [str(compiler()), "-std=c++20", *FLAGS, f"-I{ROOT / 'csrc'}", "-S", "-x", "c++", "-", "-o", "-"]
+    flags = [*FLAGS, *OWN_FLAGS.get(isa, ())]
+    command = [str(compiler()), "-std=c++20", *flags, f"-I{ROOT / 'csrc'}", "-S", "-x", "c++", "-", "-o", "-"]
     assembly = subprocess.run(command, input=source, capture_output=True, text=True, check=True).stdout
     return _hottest_loop(assembly)
 
 
 def _hottest_loop(assembly: str) -> list[str]:
-    """Of the stretches from a label to a jump back to it, the shortest of those with the most multiplications."""
+    """Of the stretches from a label to a jump back to it, the shortest of those with the most products."""
     lines = [line.partition("//")[0].rstrip() for line in assembly.splitlines()]
     labels = {line[:-1]: i for i, line in enumerate(lines) if re.fullmatch(r"\.L\w+:", line)}
     loops = []
@@ -89,25 +101,47 @@ def _hottest_loop(assembly: str) -> list[str]:
         jump = re.match(r"\s+(?:b\.?\w*|cbn?z|tbn?z)\s.*?(\.L\w+)$", line)
         if jump and labels.get(jump[1], i) < i:
             loops.append([each for each in lines[labels[jump[1]] + 1 : i + 1] if re.match(r"\s+[a-z]", each)])
-    return max(loops, key=lambda loop: (sum(bool(MULTIPLICATION.search(line)) for line in loop), -len(loop)))
+    return max(loops, key=lambda loop: (sum(PRODUCTS[name] for name, _ in multiplications(loop)), -len(loop)))
+
+
+def multiplications(loop: list[str]) -> list[tuple[str, str]]:
+    """Their names, and v for NEON's registers, z for SVE's."""
+    return [(match[1], match[2]) for line in loop if (match := MULTIPLICATION.search(line))]
 
 
 def cycles(instructions: list[str], core: str, iterations: int = 200) -> float:
     """Of one iteration, in the long run."""
     command = [str(analyzer()), "-march=aarch64", f"-mcpu={core}", f"-iterations={iterations}", "-"]
-    command += ["-mattr=+bf16,+fp16fml", "-instruction-info=0", "-resource-pressure=0"]
+    command += ["-mattr=+bf16,+fp16fml,+sve", "-instruction-info=0", "-resource-pressure=0"]
     run = subprocess.run(command, input="\n".join(instructions), capture_output=True, text=True, check=True)
     total = re.search(r"Total Cycles:\s+(\d+)", run.stdout)
     assert total, run.stdout
     return int(total[1]) / iterations
 
 
+def independent(products: list[tuple[str, str]]) -> list[str]:
+    """The multiplications, none of which waits for another."""
+    operands = {
+        ("fmla", "v"): "v{}.4s, v0.4s, v1.s[0]",
+        ("fmla", "z"): "z{}.s, p0/m, z0.s, z1.s",
+        ("bfdot", "v"): "v{}.4s, v0.8h, v1.2h[0]",
+        ("bfmmla", "v"): "v{}.4s, v0.8h, v1.8h",
+    }
+    return [
+        f"{name} {operands.get((name, registers), 'v{}.4s, v0.4h, v1.h[0]').format(8 + i % 24)}"
+        for i, (name, registers) in enumerate(products)
+    ]
+
+
 def share(loop: list[str], core: str) -> float:
-    """Of the peak: as many multiplications, none of which waits for another."""
-    products = [match[1] for line in loop if (match := MULTIPLICATION.search(line))]
-    operands = {"fmla": "4s, v0.4s, v1.s[0]", "bfdot": "4s, v0.8h, v1.2h[0]"}
-    peak = [f"{name} v{8 + i % 24}.{operands.get(name, '4s, v0.4h, v1.h[0]')}" for i, name in enumerate(products)]
-    return cycles(peak, core) / cycles(loop, core)
+    """Of the peak."""
+    return cycles(independent(multiplications(loop)), core) / cycles(loop, core)
+
+
+def peak(name: str, registers: str, core: str) -> float:
+    """Products in a cycle."""
+    longer = SVE_BITS[core] // 128 if registers == "z" else 1
+    return 24 * PRODUCTS[name] * longer / cycles(independent([(name, registers)] * 24), core)
 
 
 def table() -> dict[str, dict[str, float | None]]:
@@ -134,13 +168,35 @@ def report() -> str:
     return "\n".join([title, "", f"| core | {' | '.join(LOOPS)} |", f"|{'---|' * (1 + len(LOOPS))}", *rows])
 
 
+def peaks_report() -> str:
+    """The same for the peaks."""
+    kinds = {
+        "fp32, NEON": ("fmla", "v"),
+        "fp32, SVE": ("fmla", "z"),
+        "bfdot": ("bfdot", "v"),
+        "bfmmla": ("bfmmla", "v"),
+    }
+    rows = []
+    for core, bits in SVE_BITS.items():
+        lacking = core in LACKS["neon_bf16"]
+        cells = [
+            "–" if lacking and name.startswith("bf") else f"{peak(name, registers, core):.0f}"
+            for name, registers in kinds.values()
+        ]
+        rows.append(f"| {core} | {bits} | {' | '.join(cells)} |")
+    title = "Predicted by the same models: the peak, in products a cycle."
+    return "\n".join(
+        [title, "", f"| core | bits of SVE | {' | '.join(kinds)} |", f"|{'---|' * (2 + len(kinds))}", *rows]
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.arm_prediction", description=__doc__)
     parser.parse_args(argv)
     if why := missing():
         print(f"python -m tools.arm_prediction: error: {why}", file=sys.stderr)
         return 2
-    print(report())
+    print(report(), peaks_report(), sep="\n\n")
     return 0
 
 

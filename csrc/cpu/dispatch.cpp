@@ -17,6 +17,7 @@
 #elif defined(__aarch64__)
 #ifdef __linux__
 #include <sys/auxv.h>
+#include <sys/prctl.h>
 #elif defined(__APPLE__)
 #include <sys/sysctl.h>
 #endif
@@ -66,6 +67,10 @@ bool is_amd_19h() {
 // the kernel's HWCAP_ASIMDFHM and HWCAP2_BF16
 bool has_neon_fp16() { return getauxval(AT_HWCAP) >> 23 & 1; }
 bool has_neon_bf16() { return has_neon_fp16() && (getauxval(AT_HWCAP2) >> 14 & 1); }
+#ifdef GHOSTFUSED_SVE512
+// HWCAP_SVE, and the bytes of a vector by PR_SVE_GET_VL: the system may have chosen fewer than the CPU has
+bool has_sve512() { return (getauxval(AT_HWCAP) >> 22 & 1) && (prctl(51) & 0xffff) == 64; }
+#endif
 #elif defined(__APPLE__)
 bool has_feature(const char* name) {
   int value = 0;
@@ -94,6 +99,9 @@ const Isa kIsas[] = {
 #elif defined(__aarch64__)
     {"neon_fp16", 4, has_neon_fp16, &kNeonFp16},
     {"neon_bf16", 4, has_neon_bf16, &kNeonBf16},
+#ifdef GHOSTFUSED_SVE512
+    {"sve512", 16, has_sve512, &kSve512},
+#endif
 #endif
     {nullptr, 0, nullptr, nullptr},
 };

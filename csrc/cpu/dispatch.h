@@ -38,7 +38,8 @@ struct Kernels {
   double (*multiply_adds)(int64_t count, Path path);
 };
 // each in the file of isa/ that has its name
-extern const Kernels kBaseline, kAvx2, kAvx512vl, kAvx512vlBf16, kAvx512, kAvx512Bf16, kAvx512Amx, kNeonFp16, kNeonBf16;
+extern const Kernels kBaseline, kAvx2, kAvx512vl, kAvx512vlBf16, kAvx512, kAvx512Bf16, kAvx512Amx, kNeonFp16, kNeonBf16,
+    kSve512;
 
 struct Isa {
   const char* name;

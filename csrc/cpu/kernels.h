@@ -11,14 +11,23 @@ namespace ghostfused::cpu::GHOSTFUSED_ISA {
 // For the benchmarks: what share of the multiply-adds that a core can do the kernels do.
 template <typename T>
 double multiply_adds(int64_t count) {
-  constexpr int kChannels = Operand<T, false>::kChannels;
-  constexpr int kChains = 12;  // more than latency × units
+  constexpr bool kBlocks = kMatrixProducts<T, 2>;
+  constexpr int kChannels = Operand<T, false>::kChannels * (kBlocks ? 2 : 1);
+#ifdef GHOSTFUSED_MANY_REGISTERS  // more than latency × units
+  constexpr int kChains = 24;
+#else
+  constexpr int kChains = 12;
+#endif
   Vec sum[kChains], a = splat(0.5f), b = splat(1.f);
   for (int j = 0; j < kChains; ++j) sum[j] = splat(static_cast<float>(j));
   for (int64_t i = 0; i < count; ++i) {
-#pragma GCC unroll 12
+#pragma GCC unroll 24
     for (int j = 0; j < kChains; ++j) {
-      sum[j] = kChannels == 1 ? sum[j] * a + b : multiply_add<T, false>(a, b, sum[j]);
+      if constexpr (kBlocks) {
+        sum[j] = multiply_add_block(a, b, sum[j]);
+      } else {
+        sum[j] = kChannels == 1 ? sum[j] * a + b : multiply_add<T, false>(a, b, sum[j]);
+      }
     }
   }
   for (int j = 1; j < kChains; ++j) sum[0] += sum[j];

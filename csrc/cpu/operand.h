@@ -43,16 +43,32 @@ inline int channels_per_lane(Path path, bool channels_last) {
   return path == Path::kFloat16 && channels_last ? Operand<Float16, true>::kChannels : 1;
 }
 
-template <int kChannels>
-GHOSTFUSED_INLINE Vec splat_operand(const float* p) {
-  if constexpr (kChannels == 1) {
+// A factor, as multiply_add takes it. bfdot takes a pair from any register's first lane, where the load leaves it;
+// fmlal from that of the first sixteen registers, which are too few.
+template <typename T, bool kChannelsLast>
+GHOSTFUSED_INLINE Vec load_factor(const float* p) {
+  if constexpr (Operand<T, kChannelsLast>::kChannels == 1) {
+#ifdef GHOSTFUSED_SVE
+    asm("" : "+r"(p));  // what loads into all lanes takes no sum of two registers
+#endif
     return splat(*p);
   } else {
+#ifdef GHOSTFUSED_NEON_BF16
+    if constexpr (std::is_same_v<T, BFloat16>) {
+#ifdef __clang__
+      return Vec{*p};
+#else  // GCC would zero the other lanes by an instruction
+      Vec pair;
+      asm("" : "=w"(pair) : "0"(*p));
+      return pair;
+#endif
+    }
+#endif
     return reinterpret_cast<Vec>(Ints{} + load<int32_t>(p));
   }
 }
 
-// ``a`` is a splat_operand, ``b`` a vector of a row.
+// ``a`` is a load_factor, ``b`` a vector of a row.
 template <typename T, bool kChannelsLast>
 GHOSTFUSED_INLINE Vec multiply_add(Vec a, Vec b, Vec sum) {
   if constexpr (Operand<T, kChannelsLast>::kChannels == 1) {
@@ -63,7 +79,7 @@ GHOSTFUSED_INLINE Vec multiply_add(Vec a, Vec b, Vec sum) {
 #elif defined(GHOSTFUSED_X86_BF16)
     return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
 #elif defined(GHOSTFUSED_NEON_BF16)
-    return (Vec)vbfdotq_f32((float32x4_t)sum, (bfloat16x8_t)a, (bfloat16x8_t)b);
+    return (Vec)vbfdotq_laneq_f32((float32x4_t)sum, (bfloat16x8_t)b, (bfloat16x8_t)a, 0);
 #endif
   } else {
 #ifdef GHOSTFUSED_NEON_FP16

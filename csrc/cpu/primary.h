@@ -2,6 +2,7 @@
 // choice.
 #pragma once
 
+#include "cpu/matrix_products.h"
 #include "cpu/operand.h"
 
 namespace ghostfused::cpu::GHOSTFUSED_ISA {
@@ -15,10 +16,16 @@ constexpr int kMaxRows = 4;
 constexpr int kMaxVecs = 3;
 
 // How many rows before it is multiplied a factor is read: cores that don't reorder would wait for each.
+// And whether the distances of the rows stay in registers, of which aarch64 has enough: GCC adds them up in the loop.
 #ifdef GHOSTFUSED_NEON
 constexpr int kFactorsAhead = 2;
 #else
 constexpr int kFactorsAhead = 0;
+#endif
+#if defined(GHOSTFUSED_NEON) || defined(GHOSTFUSED_SVE)
+constexpr bool kKeepDistances = true;
+#else
+constexpr bool kKeepDistances = false;
 #endif
 
 // Distances in floats, measured on a Zen 4: where the tensors exceed the caches they halve the time of wide maps, and
@@ -94,6 +101,12 @@ __attribute__((noinline)) void activate_panel(const Panel<T>& p, int rows, int v
 template <typename T, int kRows, int kVecs, bool kRowsAreChannels, bool kHalfB>
 void multiply(const Panel<T>& p) {
   constexpr int kChannels = Operand<T, !kRowsAreChannels>::kChannels;
+  int64_t a_row[kRows];
+#pragma GCC unroll 8
+  for (int i = 0; kKeepDistances && i < kRows; ++i) {
+    a_row[i] = i * p.a_row;
+    asm("" : "+r"(a_row[i]));
+  }
   Vec sum[kRows][kVecs];
   const int64_t part = part_of<kChannels>(p.depth);
   using B = std::conditional_t<kHalfB, BFloat16, float>;
@@ -106,7 +119,20 @@ void multiply(const Panel<T>& p) {
 #pragma GCC unroll 8
       for (int j = 0; j < kVecs; ++j) sum[i][j] = Vec{};
     }
-    for (int64_t k = min_of(left, part); k > 0; --k, ++a, b += b_row) {
+    int64_t k = min_of(left, part);
+#ifdef GHOSTFUSED_NEON_BF16
+    if constexpr (kMatrixProducts<T, kRows>) {
+      const auto fetch = [&] {
+        if (!kRowsAreChannels) return;
+        __builtin_prefetch(ahead);
+        __builtin_prefetch(ahead + kLine);
+        ahead += p.ahead_row;
+      };
+      multiply_quads(a, a_row, b, b_row, b_vec, k / 2, fetch, sum);
+      k %= 2;
+    }
+#endif
+    for (; k > 0; --k, ++a, b += b_row) {
       Vec row[kVecs];
 #pragma GCC unroll 8
       for (int j = 0; j < kVecs; ++j) row[j] = load_float(b + j * b_vec);
@@ -119,7 +145,9 @@ void multiply(const Panel<T>& p) {
 #pragma GCC unroll 12
       for (int i = -kFactorsAhead; i < kRows; ++i) {
         const int next = i + kFactorsAhead;
-        if (next < kRows) factor[next] = splat_operand<kChannels>(a + next * p.a_row);
+        if (next < kRows) {
+          factor[next] = load_factor<T, !kRowsAreChannels>(a + (kKeepDistances ? a_row[next] : next * p.a_row));
+        }
         if (i < 0) continue;
 #pragma GCC unroll 8
         for (int j = 0; j < kVecs; ++j) sum[i][j] = multiply_add<T, !kRowsAreChannels>(factor[i], row[j], sum[i][j]);

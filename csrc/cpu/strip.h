@@ -80,7 +80,7 @@ GHOSTFUSED_INLINE void depthwise_step(const Filter<kSize, kSplat>& filter, const
         if (tap < 0 || tap >= kSize) continue;
         const Vec product = x * filter.tap(tap * kSize + j);
         Vec& to = kInParts ? part[o] : sum[o];
-        to = j == 0 && (kInParts || tap == 0) ? product : to + product;
+        to = j == 0 && (kInParts || tap == 0) ? rounded(product) : to + product;
       }
     }
 #pragma GCC unroll 16

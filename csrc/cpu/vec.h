@@ -36,6 +36,14 @@ GHOSTFUSED_INLINE void store(T* p, V v) {
 }
 GHOSTFUSED_INLINE Vec splat(float x) { return x - Vec{}; }
 
+// A product, rounded. Of the sum of two products the compiler rounds either; for SVE it isn't always the same one.
+GHOSTFUSED_INLINE Vec rounded(Vec product) {
+#ifdef GHOSTFUSED_SVE
+  asm("" : "+w"(product));
+#endif
+  return product;
+}
+
 // fp16 and bf16 numbers, which no baseline has arithmetic for.
 struct Float16 {
   uint16_t bits;
@@ -83,6 +91,14 @@ GHOSTFUSED_INLINE Halves narrow(Vec v, Float16) {
 #elif defined(GHOSTFUSED_NEON)
 GHOSTFUSED_INLINE Vec widen(Halves h, Float16) { return (Vec)vcvt_f32_f16((float16x4_t)h); }
 GHOSTFUSED_INLINE Halves narrow(Vec v, Float16) { return (Halves)vcvt_f16_f32((float32x4_t)v); }
+#elif defined(GHOSTFUSED_SVE)  // whose conversions take and leave fp16 in the low half of a lane
+GHOSTFUSED_INLINE Vec widen(Halves h, Float16) {
+  return svcvt_f32_f16_x(svptrue_b32(), svreinterpret_f16_s32(widen(h)));
+}
+GHOSTFUSED_INLINE Halves narrow(Vec v, Float16) {
+  const Ints halves = svreinterpret_s32_f16(svcvt_f16_f32_x(svptrue_b32(), v));
+  return __builtin_convertvector(halves, Halves);
+}
 #else
 GHOSTFUSED_INLINE Vec widen(Halves h, Float16) {
   const Ints bits = __builtin_convertvector(h, Ints);
@@ -141,6 +157,17 @@ GHOSTFUSED_INLINE void store_masked(float* p, Vec v, uint32_t mask) { _mm512_mas
 GHOSTFUSED_INLINE void store_masked(void* p, Halves h, uint32_t mask) { _mm256_mask_storeu_epi16(p, mask, (__m256i)h); }
 #endif
 GHOSTFUSED_INLINE uint32_t mask_of(int count) { return (1u << count) - 1; }
+#elif defined(GHOSTFUSED_SVE)
+constexpr bool kMasks = true;
+GHOSTFUSED_INLINE svbool_t mask_of(int count) { return svwhilelt_b32_s32(0, count); }
+GHOSTFUSED_INLINE Vec load_masked(const float* p, svbool_t mask) { return svld1_f32(mask, p); }
+GHOSTFUSED_INLINE Halves load_masked(const void* p, svbool_t mask) {
+  return __builtin_convertvector((Ints)svld1uh_s32(mask, static_cast<const uint16_t*>(p)), Halves);
+}
+GHOSTFUSED_INLINE void store_masked(float* p, Vec v, svbool_t mask) { svst1_f32(mask, p, v); }
+GHOSTFUSED_INLINE void store_masked(void* p, Halves h, svbool_t mask) {
+  svst1h_s32(mask, static_cast<int16_t*>(p), widen(h));
+}
 #else
 constexpr bool kMasks = false;
 #endif
@@ -148,7 +175,7 @@ constexpr bool kMasks = false;
 // The first ``count`` lanes of memory; zeros after them. And the reverse.
 template <typename T>
 GHOSTFUSED_INLINE Vec load_part(const T* p, int count) {
-#ifdef GHOSTFUSED_X86_MASKS
+#if defined(GHOSTFUSED_X86_MASKS) || defined(GHOSTFUSED_SVE)
   if constexpr (sizeof(T) == sizeof(float)) {
     return load_masked(p, mask_of(count));
   } else {
@@ -163,7 +190,7 @@ GHOSTFUSED_INLINE Vec load_part(const T* p, int count) {
 }
 template <typename T>
 GHOSTFUSED_INLINE void store_part(T* p, Vec v, int count, int64_t stride = 1) {
-#ifdef GHOSTFUSED_X86_MASKS
+#if defined(GHOSTFUSED_X86_MASKS) || defined(GHOSTFUSED_SVE)
   if (stride == 1) {
     if constexpr (sizeof(T) == sizeof(float)) {
       return store_masked(p, v, mask_of(count));

@@ -9,7 +9,9 @@ from __future__ import annotations
 import enum
 import functools
 import importlib
+import itertools
 import logging
+import weakref
 from collections.abc import Iterable
 from types import BuiltinFunctionType, CellType, FunctionType, MethodType
 from typing import Any
@@ -64,10 +66,16 @@ _COMPARED = {int, float, complex, str, bytes, MethodType, torch.device, torch.Si
 """Kinds of equal values that need not be one object."""
 
 
+_NUMBERS = itertools.count()
+_BY_NAME: weakref.WeakValueDictionary[str, Watched] = weakref.WeakValueDictionary()
+
+
 class Watched:
     """What has been read. It is filled once, and shared by the copies of the module that it is of."""
 
     def __init__(self) -> None:
+        self.name = f"watched {next(_NUMBERS)}"
+        _BY_NAME[self.name] = self
         self.attributes: dict[Path, dict[str, Any]] = {}
         """By the path of each module: its attributes."""
         self.shared: dict[tuple[int, str], tuple[Any, str, Any]] = {}
@@ -95,7 +103,7 @@ class Watched:
             for name, value in values.items():
                 if not _still(module, name, value):
                     return True
-        return shared_changed(self)
+        return shared_changed(self.name)
 
     def __deepcopy__(self, memo: dict) -> Watched:
         return self
@@ -163,10 +171,10 @@ def _now(owner: Any, name: str) -> Any:
         return Absent
 
 
-@constant_to_dynamo
-def shared_changed(watched: Watched) -> bool:
-    """Whether something that belongs to no module isn't as it was."""
-    return any_changed(watched.shared.values())
+@constant_to_dynamo  # by the name, which it guards on: torch 2.11 takes no object there
+def shared_changed(name: str) -> bool:
+    """Whether something that belongs to no module isn't as it was, of those which ``name`` watches."""
+    return any_changed(_BY_NAME[name].shared.values())
 
 
 def any_changed(shared: Iterable[tuple[Any, str, Any]]) -> bool:

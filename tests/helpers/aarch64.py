@@ -23,7 +23,9 @@ CPU = ROOT / "csrc" / "cpu"
 DRIVER = ROOT / "tests" / "helpers" / "cpu_ops_driver.cpp"
 SOURCES = [*sorted((CPU / "isa").glob("*.cpp")), DRIVER, CPU / "dispatch.cpp", CPU / "pool.cpp"]  # the longest first
 FLAGS = ["-std=c++20", "-O1", "-fexpensive-optimizations", "-fno-math-errno", "-Wall", "-Werror", f"-I{ROOT / 'csrc'}"]
-FLAGS += [f"-I{ROOT / 'tests' / 'helpers' / 'without_torch'}"]
+FLAGS += ["-DGHOSTFUSED_SVE512", f"-I{ROOT / 'tests' / 'helpers' / 'without_torch'}"]
+OWN_FLAGS = {"sve512.cpp": ["-march=armv8.2-a+sve", "-msve-vector-bits=512"]}
+"""As setup.py has them."""
 NATIVE = platform.machine() == "aarch64"
 DTYPES = {torch.float16: 5, torch.float32: 6, torch.bfloat16: 15}
 
@@ -62,7 +64,8 @@ def _build(folder: Path, binary: Path) -> None:
 
     objects = [folder / f"{source.stem}.aarch64.o" for source in SOURCES]
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda pair: run(*FLAGS, "-c", pair[0], "-o", pair[1]), zip(SOURCES, objects, strict=True)))
+        flags = [[*FLAGS, *OWN_FLAGS.get(source.name, ())] for source in SOURCES]
+        list(pool.map(lambda f, source, to: run(*f, "-c", source, "-o", to), flags, SOURCES, objects))
     unfinished = binary.with_suffix(".part")
     run("-static", *objects, "-o", unfinished)
     unfinished.rename(binary)

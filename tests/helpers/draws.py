@@ -7,13 +7,13 @@ import dataclasses
 import torch
 from hypothesis import strategies as st
 
-from ghostfused.spec import Gate
+from ghostfused.spec import Act, Gate
 from ghostfused.spec.kernels import COMMON
 from ghostfused.testing import Case, DepthwiseCase, SqueezeExciteCase
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LAYOUTS = ("nchw", "nhwc")
-ACTS = [act.name.lower() for act in COMMON.acts]
+ACTS = [act.name.lower() for act in Act]
 GATE_ACTS = [act.name.lower() for act in COMMON.gate_acts]
 GATES = [gate.name.lower() for gate in Gate]
 SIZES = ((1, 1), (1, 9), (13, 1), (2, 2), (5, 2), (7, 7), (7, 9), (14, 14), (3, 33), (33, 7), (16, 16))

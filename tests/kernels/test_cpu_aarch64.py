@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import aarch64
@@ -17,7 +18,8 @@ from ghostfused.testing import Case, DepthwiseCase, SqueezeExciteCase, judge, ma
 
 pytestmark = pytest.mark.skipif(aarch64.missing() is not None, reason=str(aarch64.missing()))
 
-ISAS = ["baseline", "neon_fp16", "neon_bf16"]
+ISAS = ["baseline", "neon_fp16", "neon_bf16", "sve512"]
+SHORT_SVE = "max,sve-default-vector-length=32"
 
 
 @pytest.fixture(scope="session")
@@ -147,9 +149,10 @@ def test_random_squeeze_excite(driver, case):
 
 def test_threads_change_no_bit(driver, binary):
     alone = aarch64.Driver(binary, "max", driver.isa)
-    for layout in LAYOUTS:
-        args = make_args(Case(1, 40, 14, 13, 130, layout=layout))
-        assert torch.equal(driver.run(args), alone.run(args))
+    for layout, dtype in itertools.product(LAYOUTS, DTYPES):
+        for channels in (130, 72):  # in blocks of other sizes
+            args = make_args(Case(1, 40, 14, 13, channels, layout=layout, dtype=dtype))
+            assert torch.equal(driver.run(args), alone.run(args))
     alone.close()
 
 
@@ -161,7 +164,9 @@ def test_an_error_is_the_bindings_own(driver):
 
 
 def test_a_cpu_gets_the_fastest_that_it_has(binary):
-    for cpu, expected in (("max", ISAS), ("cortex-a57", ["baseline"]), ("neoverse-n1", ["baseline"])):
+    baseline = ISAS[:1]
+    cpus = {"max": ISAS, SHORT_SVE: ISAS[:-1], "a64fx": [*baseline, "sve512"], "cortex-a57": baseline}
+    for cpu, expected in (cpus | {"neoverse-n1": baseline}).items():
         driver = aarch64.Driver(binary, cpu)
         assert driver.supported == expected
         assert driver.isa == expected[-1]
@@ -173,5 +178,6 @@ def test_a_cpu_gets_the_fastest_that_it_has(binary):
     ("isa", "why"), [*((isa, "this CPU lacks it") for isa in ISAS[1:]), ("avx2", "no such instruction set")]
 )
 def test_a_cpu_refuses_what_it_lacks(binary, isa, why):
-    with pytest.raises(RuntimeError, match=f"GHOSTFUSED_CPU_ISA={isa}: {why}"):
-        aarch64.Driver(binary, "cortex-a57", isa)
+    for cpu in ("cortex-a57", SHORT_SVE) if isa == "sve512" else ("cortex-a57",):
+        with pytest.raises(RuntimeError, match=f"GHOSTFUSED_CPU_ISA={isa}: {why}"):
+            aarch64.Driver(binary, cpu, isa)
