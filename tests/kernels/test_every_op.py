@@ -89,7 +89,8 @@ def test_output_is_fresh_and_writable(backend, op):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @each_op
 def test_nan_and_infinity(backend, op, value):
-    """They reach the same outputs as in PyTorch, and no others."""
+    """They reach the same outputs as in PyTorch in float64, and no others: in float32 its GELU makes NaN of infinity if it is
+    oneDNN's."""
     names = {"forward": ("act_primary", "act_cheap"), "depthwise": ("act",), "squeeze_excite": ("gate",)}[op]
     case = {"forward": Case(2, 8, 7, 8, 16), "depthwise": DepthwiseCase(2, 8, 7, 8, stride=1)}.get(
         op, SqueezeExciteCase(2, 24, 8, 7, 8)
@@ -98,7 +99,7 @@ def test_nan_and_infinity(backend, op, value):
         for layout in LAYOUTS:
             args = make(dataclasses.replace(case, layout=layout, **dict.fromkeys(names, setting)))
             args.x[0, 3, 2, 5] = value
-            out, expected = backend.run(args), reference.run(args)
+            out, expected = backend.run(args), reference.run(convert(args, torch.float64)).float()
             assert torch.equal(out.isnan(), expected.isnan())
             assert torch.equal(out.isinf(), expected.isinf())
             finite = expected.isfinite()
