@@ -183,8 +183,8 @@ def test_real_modules(backend, row):
 @both_tritons
 @given(
     case=draws.ghost_modules(
-        in_channels=st.integers(1, 70), height=st.integers(1, 10), width=st.integers(1, 13), out_channels=st.integers(4, 40), dw_size=st.sampled_from([1, 3, 3, 5]),
-        allow_tf32=st.booleans(), cut=st.sampled_from([0, 0, 1, 5, 90]),
+        in_channels=st.integers(1, 70), height=st.integers(1, 10), width=st.integers(1, 13),
+        out_channels=st.integers(4, 40), dw_size=st.sampled_from([1, 3, 3, 5]), allow_tf32=st.booleans(), cut=st.sampled_from([0, 0, 1, 5, 90]),
     ),
     multiprocessors=st.sampled_from([1, 4, 132]),
 )  # fmt: skip
