@@ -10,9 +10,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import draws
 import pytest
 import torch
 from draws import DTYPES, LAYOUTS
+from hypothesis import given
+from hypothesis import strategies as st
 from kernel_backends import Backend, needs_cpu
 from strides import shifted
 
@@ -75,6 +78,21 @@ def test_real_shapes(layout):
     for case in read_cases(Path(__file__).parents[1] / "data" / "ghost_configs.jsonl", 15, batch=1, layout=layout):
         if case.kernel_size == 1 or case.in_channels <= TAKES["cpu"].patch_channels:
             CPU.check(case)
+
+
+@given(
+    case=st.one_of(
+        draws.ghost_modules(
+            in_channels=st.integers(1, 70), height=st.integers(1, 30), width=st.integers(1, 40),
+            out_channels=st.integers(12, 90), seed=st.integers(0, 999),
+        ),
+        draws.depthwise(channels=st.integers(2, 70), height=st.integers(1, 30), width=st.integers(1, 70)),
+        draws.squeeze_excite(channels=st.integers(2, 200)),
+    )
+)  # fmt: skip
+def test_larger_cases(case):
+    """Than other backends have the time for, where they are emulated."""
+    CPU.check(case)
 
 
 @pytest.mark.parametrize("isa", [] if cpu.unavailable() else cpu.build_info()["compiled"])

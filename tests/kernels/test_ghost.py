@@ -8,7 +8,6 @@ from pathlib import Path
 import draws
 import pytest
 import torch
-from cuda_runtime import ON_CPU
 from draws import ACTS, LAYOUTS, NORMS
 from hypothesis import given
 from hypothesis import strategies as st
@@ -67,7 +66,6 @@ def test_ratios_and_cut_ghosts(backend, layout, path):
         backend.check(Case(1, 16, 8, 8, 190, 4, layout=layout, **PATHS[path]))
 
 
-@both_tritons
 @each_layout
 @each_path
 @pytest.mark.parametrize("optional", list(itertools.product([False, True], repeat=3))[1:])
@@ -141,8 +139,8 @@ def test_maps_of_other_strides_than_x(backend, path):
 
 
 def test_large_batch(backend):
-    few = ON_CPU or backend.device == "cpu"
-    backend.check(Case(400 if few else 70_000, 4, 1, 1, 8, dtype=torch.float16))
+    batch = 70_000 if backend.has_torch and backend.device == "cuda" else 50 if backend.name == "triton" else 400
+    backend.check(Case(batch, 4, 1, 1, 8, dtype=torch.float16))
 
 
 @both_tritons
@@ -156,7 +154,8 @@ def test_no_ghosts(backend, optional, dtype, layout):
         args = make_args(dataclasses.replace(case, per_channel_slope=True, **dict.fromkeys(optional, True)))
         verdict = judge(backend.run(args._replace(cheap_weight=torch.full_like(args.cheap_weight, torch.nan))), args)
         assert verdict.ok, verdict
-    backend.check(Case(3, 200, 7, 7, 37, dw_size=1, init_channels=37, dtype=dtype, layout=layout, sliced=True))
+    if not optional:
+        backend.check(Case(3, 200, 7, 7, 37, dw_size=1, init_channels=37, dtype=dtype, layout=layout, sliced=True))
 
 
 def real_modules() -> list[dict]:
@@ -184,8 +183,8 @@ def test_real_modules(backend, row):
 @both_tritons
 @given(
     case=draws.ghost_modules(
-        in_channels=st.integers(1, 70), height=st.integers(1, 20), width=st.integers(1, 20), out_channels=st.integers(4, 90),
-        allow_tf32=st.booleans(), cut=st.sampled_from([0, 0, 1, 5, 90]),
+        in_channels=st.integers(1, 70), height=st.integers(1, 10), width=st.integers(1, 13),
+        out_channels=st.integers(4, 40), dw_size=st.sampled_from([1, 3, 3, 5]), allow_tf32=st.booleans(), cut=st.sampled_from([0, 0, 1, 5, 90]),
     ),
     multiprocessors=st.sampled_from([1, 4, 132]),
 )  # fmt: skip
