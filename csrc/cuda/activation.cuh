@@ -93,9 +93,12 @@ __device__ __noinline__ float curved_derivative(float x, Act act) {
     const MishGate<kExact> gate(x);
     return gate.n * gate.over + x * (4.f * gate.e * gate.over) * ((gate.e + 1.f) * gate.over);
   }
-  const float s = sigmoid<kExact>(x * gelu_argument(x, act));
-  const float slope = act == Act::kGELU ? exponential<kExact>(-0.5f * x * x) * 0.398942280f
-                                        : s * (1.f - s) * fmaf(3.f * GeluArgument::kTanh1, x * x, GeluArgument::kTanh0);
+  // of s = 1 / (1 + e^-a) both s and s (1 - s), which loses no digits where s is near 1
+  const float a = x * gelu_argument(x, act), e = exponential<kExact>(-fabsf(a)), over = reciprocal<kExact>(1.f + e);
+  const float s = a < 0.f ? e * over : over;
+  const float slope = act == Act::kGELU
+                          ? exponential<kExact>(-0.5f * x * x) * 0.398942280f
+                          : e * over * over * fmaf(3.f * GeluArgument::kTanh1, x * x, GeluArgument::kTanh0);
   return fmaf(x, slope, s);
 }
 

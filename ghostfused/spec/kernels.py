@@ -27,6 +27,7 @@ class Takes(NamedTuple):
     """Most input channels of a primary conv of any odd kernel at any stride; 0: primary convs are 1×1 at stride 1."""
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
     dw_sizes: tuple[int, ...] = (1, 3, 5, 7)
+    acts: tuple[Act, ...] = tuple(Act)
     depthwise: tuple[tuple[int, int], ...] = ((3, 3), (5, 5), (7, 7), (1, 5), (5, 1))
     """Kernels of the ``depthwise`` op: those of stride-2 steps and of shortcuts, and those of DFC attention."""
     depthwise_strides: tuple[int, ...] = (1, 2)

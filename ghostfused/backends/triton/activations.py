@@ -80,8 +80,10 @@ def _activate_backward(grad, z, channel, mask, act, ACT: tl.constexpr):
     elif ACT == GELU:
         grad = grad * (_normal_cdf(z) + z * tl.exp(-0.5 * z * z) * 0.3989422804)
     elif ACT == GELU_TANH:
-        sigmoid = 1.0 / (1.0 + tl.exp(-z * (1.5957691216 + 0.0713548163 * z * z)))
-        grad = grad * (sigmoid + z * sigmoid * (1.0 - sigmoid) * (1.5957691216 + 0.2140644488 * z * z))
+        # of s = 1 / (1 + e^-a) both s and s (1 - s), which loses no digits where s is near 1
+        e = tl.exp(-tl.abs(z * (1.5957691216 + 0.0713548163 * z * z)))
+        sigmoid = tl.where(z < 0.0, e, 1.0) / (1.0 + e)
+        grad = grad * (sigmoid + z * e / ((1.0 + e) * (1.0 + e)) * (1.5957691216 + 0.2140644488 * z * z))
     elif ACT == MISH:
         gate, slope = _tanh_softplus(z)
         grad = grad * (gate + z * slope)
