@@ -384,7 +384,7 @@ def load(path: str | os.PathLike[str], *, copy_output: bool = True) -> Captured:
     partial, dynamic = bool(settings.get("partial")), bool(settings.get("dynamic_batch"))
     frozen = Frozen(torch.bfloat16 if settings.get("weights") else None) if settings.get("freeze") else None
     for exported in programs:
-        inputs = _inputs_like(exported)
+        inputs = saved.inputs_like(exported)
         device = inputs[0].device
         with torch.no_grad():
             variants[_key(inputs, dynamic)] = (
@@ -396,15 +396,3 @@ def load(path: str | os.PathLike[str], *, copy_output: bool = True) -> Captured:
         with torch.no_grad():
             frozen.round_weights()
     return Captured(variants, device, partial, dynamic, frozen)
-
-
-def _inputs_like(exported: torch.export.ExportedProgram) -> Inputs:
-    """Inputs of the shapes, strides and dtypes that ``exported`` was made for; of any batch, where that is free, two."""
-    values = {node.name: node.meta["val"] for node in exported.graph.nodes if node.op == "placeholder"}
-    inputs = []
-    for name in exported.graph_signature.user_inputs:
-        value = values[name]
-        layout = memory_format(value) if value.dim() == 4 else torch.contiguous_format
-        sizes = [size if isinstance(size, int) else 2 for size in value.shape]
-        inputs.append(torch.zeros(sizes, dtype=value.dtype, device=value.device).contiguous(memory_format=layout))
-    return tuple(inputs)

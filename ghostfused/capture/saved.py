@@ -15,8 +15,12 @@ import zipfile
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.export import ExportedProgram
 from torch.export.pt2_archive._package import load_pt2, package_pt2
+
+from ..spec import memory_format
 
 _SETTINGS = "ghostfused.json"
 _TARGETS = re.compile(r"torch\.ops\.(aten|ghostfused)\.\w+(\.\w+)?|_operator\.\w+|torch\.sym_\w+")
@@ -102,3 +106,15 @@ def _walk(value: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(value, list):
         for inner in value:
             yield from _walk(inner)
+
+
+def inputs_like(exported: ExportedProgram) -> tuple[Tensor, ...]:
+    """Inputs of the shapes, strides and dtypes that ``exported`` was made for; of any batch, where that is free, two."""
+    values = {node.name: node.meta["val"] for node in exported.graph.nodes if node.op == "placeholder"}
+    inputs = []
+    for name in exported.graph_signature.user_inputs:
+        value = values[name]
+        layout = memory_format(value) if value.dim() == 4 else torch.contiguous_format
+        sizes = [size if isinstance(size, int) else 2 for size in value.shape]
+        inputs.append(torch.zeros(sizes, dtype=value.dtype, device=value.device).contiguous(memory_format=layout))
+    return tuple(inputs)
