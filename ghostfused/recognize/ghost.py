@@ -348,15 +348,9 @@ def _of_fused(module: nn.Module) -> Adopted | str:
     half = read_place(module, primary)
     if isinstance(half, str):
         return f"{_name(primary)}: {half}"
-    cut, attention, form = (
-        state.get("_cut", state["out_channels"]),
-        state.get("_attention"),
-        state.get("_gate_form", ""),
-    )
-    shuffled = state.get("_order") is not None
-    return Adopted(
-        primary, cheap, half.conv.in_channels, cut, state.get("_watched", Watched()), attention, form, shuffled
-    )
+    cut, watched = state.get("_cut", state["out_channels"]), state.get("_watched", Watched())
+    attention, form, shuffled = state.get("_attention"), state.get("_gate_form", ""), state.get("_order") is not None
+    return Adopted(primary, cheap, half.conv.in_channels, cut, watched, attention, form, shuffled)
 
 
 def _by_structure(module: nn.Module, halves: dict[str, Half | str]) -> str | None:

@@ -19,31 +19,10 @@ Layer = Path | tuple[Path, Act] | Act
 
 _CAT = (torch.cat, torch.concat, torch.concatenate)
 _REARRANGES = (
-    *(
-        "view",
-        "reshape",
-        "permute",
-        "transpose",
-        "swapaxes",
-        "flatten",
-        "unflatten",
-        "contiguous",
-        "chunk",
-        "unbind",
-        "data",
-    ),
-    *(
-        torch.reshape,
-        torch.permute,
-        torch.transpose,
-        torch.swapaxes,
-        torch.flatten,
-        torch.chunk,
-        torch.unbind,
-        torch.stack,
-    ),
-    *(torch.channel_shuffle, F.channel_shuffle, *_CAT),
-)
+    "view", "reshape", "permute", "transpose", "swapaxes", "flatten", "unflatten", "contiguous", "chunk", "unbind", "data",
+    torch.reshape, torch.permute, torch.transpose, torch.swapaxes, torch.flatten, torch.chunk, torch.unbind, torch.stack,
+    torch.channel_shuffle, F.channel_shuffle, *_CAT,
+)  # fmt: skip
 _GATING = (F.avg_pool2d, torch.sigmoid, F.sigmoid, F.interpolate, operator.mul, operator.imul, torch.mul)
 
 
