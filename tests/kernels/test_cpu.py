@@ -321,7 +321,7 @@ def test_the_binding_names_what_does_not_fit(changes, message):
         ("depthwise", {"mean": torch.zeros(5)}, "mean: expected shape"),
         ("depthwise", {"gamma": torch.zeros(6).double()}, "gamma: expected x's dtype"),
         ("depthwise", {"stride": 3}, "stride"),
-        ("depthwise", {"act": 7}, "act"),
+        ("depthwise", {"act": max(Act) + 1}, "act"),
         ("squeeze_excite", {"x": torch.randn(2, 6)}, "x: expected 4 dimensions"),
         ("squeeze_excite", {"reduce_weight": torch.randn(3, 5)}, "reduce_weight: expected shape"),
         ("squeeze_excite", {"expand_weight": torch.randn(6, 4)}, "expand_weight: expected shape"),
