@@ -20,7 +20,7 @@ from .activations import Activations, Known
 from .graph import Layer, gate_form, halves_of
 from .swap import PACKAGE
 from .trace import is_fused, is_layer, scripted, trace
-from .watch import Path, Watched, get
+from .watch import Path, Watched, get, hides_any
 
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 _HIDDEN = {
@@ -150,7 +150,7 @@ def read_layers(layers: Iterable[nn.Module | Known | None]) -> Half | str:
             act = child.act
             continue
         kind = type(child)
-        if has_hooks(child) or not _HIDDEN.get(kind, _FORWARD).isdisjoint(child.__dict__):
+        if has_hooks(child) or hides_any(child, _HIDDEN.get(kind, _FORWARD)):
             return f"{kind.__name__} has hooks or another forward"
         if kind is nn.Conv2d and conv is None:
             conv = child  # type: ignore[assignment]

@@ -35,6 +35,15 @@ def get(root: nn.Module, path: Path) -> nn.Module:
 _IDENTITY = nn.Identity()
 
 
+def hides_any(module: nn.Module, names: frozenset[str]) -> bool:
+    """Whether the module itself has one of ``names``, which those of its class don't show through."""
+    if (
+        torch.compiler.is_compiling()
+    ):  # torch 2.11's Dynamo looks a name up in that dictionary, but doesn't go through it
+        return any(name in module.__dict__ for name in names)
+    return not names.isdisjoint(module.__dict__)
+
+
 class Absent:
     """In place of a value: there is none."""
 
