@@ -81,7 +81,7 @@ def inner_loop(name: str) -> list[str]:
     source = (ROOT / "csrc" / "cpu" / "isa" / f"{isa}.cpp").read_text()
     kernel = (
         f'#include "cpu/primary.h"\nnamespace ghostfused::cpu::{isa} {{ template void multiply<{dtype}, kMaxRows, kMaxVecs, '
-        f"{str(rows_are_channels).lower()}>(const Panel<{dtype}>&); }}\n"
+        f"{str(rows_are_channels).lower()}, false>(const Panel<{dtype}>&); }}\n"
     )
     if 'include "cpu/kernels.h"\n' not in source:
         raise RuntimeError(f"isa/{isa}.cpp: expected it to include cpu/kernels.h")

@@ -121,7 +121,7 @@ void multiply(const Panel<T>& p) {
     }
     int64_t k = min_of(left, part);
 #ifdef GHOSTFUSED_NEON_BF16
-    if constexpr (kMatrixProducts<T, kRows>) {
+    if constexpr (kMatrixProducts<T, kRows> && !kHalfB) {
       const auto fetch = [&] {
         if (!kRowsAreChannels) return;
         __builtin_prefetch(ahead);
