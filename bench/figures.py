@@ -21,7 +21,7 @@ from .timing import Timing, verdict
 
 BACKENDS = {
     "cuda": "#2563eb", "triton_two_kernel": "#9333ea", "triton": "#0d9488", "cpu": "#65a30d", "reference": "#94a3b8",
-    "capture": "#166534", "frozen_bf16": "#4d7c0f", "frozen": "#a3e635",
+    "capture": "#166534", "frozen_bf16": "#4d7c0f", "bf16": "#3f6212", "frozen": "#a3e635",
 }  # fmt: skip
 OTHERS = {
     "bn_folded": "#b45309", "compile_default": "#dc2626", "compile_max_autotune": "#db2777", "compile_freezing": "#6b7280",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from bench_stand_ins import QUICK, SHAPE, Clock, Planted
+from spies import needs_cpu_kernels
 
 from bench import cases, contest, peers, timing
 from bench.cases import Setting
 from bench.timing import Method, Timed, Timing, verdict
+from ghostfused.numerics import relative_error
 
 ROOT = Path(__file__).parents[2]
 
@@ -131,6 +134,19 @@ def test_a_captured_peer_hands_over_its_arguments(ghost, monkeypatch):
     assert row["status"] == "ok"
     assert row["precision"] == "bfloat16"
     assert set(given) == {(True, True, "bfloat16")}
+
+
+@needs_cpu_kernels
+def test_a_whole_network_in_bfloat16(ghost):
+    """Gets float32 and gives it back, by way of bfloat16."""
+    peer = peers.all_peers()["ghostfused_bf16"]
+    (row,) = contest.contest(ghost, SHAPE, Setting(), {peer.name: peer}, QUICK)
+    assert (row["status"], row["precision"]) == ("ok", "bfloat16")
+    x = torch.randn(1, *SHAPE)
+    out = peer.prepare(copy.deepcopy(ghost), x)(x)
+    assert out.dtype == torch.float32
+    assert torch.equal(out, out.bfloat16().float())
+    assert 0 < relative_error(out, ghost(x).double()) < 0.05
 
 
 @pytest.mark.parametrize("mode", cases.MODES)
