@@ -6,7 +6,6 @@
 #include <memory>
 #include <mutex>
 #include <new>
-#include <shared_mutex>
 #include <tuple>
 #include <unordered_map>
 
@@ -73,22 +72,20 @@ class Packs {
   template <typename Pack>
   Packed found(const Key& key, Path path, const Pack& pack) {
     const bool half = bfloat16_ && path != Path::kFloat16 && path != Path::kBFloat16;
-    {
-      const std::shared_lock lock(mutex_);
-      const auto entry = memory_.find(key);
-      if (entry != memory_.end()) return {entry->second.get(), half};
-    }
     const std::lock_guard lock(mutex_);
-    Memory& memory = memory_[key];
-    if (!memory) {
-      const int64_t bytes = pack(nullptr);
-      if (bytes > 0) {
-        Memory made(::operator new(bytes, std::align_val_t{64}));
-        pack(made.get());
-        memory = std::move(made);
+    const auto [entry, is_new] = memory_.try_emplace(key);
+    if (is_new) {
+      try {
+        if (const int64_t bytes = pack(nullptr)) {
+          entry->second.reset(::operator new(bytes, std::align_val_t{64}));
+          pack(entry->second.get());
+        }
+      } catch (...) {
+        memory_.erase(entry);
+        throw;
       }
     }
-    return {memory.get(), half};
+    return {entry->second.get(), half};
   }
 
   struct Table {
@@ -101,7 +98,7 @@ class Packs {
   }
 
   const bool bfloat16_;
-  std::shared_mutex mutex_;
+  std::mutex mutex_;
   std::map<Key, Memory> memory_;
 };
 

@@ -69,7 +69,8 @@ def test_kernels_spill_nothing(arch, tmp_path):
     host = ["-ccbin", cross, f"-I{CUDA_HOME}/include", "-c"] if cross else ["-cubin"]
     told = nvcc(*host, f"-arch={arch}", "--resource-usage", "-o", made, KERNELS)
     usage = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", told)
-    assert usage == [("0", "0", "0")] * KERNELS.read_text().count("Path::k")
+    assert len(usage) >= KERNELS.read_text().count("Path::k")  # and the functions that they call
+    assert set(usage) == {("0", "0", "0")}
     if cross:
         assert made.read_bytes()[18:20] == b"\xb7\x00"  # ELF's number of aarch64
 
