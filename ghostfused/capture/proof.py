@@ -56,14 +56,10 @@ def computes_the_same(program: Callable[..., Any], model: Callable[..., Any], ca
     again = outputs(model, call)
     if not all(_is_like(a, e) and _difference(a, e) < _limit(e) for a, e in zip(again, expected, strict=True)):
         return False  # it draws random numbers, or remembers
-    near = [tuple(rounded_anew(x, 4)[i] if x.is_floating_point() else x for x in call) for i in range(4)]
+    near = list(zip(*(rounded_anew(x, 4) if x.is_floating_point() else [x] * 4 for x in call), strict=True))
     theirs = [outputs(model, each) for each in near]
     ours = [outputs(program, each) for each in near]
-    if not all(
-        _is_like(o, e)
-        for both in zip([out, *ours], [expected, *theirs], strict=True)
-        for o, e in zip(*both, strict=True)
-    ):
+    if not all(_is_like(*pair) for both in zip(ours, theirs, strict=True) for pair in zip(*both, strict=True)):
         return False
     own = differences([(each, expected) for each in theirs])
     found = differences([(out, expected), *zip(ours, theirs, strict=True)])

@@ -79,6 +79,17 @@ FORMS = {
 }
 
 
+def fused_with(style, act) -> tuple[nn.Module, nn.Module, torch.Tensor]:
+    """A Ghost module with that activation, unfused and fused, which are the same on the input that comes with them."""
+    written = Written(style, 6, 7, 2, {"kernel_size": 1}, 3, [nn.BatchNorm2d] * 2, act, 12)
+    model, x = calibrate(nn.Sequential(written), torch.randn(4, 6, 9, 8)), torch.randn(2, 6, 9, 8)
+    fused = fuse(model)
+    assert isinstance(fused[0], FusedGhostModule)
+    with torch.no_grad():
+        assert_same(fused(x), model, x)
+    return model, fused, x
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_forms(form):
     make, act = FORMS[form]
@@ -87,12 +98,8 @@ def test_forms(form):
         assert list(Activations.of(nn.Sequential(layer)).acts.values()) == [act]
     else:
         assert of_layer(layer) == act
-    written = Written("flat", 6, 7, 2, {"kernel_size": 1}, 3, [nn.BatchNorm2d] * 2, make, 12)
-    model, x = calibrate(nn.Sequential(written), torch.randn(4, 6, 9, 8)), torch.randn(2, 6, 9, 8)
-    fused = fuse(model)
-    assert isinstance(fused[0], FusedGhostModule)
+    model, fused, x = fused_with("flat", make)
     with torch.no_grad():
-        assert_same(fused(x), model, x)
         for layer in [m for m in fused.modules() if isinstance(m, nn.GELU)]:  # read at each call
             layer.approximate = "none" if layer.approximate == "tanh" else "tanh"
         for layer in [m for m in model.modules() if isinstance(m, nn.GELU)]:
@@ -102,12 +109,7 @@ def test_forms(form):
 
 @pytest.mark.parametrize("function", [F.gelu, F.mish], ids=["gelu", "mish"])
 def test_functions_in_a_forward(function):
-    written = Written("functions", 6, 7, 2, {"kernel_size": 1}, 3, [nn.BatchNorm2d] * 2, function, 12)
-    model, x = calibrate(nn.Sequential(written), torch.randn(4, 6, 9, 8)), torch.randn(2, 6, 9, 8)
-    fused = fuse(model)
-    assert isinstance(fused[0], FusedGhostModule)
-    with torch.no_grad():
-        assert_same(fused(x), model, x)
+    fused_with("functions", function)
 
 
 @pytest.mark.parametrize("act", [nn.GELU, lambda: nn.GELU("tanh"), nn.Mish], ids=["gelu", "gelu_tanh", "mish"])
