@@ -23,6 +23,7 @@ struct Program {
   int64_t packs = 0;        // other than 0: weights don't change; programs of one number share what they make of them
   bool per_image = true;    // it makes the same of an image whatever others are in the batch: ProgramChecker's proof
   std::vector<bool> alone;  // per step: whether later steps read its result and nothing else that was there before
+  std::vector<int64_t> elements;  // of each tensor when the program was kept: ``.data`` may give it others
 };
 
 // An op as a step; ``names_`` are its own and its arguments'.
@@ -209,6 +210,7 @@ class Programs {
     auto program = std::make_shared<Program>(checked(std::move(tensors), std::move(code), std::move(numbers)));
     program->any_format = any_format;
     program->packs = packs;
+    for (const Tensor& tensor : program->tensors) program->elements.push_back(tensor.numel());
     const std::lock_guard lock(table().mutex);
     table().programs.emplace(++table().last, std::move(program));
     return table().last;
@@ -222,6 +224,7 @@ class Programs {
       if (found == table().programs.end()) fail("program: there is none of number ", number);
       program = found->second;
     }
+    check_elements(*program);
     return run(std::move(x), *program);
   }
 
@@ -239,6 +242,19 @@ class Programs {
     Program program{std::move(tensors), std::move(code), std::move(numbers)};
     ProgramChecker(program).template run<Steps...>();
     return program;
+  }
+
+  // A weight of another kernel size may be right for its step and not for what the step was made of. The tensors have
+  // left the caches since the last call.
+  static void check_elements(const Program& program) {
+    constexpr size_t kAhead = 8;
+    const auto& [tensors, elements] = std::tie(program.tensors, program.elements);
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      if (i + kAhead < tensors.size()) __builtin_prefetch(tensors[i + kAhead].get());
+      if (tensors[i].numel() == elements[i]) continue;
+      fail("tensors[", i, "]: expected ", elements[i], " elements as when the program was made, got ",
+           tensors[i].numel());
+    }
   }
 
   struct Table {

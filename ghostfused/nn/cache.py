@@ -38,6 +38,7 @@ class _State:
     def __init__(self, module: nn.Module, extension: Any):
         modules = list(module.modules())
         self.kind, self.attributes = type(module), _attributes(module)
+        self.identities = _identities(module)
         self.modules = modules[1:]
         # the dictionaries in which modules keep all that they are
         self.states: list[dict] = [m.__dict__ for m in modules[1:]]
@@ -61,12 +62,21 @@ class _State:
             return (
                 type(module) is self.kind
                 and self.guard.holds()
-                and _same_attributes(_attributes(module), self.attributes)
+                and (_identities(module) == self.identities or _same_attributes(_attributes(module), self.attributes))
                 and not any_changed(self.shared.values())
-                and [p.numel() for p in self.weights] == self.sizes  # another kernel size, by ``.data``
             )
         except Exception:  # two tensors, say, whose ``==`` is no bool
             return False
+
+    def resized(self) -> bool:
+        """Whether a weight has another kernel size by now, by its ``.data``: a program refuses to run then."""
+        return [p.numel() for p in self.weights] != self.sizes
+
+
+def _identities(module: nn.Module) -> tuple[list[int], list[int]]:
+    """Of the names and values of a module's attributes, in their order: cheaper to compare than themselves, which have left
+    the caches. Only a state that keeps ``_attributes`` alive may ask."""
+    return list(map(id, module.__dict__)), list(map(id, module.__dict__.values()))
 
 
 def _same_attributes(now: dict, then: dict) -> bool:
@@ -133,7 +143,8 @@ class ProgramCache:
             try:
                 return known(x)
             except RuntimeError:  # an x that the kernels refuse: forward knows others, or says what is wrong
-                pass
+                if state.resized():
+                    return self._record(None, kind, module, x, forward)
         return forward(x)
 
     def forget(self) -> None:

@@ -236,6 +236,17 @@ def test_values_written_take_effect():
     networks.assert_same(captured(x), model, x)
 
 
+def test_a_kernel_of_another_size_is_refused():
+    model, x = made()
+    captured, conv = capture(model, x), model.blocks[0].ghost1.cheap_operation[0]
+    kernel = conv.weight.data
+    conv.weight.data = torch.randn(*kernel.shape[:2], 5, 5)
+    with pytest.raises(RuntimeError, match=rf"tensors\[\d+\]: expected {kernel.numel()} elements .* got {conv.weight.numel()}"):
+        captured(x)
+    conv.weight.data = kernel
+    networks.assert_same(captured(x), model, x)
+
+
 def test_what_is_replaced_does_not():
     model, x = made(lambda self, x: x * self.options["scale"])
     captured = capture(model, x, partial=True)

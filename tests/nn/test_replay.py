@@ -154,6 +154,24 @@ def test_changed_back_is_replayed_again():
         assert torch.equal(module(x), calibrated)
 
 
+def test_another_kernel_size_is_recorded_anew():
+    module, x = bottlenecks()[0][0], torch.randn(2, 6, 9, 8)
+    conv = module.ghost1.cheap_operation[0]
+    with torch.no_grad():
+        module(x)
+        conv.weight.data, conv.padding = torch.randn(*conv.weight.shape[:2], 5, 5), (2, 2)
+        first = module(x)
+        # the padding is another one: the program must not run
+        conv.weight.data = conv.weight.data[..., 1:4, 1:4].contiguous()
+        with pytest.raises((ValueError, RuntimeError)):
+            module(x)
+        conv.padding = (1, 1)
+        assert not torch.allclose(module(x), first, rtol=1e-3)
+        expected = copy.deepcopy(module)(x)
+        assert torch.equal(module(x), expected)
+    assert replays(module, x)
+
+
 def test_hooks_inside_see_every_call():
     module, x, seen = bottlenecks()[0], torch.randn(1, 6, 5, 5), []
     with torch.no_grad():
