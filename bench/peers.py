@@ -95,9 +95,8 @@ class Captured(Peer):
 
     ours = True
 
-    def __init__(self, name: str, computes_in: torch.dtype | None = None, *, whole: bool = False, **arguments: Any):
-        """``whole``: the network and its maps are of that type as well; x comes, and the result leaves, in float32."""
-        self.name, self.computes_in, self.whole, self.arguments = name, computes_in, whole, arguments
+    def __init__(self, name: str, computes_in: torch.dtype | None = None, **arguments: Any):
+        self.name, self.computes_in, self.arguments = name, computes_in, arguments
 
     def unavailable(self, setting: Setting) -> str | None:
         if setting.device != "cpu":
@@ -116,10 +115,7 @@ class Captured(Peer):
                 captured[x.shape] = capture(module, x, partial=True, **self.arguments)
             return captured[x.shape](x)
 
-        if not self.whole:
-            return run
-        module = module.to(self.computes_in)
-        return lambda x: run(x.to(self.computes_in)).to(x.dtype)
+        return run
 
 
 class Compiled(Peer):
@@ -207,7 +203,7 @@ def all_peers() -> dict[str, Peer]:
         Captured("ghostfused_capture"),
         Captured("ghostfused_frozen", freeze=True),
         Captured("ghostfused_frozen_bf16", torch.bfloat16, freeze=True, weights="bfloat16"),
-        Captured("ghostfused_bf16", torch.bfloat16, whole=True, freeze=True),
+        Captured("ghostfused_bf16", torch.bfloat16, freeze=True, dtype="bfloat16"),
         *(Graphed(p) for p in ours if p.backend in ("cuda", "triton")),
         *(_max_autotune(p) for p in ours if p.backend in ("cuda", "triton", "cpu") and p.level == "auto"),
     ]

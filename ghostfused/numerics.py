@@ -34,12 +34,12 @@ def relative_error(out: Tensor, expected: Tensor) -> float:
     return error if math.isfinite(error) else math.inf
 
 
-def rounded_anew(x: Tensor, count: int, seed: int = 0) -> list[Tensor]:
-    """Tensors that differ from x by less than its rounding; PyTorch's random state stays as it is.
+def rounded_anew(x: Tensor, count: int, seed: int = 0, dtype: torch.dtype | None = None) -> list[Tensor]:
+    """Tensors that differ from x by less than its rounding, or that to ``dtype``; PyTorch's random state stays as it is.
 
     One run's error may be small or large by luck; those of several such inputs say more.
     """
     generator = torch.Generator().manual_seed(seed)
-    half_unit = torch.finfo(x.dtype).eps / 2
+    half_unit = torch.finfo(dtype or x.dtype).eps / 2
     noise = (torch.rand(x.shape, generator=generator, dtype=x.dtype) for _ in range(count))
     return [torch.empty_like(x).copy_(x * (1 + half_unit * (2 * each - 1))) for each in noise]

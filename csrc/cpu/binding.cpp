@@ -16,14 +16,16 @@ namespace {
 
 constexpr const char* kGlobalPoolNames[] = {"global_pool", "x"};
 constexpr const char* kLinearNames[] = {"linear", "x", "weight", "bias"};
+constexpr const char* kCastNames[] = {"cast", "x", "dtype"};
 
 using Forward = StepKind<&GhostOp<Tensor>::run<launch>, kForwardNames>;
 using Depthwise = StepKind<&depthwise<launch>, kDepthwiseNames>;
 using SqueezeExcite = StepKind<&squeeze_excite<launch>, kSqueezeExciteNames>;
 using GlobalPool = StepKind<&global_pool, kGlobalPoolNames>;
 using Linear = StepKind<&linear, kLinearNames>;
-using CpuPrograms = Programs<&Network<Forward, Depthwise, SqueezeExcite, GlobalPool, Linear>::run, Forward, Depthwise,
-                             SqueezeExcite, GlobalPool, Linear>;
+using Cast = StepKind<&cast, kCastNames>;
+using CpuPrograms = Programs<&Network<Forward, Depthwise, SqueezeExcite, GlobalPool, Linear, Cast>::run, Forward,
+                             Depthwise, SqueezeExcite, GlobalPool, Linear, Cast>;
 
 STABLE_TORCH_LIBRARY_IMPL(ghostfused, CPU, m) {
   m.impl("forward_cpu", TORCH_BOX(&GhostOp<Tensor>::run<launch>));

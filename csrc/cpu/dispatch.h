@@ -17,6 +17,14 @@ struct ConvertParams {
   bool to_channels_last;
 };
 
+// Numbers to another type, in which they lie one after the other.
+struct CastParams {
+  Path from_path, to_path;
+  int64_t sizes[4], strides[4];  // of ``from``, in the order of ``to``
+  const void* from;
+  void* to;
+};
+
 // A weight as a kernel reads it, made once by ``pack_weight``; null: the kernel makes it from the tensor at each call.
 struct Packed {
   const void* data = nullptr;
@@ -34,6 +42,7 @@ struct Kernels {
   // the means of x over height and width, to out
   void (*global_pool)(const SqueezeExciteParams& params, int threads);
   void (*convert)(const ConvertParams& params, int threads);
+  void (*cast)(const CastParams& params, int threads);
   // nothing but that, in registers, as the path's 1×1 convolution does; returns the operations done
   double (*multiply_adds)(int64_t count, Path path);
 };

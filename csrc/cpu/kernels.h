@@ -1,4 +1,4 @@
-// All kernels. Each kernel_*.cpp file that includes this compiles them for one instruction set.
+// All kernels. Each file of isa/ that includes this compiles them for one instruction set.
 #pragma once
 
 #include "cpu/depthwise_conv.h"
@@ -38,6 +38,7 @@ inline double multiply_adds(int64_t count, Path path) {
   return path == Path::kBFloat16 ? multiply_adds<BFloat16>(count) : multiply_adds<float>(count);
 }
 
-inline constexpr Kernels kernels{forward, depthwise, squeeze_excite, pack_weight, global_pool, convert, multiply_adds};
+inline constexpr Kernels kernels{forward,     depthwise, squeeze_excite, pack_weight,
+                                 global_pool, convert,   cast,           multiply_adds};
 
 }  // namespace ghostfused::cpu::GHOSTFUSED_ISA

@@ -1,4 +1,4 @@
-// Copies maps from one memory format to the other.
+// Copies maps from one memory format to the other, and numbers from one type to another.
 #pragma once
 
 #include "cpu/parallel.h"
@@ -37,6 +37,46 @@ inline void convert(const ConvertParams& p, int threads) {
   const double numbers = static_cast<double>(p.batch) * p.channels * static_cast<double>(pixels);
   ConvertParams params = p;
   run(threads, p.batch * div_up(rows, kLanes), 4 * numbers, GHOSTFUSED_BY_PATH(p.path, convert), &params);
+}
+
+constexpr int64_t kCastUnit = 4096;  // numbers
+
+template <typename From, typename To>
+void cast_run(const void* from, int64_t stride, void* to, int64_t count) {
+  const From* const source = static_cast<const From*>(from);
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const int lanes = min_of<int64_t>(count - i, kLanes);
+    Vec v{};
+    if (stride == 1) {
+      v = load_part(source + i, lanes);
+    } else {
+      for (int j = 0; j < lanes; ++j) v[j] = to_float(source[(i + j) * stride]);
+    }
+    store_part(static_cast<To*>(to) + i, v, lanes);
+  }
+}
+
+template <typename From>
+void cast(Items& items, void* context) {
+  const CastParams& p = *static_cast<const CastParams*>(context);
+  const auto run = p.to_path == Path::kFloat16    ? cast_run<From, Float16>
+                   : p.to_path == Path::kBFloat16 ? cast_run<From, BFloat16>
+                                                  : cast_run<From, float>;
+  const int64_t to_bytes = p.to_path == Path::kFloat32 ? 4 : 2, runs = div_up(p.sizes[3], kCastUnit);
+  for_each_unit(items, [&](int64_t unit) {
+    const int64_t row = unit / runs, first = unit % runs * kCastUnit;
+    const int64_t from = row / (p.sizes[1] * p.sizes[2]) * p.strides[0] + row / p.sizes[2] % p.sizes[1] * p.strides[1] +
+                         row % p.sizes[2] * p.strides[2] + first * p.strides[3];
+    run(static_cast<const From*>(p.from) + from, p.strides[3],
+        static_cast<char*>(p.to) + (row * p.sizes[3] + first) * to_bytes, min_of(p.sizes[3] - first, kCastUnit));
+  });
+}
+
+inline void cast(const CastParams& p, int threads) {
+  CastParams params = p;
+  const int64_t rows = p.sizes[0] * p.sizes[1] * p.sizes[2];
+  run(threads, rows * div_up(p.sizes[3], kCastUnit), 4 * static_cast<double>(rows * p.sizes[3]),
+      GHOSTFUSED_BY_PATH(p.from_path, cast), &params);
 }
 
 }  // namespace ghostfused::cpu::GHOSTFUSED_ISA

@@ -22,7 +22,9 @@ Tensor new_output(const int64_t (&sizes)[kDims], const int64_t (&strides)[kDims]
 
 // Of (N, C, H, W), in x's memory format; ``*out`` describes it.
 inline Tensor new_map(int64_t n, int64_t c, int64_t h, int64_t w, ScalarType dtype, bool channels_last, Tensor4* out) {
-  const int64_t contiguous[] = {c * h * w, h * w, w, 1}, last[] = {h * w * c, 1, w * c, c};
+  // as PyTorch's, of empty maps too
+  const int64_t row = std::max<int64_t>(w, 1), plane = std::max<int64_t>(h, 1) * row;
+  const int64_t contiguous[] = {c * plane, plane, row, 1}, last[] = {plane * c, 1, row * c, c};
   const auto& strides = channels_last ? last : contiguous;
   Tensor tensor = new_output({n, c, h, w}, strides, dtype);
   *out = {tensor.data_ptr(), strides[0], strides[1], strides[2], strides[3]};
@@ -78,7 +80,7 @@ inline Tensor launch(SqueezeExciteParams& p, const Tensor& x) {
   return out;
 }
 
-// The steps of a program that are no ops of their own: spec.py's GlobalPoolArgs and LinearArgs.
+// The steps of a program that are no ops of their own: spec/arguments.py's GlobalPoolArgs, LinearArgs and CastArgs.
 inline Tensor global_pool(Tensor x) {
   if (x.dim() != 4) fail("x: expected 4 dimensions, got ", x.dim());
   const Checker checker(x);
@@ -118,6 +120,43 @@ inline Tensor linear(Tensor x, Tensor weight, OptionalTensor bias) {
   Tensor out = new_output({batch, rows}, {std::max<int64_t>(rows, 1), 1}, x.scalar_type());
   p.out = {out.data_ptr(), rows, 1, 0, 0};
   if (batch > 0 && rows > 0) forward(p);
+  return out;
+}
+
+// Of 2 or 4 dimensions; ``dtype`` is a place in DTYPES.
+inline Tensor cast(Tensor x, int64_t dtype) {
+  constexpr std::pair<ScalarType, Path> kTypes[] = {
+      {ScalarType::Float, Path::kFloat32}, {ScalarType::Half, Path::kFloat16}, {ScalarType::BFloat16, Path::kBFloat16}};
+  if (dtype < 0 || dtype >= std::ssize(kTypes)) fail("dtype: expected 0, 1 or 2, got ", dtype);
+  if (x.dim() != 2 && x.dim() != 4) fail("x: expected 2 or 4 dimensions, got ", x.dim());
+  const auto [type, path] = kTypes[dtype];
+  const Checker checker(x);
+  CastParams p{checker.path(), path, {1, 1, 1, 1}, {}, nullptr, nullptr};
+  Tensor out;
+  if (x.dim() == 2) {
+    const int64_t n = size32("x", x.size(0)), c = size32("x", x.size(1));
+    p.from = checker.check("x", x, {n, c});
+    out = new_output({n, c}, {std::max<int64_t>(c, 1), 1}, type);
+  } else {
+    const int64_t n = size32("x", x.size(0)), c = size32("x", x.size(1)), h = size32("x", x.size(2)),
+                  w = size32("x", x.size(3));
+    p.from = checker.check("x", x, {n, c, h, w});
+    Tensor4 ignored;
+    out = new_map(n, c, h, w, type, is_channels_last(x), &ignored);
+  }
+  const bool last = x.dim() == 4 && is_channels_last(x);
+  const int order[] = {0, last ? 2 : 1, last ? 3 : 2, last ? 1 : 3};
+  int at = 3;  // the innermost dimension that is left; what lies one after the other is one
+  for (int64_t i = x.dim() - 1; i >= 0; --i) {
+    const int64_t size = x.size(order[i]), stride = x.stride(order[i]);
+    if (size == 0) return out;
+    if (size == 1) continue;
+    if (p.sizes[at] > 1 && stride != p.sizes[at] * p.strides[at]) --at;
+    if (p.sizes[at] == 1) p.strides[at] = stride;
+    p.sizes[at] *= size;
+  }
+  p.to = out.data_ptr();
+  kernels().cast(p, torch_threads());
   return out;
 }
 

@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..spec import (
+    DTYPES,
     Act,
     Args,
+    CastArgs,
     DepthwiseArgs,
     Gate,
     GhostArgs,
@@ -126,6 +128,11 @@ def linear(a: LinearArgs) -> Tensor:
     return F.linear(a.x.flatten(1), a.weight, a.bias)
 
 
+def cast(a: CastArgs) -> Tensor:
+    """``a`` in the other dtype."""
+    return a.x.to(DTYPES[a.dtype])
+
+
 def run(args: Step) -> Tensor:
     """What the op of ``args`` computes."""
     return _FUNCTIONS[type(args)](args)
@@ -137,6 +144,7 @@ _FUNCTIONS: dict = {
     SqueezeExciteArgs: squeeze_excite,
     GlobalPoolArgs: global_pool,
     LinearArgs: linear,
+    CastArgs: cast,
 }
 
 

@@ -14,23 +14,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
+from torch import Tensor, nn
 
 from ..fuse import fuse
 from ..ops.transforms import transformed
-from ..spec import memory_format
 from . import proof
 from .frozen import Frozen
 from .graphs import RecordedGraph
-from .lowering import Lowered, lower
+from .program import Inputs, Key, NotCaptured, Program, export, key_of, prove, shown
 
-Inputs = tuple[Tensor, ...]
-Key = tuple[tuple[torch.Size, torch.dtype], ...]
-
-
-class NotCaptured(ValueError):
-    """The model does something that no program of our kernels stands for; the message names the op and the module."""
+__all__ = ["Captured", "NotCaptured", "capture", "graphed", "load"]
 
 
 def capture(
@@ -42,6 +35,7 @@ def capture(
     copy_output: bool = True,
     freeze: bool = False,
     weights: torch.dtype | str | None = None,
+    dtype: torch.dtype | str | None = None,
 ) -> Captured:
     """``model``'s inference for inputs like ``example``, as one program on a CPU and as one CUDA graph on a GPU.
 
@@ -62,6 +56,9 @@ def capture(
             weights. What is written into the model's parameters later takes no effect until ``Captured.refresh``.
         weights: of a frozen network of float32, ``torch.bfloat16`` (or ``"bfloat16"``) rounds the weights of 1×1 convolutions
             and fully connected layers to that type: half the bytes to read. Maps and sums stay float32.
+        dtype: of a frozen network of float32, ``torch.bfloat16`` or ``torch.float16`` (or their names): the programs compute
+            in it, as inference engines choose to on a CPU that multiplies it faster. Inputs are cast as they come in and
+            results as they go out, so that callers see float32. Norms and sums stay float32.
 
     Returns:
         A function of the model's inputs, a ``Captured``, which computes no gradients.
@@ -71,12 +68,13 @@ def capture(
             exported; or the program computes something else than the model.
         TypeError: ``model`` is no module, or ``example`` is neither tensors nor tuples or lists of them.
         ValueError: ``model`` is in train mode, tensors are on several devices or of a device that is neither a CPU nor a
-            GPU, ``dynamic_batch`` or ``freeze`` is asked for on a GPU, or ``weights`` of what isn't frozen or float32, or of
-            another type.
+            GPU, ``dynamic_batch`` or ``freeze`` is asked for on a GPU, or ``weights`` or ``dtype`` of what isn't frozen or
+            float32, or of another type.
     """
     examples = _examples(example)
     device = check(model, [x for inputs in examples for x in inputs])
-    rounded = _weights(weights, freeze)
+    rounded = _coarser("weights", weights, freeze, torch.bfloat16)
+    computes_in = _coarser("dtype", dtype, freeze, torch.bfloat16, torch.float16)
     if device.type == "cuda":
         if dynamic_batch:
             raise ValueError("dynamic_batch: expected False on a GPU, where a CUDA graph is for one shape, got True")
@@ -85,7 +83,7 @@ def capture(
                 "freeze: expected False on a GPU, where a CUDA graph reads the model's parameters where they lie, got True"
             )
         fused = _shared_copy(model)
-        graphs = {_key(inputs): Recorded(fused, inputs, copy_output) for inputs in examples}
+        graphs = {key_of(inputs): Recorded(fused, inputs, copy_output) for inputs in examples}
         return Captured(graphs, device, partial, False)
     if device.type != "cpu":
         raise ValueError(f"model: expected it on a CPU or on a GPU, got {device}")
@@ -95,23 +93,33 @@ def capture(
         variants = {}
         for inputs in examples:
             variant = Program(export(fused, inputs, dynamic_batch), inputs, partial, frozen)
-            _prove(variant, model, inputs, dynamic_batch)
-            variants[_key(inputs, dynamic_batch)] = variant
-        if frozen is not None:
+            prove(variant, model, inputs, dynamic_batch)
+            variants[key_of(inputs, dynamic_batch)] = variant
+        if frozen is not None and computes_in is None:
             frozen.round_weights()
+        if computes_in is not None:  # what is computed is proven
+            frozen = Frozen(dtype=computes_in)
+            for inputs in examples:
+                key = key_of(inputs, dynamic_batch)
+                exact, variants[key] = variants[key], Program(variants[key].exported, inputs, partial, frozen)
+                proof.in_range(variants[key], exact, inputs, computes_in)
     return Captured(variants, device, partial, dynamic_batch, frozen)
 
 
-def _weights(given: torch.dtype | str | None, freeze: bool) -> torch.dtype | None:
+def _coarser(name: str, given: torch.dtype | str | None, freeze: bool, *known: torch.dtype) -> torch.dtype | None:
+    """The type that the argument ``name`` stands for."""
     if given is None:
         return None
-    if str(given).removeprefix("torch.") not in ("bfloat16", "bf16"):
-        raise ValueError(f"weights: expected None or torch.bfloat16, got {given!r}")
+    found = getattr(
+        torch, {"bf16": "bfloat16", "fp16": "float16"}.get(word := str(given).removeprefix("torch."), word), None
+    )
+    if found not in known:
+        raise ValueError(f"{name}: expected {', '.join(map(str, (None, *known[:-1])))} or {known[-1]}, got {given!r}")
     if not freeze:
         raise ValueError(
-            f"weights: expected None where freeze is False: the model's own weights are read, got {given!r}"
+            f"{name}: expected None where freeze is False: the model's own weights are read, got {given!r}"
         )
-    return torch.bfloat16
+    return found
 
 
 class Captured:
@@ -145,10 +153,10 @@ class Captured:
                 raise ValueError(f"input {i}: expected a tensor on {self._device}, got {got}")
             if x.requires_grad and torch.is_grad_enabled():
                 raise ValueError(f"input {i}: expected one that asks for no gradient, got requires_grad=True")
-        variant = self._variants.get(_key(inputs, self._dynamic_batch))
+        variant = self._variants.get(key_of(inputs, self._dynamic_batch))
         if variant is None:
             known = " or ".join(map(self._shown, self._variants))
-            raise ValueError(f"inputs: expected {known}, got {_shown(_key(inputs))}")
+            raise ValueError(f"inputs: expected {known}, got {shown(key_of(inputs))}")
         with torch.no_grad():
             if torch.is_autocast_enabled(self._device.type):
                 with torch.autocast(self._device.type, enabled=False):
@@ -163,7 +171,12 @@ class Captured:
     @property
     def weights(self) -> torch.dtype | None:
         """The type to which the weights of a frozen network are rounded, or None."""
-        return None if self._frozen is None else self._frozen.weights
+        return None if self._frozen is None else self._frozen.dtype or self._frozen.weights
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The type that a frozen network of float32 computes in, or None if that is the model's own."""
+        return None if self._frozen is None else self._frozen.dtype
 
     def refresh(self) -> None:
         """Takes over the model's parameters and buffers as they are now, in place. No call may run meanwhile.
@@ -197,33 +210,27 @@ class Captured:
             "partial": self._partial,
             "dynamic_batch": self._dynamic_batch,
             "freeze": self.frozen,
-            "weights": self.weights and "bfloat16",
+            "weights": self.weights and _name(self.weights),
+            "dtype": self.dtype and _name(self.dtype),
         }
         saved.write(path, exported, settings)
 
     def __repr__(self) -> str:
-        lines = [f"{self._shown(key)}: {variant}" for key, variant in self._variants.items()]
-        return "\n".join(
-            [
-                f"Captured on {self._device}{', frozen' if self.frozen else ''}{', bfloat16 weights' if self.weights else ''}",
-                *(f"  {line}" for line in lines),
-            ]
-        )
+        first = f"Captured on {self._device}{', frozen' if self.frozen else ''}"
+        if self.weights:
+            first += f", in {_name(self.dtype)}" if self.dtype else f", {_name(self.weights)} weights"
+        lines = [f"  {self._shown(key)}: {variant}" for key, variant in self._variants.items()]
+        return "\n".join([first, *lines])
 
     def __reduce__(self) -> Any:
         raise TypeError("Captured: it belongs to its process and can't be copied or pickled")
 
     def _shown(self, key: Key) -> str:
-        return _shown(key, "batch" if self._dynamic_batch else None)
+        return shown(key, "batch" if self._dynamic_batch else None)
 
 
-def _key(inputs: Inputs, dynamic_batch: bool = False) -> Key:
-    return tuple([(x.shape[1:] if dynamic_batch else x.shape, x.dtype) for x in inputs])
-
-
-def _shown(key: Key, batch: str | None = None) -> str:
-    each = [f"({', '.join(map(str, [*([batch] if batch else []), *shape]))}) {dtype}" for shape, dtype in key]
-    return " and ".join(each) if each else "no inputs"
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _examples(example: Any) -> list[Inputs]:
@@ -264,22 +271,6 @@ def _shared_copy(model: nn.Module) -> nn.Module:
     return fuse(copy.deepcopy(model, memo), inplace=True)
 
 
-def export(model: nn.Module, inputs: Inputs, dynamic_batch: bool) -> torch.export.ExportedProgram:
-    """What ``torch.export`` sees of ``model``, with no op left that writes into a tensor."""
-    shapes = None
-    if dynamic_batch:  # sizes 0 and 1 would be taken for constants
-        inputs = tuple(torch.cat([x[:1], x[:1]]) if x.dim() else x for x in inputs)
-        shapes = tuple({0: torch.export.Dim.DYNAMIC} if x.dim() else None for x in inputs)
-        if all(shape is None for shape in shapes):
-            raise ValueError("dynamic_batch: expected an input of at least one dimension, got none")
-    try:
-        exported = torch.export.export(model, inputs, dynamic_shapes=shapes, strict=False)
-        return exported.run_decompositions({})
-    except Exception as error:
-        what = "for any batch, torch.export" if dynamic_batch else "torch.export"
-        raise NotCaptured(f"{what} can't trace {type(model).__name__}: {type(error).__name__}: {error}") from error
-
-
 class Recorded(RecordedGraph):
     """A CUDA graph that can be saved: by exporting its model."""
 
@@ -287,69 +278,6 @@ class Recorded(RecordedGraph):
     def exported(self) -> torch.export.ExportedProgram:
         with torch.no_grad():
             return export(self.model, self.inputs, False)
-
-
-class Program:
-    """An exported graph, lowered."""
-
-    def __init__(
-        self, exported: torch.export.ExportedProgram, inputs: Inputs, partial: bool, frozen: Frozen | None = None
-    ):
-        signature = exported.graph_signature
-        if written := [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]:
-            raise NotCaptured(f"the forward writes into {written[0]}")
-        if attributes := [node for node in exported.graph.nodes if node.op == "get_attr"]:
-            raise NotCaptured(f"the forward has a graph of its own inside, {_where(next(iter(attributes[0].users)))}")
-        self.exported = exported
-        self.lowered: Lowered = lower(exported, frozen)
-        # whose tensors somebody may make negative views of: a look costs some 60 ns for each
-        self.exposed = [] if frozen else self.lowered.programs
-        left = self.lowered.left
-        if left and not partial:
-            others = f", and {len(left) - 1} more" if len(left) > 1 else ""
-            raise NotCaptured(f"no kernel computes {_where(left[0])}{others}; partial=True leaves them to PyTorch")
-        self.formats = [memory_format(x) if x.dim() == 4 else None for x in inputs]
-        self.structure = exported.call_spec.out_spec
-        self.one_tensor = self.structure is not None and self.structure.is_leaf()
-        self.run: Callable[..., list] = self.lowered.graph.forward
-
-    def __call__(self, *inputs: Tensor) -> Any:
-        for kept in self.exposed:
-            kept.refuse_negative_views()
-        # a graph's views hold for the example's memory format
-        pairs = zip(inputs, self.formats, strict=True)
-        outs = self.run(*(x if f is None else x.contiguous(memory_format=f) for x, f in pairs))
-        return outs[0] if self.one_tensor else pytree.tree_unflatten(outs, self.structure)  # type: ignore[arg-type]
-
-    def __repr__(self) -> str:
-        count = len(self.lowered.programs)
-        names = dict.fromkeys(str(node.target) for node in self.lowered.left)
-        by_torch = f", by PyTorch {', '.join(names)}" if names else ""
-        return f"{count} program{'s' if count != 1 else ''}{by_torch}"
-
-
-def _where(node: fx.Node) -> str:
-    """``aten.sort.default in blocks.3 (Block)``."""
-    stack = node.meta.get("nn_module_stack") or {}
-    path, kind = next(reversed(stack.values()), ("", ""))
-    name = str(kind).rpartition(".")[2]
-    return f"{node.target} in {path or 'the model'} ({name})"
-
-
-def _prove(program: Program, model: nn.Module, inputs: Inputs, dynamic_batch: bool) -> None:
-    for call in proof.calls(inputs, dynamic_batch):
-
-        def run(*inputs: Tensor, shown: str = _shown(_key(call))) -> Any:
-            try:
-                return program(*inputs)
-            except RuntimeError as error:  # a kernel refuses
-                raise NotCaptured(f"the program doesn't run on {shown}: {error}") from error
-
-        if not proof.computes_the_same(run, model, call):
-            raise NotCaptured(
-                f"the program computes something else than {type(model).__name__} for {_shown(_key(call))}: its forward may "
-                "depend on more than its tensors, or draw random numbers"
-            )
 
 
 def graphed(model: nn.Module, example: Tensor | Inputs, *, copy_output: bool = True) -> Callable[..., Any]:
@@ -382,12 +310,13 @@ def load(path: str | os.PathLike[str], *, copy_output: bool = True) -> Captured:
     variants: dict[Key, Any] = {}
     device = torch.device("cpu")
     partial, dynamic = bool(settings.get("partial")), bool(settings.get("dynamic_batch"))
-    frozen = Frozen(torch.bfloat16 if settings.get("weights") else None) if settings.get("freeze") else None
+    coarser = [_coarser(name, settings.get(name), True, torch.bfloat16, torch.float16) for name in ("weights", "dtype")]
+    frozen = Frozen(*coarser) if settings.get("freeze") else None
     for exported in programs:
         inputs = saved.inputs_like(exported)
         device = inputs[0].device
         with torch.no_grad():
-            variants[_key(inputs, dynamic)] = (
+            variants[key_of(inputs, dynamic)] = (
                 Recorded(exported.module(check_guards=False), inputs, copy_output)
                 if device.type == "cuda"
                 else Program(exported, inputs, partial, frozen)

@@ -25,8 +25,8 @@ _NORM = ("mean", "var", "gamma", "beta")
 class Frozen:
     """Copies of the model's tensors, as a program's steps read them; programs of several shapes share them."""
 
-    def __init__(self, weights: torch.dtype | None = None) -> None:
-        self.weights = weights
+    def __init__(self, weights: torch.dtype | None = None, dtype: torch.dtype | None = None) -> None:
+        self.weights, self.dtype = weights, dtype
         self.packs = ops.Packs(cpu.extension.module)
         self._rounded = False
         self._steps: dict[Any, tuple[Any, Any]] = {}
@@ -42,7 +42,8 @@ class Frozen:
         made_of = alone._replace(cheap_weight=None) if unread else alone
         key = type(args), *(id(value) if isinstance(value, Tensor) else value for value in made_of)
         if key not in self._steps:
-            self._steps[key] = alone, _own(alone, [half for half in _halves(alone) if _may_fold(alone, half)])
+            folded = [half for half in _halves(alone) if self.dtype is None and _may_fold(alone, half)]
+            self._steps[key] = alone, _own(alone, folded, self.dtype)
         own = self._steps[key][1]
         return own._replace(**{name: getattr(args, name) for name in active})
 
@@ -56,7 +57,7 @@ class Frozen:
         for given, own in self._steps.values():
             folded = [half for half in _halves(given) if half not in _halves(own)]
             large = _LARGE.get(type(own), ()) if self._rounded else ()
-            for name, value in _own(given, folded)._asdict().items():
+            for name, value in _own(given, folded, self.dtype)._asdict().items():
                 if isinstance(value, Tensor):
                     rounded = name in large and value.dtype == torch.float32
                     pairs.append((getattr(own, name), value.to(self.weights).float() if rounded else value))
@@ -114,13 +115,14 @@ def _folded(args: Any, prefix: str) -> dict[str, Tensor | None] | None:
     return {prefix + "weight": weight, prefix + "bias": shift} | {prefix + name: None for name in _NORM}
 
 
-def _own(args: Any, folded: list[str]) -> Any:
-    """``args`` with copies of the parameters, and without the norms of the halves in ``folded``."""
-    fields: dict[str, Any] = {
-        name: value.contiguous().clone() if name.endswith("weight") else value.clone()
-        for name, value in args._asdict().items()
-        if isinstance(value, Tensor)
-    }
+def _own(args: Any, folded: list[str], dtype: torch.dtype | None) -> Any:
+    """``args`` with copies of the parameters, all but the norms' as ``dtype``, and without the norms of the halves in
+    ``folded``."""
+    fields: dict[str, Any] = {}
+    for name, value in args._asdict().items():
+        if isinstance(value, Tensor):
+            own = value.contiguous() if name.endswith("weight") else value
+            fields[name] = own.to(None if name.endswith(_NORM) else dtype, copy=True)
     for prefix in folded:
         fold = _folded(args, prefix)
         if fold is None:

@@ -1,14 +1,12 @@
 """A graph of ``torch.export`` as programs of the CPU's kernels, with what no kernel computes between them.
 
-``lower`` makes three passes. The first finds *steps*: a node that a kernel computes, with the norm and the activation that
-follow it. The second groups steps into programs, each of one input and one result. The third writes the graph anew, with
-one call per program.
+``lower`` makes three passes. The first finds *steps* (``steps``). The second groups them into programs, each of one input and
+one result. The third writes the graph anew, with one call per program.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -17,19 +15,9 @@ from torch import Tensor, fx
 from .. import ops
 from ..backends import cpu
 from ..ops import encoding
-from ..spec import OPS, Act, Args, DepthwiseArgs, GhostArgs, GlobalPoolArgs, LinearArgs, Step
-from ..spec.activations import BY_OP, with_settings
-from ..spec.kernels import COMMON, kernel_refusal
+from ..spec import DTYPES, CastArgs
 from .frozen import ACTIVE, Frozen
-
-aten = torch.ops.aten
-_NORMS = (aten._native_batch_norm_legit_no_training, aten.batch_norm)
-_COPIES = (aten.clone, aten.contiguous, aten.alias, aten.detach, aten.lift_fresh_copy)
-_VIEWS = (aten.view, aten._unsafe_view, aten.reshape, aten.flatten, aten.squeeze)
-_FREE = (*_COPIES, *_VIEWS, aten.sym_size, aten.slice, aten.select, aten.unsqueeze, aten.permute)
-"""What costs PyTorch next to nothing, so that no kernel need compute it."""
-_ASSERTIONS = (aten._assert_tensor_metadata,)
-"""Of dtype and device, which a call's inputs are checked for."""
+from .steps import Item, Steps, given_tensors, is_free
 
 
 class Lowered(NamedTuple):
@@ -43,241 +31,30 @@ class Lowered(NamedTuple):
     """What PyTorch computes, but for views and copies."""
 
 
-class _Item:
-    """A step, or one node that PyTorch runs."""
-
-    def __init__(self, node: fx.Node, args: Step | None, inputs: Iterable[fx.Node]):
-        self.node = node
-        """The one whose value it makes; where it is a step, those before it have no other reader."""
-        self.args = args
-        """Of a step, with the nodes' example values in place of the tensors that the network computes."""
-        self.inputs = list(dict.fromkeys(inputs))
-
-
 def lower(exported: torch.export.ExportedProgram, frozen: Frozen | None = None) -> Lowered:
     """``exported``'s graph, which must be functional and on the CPU, by our kernels where there are any. It reads the model's
     tensors where they lie, or those of ``frozen``."""
     for node in reversed(exported.graph.nodes):  # a loaded graph picks all results, needed or not
         if node.target is operator.getitem and not node.users:
             exported.graph.erase_node(node)
-    given = _given(exported)
-    steps = _Steps(exported.graph, given)
+    given = given_tensors(exported)
+    steps = Steps(exported.graph, given)
     items, results = steps.live_items()
     return _Writer(exported, given, items, results, frozen).written()
 
 
-def _given(exported: torch.export.ExportedProgram) -> dict[fx.Node, Tensor]:
-    """The model's own tensors by the nodes that stand for them."""
-    signature = exported.graph_signature
-    names = {
-        **signature.inputs_to_parameters, **signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants
-    }  # fmt: skip
-    tensors = {**exported.constants, **exported.state_dict}
-    return {n: tensors[names[n.name]] for n in exported.graph.nodes if n.op == "placeholder" and n.name in names}
-
-
-def _packet(node: fx.Node) -> Any:
-    return getattr(node.target, "overloadpacket", None)
-
-
-def _is_free(node: fx.Node) -> bool:
-    is_tensor = isinstance(node.meta.get("val"), Tensor | tuple | list)  # else a size
-    return not is_tensor or node.target is operator.getitem or _packet(node) in _FREE
-
-
-class _Steps:
-    """The first pass."""
-
-    def __init__(self, graph: fx.Graph, given: dict[fx.Node, Tensor]):
-        self.graph, self.given = graph, given
-        self.items: dict[fx.Node, _Item] = {}
-        """By the node whose value each makes."""
-        for node in graph.nodes:
-            if node.op == "call_function" and _packet(node) not in _ASSERTIONS and not self._is_step(node):
-                self.items[node] = _Item(node, None, node.all_input_nodes)
-
-    def live_items(self) -> tuple[list[_Item], list[Any]]:
-        """What the results depend on, in order, and the results."""
-        (output,) = (node for node in self.graph.nodes if node.op == "output")
-        results = list(output.args[0])  # type: ignore[arg-type]
-        live = {node for node in results if isinstance(node, fx.Node)}
-        for node, item in reversed(self.items.items()):
-            if node in live:
-                live.update(item.inputs)
-        return [item for node, item in self.items.items() if node in live], results
-
-    def _is_step(self, node: fx.Node) -> bool:
-        """Adds the step that ``node`` is, or is part of."""
-        packet = _packet(node)
-        if node.target is operator.getitem:
-            return self._is_norms_result(node)
-        if getattr(node.target, "namespace", None) == "ghostfused":
-            return self._our_op(node)
-        arguments = self._bound(node)
-        if packet in BY_OP:
-            act = with_settings(BY_OP[packet], arguments)
-            return act is not None and self._activation(node, act, arguments)
-        if packet in _NORMS:
-            return self._batch_norm(node, arguments)
-        method = _LAYERS.get(packet)
-        return method is not None and method(self, node, arguments)
-
-    def _bound(self, node: fx.Node) -> dict[str, Any]:
-        """The node's arguments by the names in its op's schema, defaults included; the model's tensors for their nodes."""
-        schema = getattr(node.target, "_schema", None)
-        if schema is None:
-            return {}
-        names = [argument.name for argument in schema.arguments]
-        bound = {argument.name: argument.default_value for argument in schema.arguments}
-        bound |= dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-        return {n: self.given.get(v, v) if isinstance(v, fx.Node) else v for n, v in bound.items()}
-
-    def _source(self, node: Any, views: bool = False) -> fx.Node:
-        """The node whose numbers these are; with ``views`` also where it is a map of one pixel and this a matrix."""
-        while isinstance(node, fx.Node) and node not in self.given and node.op == "call_function":
-            packet = _packet(node)
-            before = node.args[0].meta["val"] if packet in (*_COPIES, *_VIEWS) else None  # type: ignore[union-attr]
-            as_matrix = views and packet in _VIEWS and before.dim() == 4 and before.shape[2:] == (1, 1)  # type: ignore[union-attr]
-            if packet in _COPIES or (as_matrix and node.meta["val"].shape == before.shape[:2]):  # type: ignore[union-attr]
-                node = node.args[0]
-            else:
-                break
-        return node
-
-    def _add(self, node: fx.Node, args: Step, nodes: Iterable[fx.Node]) -> bool:
-        """Adds a step, if the kernels take it."""
-        x = args.x
-        if not isinstance(x, Tensor) or x.dtype not in COMMON.dtypes or x.device.type != "cpu":
-            return False
-        for name, t in zip(type(args).__annotations__, args, strict=True):
-            if name not in ACTIVE and isinstance(t, fx.Node):  # a weight that the network computes
-                return False
-        if isinstance(args, Args) and kernel_refusal(args, "cpu"):
-            return False
-        self.items[node] = _Item(node, args, nodes)
-        return True
-
-    def _our_op(self, node: fx.Node) -> bool:
-        name, _, backend = _packet(node).__name__.rpartition("_")
-        if name not in OPS or backend != "cpu":
-            return False
-        bound = self._bound(node)
-        active = {n: self._source(v) for n, v in bound.items() if n in ACTIVE and v is not None}
-        if not all(isinstance(source, fx.Node) for source in active.values()):
-            return False
-        weight = bound.get("primary_weight")
-        if (
-            isinstance(weight, Tensor) and bound["out_channels"] == weight.shape[0]
-        ):  # no ghosts: of this only the shape counts
-            bound["cheap_weight"] = weight[:, :1]
-        args = OPS[name](**bound | {n: source.meta["val"] for n, source in active.items()})
-        return self._add(node, args, active.values())
-
-    def _conv_before(self, node: fx.Node) -> _Item | None:
-        """The convolution whose result only ``node`` reads, and which has no activation yet."""
-        made = node.args[0]
-        item = self.items.get(made)  # type: ignore[arg-type]
-        if item is None or len(made.users) > 1 or not isinstance(item.args, GhostArgs | DepthwiseArgs):  # type: ignore[union-attr]
-            return None
-        if isinstance(item.args, DepthwiseArgs):
-            return None if item.args.act else item
-        a = item.args
-        plain = a.out_channels == a.init_channels and a.residual is None and a.output_gate is None
-        return item if plain and not a.primary_act else None
-
-    def _extend(self, node: fx.Node, conv: _Item, **fields: Any) -> bool:
-        """Makes ``node`` a part of the step ``conv``."""
-        prefix = "primary_" if isinstance(conv.args, GhostArgs) else ""
-        args = conv.args._replace(**{prefix + name: value for name, value in fields.items()})  # type: ignore[union-attr]
-        if not self._add(node, args, conv.inputs):
-            return False
-        del self.items[conv.node]
-        return True
-
-    def _activation(self, node: fx.Node, act: Act, a: dict[str, Any]) -> bool:
-        conv = self._conv_before(node)
-        if conv is None or (a.get("min_val", 0), a.get("max_val", 6)) != (0, 6):
-            return False
-        return self._extend(node, conv, act=int(act), negative_slope=float(a.get("negative_slope", 0.0)))
-
-    def _batch_norm(self, node: fx.Node, a: dict[str, Any]) -> bool:
-        """With stored statistics, of the convolution before it."""
-        conv = self._conv_before(node)
-        if (
-            conv is None
-            or a.get("training")
-            or getattr(conv.args, "primary_mean", getattr(conv.args, "mean", None)) is not None
-        ):
-            return False
-        names = {"mean": "running_mean", "var": "running_var", "gamma": "weight", "beta": "bias", "eps": "eps"}
-        if _packet(node) is not aten.batch_norm and any(
-            n.target is not operator.getitem or n.args[1] for n in node.users
-        ):
-            return False
-        return self._extend(node, conv, **{ours: a[theirs] for ours, theirs in names.items()})
-
-    def _is_norms_result(self, node: fx.Node) -> bool:
-        """Whether ``node`` picks the map out of a norm's results, and the norm is part of a step."""
-        made: Any = node.args[0]
-        item = self.items.get(made)
-        if item is None or item.args is None or _packet(made) not in _NORMS:
-            return False
-        del self.items[made]
-        self.items[node] = _Item(node, item.args, item.inputs)
-        return True
-
-    # ---- layers: the node and its arguments by name. They return whether there is a kernel.
-
-    def conv2d(self, node: fx.Node, a: dict[str, Any]) -> bool:
-        """Padded by half an odd kernel: of all channels, or depthwise."""
-        weight, groups = a["weight"], a["groups"]
-        source = self._source(a["input"])
-        if not isinstance(weight, Tensor) or not isinstance(source, fx.Node) or source.meta["val"].dim() != 4:
-            return False
-        channels, per_group, kh, kw = weight.shape
-        (sh, sw), (dh, dw) = _pair(a["stride"]), _pair(a["dilation"])
-        half = dh * (kh // 2), dw * (kw // 2)
-        padding = half if a["padding"] == "same" else (0, 0) if a["padding"] == "valid" else _pair(a["padding"])
-        if sh != sw or dh != dw or kh % 2 == 0 or kw % 2 == 0 or padding != half:
-            return False
-        x, none = source.meta["val"], [None] * 9
-        if groups == 1 and kh == kw:
-            unread = weight[:, :1, :1, :1]
-            settings = 0.0, int(Act.NONE), 0.0, 0.0, int(Act.NONE), 0.0, channels, sh, dh, 1, False
-            args = GhostArgs(x, weight, a["bias"], *none[:5], unread, *none, *settings)  # type: ignore[arg-type,call-arg]
-            return self._add(node, args, [source])
-        if groups != channels or per_group != 1 or x.shape[1] != channels or dh != 1:
-            return False
-        return self._add(node, DepthwiseArgs(x, weight, a["bias"], *none[:5], 0.0, int(Act.NONE), 0.0, sh), [source])  # type: ignore[arg-type,call-arg]
-
-    def mean(self, node: fx.Node, a: dict[str, Any]) -> bool:
-        """Over height and width; where these go altogether, for matrix products alone, which take the map as it is."""
-        source = self._source(a["self"])
-        dims = [2, 3] if "output_size" in a else a.get("dim")
-        if not isinstance(source, fx.Node) or source.meta["val"].dim() != 4 or not isinstance(dims, list | tuple):
-            return False
-        if sorted(d % 4 for d in dims) != [2, 3] or list(a.get("output_size", [1, 1])) != [1, 1] or a.get("dtype"):
-            return False
-        stays = a.get("keepdim", True) or all(
-            _packet(user) is aten.linear and user.args[0] is node for user in node.users
-        )
-        return stays and self._add(node, GlobalPoolArgs(source.meta["val"]), [source])
-
-    def linear(self, node: fx.Node, a: dict[str, Any]) -> bool:
-        source = self._source(a["input"], views=True)
-        if not isinstance(source, fx.Node) or node.meta["val"].dim() != 2:
-            return False
-        return self._add(node, LinearArgs(source.meta["val"], a["weight"], a["bias"]), [source])
-
-
-_LAYERS: dict[Any, Callable[[_Steps, fx.Node, dict[str, Any]], bool]] = {
-    aten.conv2d: _Steps.conv2d, aten.adaptive_avg_pool2d: _Steps.mean, aten.mean: _Steps.mean, aten.linear: _Steps.linear,
-}  # fmt: skip
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    values = (value,) if isinstance(value, int) else tuple(value)
-    return values * 2 if len(values) == 1 else values  # type: ignore[return-value]
+def _in_dtype(calls: list[tuple[Any, Tensor]], x: Tensor, dtype: torch.dtype) -> list[tuple[Any, Tensor]]:
+    """``calls``, of float32 on x, in ``dtype``: on what a first call casts x to, and with a last one that casts back."""
+    if others := {args.x.dtype for args, _ in calls} - {torch.float32}:
+        raise ValueError(f"dtype: expected a network of float32, got one that computes in {others.pop()} as well")
+    inside, last = torch.empty(0), calls[-1][1]
+    out = torch.empty(0)
+    cast = [
+        (args._replace(**{name: inside for name in ACTIVE if getattr(args, name, None) is x}), result)
+        for args, result in calls
+    ]
+    back = CastArgs(last, DTYPES.index(torch.float32)), out
+    return [(CastArgs(x, DTYPES.index(dtype)), inside), *cast, back]
 
 
 class _Writer:
@@ -288,7 +65,7 @@ class _Writer:
         self,
         exported: torch.export.ExportedProgram,
         given: dict[fx.Node, Tensor],
-        items: list[_Item],
+        items: list[Item],
         results: list[Any],
         frozen: Frozen | None,
     ):
@@ -304,7 +81,7 @@ class _Writer:
         self.tensors: dict[str, Tensor] = {}
         self.programs: list[ops.KeptProgram] = []
         self.left: list[fx.Node] = []
-        self.open: list[_Item] = []
+        self.open: list[Item] = []
         self.written_as: dict[fx.Node, fx.Node] = {}
         for name in exported.graph_signature.user_inputs:
             node = next(n for n in exported.graph.nodes if n.op == "placeholder" and n.name == name)
@@ -328,7 +105,7 @@ class _Writer:
             self.written_as[node] = self.new.get_attr(name)
         return self.written_as[node]
 
-    def _add(self, item: _Item) -> None:
+    def _add(self, item: Item) -> None:
         made = {each.node for each in self.open}
         if item.args is None:
             if made.intersection(item.inputs):
@@ -352,19 +129,23 @@ class _Writer:
             for item in items[end:]:
                 self._add(item)
 
-    def _is_program(self, items: list[_Item]) -> bool:
+    def _is_program(self, items: list[Item]) -> bool:
         inside = {item.node for item in items}
         return all(self.users.get(item.node, set()) <= inside for item in items[:-1])
 
-    def _write_node(self, item: _Item) -> None:
+    def _write_node(self, item: Item) -> None:
         self.written_as[item.node] = self.new.node_copy(item.node, self._new)
-        if item.args is None and not _is_free(item.node):
+        if item.args is None and not is_free(item.node):
             self.left.append(item.node)
 
-    def _write_program(self, items: list[_Item]) -> None:
+    def _write_program(self, items: list[Item]) -> None:
         (start,) = items[0].inputs
         x = start.meta["val"]
-        calls = [(self.frozen.step(item.args) if self.frozen else item.args, item.node.meta["val"]) for item in items]
+        calls: list[tuple[Any, Tensor]] = [
+            (self.frozen.step(item.args) if self.frozen else item.args, item.node.meta["val"]) for item in items
+        ]
+        if self.frozen is not None and self.frozen.dtype is not None:
+            calls = _in_dtype(calls, x, self.frozen.dtype)
         stand_ins = {id(x), *(id(result) for _, result in calls)}
         known = {id(t) for args, _ in calls for t in args.tensors if t is not None} - stand_ins  # type: ignore[union-attr]
         found = encoding.encode(calls, x, known)  # type: ignore[arg-type]
@@ -372,7 +153,8 @@ class _Writer:
         if not found.tensors:  # pooling alone, for which no program is needed
             for item in items:
                 self.written_as[item.node] = self.new.node_copy(item.node, self._new)
-                self.left.append(item.node)
+                if not isinstance(item.args, CastArgs):
+                    self.left.append(item.node)
             return
         kept = ops.KeptProgram(
             "cpu",

@@ -36,9 +36,20 @@ def calls(inputs: Inputs, dynamic_batch: bool) -> list[Inputs]:
     ]
 
 
-def computes_the_same(program: Callable[..., Any], model: Callable[..., Any], call: Inputs) -> bool:
+def computes_the_same(
+    program: Callable[..., Any], model: Callable[..., Any], call: Inputs, rounds_to: torch.dtype
+) -> bool:
     """A network may enlarge what rounding makes: where the outputs differ by more than others' do, they may differ by a few
-    times what the model's own do on inputs that differ by less than rounding."""
+    times what the model's own do on inputs that differ by less than rounding. ``rounds_to``: the coarsest type on the way.
+    """
+
+    def limit(expected: Any) -> float:
+        return max(_SAME.get(t, 1e-9) for t in (expected.dtype, rounds_to)) if isinstance(expected, Tensor) else 1e-9
+
+    def anew(x: Tensor) -> list[Tensor]:
+        if not x.is_floating_point():
+            return [x] * 4
+        return rounded_anew(x, 4, dtype=max(x.dtype, rounds_to, key=lambda t: torch.finfo(t).eps))
 
     def outputs(run: Callable[..., Any], inputs: Inputs) -> list[Any]:
         return pytree.tree_leaves(run(*(x.clone() for x in inputs)))
@@ -51,23 +62,19 @@ def computes_the_same(program: Callable[..., Any], model: Callable[..., Any], ca
     expected, out = outputs(model, call), outputs(program, call)
     if len(out) != len(expected) or not all(map(_is_like, out, expected)):
         return False
-    if all(d < _limit(e) for d, e in zip(differences([(out, expected)]), expected, strict=True)):
+    if all(d < limit(e) for d, e in zip(differences([(out, expected)]), expected, strict=True)):
         return True
     again = outputs(model, call)
-    if not all(_is_like(a, e) and _difference(a, e) < _limit(e) for a, e in zip(again, expected, strict=True)):
+    if not all(_is_like(a, e) and _difference(a, e) < limit(e) for a, e in zip(again, expected, strict=True)):
         return False  # it draws random numbers, or remembers
-    near = list(zip(*(rounded_anew(x, 4) if x.is_floating_point() else [x] * 4 for x in call), strict=True))
+    near = list(zip(*map(anew, call), strict=True))
     theirs = [outputs(model, each) for each in near]
     ours = [outputs(program, each) for each in near]
     if not all(_is_like(*pair) for both in zip(ours, theirs, strict=True) for pair in zip(*both, strict=True)):
         return False
     own = differences([(each, expected) for each in theirs])
     found = differences([(out, expected), *zip(ours, theirs, strict=True)])
-    return all(f < max(_limit(e), _FACTOR * o) for f, o, e in zip(found, own, expected, strict=True))
-
-
-def _limit(expected: Any) -> float:
-    return _SAME.get(expected.dtype, 1e-9) if isinstance(expected, Tensor) else 1e-9
+    return all(f < max(limit(e), _FACTOR * o) for f, o, e in zip(found, own, expected, strict=True))
 
 
 def _is_like(out: Any, expected: Any) -> bool:
@@ -86,3 +93,10 @@ def _difference(out: Any, expected: Any) -> float:
         return 0.0
     finite = expected.isfinite()
     return relative_error(out[finite], expected[finite]) if finite.any() else 0.0
+
+
+def in_range(program: Callable[..., Any], exact: Callable[..., Any], inputs: Inputs, dtype: torch.dtype) -> None:
+    """Raises ValueError if numbers of ``exact``, a network of float32, are too large for ``program``'s ``dtype``."""
+    pairs = zip(pytree.tree_leaves(program(*inputs)), pytree.tree_leaves(exact(*inputs)), strict=True)
+    if not all(_is_like(*pair) for pair in pairs):
+        raise ValueError(f"dtype: expected a type that holds all numbers of the network, got {dtype}")

@@ -2,11 +2,13 @@
 
 from .activations import Act
 from .arguments import (
+    DTYPES,
     OPS,
     STEPS,
     TENSORS,
     Args,
     BatchNorm,
+    CastArgs,
     DepthwiseArgs,
     Gate,
     GhostArgs,
@@ -19,12 +21,14 @@ from .arguments import (
 )
 
 __all__ = [
+    "DTYPES",
     "OPS",
     "STEPS",
     "TENSORS",
     "Act",
     "Args",
     "BatchNorm",
+    "CastArgs",
     "DepthwiseArgs",
     "Gate",
     "GhostArgs",

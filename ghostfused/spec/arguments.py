@@ -225,12 +225,39 @@ class LinearArgs(NamedTuple):
         return torch.empty(self.output_shape(), dtype=self.x.dtype, device=self.x.device)
 
 
+class CastArgs(NamedTuple):
+    """x in another dtype: a step of the CPU's programs, and no op of its own."""
+
+    x: Tensor  # of 2 or 4 dimensions, any strides
+    dtype: int  # its place in DTYPES
+
+    @property
+    def op(self) -> str:
+        return "cast"
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self[:1]
+
+    def output_shape(self) -> torch.Size:
+        """x's."""
+        return self.x.shape
+
+    def new_output(self) -> Tensor:
+        """An uninitialized output, in x's memory format."""
+        x, format = self.x, memory_format(self.x) if self.x.dim() == 4 else torch.contiguous_format
+        return torch.empty(x.shape, dtype=DTYPES[self.dtype], device=x.device, memory_format=format)
+
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""To which a program may cast."""
+
 Args = GhostArgs | DepthwiseArgs | SqueezeExciteArgs
-Step = Args | GlobalPoolArgs | LinearArgs
+Step = Args | GlobalPoolArgs | LinearArgs | CastArgs
 
 OPS: dict[str, type[Args]] = {"forward": GhostArgs, "depthwise": DepthwiseArgs, "squeeze_excite": SqueezeExciteArgs}
 """The ops and their arguments."""
-STEPS: dict[str, type[Step]] = {**OPS, "global_pool": GlobalPoolArgs, "linear": LinearArgs}
+STEPS: dict[str, type[Step]] = {**OPS, "global_pool": GlobalPoolArgs, "linear": LinearArgs, "cast": CastArgs}
 """What a program is made of, in the order of ``csrc/common/program.h``."""
 
 

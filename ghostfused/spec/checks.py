@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .activations import Act
 from .arguments import (
     Args,
+    CastArgs,
     DepthwiseArgs,
     Gate,
     GhostArgs,
@@ -220,4 +221,5 @@ _DIMENSIONS: dict[type[Step], dict[str, int | None]] = {
     SqueezeExciteArgs: {"x": 4},
     GlobalPoolArgs: {"x": 4},
     LinearArgs: {"x": None, "weight": 2},  # that of a map of one pixel may have 4 or 2
+    CastArgs: {"x": None},
 }

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from capture_network import made
-from spies import Ops, needs_cpu_kernels
+from spies import ONE_OP, needs_cpu_kernels, ops_of
 from torch import nn
 
 import ghostfused
@@ -21,16 +21,6 @@ from ghostfused.numerics import TOLERANCES, relative_error
 pytestmark = needs_cpu_kernels
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def ops_of(captured, *inputs) -> list[str]:
-    """The ops that a call runs."""
-    with Ops() as called:
-        captured(*inputs)
-    return called.names
-
-
-ONE_OP = ["ghostfused.replay_cpu"]
 
 
 @pytest.mark.parametrize("act", [nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.LeakyReLU])
@@ -241,7 +231,9 @@ def test_a_kernel_of_another_size_is_refused():
     captured, conv = capture(model, x), model.blocks[0].ghost1.cheap_operation[0]
     kernel = conv.weight.data
     conv.weight.data = torch.randn(*kernel.shape[:2], 5, 5)
-    with pytest.raises(RuntimeError, match=rf"tensors\[\d+\]: expected {kernel.numel()} elements .* got {conv.weight.numel()}"):
+    with pytest.raises(
+        RuntimeError, match=rf"tensors\[\d+\]: expected {kernel.numel()} elements .* got {conv.weight.numel()}"
+    ):
         captured(x)
     conv.weight.data = kernel
     networks.assert_same(captured(x), model, x)

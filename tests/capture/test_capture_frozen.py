@@ -1,29 +1,18 @@
 """``capture(..., freeze=True)``: parameters of its own, which the model's later ones don't change until ``refresh``."""
 
-import copy
-
 import networks
 import pytest
 import torch
 import torch.nn.functional as F
-from capture_network import made
+from capture_network import made, scaled
 from spies import needs_cpu_kernels
 
 import ghostfused
 from ghostfused import capture, ops
-from ghostfused.numerics import TOLERANCES, relative_error
 
 pytestmark = needs_cpu_kernels
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def scaled(model: torch.nn.Module, factor: float = 1.2) -> None:
-    """Writes into every parameter and statistic of floats."""
-    with torch.no_grad():
-        for t in (*model.parameters(), *model.buffers()):
-            if t.is_floating_point():
-                t.mul_(factor)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -169,31 +158,3 @@ def test_packed_weights_are_the_same(name, layout, dtype, weights):
         assert torch.equal(out, without_packs(captured)(x))
         scaled(model, 0.98)
         captured.refresh()
-
-
-@pytest.mark.parametrize("weights", [torch.bfloat16, "bfloat16", "torch.bfloat16"], ids=repr)
-def test_rounded_weights(weights, tmp_path):
-    model = networks.network("ghostnet_050")
-    x = torch.randn(2, 3, 64, 64)
-    exact = copy.deepcopy(model).double()(x.double())
-    captured = capture(model, x, freeze=True, weights=weights)
-    assert captured.weights == torch.bfloat16
-    assert "bfloat16 weights" in str(captured)
-    error = relative_error(captured(x), exact)
-    whole = relative_error(copy.deepcopy(model).bfloat16()(x.bfloat16()), exact)
-    assert relative_error(model(x), exact) < error < TOLERANCES[torch.bfloat16].factor * whole
-    captured.save(tmp_path / "net.pt2")
-    loaded = ghostfused.load(tmp_path / "net.pt2")
-    assert loaded.weights == torch.bfloat16
-    assert torch.equal(loaded(x), captured(x))
-
-
-def test_weights_are_refused():
-    model, x = made()
-    with pytest.raises(ValueError, match=r"weights: expected None or torch.bfloat16, got torch.float16"):
-        capture(model, x, freeze=True, weights=torch.float16)
-    with pytest.raises(ValueError, match="weights: expected None where freeze is False"):
-        capture(model, x, weights="bfloat16")
-    with pytest.raises(ValueError, match=r"weights: expected a network of float32 or torch.bfloat16"):
-        capture(model.half(), x.half(), freeze=True, weights="bfloat16")
-    assert capture(model.float(), x.float(), freeze=True).weights is None

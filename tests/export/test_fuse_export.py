@@ -21,7 +21,8 @@ from torch import nn
 
 import ghostfused
 from ghostfused import fuse, unfuse
-from ghostfused.capture import _key, graphs
+from ghostfused.capture import graphs
+from ghostfused.capture.program import key_of
 
 ROOT = Path(ghostfused.__file__).parents[1]
 
@@ -284,7 +285,7 @@ def test_a_graph_copies_inputs_and_outputs(monkeypatch):
         assert device == x.device == warmup.device
         assert recording is warmup, "the default stream of a recording is one for all devices, the first one's"
         recorded[:] = [graph]
-        run = ghostfused.Captured({_key((x, y)): graph}, torch.device("cpu"), False, False)
+        run = ghostfused.Captured({key_of((x, y)): graph}, torch.device("cpu"), False, False)
         for mine, place in zip((x, y), graph.inputs, strict=True):
             assert place.data_ptr() != mine.data_ptr(), "the example stays the caller's"
         outs, inputs = [], [(torch.randn(2, 3), torch.randn(3, 2).t()) for _ in range(2)]

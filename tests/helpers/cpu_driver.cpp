@@ -6,6 +6,7 @@
 //   depthwise BATCH C H W KERNEL_H KERNEL_W STRIDE LAYOUT DTYPE EXTRAS
 //   squeeze BATCH C H W REDUCED GATE 0 LAYOUT DTYPE EXTRAS        REDUCED 0: global pooling
 //   convert BATCH C H W 0 0 0 LAYOUT DTYPE 0                      from LAYOUT to the other
+//   cast ROWS COUNT STRIDE TO 0 0 0 nchw DTYPE 0                   TO: 0 float32, 1 float16, 2 bfloat16
 // with LAYOUT nchw or nhwc, DTYPE float32, float16 or bfloat16, EXTRAS 0 or 1 (gates and residual; another activation).
 // Every buffer is its own allocation of just the size needed. Prints a checksum per case, which mustn't depend on
 // the number of threads; tests/kernels/test_cpu.py compares values.
@@ -184,6 +185,16 @@ void run_convert(const cpu::Isa& isa, const int* n, Drawer& draw, Buffer& out) {
   isa.kernels->convert(p, thread_count);
 }
 
+void run_cast(const cpu::Isa& isa, const int* n, Drawer& draw, Buffer& out) {
+  const Path to = n[3] == 0 ? Path::kFloat32 : n[3] == 1 ? Path::kFloat16 : Path::kBFloat16;
+  const int64_t rows = n[0], count = n[1], stride = n[2], pitch = (count - 1) * stride + 1;
+  cpu::CastParams p{draw.path, to, {1, 1, rows, count}, {0, 0, pitch, stride}, nullptr, nullptr};
+  p.from = draw.numbers(rows * pitch);
+  out = numbers(rows * count, to);
+  p.to = out.data.get();
+  isa.kernels->cast(p, thread_count);
+}
+
 void run_case(const cpu::Isa& isa, char** arg, int repeat) {
   const std::string op = arg[0], layout = arg[8], dtype = arg[9];
   int n[7];
@@ -192,6 +203,7 @@ void run_case(const cpu::Isa& isa, char** arg, int repeat) {
   const auto run = op == "depthwise" ? run_depthwise
                    : op == "conv"    ? run_conv
                    : op == "convert" ? run_convert
+                   : op == "cast"    ? run_cast
                                      : run_squeeze;
   Buffer out{};
   for (int i = 0; i < repeat; ++i) {

@@ -96,6 +96,8 @@ void answer(int64_t op) {
       return call(&cpu::global_pool);
     case 4:
       return call(&cpu::linear);
+    case 5:
+      return call(&cpu::cast);
   }
   std::abort();
 }

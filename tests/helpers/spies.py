@@ -1,5 +1,7 @@
 """Which ops a module calls, for tests of the programs that fused modules keep."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -28,8 +30,17 @@ class Ops:
         self.names = [e.name.replace("::", ".") for e in outer]
 
 
+def ops_of(run: Callable[..., object], *inputs: torch.Tensor) -> list[str]:
+    """The ops that a call runs."""
+    with Ops() as called:
+        run(*inputs)
+    return called.names
+
+
+ONE_OP = ["ghostfused.replay_cpu"]
+
+
 def replays(module: nn.Module, x: torch.Tensor) -> bool:
     """Whether a call of ``module`` is one op."""
-    with torch.no_grad(), Ops() as called:
-        module(x)
-    return called.names == ["ghostfused.replay_cpu"]
+    with torch.no_grad():
+        return ops_of(module, x) == ONE_OP

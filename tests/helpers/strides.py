@@ -25,6 +25,11 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def strides(t: Tensor) -> list[int]:
+    """Those that say where numbers lie."""
+    return [stride for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1]
+
+
 def view(name: str, layout: str) -> Tensor:
     """A map of at most 16 channels and of unusual strides."""
     x = torch.randn(1, 16, 11, 12)

@@ -13,7 +13,8 @@ from draws import DTYPES, LAYOUTS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ghostfused.spec import GlobalPoolArgs, LinearArgs, Step
+from ghostfused import spec
+from ghostfused.spec import CastArgs, GlobalPoolArgs, LinearArgs, Step
 from ghostfused.testing import Case, DepthwiseCase, SqueezeExciteCase, judge, make, make_args, make_depthwise
 
 pytestmark = pytest.mark.skipif(aarch64.missing() is not None, reason=str(aarch64.missing()))
@@ -124,6 +125,9 @@ def test_squeeze_excite_pool_and_linear(driver, dtype, layout):
     check_args(driver, GlobalPoolArgs(x), "global_pool")
     weight = torch.randn(45, 37, dtype=dtype)
     check_args(driver, LinearArgs(x[:, :, 0, 0], weight, torch.randn(45, dtype=dtype)), "linear")
+    for to, other in enumerate(spec.DTYPES):
+        for each in (x, x[:, 1:, ::2, :5], x[..., ::2], x[:, :, 0, 0]):
+            assert torch.equal(driver.run(CastArgs(each, to)), each.to(other))
 
 
 few = settings(max_examples=12)

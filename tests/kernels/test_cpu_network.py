@@ -9,16 +9,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from strides import strides
 from torch import Tensor
 
 from ghostfused import ops
 from ghostfused.backends import cpu
 from ghostfused.ops import encoding
-from ghostfused.spec import Act, DepthwiseArgs, GhostArgs, GlobalPoolArgs, LinearArgs
+from ghostfused.spec import DTYPES, Act, CastArgs, DepthwiseArgs, GhostArgs, GlobalPoolArgs, LinearArgs
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 NONE = [None] * 9
 
 
@@ -57,6 +57,9 @@ class Recorder:
         args = GhostArgs(x, weight, *nones, *settings)
         return self._call(args, x + other)
 
+    def cast(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return self._call(CastArgs(x, DTYPES.index(dtype)), x.to(dtype))
+
     def pooled(self, x: Tensor) -> Tensor:
         return self._call(GlobalPoolArgs(x), x.mean((2, 3), keepdim=True))
 
@@ -78,11 +81,6 @@ class Recorder:
         return out
 
 
-def strides(t: Tensor) -> list[int]:
-    """Those that say where numbers lie."""
-    return [stride for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1]
-
-
 def made(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> Tensor:
     """Whole numbers, of which every dtype holds the sums."""
     n, c, h, w = shape
@@ -102,21 +100,24 @@ def judge(out: Tensor, expected: Tensor, x: Tensor, layout: str) -> None:
 @given(
     shape=st.tuples(st.integers(0, 9), st.integers(1, 37), st.integers(1, 40), st.integers(1, 40)),
     strides=st.lists(st.sampled_from([1, 1, 2]), min_size=1, max_size=9),
+    inside=st.sampled_from(DTYPES),
     late=st.integers(0, 9),
     dtype=st.sampled_from(DTYPES),
     layout=st.sampled_from(["nchw", "nhwc", "slices"]),
     count=st.integers(1, 3),
 )
-def test_chains(shape, strides, late, dtype, layout, count):
-    """Maps of all sizes, with a shortcut from a result, or from x, that is read late."""
+def test_chains(shape, strides, inside, late, dtype, layout, count):
+    """Maps of all sizes, with a shortcut from a result, or from x, that is read late; cast on the way, or not."""
     torch.set_num_threads(count)
     x = made(shape, dtype, layout)
     recorder = Recorder(x)
-    maps = [x]
+    maps = [x if inside == dtype else recorder.cast(x, inside)]
     for stride in strides:
         maps.append(recorder.subsampled(maps[-1], stride))
     alike = [m for m in maps if m.shape == maps[-1].shape]
     expected = recorder.added(maps[-1], alike[late % len(alike)])
+    if inside != dtype:
+        expected = recorder.cast(expected, dtype)
     judge(recorder.run(), expected, x, layout)
 
 

@@ -73,6 +73,10 @@ CASES = [  # as tests/helpers/cpu_driver.cpp describes them
     "convert 2 21 7 9 0 0 0 nchw float32 0",
     "convert 3 17 5 33 0 0 0 nhwc bfloat16 0",
     "convert 1 3 40 41 0 0 0 nhwc float16 0",
+    "cast 3 21 1 2 0 0 0 nchw float32 0",
+    "cast 2 9001 1 0 0 0 0 nchw bfloat16 0",
+    "cast 70 37 3 1 0 0 0 nchw float32 0",
+    "cast 1 45 2 2 0 0 0 nchw float16 0",
 ]
 
 

@@ -4,12 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from spies import needs_cpu_kernels
+from strides import strides
 
 from ghostfused import FusedGhostModule, ops
 from ghostfused.backends import reference
 from ghostfused.numerics import TOLERANCES, relative_error
 from ghostfused.ops import encoding
-from ghostfused.spec import GlobalPoolArgs, LinearArgs
+from ghostfused.spec import DTYPES, CastArgs, GlobalPoolArgs, LinearArgs
 
 pytestmark = needs_cpu_kernels
 
@@ -39,6 +40,38 @@ def test_pooling_and_linear_steps(dtype):
                 )
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cast_steps(dtype):
+    for n, c, h, w in (
+        (2, 5, 7, 9),
+        (1, 3, 64, 70),
+        (3, 1, 5, 5),
+        (2, 40, 1, 1),
+        (1, 17, 1, 9),
+        (0, 4, 3, 3),
+        (2, 300, 9, 9),
+    ):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            dense = torch.randn(n, c, h, w).to(dtype, memory_format=layout)
+            dense[:1, :1, :1, :1] = float("inf")
+            dense[:1, :1, -1:, -1:] = float("nan")
+            slices = dense[:, :, ::2], dense[..., 1:], dense[..., ::2], dense[:, c > 1 :], dense[:, :, 0, 0]
+            for x in (
+                dense,
+                *slices,
+                dense.transpose(2, 3),
+                dense[:, :, 0, 0].T,
+                dense[:1].expand(4 * min(n, 1), c, h, w),
+            ):
+                for to, other in enumerate(DTYPES):
+                    args = CastArgs(x, to)
+                    program = encoding.encode([(args, torch.empty(0))], x, set())
+                    out, fake = ops.forward_op("cpu", "program")(x, *program), args.new_output()
+                    assert torch.equal(out.nan_to_num(7), x.to(other).nan_to_num(7))
+                    assert out.dtype == fake.dtype
+                    assert strides(out) == strides(fake)
+
+
 @pytest.mark.parametrize(
     ("step", "message"),
     [
@@ -47,6 +80,9 @@ def test_pooling_and_linear_steps(dtype):
         (LinearArgs(torch.randn(2, 4), torch.randn(3, 4).double(), None), "weight: expected x's dtype"),
         (LinearArgs(torch.randn(2, 4), torch.randn(3, 4, 1), None), "weight: expected 2 dimensions"),
         (GlobalPoolArgs(torch.randn(2, 4)), "x: expected 4 dimensions"),
+        (CastArgs(torch.randn(2, 4, 3), 0), "x: expected 2 or 4 dimensions"),
+        (CastArgs(torch.randn(2, 4), 3), "dtype: expected 0, 1 or 2, got 3"),
+        (CastArgs(torch.randn(2, 4).double(), 0), "x: expected"),
     ],
 )
 def test_steps_name_what_does_not_fit(step, message):

@@ -44,7 +44,8 @@ const Kernels kAvx512Amx{forward,
                          },
                          pack_weight,
                          [](const SqueezeExciteParams& p, int threads) { other(p.path).global_pool(p, threads); },
-                         [](const ConvertParams& p, int threads) { kAvx512.convert(p, threads); },
+                         kAvx512.convert,
+                         [](const CastParams& p, int threads) { other(p.to_path).cast(p, threads); },
                          [](int64_t count, Path path) {
                            return path == Path::kBFloat16 ? avx512_amx::multiply_adds(count)
                                                           : kAvx512.multiply_adds(count, path);
