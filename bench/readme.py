@@ -27,13 +27,17 @@ FIGURES = ROOT / "docs" / "figures"
 BLOCK = re.compile(r"(<!-- begin generated: (\S+) (\S+) -->\n)(.*?)(<!-- end generated -->)", re.DOTALL)
 
 HEADLINE = (
-    ("ghostfused_capture", 1), ("ghostfused_capture", 4), ("ghostfused_capture", 16),
-    ("ghostfused_cpu", 1), ("ghostfused_cpu", 16),
+    ("ghostfused_capture", 1), ("ghostfused_capture", 16), ("ghostfused_bf16", 1), ("ghostfused_bf16", 16),
+    ("ghostfused_cpu", 1),
 )  # fmt: skip
 """The rows of the table that README begins with: one of ours, and the batch."""
 SETTING = ("float32", "nchw", "inference")
 """Its dtype, layout and mode: the one that every engine takes."""
-WHAT_RAN = {"ghostfused_capture": "`capture(model, x)`", "ghostfused_cpu": "`fuse(model)`"}
+WHAT_RAN = {
+    "ghostfused_capture": "`capture(model, x)`",
+    "ghostfused_bf16": '`capture(model, x, freeze=True, dtype="bfloat16")`',
+    "ghostfused_cpu": "`fuse(model)`",
+}
 """Ours in a user's words."""
 
 Results = list[tuple[dict, list[dict]]]
