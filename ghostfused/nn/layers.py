@@ -30,27 +30,31 @@ class Layout(NamedTuple):
     """Names and kinds of the children of each module down to the layers, by its path: what a fused module leaps over."""
 
     kinds: dict[Path, dict[str, type]]
+    read_afresh: tuple[str, ...]
+    """Children of the root that aren't leapt over."""
 
     @classmethod
-    def of(cls, module: nn.Module, beside: Collection[Path] = ()) -> Layout:
-        """That of ``module``, but what is inside fused modules and at the paths ``beside``, which run themselves."""
-        return cls(_kinds(module, (), beside))
+    def of(cls, module: nn.Module, beside: Collection[Path] = (), read_afresh: Collection[str] = ()) -> Layout:
+        """That of ``module``, but what is inside fused modules and at the paths ``beside``, which run themselves, and in the
+        children ``read_afresh``."""
+        return cls(_kinds(module, (), {*beside, *((name,) for name in read_afresh)}), tuple(read_afresh))
 
     def holds(self, root: nn.Module) -> bool:
         """Whether nothing has been added, removed or replaced by another kind, and nobody looks on by hooks. Only norms may
         have gone, folded into their convolutions."""
         for path, kinds in self.kinds.items():
+            free = () if path else self.read_afresh
             children: dict[str, nn.Module | None] = get(root, path).__dict__["_modules"]
             for name, child in children.items():
+                if name in free:
+                    continue
                 kind = kinds.get(name)
-                if type(child) is not kind:
-                    nothing = child is None or type(child) is nn.Identity
-                    if not nothing or (kind is not None and (child is None or kind not in ghost.NORMS)):
-                        return False
-                elif child is not None and (ghost.has_hooks(child) or ghost.forward_replaced(child)):
+                if type(child) is not kind and not (type(child) is nn.Identity and kind in ghost.NORMS):
+                    return False
+                if child is not None and (ghost.has_hooks(child) or ghost.forward_replaced(child)):
                     return False
             for name, kind in kinds.items():
-                if name not in children and kind not in ghost.NORMS:
+                if name not in children and kind not in ghost.NORMS and name not in free:
                     return False
         return True
 
@@ -58,10 +62,10 @@ class Layout(NamedTuple):
 def _kinds(module: nn.Module, path: Path, beside: Collection[Path]) -> dict[Path, dict[str, type]]:
     if is_fused(module) or not module._modules or path in beside:
         return {}
-    children = {name: m for name, m in module._modules.items() if m is not None}
-    found = {path: {name: type(m) for name, m in children.items() if type(m) is not nn.Identity}}
-    for name, child in children.items():
-        found |= _kinds(child, (*path, name), beside)
+    found: dict[Path, dict[str, type]] = {path: {name: type(m) for name, m in module._modules.items()}}
+    for name, child in module._modules.items():
+        if child is not None:
+            found |= _kinds(child, (*path, name), beside)
     return found
 
 

@@ -80,6 +80,12 @@ class Adopted(NamedTuple):
     shuffled: bool = False
     """Whether its output has the maps in another order, as GSConv's has."""
 
+    @property
+    def read_afresh(self) -> tuple[str, ...]:
+        """The children of which a fused module reads at each call what they are: its halves, and what makes the gate."""
+        names = tuple(place for place in (self.primary, self.cheap) if isinstance(place, str))
+        return (*(names if len(names) == 2 else ()), *((self.attention,) if self.attention else ()))
+
     def out_channels(self, module: nn.Module) -> int:
         """Of the output of ``module``, as its tensors are."""
         channels = 0
@@ -239,14 +245,8 @@ _METHODS = {name for name, value in vars(nn.Module).items() if inspect.isfunctio
 
 
 _COPIES = {
-    "__deepcopy__",
-    "__copy__",
-    "__reduce__",
-    "__reduce_ex__",
-    "__getnewargs__",
-    "__getnewargs_ex__",
-    "__getstate__",
-}
+    "__deepcopy__", "__copy__", "__reduce__", "__reduce_ex__", "__getnewargs__", "__getnewargs_ex__", "__getstate__",
+}  # fmt: skip
 
 
 def unusual(module: nn.Module) -> str | None:
@@ -287,7 +287,7 @@ def read(module: nn.Module) -> Adopted | str:
     if isinstance(traced, str):
         return traced if reason is None else f"{reason}; {traced}"
     traced.watched.update(own.watched)
-    chains = halves_of(traced, attention, own.acts)
+    chains = halves_of(traced, module, attention, own.acts)
     if isinstance(chains, str):
         return reason or chains
     first, second, cut, shuffled = chains
