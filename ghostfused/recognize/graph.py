@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -31,17 +31,17 @@ _GATING = (F.avg_pool2d, torch.sigmoid, F.sigmoid, F.interpolate, operator.mul, 
 
 def _without(traced: Traced, nothing: Collection[str]) -> Traced:
     """The same but the calls of the layers ``nothing``, which give out what they are given."""
-    nodes, result = [], traced.result
+    nodes: list[fx.Node] = []
+    given: dict[Any, Any] = {}
     for node in traced.nodes:
-        if node.op == "call_module" and node.target in nothing and len(node.args) == 1 and not node.kwargs:
-            (given,) = node.args
-            if isinstance(given, fx.Node):
-                node.args = ()
-                node.replace_all_uses_with(given)
-                result = fx.node.map_aggregate(result, lambda value: given if value is node else value)
-                continue
-        nodes.append(node)
-    return traced._replace(nodes=nodes, result=result)
+        argument = node.args[0] if len(node.args) == 1 and not node.kwargs else None
+        if node.op == "call_module" and node.target in nothing and isinstance(argument, fx.Node):
+            node.args = ()
+            node.replace_all_uses_with(argument)
+            given[node] = argument
+        else:
+            nodes.append(node)
+    return traced._replace(nodes=nodes, result=fx.node.map_aggregate(traced.result, lambda n: given.get(n, n)))
 
 
 def halves_of(
