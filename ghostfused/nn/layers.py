@@ -11,14 +11,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
+from ..backends import reference
 from ..functional import conv1x1, depthwise, squeeze_excite
 from ..ops.recording import note_others
 from ..recognize import ghost
 from ..recognize.activations import Known, watch_settings
 from ..recognize.equivalence import substituted
 from ..recognize.trace import Traced, is_fused, is_look, trace
-from ..recognize.watch import Path, Watched, get
-from ..spec import Act, Gate
+from ..recognize.watch import Path, Watched, get, is_wrapper
+from ..spec import Act, Gate, SqueezeExciteArgs
 from ..spec.activations import of_layer
 from ..spec.kernels import COMMON, depthwise_form_refusal
 
@@ -145,6 +146,10 @@ class SqueezeExcite(NamedTuple):
     def __call__(self, root: nn.Module, x: Tensor, backend: str) -> Tensor:
         """The gate, (N, C)."""
         reduce, expand = (get(root, path)._parameters for path in (self.reduce, self.expand))
+        if is_wrapper(reduce["weight"]) or is_wrapper(expand["weight"]):
+            note_others()
+            matrices = reduce["weight"], reduce["bias"], expand["weight"], expand["bias"]
+            return reference.run(SqueezeExciteArgs(x, *matrices, self.act, self.gate))  # type: ignore[arg-type]
         return squeeze_excite(
             x,
             reduce["weight"],  # type: ignore[arg-type]

@@ -20,7 +20,7 @@ from .activations import Activations, Known
 from .graph import Layer, gate_form, halves_of
 from .swap import PACKAGE
 from .trace import is_fused, is_layer, scripted, trace
-from .watch import Path, Watched, get, hides_any
+from .watch import Path, Watched, get, hides_any, is_wrapper
 
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 _HIDDEN = {
@@ -190,6 +190,8 @@ def read_layers(layers: Iterable[nn.Module | Known | None]) -> Half | str:
     if "weight" not in parameters or "bias" not in parameters:  # torch.nn.utils.weight_norm, DataParallel's replicas
         return "Conv2d, whose weight or bias is no parameter of it"
     weight: Tensor = parameters["weight"]  # type: ignore[assignment]
+    if is_wrapper(weight):
+        return f"Conv2d, whose weight is a {type(weight).__name__}"
     return Half(conv, weight, parameters["bias"], norm, Act.NONE if act is None else act, slope, batch_norm)
 
 
@@ -304,7 +306,6 @@ def read(module: nn.Module) -> Adopted | str:
     assert isinstance(two, Half)
     if refusal := mismatch(one, two):
         return f"{_name(primary)}, {_name(cheap)}: {refusal}"
-
     layers = [m for layer in (*first, *second) if isinstance(m := layer_at(module, layer), nn.Module)]
     blocks = nn.ModuleList(layers if attention is None else [*layers, module._modules[attention]])  # type: ignore[list-item]
     ids = {id(t) for t in (*blocks.parameters(), *blocks.buffers())}
