@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import operator
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -229,8 +232,16 @@ def squeeze_excite(
     return run(SqueezeExciteArgs(x, *weights, kind, gate_kind(gate)), backend)
 
 
+_CHOICES = {"primary_act", "cheap_act", "act", "gate", "stride", "dilation", "groups"}
+"""Integers that choose what is computed: a symbol in their place, as ``torch.compile(dynamic=True)`` makes of those in a tuple,
+equals no ``Act`` and no ``Gate``."""
+
+
 def run(args: Args, backend: str = "auto") -> Tensor:
     """The op of ``args``: choose a backend, check, call it."""
+    if torch.compiler.is_compiling():
+        chosen: Any = {name: operator.index(getattr(args, name)) for name in args._fields if name in _CHOICES}
+        args = args._replace(**chosen)
     if runs_plain(backend):
         validate(args)
         return reference.run(args)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from typing import Any, cast
 
@@ -173,7 +174,7 @@ class FusedGhostModule(CachesPrograms, nn.Module):
             "_cache": ProgramCache(),
             "_cut": adopted.cut,
             "_watched": adopted.watched,
-            "_layout": Layout.of(module),
+            "_layout": Layout.of(module, read_afresh=adopted.read_afresh),
         }
         if "out_channels" not in module.__dict__:  # else it is the module's own, which its forward may read
             attributes["out_channels"] = adopted.out_channels(module)
@@ -183,14 +184,14 @@ class FusedGhostModule(CachesPrograms, nn.Module):
             kind = FusedAttentionGhostModule
             attributes |= FusedAttentionGhostModule.attributes(module, adopted.attention, adopted.gate_form)
         reason: str | None = ""
-        for order in _ORDERS if adopted.shuffled else (None,):
+        for order in _orders(adopted.out_channels(module)) if adopted.shuffled else (None,):
             fused = make_twin(kind, module, **attributes, _order=order)
             reason = prove(module, fused, adopted.in_channels)
             if reason is None:
                 fused.backend = backend
                 return fused
         assert reason is not None
-        return reason
+        return f"it gives out its maps in an order that no fused module has: {reason}" if adopted.shuffled else reason
 
     def _read(self) -> tuple[ghost.Half, ghost.Half] | str:
         """Both halves as they are now; or why the fused function can't stand for them."""
@@ -214,8 +215,7 @@ class FusedGhostModule(CachesPrograms, nn.Module):
         watched = self.__dict__.get("_watched")
         if watched is None:
             return False
-        by_name = all(isinstance(place, str) for place in self._halves)  # then both halves' layers are read as they are
-        return watched.changed(self) or not (by_name or self.__dict__["_layout"].holds(self))
+        return watched.changed(self) or not self.__dict__["_layout"].holds(self)
 
     def _is_foreign(self, name: str) -> bool:
         """Whether the child of that name has a forward that may do anything: it isn't the kind that it was."""
@@ -261,12 +261,17 @@ class FusedGhostModule(CachesPrograms, nn.Module):
         """The kernel's maps, put into their order by PyTorch."""
         note_others()
         halves = self._read()
-        if isinstance(halves, str) or runs_plain(self.backend):
+        order = self.__dict__["_order"]
+        if (
+            isinstance(halves, str)
+            or runs_plain(self.backend)
+            or (order and math.prod(order) != self._channels(*halves))
+        ):
             module = cast(nn.Module, original(self))
             out = module.forward(x if input_gate is None else _gated(x, input_gate))
         else:
             out = self._run(x, input_gate)
-            out = out.unflatten(1, self.__dict__["_order"]).transpose(1, 2).flatten(1, 2)
+            out = out.unflatten(1, order).transpose(1, 2).flatten(1, 2) if order else out.contiguous()
         return out if output_gate is None and residual is None else _finished(out, output_gate, residual)
 
     def _run(
@@ -353,9 +358,11 @@ class FusedGhostModule(CachesPrograms, nn.Module):
         return f"{text}, ratio={ratio}, act_primary={primary.act.name.lower()}, act_cheap={cheap.act.name.lower()}"
 
 
-_ORDERS = (2, -1), (-1, 2)
-"""Of GSConv's output, as what its channels are taken for before the two are transposed: the first and second half's maps in
-turn, or every second map and then the others."""
+def _orders(channels: int) -> tuple[tuple[int, ...], ...]:
+    """Those that GSConv's output may have, as what its channels are taken for before the two are transposed: the first and
+    second half's maps in turn, or every second map and then the others. Empty where they stay in place, in contiguous memory."""
+    half = channels // 2
+    return ((),) if channels % 2 else ((2, half), (half, 2), ())
 
 
 # torch.fx's symbolic tracing doesn't know which of these are None: the graph asks as it runs

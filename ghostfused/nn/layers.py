@@ -11,14 +11,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
+from ..backends import reference
 from ..functional import conv1x1, depthwise, squeeze_excite
 from ..ops.recording import note_others
 from ..recognize import ghost
 from ..recognize.activations import Known, watch_settings
 from ..recognize.equivalence import substituted
 from ..recognize.trace import Traced, is_fused, is_look, trace
-from ..recognize.watch import Path, Watched, get
-from ..spec import Act, Gate
+from ..recognize.watch import Path, Watched, get, is_wrapper
+from ..spec import Act, Gate, SqueezeExciteArgs
 from ..spec.activations import of_layer
 from ..spec.kernels import COMMON, depthwise_form_refusal
 
@@ -30,27 +31,31 @@ class Layout(NamedTuple):
     """Names and kinds of the children of each module down to the layers, by its path: what a fused module leaps over."""
 
     kinds: dict[Path, dict[str, type]]
+    read_afresh: tuple[str, ...]
+    """Children of the root that aren't leapt over."""
 
     @classmethod
-    def of(cls, module: nn.Module, beside: Collection[Path] = ()) -> Layout:
-        """That of ``module``, but what is inside fused modules and at the paths ``beside``, which run themselves."""
-        return cls(_kinds(module, (), beside))
+    def of(cls, module: nn.Module, beside: Collection[Path] = (), read_afresh: Collection[str] = ()) -> Layout:
+        """That of ``module``, but what is inside fused modules and at the paths ``beside``, which run themselves, and in the
+        children ``read_afresh``."""
+        return cls(_kinds(module, (), {*beside, *((name,) for name in read_afresh)}), tuple(read_afresh))
 
     def holds(self, root: nn.Module) -> bool:
         """Whether nothing has been added, removed or replaced by another kind, and nobody looks on by hooks. Only norms may
         have gone, folded into their convolutions."""
         for path, kinds in self.kinds.items():
+            free = () if path else self.read_afresh
             children: dict[str, nn.Module | None] = get(root, path).__dict__["_modules"]
             for name, child in children.items():
+                if name in free:
+                    continue
                 kind = kinds.get(name)
-                if type(child) is not kind:
-                    nothing = child is None or type(child) is nn.Identity
-                    if not nothing or (kind is not None and (child is None or kind not in ghost.NORMS)):
-                        return False
-                elif child is not None and (ghost.has_hooks(child) or ghost.forward_replaced(child)):
+                if type(child) is not kind and not (type(child) is nn.Identity and kind in ghost.NORMS):
+                    return False
+                if child is not None and (ghost.has_hooks(child) or ghost.forward_replaced(child)):
                     return False
             for name, kind in kinds.items():
-                if name not in children and kind not in ghost.NORMS:
+                if name not in children and kind not in ghost.NORMS and name not in free:
                     return False
         return True
 
@@ -58,10 +63,10 @@ class Layout(NamedTuple):
 def _kinds(module: nn.Module, path: Path, beside: Collection[Path]) -> dict[Path, dict[str, type]]:
     if is_fused(module) or not module._modules or path in beside:
         return {}
-    children = {name: m for name, m in module._modules.items() if m is not None}
-    found = {path: {name: type(m) for name, m in children.items() if type(m) is not nn.Identity}}
-    for name, child in children.items():
-        found |= _kinds(child, (*path, name), beside)
+    found: dict[Path, dict[str, type]] = {path: {name: type(m) for name, m in module._modules.items()}}
+    for name, child in module._modules.items():
+        if child is not None:
+            found |= _kinds(child, (*path, name), beside)
     return found
 
 
@@ -141,6 +146,10 @@ class SqueezeExcite(NamedTuple):
     def __call__(self, root: nn.Module, x: Tensor, backend: str) -> Tensor:
         """The gate, (N, C)."""
         reduce, expand = (get(root, path)._parameters for path in (self.reduce, self.expand))
+        if is_wrapper(reduce["weight"]) or is_wrapper(expand["weight"]):
+            note_others()
+            matrices = reduce["weight"], reduce["bias"], expand["weight"], expand["bias"]
+            return reference.run(SqueezeExciteArgs(x, *matrices, self.act, self.gate))  # type: ignore[arg-type]
         return squeeze_excite(
             x,
             reduce["weight"],  # type: ignore[arg-type]

@@ -20,7 +20,7 @@ from .activations import Activations, Known
 from .graph import Layer, gate_form, halves_of
 from .swap import PACKAGE
 from .trace import is_fused, is_layer, scripted, trace
-from .watch import Path, Watched, get, hides_any
+from .watch import Path, Watched, get, hides_any, is_wrapper
 
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 _HIDDEN = {
@@ -79,6 +79,12 @@ class Adopted(NamedTuple):
     """How: see ``graph.gate_form``."""
     shuffled: bool = False
     """Whether its output has the maps in another order, as GSConv's has."""
+
+    @property
+    def read_afresh(self) -> tuple[str, ...]:
+        """The children of which a fused module reads at each call what they are: its halves, and what makes the gate."""
+        names = tuple(place for place in (self.primary, self.cheap) if isinstance(place, str))
+        return (*(names if len(names) == 2 else ()), *((self.attention,) if self.attention else ()))
 
     def out_channels(self, module: nn.Module) -> int:
         """Of the output of ``module``, as its tensors are."""
@@ -184,6 +190,8 @@ def read_layers(layers: Iterable[nn.Module | Known | None]) -> Half | str:
     if "weight" not in parameters or "bias" not in parameters:  # torch.nn.utils.weight_norm, DataParallel's replicas
         return "Conv2d, whose weight or bias is no parameter of it"
     weight: Tensor = parameters["weight"]  # type: ignore[assignment]
+    if is_wrapper(weight):
+        return f"Conv2d, whose weight is a {type(weight).__name__}"
     return Half(conv, weight, parameters["bias"], norm, Act.NONE if act is None else act, slope, batch_norm)
 
 
@@ -239,14 +247,8 @@ _METHODS = {name for name, value in vars(nn.Module).items() if inspect.isfunctio
 
 
 _COPIES = {
-    "__deepcopy__",
-    "__copy__",
-    "__reduce__",
-    "__reduce_ex__",
-    "__getnewargs__",
-    "__getnewargs_ex__",
-    "__getstate__",
-}
+    "__deepcopy__", "__copy__", "__reduce__", "__reduce_ex__", "__getnewargs__", "__getnewargs_ex__", "__getstate__",
+}  # fmt: skip
 
 
 def unusual(module: nn.Module) -> str | None:
@@ -287,7 +289,7 @@ def read(module: nn.Module) -> Adopted | str:
     if isinstance(traced, str):
         return traced if reason is None else f"{reason}; {traced}"
     traced.watched.update(own.watched)
-    chains = halves_of(traced, attention, own.acts)
+    chains = halves_of(traced, module, attention, own.acts)
     if isinstance(chains, str):
         return reason or chains
     first, second, cut, shuffled = chains
@@ -304,7 +306,6 @@ def read(module: nn.Module) -> Adopted | str:
     assert isinstance(two, Half)
     if refusal := mismatch(one, two):
         return f"{_name(primary)}, {_name(cheap)}: {refusal}"
-
     layers = [m for layer in (*first, *second) if isinstance(m := layer_at(module, layer), nn.Module)]
     blocks = nn.ModuleList(layers if attention is None else [*layers, module._modules[attention]])  # type: ignore[list-item]
     ids = {id(t) for t in (*blocks.parameters(), *blocks.buffers())}

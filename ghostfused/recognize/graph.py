@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import operator
-from typing import cast
+from collections.abc import Collection
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import fx
+from torch import fx, nn
 
 from ..spec import Act
-from .activations import called
+from .activations import called, watch_settings
 from .trace import Traced, is_look, more_than_one_tensor, shown
-from .watch import Path
+from .watch import Path, get
 
 Layer = Path | tuple[Path, Act] | Act
 """Where a layer is; with the activation that somebody's own layer computes; or an activation that is no layer."""
@@ -23,18 +24,44 @@ _REARRANGES = (
     torch.reshape, torch.permute, torch.transpose, torch.swapaxes, torch.flatten, torch.chunk, torch.unbind, torch.stack,
     torch.channel_shuffle, F.channel_shuffle, *_CAT,
 )  # fmt: skip
+_MOVING = (nn.ChannelShuffle, nn.Flatten, nn.Unflatten)
+"""Layers that do the same."""
 _GATING = (F.avg_pool2d, torch.sigmoid, F.sigmoid, F.interpolate, operator.mul, operator.imul, torch.mul)
 
 
+def _without(traced: Traced, nothing: Collection[str]) -> Traced:
+    """The same but the calls of the layers ``nothing``, which give out what they are given."""
+    nodes: list[fx.Node] = []
+    given: dict[Any, Any] = {}
+    for node in traced.nodes:
+        argument = node.args[0] if len(node.args) == 1 and not node.kwargs else None
+        if node.op == "call_module" and node.target in nothing and isinstance(argument, fx.Node):
+            node.args = ()
+            node.replace_all_uses_with(argument)
+            given[node] = argument
+        else:
+            nodes.append(node)
+    return traced._replace(nodes=nodes, result=fx.node.map_aggregate(traced.result, lambda n: given.get(n, n)))
+
+
 def halves_of(
-    traced: Traced, attention: str | None, acts: dict[Path, Act]
+    traced: Traced, root: nn.Module, attention: str | None, acts: dict[Path, Act]
 ) -> tuple[tuple[Layer, ...], tuple[Layer, ...], int | None, bool] | str:
     """The layers of both halves, in the order they run, where the output is cut, and whether its numbers change places
-    after that; or why it isn't such."""
+    after that; or why ``root``, of which the graph is, isn't such."""
+    layers = {
+        str(node.target): get(root, tuple(str(node.target).split(".")))
+        for node in traced.nodes
+        if node.op == "call_module"
+    }
+    traced = _without(traced, {name for name, layer in layers.items() if type(layer) is nn.Identity})
+    moving = {name for name, layer in layers.items() if isinstance(layer, _MOVING)}
+    for name in moving:
+        watch_settings(layers[name], tuple(name.split(".")), traced.watched)
     if reason := more_than_one_tensor(traced):
         return reason
     cats = [node for node in traced.nodes if node.op == "call_function" and node.target in _CAT]
-    rearranged = _rearranged(traced, cats[0]) if cats else set()
+    rearranged = _rearranged(traced, cats[0], moving) if cats else set()
     if not rearranged.issuperset(cats[1:]):
         return "it concatenates more than once"
     given = cats[0].args[0] if cats and cats[0].args else None
@@ -74,12 +101,13 @@ def halves_of(
     return places[0], places[1], cuts[0] if cuts else None, bool(rearranged)
 
 
-def _rearranged(traced: Traced, cat: fx.Node) -> set[fx.Node]:
+def _rearranged(traced: Traced, cat: fx.Node, moving: Collection[str]) -> set[fx.Node]:
     """The steps that only move the numbers of ``cat``, such as GSConv's shuffle; the proof tells whether it is that one."""
     found, start = set[fx.Node](), {cat, *(user for user in cat.users if _cut_of(user))}
     for node in traced.nodes:
         tensors = {given for given in node.all_input_nodes if not is_look(given)}
-        if _moves(node) and tensors and tensors <= start | found and node not in start and not is_look(node):
+        moves = node.target in moving if node.op == "call_module" else _moves(node)
+        if moves and tensors and tensors <= start | found and node not in start and not is_look(node):
             found.add(node)
     return found
 

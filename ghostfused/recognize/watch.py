@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..spec.kernels import constant_to_dynamo
 
@@ -42,6 +43,11 @@ def hides_any(module: nn.Module, names: frozenset[str]) -> bool:
     ):  # torch 2.11's Dynamo looks a name up in that dictionary, but doesn't go through it
         return any(name in module.__dict__ for name in names)
     return not names.isdisjoint(module.__dict__)
+
+
+def is_wrapper(t: Any) -> bool:
+    """Whether ``t`` stands for other tensors, such as quantized ones, and knows what to do of the layers of PyTorch alone."""
+    return type(t) is not nn.Parameter and is_traceable_wrapper_subclass(t)
 
 
 class Absent:

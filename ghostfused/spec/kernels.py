@@ -88,7 +88,8 @@ def form_refusal(args: GhostArgs, takes: Takes) -> str | None:
 
 def depthwise_form_refusal(kernel: tuple[int, ...], stride: int, takes: Takes) -> str | None:
     """As ``form_refusal``, for a depthwise convolution."""
-    if kernel not in takes.depthwise:
+    # not ``in``: torch.compile would reason about all pairs at once, for minutes, where the sizes are symbols
+    if not any(kernel[0] == h and kernel[1] == w for h, w in takes.depthwise):
         return f"a {kernel[0]}×{kernel[1]} depthwise conv (the kernels take {takes.depthwise})"
     if stride not in takes.depthwise_strides:
         return f"stride {stride} (the kernels take {takes.depthwise_strides})"

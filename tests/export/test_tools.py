@@ -55,6 +55,22 @@ class LinearSE(nn.Module):
         return x * self.fc(x.mean((2, 3)))[:, :, None, None]
 
 
+def test_torchao_quantizes_1x1_convolutions():
+    """Of a squeeze-and-excite, a shortcut and the halves: tensors that know conv2d and next to nothing else."""
+    quantization = pytest.importorskip("torchao.quantization")
+    blocks = paper.GhostBottleneck(6, 32, 8, se_ratio=0.25), paper.GhostModule(8, 8)
+    model = calibrate(nn.Sequential(*blocks), torch.randn(4, 6, 9, 8))
+    assert isinstance(fuse(model)[0], FusedGhostBottleneck)
+
+    def tool(m, x):
+        thrice(m, x)
+        config = quantization.IntxWeightOnlyConfig()
+        quantization.quantize_(m, config, lambda m, name: isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1))
+        return thrice(m, x)
+
+    assert_alike(tool, model, torch.randn(2, 6, 9, 8))
+
+
 def test_torch_pruning_makes_layers_smaller():
     pruning = pytest.importorskip("torch_pruning")
 

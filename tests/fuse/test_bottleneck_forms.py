@@ -252,3 +252,35 @@ def test_a_first_step_that_may_change_its_input_is_named():
     x = torch.randn(2, 6, 9, 8)
     with torch.no_grad():
         torch.testing.assert_close(fused(x.clone()), model(x.clone()), rtol=1e-3, atol=1e-4)
+
+
+class EndsInNothing(Bottleneck):
+    """As where DropPath has a probability of nought."""
+
+    def __init__(self):
+        super().__init__(paper.GhostModule(6, 12), paper.GhostModule(12, 6, relu=False))
+        self.drop = nn.Identity()
+
+    def forward(self, x):
+        return self.drop(self.ghost2(self.ghost1(x))) + self.shortcut(x)
+
+
+@pytest.mark.parametrize("change", ["hook", "pre_hook", "forward", "layer"])
+def test_something_in_place_of_nothing(change):
+    model = calibrate(nn.Sequential(EndsInNothing()), torch.randn(4, 6, 9, 8))
+    fused = fuse(model)
+    assert isinstance(fused[0], FusedGhostBottleneck)
+    x = torch.randn(2, 6, 9, 8)
+    with torch.no_grad():
+        fused(x)
+        for each in (model, fused):
+            drop = each[0].drop
+            {
+                "hook": lambda drop: drop.register_forward_hook(lambda module, args, out: 3 * out),
+                "pre_hook": lambda drop: drop.register_forward_pre_hook(lambda module, args: args[0] + 2),
+                "forward": lambda drop: setattr(drop, "forward", torch.neg),
+                "layer": lambda drop, each=each: setattr(each[0], "drop", nn.Tanh()),
+            }[change](drop)
+        for _ in range(2):
+            assert_same(fused(x), model, x)
+    assert_same(fused(x), model, x)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.fuzz.trials import compare, infer
+from tests.fuzz.trials import _across_a_kink, compare, infer
 
 
 class Scaled(nn.Module):
@@ -70,3 +70,24 @@ def test_what_is_finite_stays_so():
     for wrong in (math.nan, math.inf, -math.inf, 760.0):
         with pytest.raises(AssertionError, match="errors"):
             judge(1.0, given(3.0), wrong)
+
+
+class Step(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(10.0))
+
+    def forward(self, x):
+        return (x * self.weight > 1).to(x)
+
+
+@pytest.mark.parametrize("units", [1, 40])
+def test_a_kink(units):
+    """The twin is on the other side of the step for a number that is so many units of rounding from it."""
+    model, x = Step(), torch.randn(2, 3, 4, 4)
+    x[0, 0, 0, 0] = 0.1 * (1 + units * 2**-24)
+    with torch.no_grad():
+        out = model.double()(x.double()).float()
+    assert _across_a_kink(infer, model.float(), x, [out], [2**-22])
+    out[0, 0, 0, 0] = 1 - out[0, 0, 0, 0]
+    assert _across_a_kink(infer, model, x, [out], [2**-22]) == (units == 1)

@@ -7,7 +7,7 @@ import torch
 from networks import assert_same
 from torch import nn
 
-from ghostfused import FusedGhostModule, capture, fuse, unfuse
+from ghostfused import FusedGhostModule, capture, fuse, fuse_with_report, unfuse
 from ghostfused.cli.verify import calibrate
 
 
@@ -55,7 +55,36 @@ class Function(GSConv):
         return torch.channel_shuffle(self.maps(x), 2)
 
 
-FORMS = [GSConv, Exported, Function]
+class Child(GSConv):
+    def __init__(self, cin, cout, act=nn.Mish, shuffle=lambda cout: nn.ChannelShuffle(2)):
+        super().__init__(cin, cout, act)
+        self.shuffle = shuffle(cout)
+
+    def forward(self, x):
+        return self.shuffle(self.maps(x))
+
+
+class Nested(Child):
+    def __init__(self, cin, cout, act=nn.Mish):
+        super().__init__(cin, cout, act, lambda cout: nn.Sequential(nn.Identity(), nn.ChannelShuffle(cout // 2)))
+
+
+class Layers(Child):
+    def __init__(self, cin, cout, act=nn.Mish):
+        super().__init__(cin, cout, act, lambda cout: nn.Unflatten(1, (2, cout // 2)))
+
+    def forward(self, x):
+        return super().forward(x).transpose(1, 2).flatten(1, 2)
+
+
+class Contiguous(GSConv):
+    """Not shuffled, but without channels_last."""
+
+    def forward(self, x):
+        return self.maps(x).contiguous()
+
+
+FORMS = [GSConv, Exported, Function, Child, Nested, Layers, Contiguous]
 
 
 def made(form, act=nn.Mish):
@@ -74,7 +103,9 @@ def test_inference_and_copies(form, act):
         for each in (fused, copy.deepcopy(fused), fuse(fused), fused[:]):
             for given in (x, x, x[:, :, :5], x.to(memory_format=torch.channels_last)):
                 assert_same(each(given), model, given)
-        if form is Function:  # PyTorch can't reshape the others' maps of no image
+        if form is Contiguous:
+            assert fused(x.to(memory_format=torch.channels_last)).is_contiguous()
+        if form not in (GSConv, Exported):  # PyTorch can't reshape the others' maps of no image
             assert fused(x[:0]).shape == model(x[:0]).shape
         assert type(unfuse(fused)[0]) is form
         torch.testing.assert_close(unfuse(fused)(x), model(x), rtol=0, atol=0)
@@ -111,3 +142,51 @@ def test_changes_take_effect(form):
         for each in (model, fused):
             each[0].cv1, each[0].cv2 = depthwise, nn.Identity()
         assert_same(fused(x), model, x)
+
+
+CHANGES = {
+    "groups": lambda m: setattr(m.shuffle[1], "groups", 3),
+    "hook": lambda m: m.shuffle[1].register_forward_hook(lambda module, args, out: 2 * out),
+    "hook on what does nothing": lambda m: m.shuffle[0].register_forward_hook(lambda module, args, out: 2 * out),
+    "hook around": lambda m: m.shuffle.register_forward_hook(lambda module, args, out: 2 * out),
+    "another": lambda m: setattr(m, "shuffle", nn.ReLU()),
+    "another for what does nothing": lambda m: m.shuffle.__setitem__(0, nn.ReLU()),
+    "one more": lambda m: m.shuffle.append(nn.Tanh()),
+    "none": lambda m: setattr(m, "shuffle", nn.Sequential()),
+    "forward": lambda m: setattr(m.shuffle[1], "forward", torch.neg),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("copied", [False, True])
+def test_what_shuffles_is_changed(change, copied):
+    model, fused, x = made(Nested)
+    with torch.no_grad():
+        fused(x)
+        fused = copy.deepcopy(fused) if copied else fused
+        for each in (model, fused):
+            CHANGES[change](each[0])
+        assert_same(fused(x), model, x)
+    assert_same(fused(x), model, x)
+
+
+def test_pruned():
+    """A shuffle in groups of a number that is written down: of fewer maps it is another one."""
+    model, fused, x = made(Nested)
+    for each in (model, fused):
+        for half, groups in ((each[0].cv1, 1), (each[0].cv2, 3)):
+            old = half.conv
+            half.conv = nn.Conv2d(
+                6 if groups == 1 else 3, 3, old.kernel_size, padding=old.padding, groups=groups, bias=False
+            )
+            half.conv.weight.data = old.weight.data[:3].clone()
+            half.bn = nn.BatchNorm2d(3).eval()
+    with torch.no_grad():
+        assert_same(fused[0](x), model[0], x)
+
+
+def test_no_known_order():
+    model = nn.Sequential(Child(6, 12, shuffle=lambda cout: nn.ChannelShuffle(3))).eval()
+    _, (swap,) = fuse_with_report(model)
+    assert not swap.fused
+    assert swap.reason.startswith("it gives out its maps in an order that no fused module has")

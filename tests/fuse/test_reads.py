@@ -287,3 +287,31 @@ def test_timms_own_attributes():
                 continue
             for _ in range(2):
                 torch.testing.assert_close(two(x), expected, rtol=1e-3, atol=1e-4)
+
+
+class GhostOfItsChildren(nn.Module):
+    def __init__(self):
+        super().__init__()
+        ghost = paper.GhostModule(6, 12)
+        self.primary_conv, self.cheap_operation = ghost.primary_conv, ghost.cheap_operation
+
+    def forward(self, x):
+        maps = [x]
+        for child in self.children():
+            maps.append(child(maps[-1]))
+        return torch.cat(maps[1:], 1)
+
+
+@pytest.mark.parametrize("child", [nn.Tanh, nn.Identity, lambda: nn.Conv2d(6, 3, 1)])
+def test_one_more_child_of_a_ghost_module(child):
+    model = calibrate(nn.Sequential(GhostOfItsChildren()), torch.randn(4, 6, 9, 8))
+    fused = fuse(model)
+    assert isinstance(fused[0], FusedGhostModule)
+    x, added = torch.randn(2, 6, 9, 8), child()
+    with torch.no_grad():
+        fused(x)
+        for each in (model, fused):
+            each[0].further = added
+        for _ in range(2):
+            assert_same(fused(x), model, x)
+    assert_same(fused(x), model, x)

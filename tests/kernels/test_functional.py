@@ -10,7 +10,7 @@ from ghostfused import Act, BatchNorm, functional, ghost_module
 from ghostfused.backends import reference
 from ghostfused.numerics import relative_error
 from ghostfused.ops.autograd import call
-from ghostfused.spec import TENSORS, GhostArgs
+from ghostfused.spec import TENSORS, DepthwiseArgs, Gate, GhostArgs, SqueezeExciteArgs
 from ghostfused.testing import Case, convert, judge, make_args
 
 NORMS = ["bn", "bias", "bn+bias", "bn_no_affine", "none"]
@@ -291,3 +291,26 @@ def test_bad_input_is_explained(changes, error, message):
 def test_convert_keeps_values():
     args = make_args(Case(dtype=torch.float16))
     assert all(a is None or a.dtype == torch.float64 for a in convert(args, torch.float64)[: len(TENSORS)])
+
+
+def closed_over(make, *arguments):
+    """``functional.run`` of what a tuple in a function's cell holds: its integers are symbols where sizes are dynamic."""
+    return lambda x: functional.run(make(x, *arguments))
+
+
+@pytest.mark.parametrize("numbers", range(4))
+@pytest.mark.parametrize("kind", [SqueezeExciteArgs, DepthwiseArgs])
+def test_compiled_with_symbols_in_place_of_integers(kind, numbers):
+    """A symbol equals no ``Gate``, and for a pair of them among five PyTorch thinks for longer than anybody waits."""
+    act = [Act.RELU, Act.HARDSWISH, Act.SILU, Act.RELU6][numbers]
+    if kind is SqueezeExciteArgs:
+        gate = [Gate.SIGMOID, Gate.HARDSIGMOID, Gate.RELU6, Gate.HARDSIGMOID][numbers]
+        run = closed_over(kind, torch.randn(4, 6), None, torch.randn(6, 4), None, int(act), int(gate))
+    else:
+        kh, kw, stride = [(3, 3, 1), (5, 5, 2), (1, 5, 1), (3, 3, 2)][numbers]
+        run = closed_over(kind, torch.randn(6, 1, kh, kw), *[None] * 6, 1e-5, int(act), 0.01, stride)
+    torch._dynamo.reset()
+    compiled = torch.compile(run, dynamic=True, fullgraph=True, backend="aot_eager")
+    for size in ((2, 6, 9, 8), (3, 6, 5, 8)):
+        x = torch.randn(size)
+        torch.testing.assert_close(compiled(x), run(x))
