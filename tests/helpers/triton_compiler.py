@@ -41,6 +41,15 @@ def spilled(cubin: bytes, tmp_path: Path) -> int:
     return int(stack) + int(local)
 
 
+def in_short_runs(plan: dict[str, Any]) -> dict[str, Any]:
+    """``plan`` with runs of at most 64 pixels, or one row, so that each program has neighbours whose halos overlap its run."""
+    pixels, patch_h = plan["H"] * plan["W"], plan["PATCH_H"]
+    if patch_h is None:
+        return plan | {"run": 64 if pixels > 128 else 32}
+    rows = max(1, min(64 // plan["W"], plan["H"] - 1))
+    return plan | {"run": rows * plan["W"], "PATCH_H": min(patch_h, rows)}
+
+
 def launch_on_cpu(compiled_on_cpu: Callable, kernel: Any, programs: int, kwargs: dict[str, Any]) -> None:
     """Runs ``kernel[programs,](**kwargs)``, compiled, on CPU tensors: with blocks and threads in three orders, which must
     leave the same bits in every tensor.

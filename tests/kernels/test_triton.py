@@ -49,12 +49,24 @@ def test_one_launch_and_two(monkeypatch):
         launches.clear()
 
 
-@each_layout
 @pytest.mark.parametrize("run", [16, 32, 48, 112])
-def test_runs_shorter_than_the_halo(run, layout, monkeypatch):
+def test_runs_shorter_than_the_halo(run, monkeypatch):
     blocks = triton.blocks
     monkeypatch.setattr(triton, "blocks", lambda *args: blocks(*args) | {"run": run})
-    TRITON.check(Case(height=9, width=29, dw_size=5, layout=layout, batch=1))
+    TRITON.check(Case(height=9, width=29, dw_size=5, layout="nchw", batch=1))
+
+
+@pytest.mark.parametrize("width", [5, 29])
+@pytest.mark.parametrize("rows", [1, 2, 4, 9])
+@pytest.mark.parametrize("patch", [(1, 1, 1), (2, 3, 2), (4, 5, 4)], ids=str)
+def test_patches_that_divide_nothing(patch, rows, width, monkeypatch):
+    """The last runs, and the last patches of a run and of a row, move back over their neighbours."""
+    blocks, (patch_h, *rest) = triton.blocks, patch
+    own = dict(zip(("PATCH_H", "PATCH_W", "VECTOR"), (min(patch_h, rows), *rest), strict=True)) | {"run": rows * width}
+    monkeypatch.setattr(triton, "blocks", lambda *args: blocks(*args) | own)
+    TRITON.check(
+        Case(1, 6, 9, width, 20, dw_size=5, layout="nhwc"), Case(1, 6, 9, width, 27, 3, layout="nhwc", residual=True)
+    )
 
 
 @pytest.mark.parametrize("units", [1, 2, 64, 5000])

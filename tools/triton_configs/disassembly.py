@@ -45,10 +45,11 @@ class Sass:
         """Instructions by kind that one thread issues, "total" among them.
 
         ``trips``: for each outermost loop in order, how often it runs and, where it has one, how often the loop
-        inside runs. What lies outside the loops, out-of-line subroutines included, counts once.
+        inside runs. What lies outside the loops, out-of-line subroutines included, counts once; so does what the compiler made
+        of an inner loop that it unrolled.
 
         Raises:
-            ValueError: the code has other loops than ``trips`` says (the compiler unrolled or split one).
+            ValueError: the code has other loops than ``trips`` says (the compiler split one).
         """
         weights: list[tuple[Loop, float]] = []
 
@@ -57,7 +58,7 @@ class Sass:
                 raise ValueError(f"{len(loops)} loops side by side, expected {len(nests)}")
             for loop, (n, *inner) in zip(loops, nests, strict=True):
                 weights.append((loop, outer * n))
-                weigh(loop.inner, [inner] if inner else [], outer * n)
+                weigh(loop.inner, [inner] if inner and loop.inner else [], outer * n)
 
         weigh(self.loops(), trips, 1)
         out: dict[str, float] = collections.defaultdict(float)

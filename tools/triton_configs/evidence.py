@@ -69,15 +69,13 @@ def trip_counts(args: GhostArgs, plan: dict[str, Any]) -> list[list[float]]:
     return trips
 
 
-def measure(
-    args: GhostArgs, target: str, primary: bool = True, cheap: bool = True, choice: backend.Choice | None = None
-) -> dict[str, Any]:
+def measure(args: GhostArgs, target: str, primary: bool, cheap: bool, choice: backend.Choice) -> dict[str, Any]:
     """The evidence on one kernel: ``ghost_kernel`` for ``args`` with both steps or one."""
     out = args.new_output()
     plan = backend.plan(args, out, out, primary, cheap, choice)
     compiled = compile_launch(plan, target)
     sass = disassemble(compiled.asm["cubin"])
-    programs = args.x.shape[0] * -(-plan["H"] * plan["W"] // plan["run"]) * -(-args.init_channels // plan["BLOCK_N"])
+    programs = backend.programs(plan, args.x.shape[0])
     scale = programs * NUM_WARPS * 32 / (out.numel() * out.element_size())
     counts = sass.counts(trip_counts(args, plan))
     blocks = {k: plan[k] for k in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_P", "BLOCK_C", "run")}

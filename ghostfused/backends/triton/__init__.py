@@ -100,7 +100,7 @@ def plan(
         gate_sn=gs[0], gate_sc=gs[1], gate_sh=gs[2], gate_sw=gs[3],
         PRIMARY=primary, CHEAP=cheap, RATIO=a.ratio, DW_SIZE=a.dw_size, PRIMARY_ACT=a.primary_act, CHEAP_ACT=a.cheap_act,
         NHWC=nhwc, **x_strides(a.x), RESIDUAL_LIKE_OUT=a.residual is not None and rs == out.stride(),
-        CIN_ALIGN=align(cin), CP_ALIGN=align(a.init_channels), OUT_ALIGN=align(a.out_channels), HW_ALIGN=align(h * w),
+        HW_ALIGN=align(h * w),
         INDEX_64=longest >= 2**31, PRECISION="tf32" if a.allow_tf32 else "ieee", **blocks(a, nhwc, primary, cheap, choice),
     )  # fmt: skip
 
@@ -117,8 +117,12 @@ def launch(
     from .kernels import ghost_kernel
 
     kwargs = plan(args, out, x1, primary, cheap, choice)
-    runs = -(-args.x.shape[2] * args.x.shape[3] // kwargs["run"])
-    run(ghost_kernel, args.x.shape[0] * runs * -(-args.init_channels // kwargs["BLOCK_N"]), kwargs, args.x.device)
+    run(ghost_kernel, programs(kwargs, args.x.shape[0]), kwargs, args.x.device)
+
+
+def programs(plan: dict[str, Any], images: int) -> int:
+    """How many a launch of ``plan`` has."""
+    return images * -(-plan["H"] * plan["W"] // plan["run"]) * -(-plan["Cp"] // plan["WIDTH"])
 
 
 def _ghost_module(args: GhostArgs) -> Tensor:

@@ -36,7 +36,9 @@ def _activate(y, channel, mask, act, ACT: tl.constexpr):
         y = tl.where(y > 0.0, y, y * negative_slope)
     elif ACT == PRELU:
         slope = tl.load(slope_ptr + channel * slope_stride, mask=mask, other=0.0).to(tl.float32)
-        y = tl.where(y > 0.0, y, y * slope[None, :])
+        if len(channel.shape) == 1:
+            slope = slope[None, :]
+        y = tl.where(y > 0.0, y, y * slope)
     elif ACT == GELU:
         y = y * _normal_cdf(y)
     elif ACT == GELU_TANH:

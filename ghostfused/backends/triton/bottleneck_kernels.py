@@ -5,7 +5,7 @@
 matrix is cut into the blocks that take the means: each multiplies its own means at once, so that neither matrix is read
 more than once for a group of images, and no block waits for another. The second launch adds up those parts, in one order.
 
-Conventions are those of ``triton_kernels.py``.
+Conventions are those of ``device.py``.
 """
 
 # device code, of which mypy knows nothing
@@ -16,7 +16,7 @@ import triton.language as tl
 
 from ...spec import Gate
 from .activations import NAN, _activate
-from .kernels import _multiple, _offset, _pixel_offset, _round, _scale_shift, _sum_products, _wide
+from .device import _multiple, _offset, _pixel_offset, _round, _scale_shift, _sum_products, _wide
 
 SIGMOID = tl.constexpr(int(Gate.SIGMOID))
 HARDSIGMOID = tl.constexpr(int(Gate.HARDSIGMOID))

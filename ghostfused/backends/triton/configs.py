@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...spec import GhostArgs
+from .launch import align
+from .patch_plan import plan_patches
 
 PATH = Path(__file__).with_suffix(".json")
 NUM_WARPS = 4
@@ -83,9 +85,13 @@ def run_length(pixels: int, halo: int, units: int, step: int) -> int:
 
 
 def blocks(
-    args: GhostArgs, nhwc: bool, primary: bool = True, cheap: bool = True, choice: tuple[Primary, Cheap] | None = None
-) -> dict[str, Any]:
-    """The launch constants of both steps in one kernel, or of one step in its own; ``choice`` replaces the table's."""
+    args: GhostArgs, nhwc: bool, primary: bool = True, cheap: bool = True, choice: tuple[Primary, Cheap] | None = None,
+    patches: bool = True,
+) -> dict[str, Any]:  # fmt: skip
+    """The launch constants of both steps in one kernel, or of one step in its own; ``choice`` replaces the table's.
+
+    In channels_last the depthwise conv goes by patches, unless there is a choice or ``patches`` says no.
+    """
     n, cin, h, w = args.x.shape
     cp, pixels, itemsize = args.init_channels, h * w, args.x.element_size()
     if choice is None:
@@ -98,7 +104,14 @@ def blocks(
     block_n = p.BLOCK_N if primary else c.BLOCK_C
     step = c.BLOCK_P if cheap else p.BLOCK_M
     halo = args.dw_size // 2 * (w + 1) if primary and cheap else 0
-    return dict(
-        p._asdict(), BLOCK_N=block_n, BLOCK_P=c.BLOCK_P, BLOCK_C=min(c.BLOCK_C, block_n),
-        ONE_K=cin <= p.BLOCK_K, num_warps=NUM_WARPS, run=run_length(pixels, halo, n * -(-cp // block_n), step),
-    )  # fmt: skip
+    common = dict(p._asdict(), BLOCK_N=block_n, ONE_K=cin <= p.BLOCK_K)
+    if nhwc and cheap and choice is None and patches:
+        m = plan_patches(
+            n, h, w, cin, cp, align(cp, args.out_channels), itemsize, args.dw_size, (p.BLOCK_M, block_n, p.BLOCK_K), primary
+        )  # fmt: skip
+        return common | dict(m._asdict(), run=m.rows * w, LANES=32 * m.num_warps, BLOCK_P=None, BLOCK_C=None)
+    return common | {
+        "WIDTH": block_n, "BLOCK_P": c.BLOCK_P, "BLOCK_C": min(c.BLOCK_C, block_n), "num_warps": NUM_WARPS,
+        "run": run_length(pixels, halo, n * -(-cp // block_n), step),
+        "PATCH_H": None, "PATCH_W": None, "VECTOR": None, "LANES": None,
+    }  # fmt: skip

@@ -1,10 +1,11 @@
 """The Triton kernels: the whole Ghost module in one launch, or in two for comparison. Device code only.
 
-A program owns one image, a run of consecutive pixels and a block of init channels. It goes in two steps.
+A program owns one image, a run of consecutive pixels and WIDTH init channels. It goes in two steps.
 
 ``_primary_run``: x1 = act(norm(1×1 conv of x)) for the run *and its halo*, the pixels that the depthwise conv
 reaches from the run, stored to global memory.
-``_cheap_run``: after a barrier, x2 = act(norm(depthwise conv of x1)) for the run, from shifted loads of x1.
+After a barrier, x2 = act(norm(depthwise conv of x1)) for the run: in channels_last by ``_cheap_patches`` (patches.py), whose
+runs are whole rows, otherwise by ``_cheap_run``, from shifted loads of x1.
 
 So x1 makes a round trip through the output, of which it is the first half; the loads hit L1 or L2. Halo pixels
 belong to a neighbour's run and are stored by the neighbour as well. That race is benign: a pixel's value does not
@@ -14,8 +15,7 @@ program reads only what it stored itself before its own barrier. Within a progra
 Triton emits a workgroup fence on either side of ``s_barrier``. With a gate or a residual the output's first half is no
 longer x1, which then goes to a scratch buffer; or nowhere, if there are no ghosts to make of it.
 
-Pixels are flat indices, p = h * W + w. Maps are either NCHW or NHWC (channels_last); ``*_ALIGN`` are the powers of
-two that divide a tensor's sizes and strides, without which Triton could not prove that wide accesses are aligned.
+Channels are constants: a module has one number of each, and offsets become immediates. Sizes of maps are not.
 """
 
 # device code, of which mypy knows nothing
@@ -23,145 +23,24 @@ two that divide a tensor's sizes and strides, without which Triton could not pro
 
 import triton
 import triton.language as tl
-from triton import knobs
 
 from .activations import _activate
-
-INTERPRETED = tl.constexpr(knobs.runtime.interpret)
-BFLOAT16 = tl.constexpr(tl.bfloat16)
-
-
-@triton.jit
-def _multiple(size, ALIGN: tl.constexpr):
-    """size, written so that the compiler sees a multiple of ALIGN (tl.multiple_of is lost on a kernel's argument)."""
-    return size // ALIGN * ALIGN
-
-
-@triton.jit
-def _wide(size):
-    return size.to(tl.int64)
-
-
-@triton.jit
-def _round(y, DTYPE: tl.constexpr):
-    """y (float32) in DTYPE."""
-    if INTERPRETED and DTYPE == BFLOAT16:  # the interpreter would cut the lower bits off
-        bits = y.to(tl.uint32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        y = tl.where(y == y, bits.to(tl.float32, bitcast=True), y)
-    return y.to(DTYPE)
-
-
-@triton.jit
-def _sum_products(a, b, mask, axis: tl.constexpr):
-    """The sum of a * b where ``mask`` holds.
-
-    The select comes after the product, and so keeps the compiler from fusing it with the reduction's first addition: each of
-    two threads would round the other's product and not its own, and what is stored would depend on which of them stores.
-    """
-    return tl.sum(tl.where(mask, a * b, 0.0), axis)
-
-
-@triton.jit
-def _rsqrt(x):
-    y = tl.rsqrt(x)
-    return y + y * (0.5 - 0.5 * x * y * y)  # Newton: the hardware's rsqrt is off by an ulp or two
-
-
-@triton.jit
-def _scale_shift(norm, channel, mask):
-    """(scale, shift) with norm(y + bias) = y * scale + shift, from the raw parameters: nothing cached, nothing stale."""
-    bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps = norm
-    scale = tl.full(channel.shape, 1.0, tl.float32)
-    shift = tl.zeros(channel.shape, tl.float32)
-    if mean_ptr is not None:
-        var = tl.load(var_ptr + channel, mask=mask, other=1.0).to(tl.float32) + eps
-        scale = _rsqrt(var)
-        if gamma_ptr is not None:
-            scale *= tl.load(gamma_ptr + channel, mask=mask, other=0.0).to(tl.float32)
-        shift -= tl.load(mean_ptr + channel, mask=mask, other=0.0).to(tl.float32) * scale
-        if beta_ptr is not None:
-            shift += tl.load(beta_ptr + channel, mask=mask, other=0.0).to(tl.float32)
-    if bias_ptr is not None:
-        shift += tl.load(bias_ptr + channel, mask=mask, other=0.0).to(tl.float32) * scale
-    return scale, shift
-
-
-@triton.jit
-def _pixel_offset(p, W, stride_h, stride_w):
-    """The offset of flat pixel p; stride_h is None if rows follow each other without a gap."""
-    if stride_h is None:
-        return p * stride_w
-    else:
-        return p // W * stride_h + p % W * stride_w
-
-
-@triton.jit
-def _offset(p, c, HW, channels, NHWC: tl.constexpr):
-    """The offset of pixels p × channels c in an image of a contiguous or channels_last tensor."""
-    if NHWC:
-        return p[:, None] * channels + c[None, :]
-    else:
-        return c[None, :] * HW + p[:, None]
-
-
-@triton.jit
-def _gate(p, c, mask, W, gate):
-    """The output gate at pixels p × channels c."""
-    gate_ptr, gate_h, gate_w, scale_h, scale_w, gate_sc, gate_sh, gate_sw = gate
-    # the index rule of F.interpolate(mode="nearest"), in float32 as there
-    h = tl.minimum(((p // W).to(tl.float32) * scale_h).to(tl.int32), gate_h - 1)
-    w = tl.minimum(((p % W).to(tl.float32) * scale_w).to(tl.int32), gate_w - 1)
-    at = (h.to(p.dtype) * gate_sh + w.to(p.dtype) * gate_sw)[:, None] + (c * gate_sc)[None, :]
-    return tl.load(gate_ptr + at, mask=mask, other=0.0).to(tl.float32)
-
-
-# Arguments that belong together travel as tuples: norm, act, size, x1, residual and gate are packed in ghost_kernel.
-@triton.jit
-def _store(y, p, c, mask, size, out, residual, gate, NHWC: tl.constexpr):
-    """out = y * upsample(gate) + residual for a tile y (pixels, channels)."""
-    HW, W, out_channels = size
-    offset = _offset(p, c, HW, out_channels, NHWC)
-    if gate[0] is not None:
-        y *= _gate(p, c, mask, W, gate)
-    residual_ptr, residual_sc, residual_sh, residual_sw = residual
-    if residual_ptr is not None:
-        if residual_sc is None:  # of the output's strides
-            at = offset
-        else:
-            at = _pixel_offset(p, W, residual_sh, residual_sw)[:, None] + (c * residual_sc)[None, :]
-        y += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + offset, _round(y, out.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _dot(acc, x, x_pixel, p_mask, weight_row, c_mask, k, Cin, input_gate, PRECISION: tl.constexpr):
-    """acc + (x * input_gate) @ weight over the input channels k."""
-    x_ptr, stride_c = x
-    k_mask = k < Cin
-    x_tile = x_ptr + x_pixel[:, None] + (k * stride_c)[None, :]
-    tile = tl.load(x_tile, mask=p_mask[:, None] & k_mask[None, :], other=0.0)
-    weight = tl.load(weight_row + k[:, None], mask=k_mask[:, None] & c_mask[None, :], other=0.0)
-    if input_gate is not None:  # into the weight and rounded, as training's backward has it: both see the same sums
-        scale = tl.load(input_gate + k, mask=k_mask, other=0.0).to(tl.float32)
-        weight = _round(weight.to(tl.float32) * scale[:, None], weight.dtype)
-    if INTERPRETED:  # whose tl.dot takes bfloat16's bits for integers
-        tile, weight = tile.to(tl.float32), weight.to(tl.float32)
-    return tl.dot(tile, weight, acc, input_precision=PRECISION)
+from .device import _dot, _multiple, _offset, _pixel_offset, _round, _scale_shift, _store, _wide
+from .patches import _cheap_patches
 
 
 @triton.jit
 def _primary_run(
-    lo, hi, begin, end, c0, x, x_pixels, input_gate, weight_ptr, Cin, Cp, norm, act, size, x1, out, residual, gate,
+    lo, hi, begin, end, c0, c1, x, x_pixels, input_gate, weight_ptr, Cin, norm, act, size, x1, out, residual, gate,
     NHWC: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr, ONE_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """x1 for the pixels lo … hi and BLOCK_N channels from c0; the final output too for begin … end if they differ."""
-    HW, W, _ = size
+    """x1 for the pixels lo … hi and the channels c0 … c1, BLOCK_N at most; the final output too for begin … end if they differ."""
+    HW, W, out_channels = size
     x1_ptr, x1_channels = x1
     stride_h, stride_w = x_pixels
     c = c0 + tl.arange(0, BLOCK_N)
-    c_mask = c < Cp
+    c_mask = c < c1
     scale, shift = _scale_shift(norm, c, c_mask)
     for m in range(lo, hi, BLOCK_M):
         p = m + tl.arange(0, BLOCK_M)
@@ -181,8 +60,9 @@ def _primary_run(
         if x1_ptr is not None:
             tl.store(x1_ptr + _offset(p, c, HW, x1_channels, NHWC), _round(y, x1_ptr.dtype.element_ty), mask=mask)
         if residual[0] is not None or gate[0] is not None:
-            own = (p >= begin) & (p < end)
-            _store(y, p, c, own[:, None] & c_mask[None, :], size, out, residual, gate, NHWC)
+            mask &= ((p >= begin) & (p < end))[:, None]
+            at = _offset(p, c, HW, out_channels, NHWC)
+            _store(y, p[:, None], c[None, :], out + at, at, mask, W, residual, gate)
 
 
 @triton.jit
@@ -219,12 +99,15 @@ def _cheap_run(
                 tile = tl.load(x1_tile + dy * W * step + dx * step, mask=inside[:, None] & c_mask[None, :], other=0.0)
                 acc += tile.to(tl.float32) * weights[tap][None, :]
             y = _activate(acc * scale[None, :] + shift[None, :], j, c_mask, act, ACT)
-            _store(y, p, Cp + j, (p < end)[:, None] & c_mask[None, :], size, out, residual, gate, NHWC)
+            at = _offset(p, Cp + j, HW, out_channels, NHWC)
+            _store(
+                y, p[:, None], (Cp + j)[None, :], out + at, at, (p < end)[:, None] & c_mask[None, :], W, residual, gate
+            )
 
 
 SCALARS = """
 primary_eps primary_negative_slope primary_slope_stride cheap_eps cheap_negative_slope cheap_slope_stride
-gate_scale_h gate_scale_w H W Cin Cp out_channels run x_sn x_sc x_sh x_sw
+gate_scale_h gate_scale_w H W run x_sn x_sc x_sh x_sw
 residual_sn residual_sc residual_sh residual_sw gate_h gate_w gate_sn gate_sc gate_sh gate_sw
 """.split()  # noqa: SIM905
 
@@ -236,19 +119,20 @@ def ghost_kernel(
     primary_slope_ptr, cheap_weight_ptr, cheap_bias_ptr, cheap_mean_ptr, cheap_var_ptr, cheap_gamma_ptr, cheap_beta_ptr,
     cheap_slope_ptr, input_gate_ptr, residual_ptr, output_gate_ptr, x1_ptr, out_ptr,
     primary_eps, primary_negative_slope, primary_slope_stride, cheap_eps, cheap_negative_slope, cheap_slope_stride,
-    gate_scale_h, gate_scale_w, H, W, Cin, Cp, out_channels, run, x_sn, x_sc, x_sh, x_sw,
+    gate_scale_h, gate_scale_w, H, W, run, x_sn, x_sc, x_sh, x_sw,
     residual_sn, residual_sc, residual_sh, residual_sw, gate_h, gate_w, gate_sn, gate_sc, gate_sh, gate_sw,
+    Cin: tl.constexpr, Cp: tl.constexpr, out_channels: tl.constexpr,
     PRIMARY: tl.constexpr, CHEAP: tl.constexpr, RATIO: tl.constexpr, DW_SIZE: tl.constexpr,
     PRIMARY_ACT: tl.constexpr, CHEAP_ACT: tl.constexpr,
     NHWC: tl.constexpr, X_UNIT: tl.constexpr, X_FLAT: tl.constexpr, RESIDUAL_LIKE_OUT: tl.constexpr,
-    X_ALIGN: tl.constexpr, CIN_ALIGN: tl.constexpr, CP_ALIGN: tl.constexpr, OUT_ALIGN: tl.constexpr,
-    HW_ALIGN: tl.constexpr, INDEX_64: tl.constexpr, PRECISION: tl.constexpr, ONE_K: tl.constexpr,
+    X_ALIGN: tl.constexpr, HW_ALIGN: tl.constexpr, INDEX_64: tl.constexpr, PRECISION: tl.constexpr, ONE_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    WIDTH: tl.constexpr, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr, VECTOR: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """A Ghost module (PRIMARY and CHEAP), or one of its two steps."""
     if INDEX_64:
         # whatever is multiplied by one of these becomes 64 bits wide
-        H, W, Cin, Cp, out_channels = _wide(H), _wide(W), _wide(Cin), _wide(Cp), _wide(out_channels)
+        H, W = _wide(H), _wide(W)
         x_sc, x_sh, x_sw = _wide(x_sc), _wide(x_sh), _wide(x_sw)
         residual_sc, residual_sh, residual_sw = _wide(residual_sc), _wide(residual_sh), _wide(residual_sw)
         gate_sc, gate_sh, gate_sw = _wide(gate_sc), _wide(gate_sh), _wide(gate_sw)
@@ -259,16 +143,22 @@ def ghost_kernel(
     elif X_UNIT == "w":
         x_sw = 1
         x_sc = _multiple(x_sc, X_ALIGN)
-    Cin, Cp = _multiple(Cin, CIN_ALIGN), _multiple(Cp, CP_ALIGN)
-    out_channels, HW = _multiple(out_channels, OUT_ALIGN), _multiple(H * W, HW_ALIGN)
+    HW = _multiple(H * W, HW_ALIGN)
 
     # Channel blocks fastest: the programs that read the same pixels of x run together and meet in L2.
-    blocks, runs = tl.cdiv(Cp, BLOCK_N), tl.cdiv(HW, run)
-    c0 = tl.program_id(0) % blocks * BLOCK_N
+    blocks, runs = tl.cdiv(Cp, WIDTH), tl.cdiv(HW, run)
+    c0 = tl.program_id(0) % blocks * WIDTH
+    c1 = tl.minimum(c0 + WIDTH, Cp)
+    if INDEX_64:
+        c0, c1 = _wide(c0), _wide(c1)
     unit = tl.program_id(0) // blocks
     image = (unit // runs).to(tl.int64)
     begin = unit % runs * run
-    end = tl.multiple_of(tl.minimum(begin + run, HW), HW_ALIGN)
+    if PATCH_H is None:
+        end = tl.multiple_of(tl.minimum(begin + run, HW), HW_ALIGN)
+    else:  # whole rows, and the last run moves back
+        begin = tl.minimum(begin, HW - run)
+        end = begin + run
 
     x1_channels = out_channels  # x1 is the output's first half, unless something is still to be done to that
     if residual_ptr is not None or output_gate_ptr is not None:
@@ -295,11 +185,16 @@ def ghost_kernel(
         x_pixels = (x_sh, x_sw)
         if X_FLAT:
             x_pixels = (None, x_sw)
-        halo = DW_SIZE // 2 * (W + 1) if CHEAP else 0
-        lo = tl.multiple_of(tl.maximum(begin - halo, 0) // 16 * 16, 16)  # wide accesses start at multiples of 16
-        hi = tl.multiple_of(tl.minimum((end + halo + 15) // 16 * 16, HW), HW_ALIGN)
+        if PATCH_H is None:
+            halo = DW_SIZE // 2 * (W + 1) if CHEAP else 0
+            lo = tl.multiple_of(tl.maximum(begin - halo, 0) // 16 * 16, 16)  # wide accesses start at multiples of 16
+            hi = tl.multiple_of(tl.minimum((end + halo + 15) // 16 * 16, HW), HW_ALIGN)
+        else:
+            halo = DW_SIZE // 2 * W if CHEAP else 0
+            lo = tl.maximum(begin - halo, 0)
+            hi = tl.minimum(end + halo, HW)
         _primary_run(
-            lo, hi, begin, end, c0, (x_ptr + image * x_sn, x_sc), x_pixels, input_gate, primary_weight_ptr, Cin, Cp,
+            lo, hi, begin, end, c0, c1, (x_ptr + image * x_sn, x_sc), x_pixels, input_gate, primary_weight_ptr, Cin,
             (primary_bias_ptr, primary_mean_ptr, primary_var_ptr, primary_gamma_ptr, primary_beta_ptr, primary_eps),
             (primary_slope_ptr, primary_slope_stride, primary_negative_slope), size, x1, out, residual, gate,
             NHWC, PRIMARY_ACT, PRECISION, ONE_K, BLOCK_M, BLOCK_N, BLOCK_K,
@@ -309,14 +204,19 @@ def ghost_kernel(
     if CHEAP:
         norm = (cheap_bias_ptr, cheap_mean_ptr, cheap_var_ptr, cheap_gamma_ptr, cheap_beta_ptr, cheap_eps)
         act = (cheap_slope_ptr, cheap_slope_stride, cheap_negative_slope)
-        if BLOCK_C == BLOCK_N:
+        if PATCH_H is not None:
+            _cheap_patches(
+                begin // W, end // W, c0, c1, cheap_weight_ptr, Cp, norm, act, size, x1, out,
+                residual, gate, CHEAP_ACT, RATIO, DW_SIZE, WIDTH, PATCH_H, PATCH_W, VECTOR, LANES,
+            )  # fmt: skip
+        elif BLOCK_C == BLOCK_N:
             _cheap_run(
                 begin, end, c0, cheap_weight_ptr, Cp, norm, act, size, x1, out, residual, gate,
                 NHWC, CHEAP_ACT, RATIO, DW_SIZE, BLOCK_P, BLOCK_C,
             )  # fmt: skip
         else:
-            for c1 in range(c0, tl.minimum(c0 + BLOCK_N, Cp), BLOCK_C):
+            for c in range(c0, c1, BLOCK_C):
                 _cheap_run(
-                    begin, end, c1, cheap_weight_ptr, Cp, norm, act, size, x1, out, residual, gate,
+                    begin, end, c, cheap_weight_ptr, Cp, norm, act, size, x1, out, residual, gate,
                     NHWC, CHEAP_ACT, RATIO, DW_SIZE, BLOCK_P, BLOCK_C,
                 )  # fmt: skip

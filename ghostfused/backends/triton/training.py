@@ -82,7 +82,7 @@ def _gate(a: GhostArgs, like: Tensor) -> dict[str, Any]:
 
 def _elementwise_blocks(a: GhostArgs, like: Tensor, most: int = 1024) -> dict[str, Any]:
     """Pixels and channels of a tile, as for the forward kernel's depthwise conv, but of ``most`` elements at most."""
-    chosen = blocks(a, is_channels_last(like), primary=False)
+    chosen = blocks(a, is_channels_last(like), primary=False, patches=False)
     chosen["BLOCK_P"] = min(chosen["BLOCK_P"], most // chosen["BLOCK_C"])
     return {name: chosen[name] for name in ("BLOCK_P", "BLOCK_C", "num_warps")}
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .activations import _activate, _activate_backward
-from .kernels import _gate, _offset, _round, _sum_products
+from .device import _gate, _offset, _round, _sum_products
 from .training_device import _center_rstd, _depthwise, _row, _scale_shift, _tile
 
 
@@ -21,7 +21,7 @@ def _grad(grad, p, c, mask, size, gate, NHWC: tl.constexpr):
     g = tl.load(grad + _offset(p, c, HW, out_channels, NHWC), mask=mask, other=0.0).to(tl.float32)
     gated = g
     if gate[0] is not None:
-        gated = g * _gate(p, c, mask, W, gate)
+        gated = g * _gate(p[:, None], c[None, :], mask, W, gate)
     return gated, g
 
 

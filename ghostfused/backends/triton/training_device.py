@@ -3,7 +3,7 @@
 A program owns a block of channels and a row: consecutive tiles of pixels, of one image or several. It goes through
 its tiles and at the end writes one row of partial sums, so nothing is added atomically and every result has one order.
 
-As in triton_kernels.py pixels are flat indices, and arguments that belong together travel as tuples.
+As in device.py pixels are flat indices, and arguments that belong together travel as tuples.
 """
 
 # device code, of which mypy knows nothing
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .activations import _activate
-from .kernels import _offset, _round, _rsqrt
+from .device import _offset, _round, _rsqrt
 
 
 @triton.jit

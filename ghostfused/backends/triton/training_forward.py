@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .activations import _activate
-from .kernels import _dot, _offset, _pixel_offset, _round, _store, _sum_products
+from .device import _dot, _offset, _pixel_offset, _round, _store, _sum_products
 from .training_device import _center_rstd, _depthwise, _row, _scale_shift, _tile
 
 
@@ -161,7 +161,7 @@ def _normalize_half(
     gate_rest, gate_sn, NHWC: tl.constexpr, ACT: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """out = act(norm(out)) * gate + residual for the output's channels c; ``channel`` is theirs in their half."""
-    HW, _, out_channels = size
+    HW, W, out_channels = size
     center, rstd = _center_rstd(norm, channel, c_mask)
     scale, shift = _scale_shift(norm, rstd, channel, c_mask)
     residual_sn, residual_sc, residual_sh, residual_sw = residual_strides
@@ -169,7 +169,8 @@ def _normalize_half(
         image, p = _tile(first + i, tiles, HW, BLOCK_P)
         out = out_ptr + image * HW * out_channels
         mask = (p < HW)[:, None] & c_mask[None, :]
-        y = tl.load(out + _offset(p, c, HW, out_channels, NHWC), mask=mask, other=0.0).to(tl.float32)
+        at = _offset(p, c, HW, out_channels, NHWC)
+        y = tl.load(out + at, mask=mask, other=0.0).to(tl.float32)
         y = _activate((y - center[None, :]) * scale[None, :] + shift[None, :], channel, c_mask, act, ACT)
         residual = (None, None, None, None)
         if residual_ptr is not None:
@@ -178,7 +179,7 @@ def _normalize_half(
         if gate_ptr is not None:
             gate_h, gate_w, scale_h, scale_w, gate_sc, gate_sh, gate_sw = gate_rest
             gate = (gate_ptr + image * gate_sn, gate_h, gate_w, scale_h, scale_w, gate_sc, gate_sh, gate_sw)
-        _store(y, p, c, mask, size, out, residual, gate, NHWC)
+        _store(y, p[:, None], c[None, :], out + at, at, mask, W, residual, gate)
 
 
 @triton.jit
