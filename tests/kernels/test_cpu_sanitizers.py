@@ -86,7 +86,7 @@ both = pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
 
 def compiler(sanitizers: str, tmp_path: Path) -> list:
     """g++ and its flags; skips the test where it lacks these sanitizers."""
-    flags = ["-std=c++20", f"-I{ROOT / 'csrc'}", "-O1", "-g1", "-fPIC", f"-fsanitize={sanitizers}"]
+    flags = ["-std=c++20", f"-I{ROOT / 'csrc'}", "-O0", "-g1", "-fPIC", f"-fsanitize={sanitizers}"]
     command = ["g++", *flags, "-fno-sanitize-recover=all"]
     probe = [*command, "-x", "c++", "-", "-o", tmp_path / "probe"]
     if subprocess.run(probe, input=b"int main() {}", capture_output=True).returncode:

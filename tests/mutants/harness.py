@@ -18,6 +18,7 @@ from .mutants import Mutant
 
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
+SUBSET = Path(__file__).with_name("subset.py")
 ORDERS = ("asc", "desc", "rand:7")
 HOST_SOURCES = sorted(path.relative_to(CSRC) for path in (CSRC / "cuda").rglob("*.cpp"))
 LAYOUTS = (("nchw", "false"), ("nhwc", "true"))
@@ -266,7 +267,7 @@ def run_subset(extension: Path, kernels: Iterable[str], order: str) -> tuple[boo
         "SHIM_ORDER": order,
     }
     tool = str((ROOT / os.environ["PTX_ON_CPU"]).resolve() / "run-extension")
-    command = [tool, str(extension), sys.executable, str(Path(__file__).with_name("subset.py")), *kernels]
+    command = [tool, str(extension), sys.executable, str(SUBSET), *kernels]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=ROOT)
     last = (result.stdout.splitlines() or [""])[-1]
     if result.returncode == 0 or (result.returncode == 1 and ": error " in last):
