@@ -91,15 +91,15 @@ class Backend:
         assert (out.shape, out.stride(), out.dtype) == (expected.shape, expected.stride(), expected.dtype)
         return out.cpu()
 
-    def check(self, *several: AnyCase | Args, name: object = "") -> None:
-        """Judges each; CUDA's Ghost modules by the kernel that the planner chooses, and by the general one.
+    def check(self, *several: AnyCase | Args, name: object = "", general_too: bool = True) -> None:
+        """Judges each; CUDA's Ghost modules by the kernel that the planner chooses, and by the general one as well.
 
         What misses its limit in one run by less than twice is judged by the medians of five, on inputs that differ by less
         than rounding: PyTorch's error may be small by luck, and ours large.
         """
         for case in several:
             args = make(case) if isinstance(case, AnyCase) else case
-            both = self.name == "cuda" and isinstance(args, GhostArgs)
+            both = general_too and self.name == "cuda" and isinstance(args, GhostArgs)
             for general in (False, True) if both else (False,):
                 with cuda_runtime.general_only() if general else contextlib.nullcontext():
                     verdict = judge(self.run(args), args)
