@@ -89,20 +89,18 @@ def capture(
         raise ValueError(f"model: expected it on a CPU or on a GPU, got {device}")
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         fused = _shared_copy(model)
-        frozen = Frozen(rounded) if freeze else None
+        frozen = Frozen(None if computes_in else rounded, computes_in) if freeze else None
         variants = {}
         for inputs in examples:
-            variant = Program(export(fused, inputs, dynamic_batch), inputs, partial, frozen)
-            prove(variant, model, inputs, dynamic_batch)
+            exact = Program(export(fused, inputs, dynamic_batch), inputs, partial, None if computes_in else frozen)
+            prove(exact, model, inputs, dynamic_batch)
+            variant = exact
+            if computes_in is not None:  # of what is proven
+                variant = Program(exact.exported, inputs, partial, frozen)
+                proof.in_range(variant, exact, inputs, computes_in)
             variants[key_of(inputs, dynamic_batch)] = variant
-        if frozen is not None and computes_in is None:
+        if frozen is not None:
             frozen.round_weights()
-        if computes_in is not None:  # what is computed is proven
-            frozen = Frozen(dtype=computes_in)
-            for inputs in examples:
-                key = key_of(inputs, dynamic_batch)
-                exact, variants[key] = variants[key], Program(variants[key].exported, inputs, partial, frozen)
-                proof.in_range(variants[key], exact, inputs, computes_in)
     return Captured(variants, device, partial, dynamic_batch, frozen)
 
 
@@ -210,8 +208,8 @@ class Captured:
             "partial": self._partial,
             "dynamic_batch": self._dynamic_batch,
             "freeze": self.frozen,
-            "weights": self.weights and _name(self.weights),
-            "dtype": self.dtype and _name(self.dtype),
+            "weights": _name(self._frozen.weights if self._frozen else None),
+            "dtype": _name(self.dtype),
         }
         saved.write(path, exported, settings)
 
@@ -229,8 +227,8 @@ class Captured:
         return shown(key, "batch" if self._dynamic_batch else None)
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _name(dtype: torch.dtype | None) -> str | None:
+    return None if dtype is None else str(dtype).removeprefix("torch.")
 
 
 def _examples(example: Any) -> list[Inputs]:

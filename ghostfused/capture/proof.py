@@ -47,9 +47,7 @@ def computes_the_same(
         return max(_SAME.get(t, 1e-9) for t in (expected.dtype, rounds_to)) if isinstance(expected, Tensor) else 1e-9
 
     def anew(x: Tensor) -> list[Tensor]:
-        if not x.is_floating_point():
-            return [x] * 4
-        return rounded_anew(x, 4, dtype=max(x.dtype, rounds_to, key=lambda t: torch.finfo(t).eps))
+        return rounded_anew(x, 4, dtype=rounds_to) if x.is_floating_point() else [x] * 4
 
     def outputs(run: Callable[..., Any], inputs: Inputs) -> list[Any]:
         return pytree.tree_leaves(run(*(x.clone() for x in inputs)))

@@ -250,7 +250,7 @@ class CastArgs(NamedTuple):
 
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-"""To which a program may cast."""
+"""Those of the kernels, to which a program may cast."""
 
 Args = GhostArgs | DepthwiseArgs | SqueezeExciteArgs
 Step = Args | GlobalPoolArgs | LinearArgs | CastArgs

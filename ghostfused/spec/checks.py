@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .activations import Act
 from .arguments import (
+    DTYPES,
     Args,
     CastArgs,
     DepthwiseArgs,
@@ -21,7 +22,7 @@ from .arguments import (
     tensor_names,
 )
 
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_FLOATS = (*DTYPES, torch.float64)
 
 
 def activation(

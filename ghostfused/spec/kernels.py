@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from .activations import WITHOUT_SLOPE, Act
-from .arguments import Args, DepthwiseArgs, GhostArgs, SqueezeExciteArgs, tensor_names
+from .arguments import DTYPES, Args, DepthwiseArgs, GhostArgs, SqueezeExciteArgs, tensor_names
 
 Function = TypeVar("Function", bound=Callable)
 
@@ -25,7 +25,7 @@ class Takes(NamedTuple):
 
     patch_channels: int = 0
     """Most input channels of a primary conv of any odd kernel at any stride; 0: primary convs are 1×1 at stride 1."""
-    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
+    dtypes: tuple[torch.dtype, ...] = DTYPES
     dw_sizes: tuple[int, ...] = (1, 3, 5, 7)
     acts: tuple[Act, ...] = tuple(Act)
     depthwise: tuple[tuple[int, int], ...] = ((3, 3), (5, 5), (7, 7), (1, 5), (5, 1))

@@ -103,7 +103,7 @@ def test_computes_in_another_type(given, dtype, layout, tmp_path):
             assert error < TOLERANCES[dtype].factor * relative_error(half(x.to(dtype)), exact)
     captured.save(tmp_path / "net.pt2")
     loaded = ghostfused.load(tmp_path / "net.pt2")
-    assert loaded.dtype == dtype
+    assert loaded.dtype == loaded.weights == dtype
     assert torch.equal(loaded(x), captured(x))
 
 
@@ -117,16 +117,30 @@ def test_what_pytorch_computes_between_stays_float32():
     assert relative_error(captured(x), exact) < TOLERANCES[torch.bfloat16].factor * whole
 
 
-def test_types_are_refused():
+@pytest.mark.parametrize(
+    ("own", "arguments", "message"),
+    [
+        (torch.float32, {"freeze": True, "dtype": torch.float64},
+         r"dtype: expected None, torch.bfloat16 or torch.float16, got torch.float64"),
+        (torch.float32, {"dtype": "bfloat16"}, "dtype: expected None where freeze is False"),
+        (torch.float16, {"freeze": True, "dtype": "bfloat16"},
+         r"dtype: expected a network of float32, got one that computes in torch.float16"),
+        (torch.float32, {"freeze": True, "weights": torch.float16},
+         r"weights: expected None or torch.bfloat16, got torch.float16"),
+        (torch.float32, {"weights": "bfloat16"}, "weights: expected None where freeze is False"),
+        (torch.float16, {"freeze": True, "weights": "bfloat16"},
+         r"weights: expected a network of float32 or torch.bfloat16"),
+    ],
+)  # fmt: skip
+def test_types_are_refused(own, arguments, message):
     model, x = made()
-    with pytest.raises(ValueError, match=r"dtype: expected None, torch.bfloat16 or torch.float16, got torch.float64"):
-        capture(model, x, freeze=True, dtype=torch.float64)
-    with pytest.raises(ValueError, match="dtype: expected None where freeze is False"):
-        capture(model, x, dtype="bfloat16")
-    with pytest.raises(
-        ValueError, match=r"dtype: expected a network of float32, got one that computes in torch.float16"
-    ):
-        capture(copy.deepcopy(model).half(), x.half(), freeze=True, dtype="bfloat16")
+    with pytest.raises(ValueError, match=message):
+        capture(model.to(own), x.to(own), **arguments)
+    assert capture(model.float(), x.float(), freeze=True).weights is None
+
+
+def test_a_type_that_cannot_hold_the_numbers_is_refused():
+    model, x = made()
     with torch.no_grad():
         model.norm.weight.mul_(1e6)
     with pytest.raises(
@@ -134,14 +148,3 @@ def test_types_are_refused():
     ):
         capture(model, x, freeze=True, dtype="float16")
     assert capture(model, x, freeze=True, dtype="bfloat16")(x).isfinite().all()
-
-
-def test_weights_are_refused():
-    model, x = made()
-    with pytest.raises(ValueError, match=r"weights: expected None or torch.bfloat16, got torch.float16"):
-        capture(model, x, freeze=True, weights=torch.float16)
-    with pytest.raises(ValueError, match="weights: expected None where freeze is False"):
-        capture(model, x, weights="bfloat16")
-    with pytest.raises(ValueError, match=r"weights: expected a network of float32 or torch.bfloat16"):
-        capture(model.half(), x.half(), freeze=True, weights="bfloat16")
-    assert capture(model.float(), x.float(), freeze=True).weights is None
