@@ -64,25 +64,32 @@ class Watcher {
   int id_ = -1;
 };
 
-// Everything is borrowed: whoever holds a Guard keeps the dictionaries, what was in them, and the objects alive.
+// Everything is borrowed: whoever holds a Guard keeps the dictionaries, what was in them, the objects, and what is read
+// of owners alive. The root is an object that is named anew at each question, for who keeps the Guard belongs to it.
 class Guard {
  public:
-  // Two lists.
-  Guard(PyObject* dicts, PyObject* objects) {
+  // An object, two lists, and one of triples: an owner, a name, and the value of that name, ``absent`` if it has none.
+  Guard(PyObject* root, PyObject* dicts, PyObject* objects, PyObject* reads, PyObject* absent) : absent_(absent) {
     for (Py_ssize_t i = 0; i < PyList_Size(dicts); ++i) {
       PyObject* dict = PyList_GetItem(dicts, i);
       if (!PyDict_Check(dict)) throw py::value_error("dicts: expected dictionaries");
-      dicts_.push_back({dict, version(dict), entries_.size()});
-      Py_ssize_t position = 0;
-      Entry entry;
-      while (PyDict_Next(dict, &position, &entry.key, &entry.value)) entries_.push_back(entry);
+      add(dict);
     }
+    const py::object root_dict(PyObject_GenericGetDict(root, nullptr));
+    root_ = {root_dict.ptr(), Py_TYPE(root)};
+    add(root_dict.ptr());
     dicts_.push_back({nullptr, 0, entries_.size()});
     for (Py_ssize_t i = 0; i < PyList_Size(objects); ++i) {
       PyObject* object = PyList_GetItem(objects, i);
       objects_.push_back({object, Py_TYPE(object)});
     }
-    if (objects_.size() >= dicts_.size()) throw py::value_error("dicts: expected one for each of the objects");
+    if (objects_.size() > count()) throw py::value_error("dicts: expected one for each of the objects");
+    for (Py_ssize_t i = 0; i < PyList_Size(reads); ++i) {
+      Read read;
+      if (!PyArg_ParseTuple(PyList_GetItem(reads, i), "OUO", &read.owner, &read.name, &read.value))
+        throw py::error_already_set();
+      reads_.push_back(read);
+    }
     watch();
   }
   ~Guard() { unwatch(); }
@@ -95,20 +102,27 @@ class Guard {
       if (Py_TYPE(objects_[i].object) != objects_[i].type || !has_dict(objects_[i].object, dicts_[i].dict))
         return false;
     }
-    const size_t all = dicts_.size() - 1, unwatched = ThisPython::watches_objects ? 0 : objects_.size();
-    const size_t count = watched_ && !changed_ ? unwatched : all;
+    const size_t unwatched = ThisPython::watches_objects ? 0 : objects_.size();
+    const size_t asked = watched_ && !changed_ ? unwatched : count();
     changed_ = false;  // a change from here on is seen again
-    for (size_t i = 0; i < count; ++i) {
+    for (size_t i = 0; i < asked; ++i) {
       prefetch(i);
-      const uint64_t now = version(dicts_[i].dict);
-      if (now != 0 && now == dicts_[i].version) continue;
-      if (!has_its_entries(i)) {
+      if (!dict_holds(i)) {
         changed_ = true;
         return false;
       }
-      dicts_[i].version = now;
     }
     return true;
+  }
+
+  // Whether the root's class and attributes are the objects that they were.
+  bool root_holds(PyObject* root) {
+    return Py_TYPE(root) == root_.type && has_dict(root, root_.dict) && dict_holds(count());
+  }
+
+  // Whether what is read of owners are the objects that they were. It may run their code.
+  bool reads_hold() const {
+    return std::all_of(reads_.begin(), reads_.end(), [this](const Read& read) { return read_holds(read); });
   }
 
  private:
@@ -124,7 +138,46 @@ class Guard {
     PyObject* object;
     PyTypeObject* type;
   };
+  struct Root {
+    PyObject* dict;
+    PyTypeObject* type;
+  };
+  struct Read {
+    PyObject *owner, *name, *value;
+  };
   static constexpr size_t kAhead = 24;
+
+  size_t count() const { return dicts_.size() - 2; }  // of dictionaries, without the root's and the end
+
+  void add(PyObject* dict) {
+    dicts_.push_back({dict, version(dict), entries_.size()});
+    Py_ssize_t position = 0;
+    Entry entry;
+    while (PyDict_Next(dict, &position, &entry.key, &entry.value)) entries_.push_back(entry);
+  }
+
+  bool dict_holds(size_t i) {
+    const uint64_t now = version(dicts_[i].dict);
+    if (now != 0 && now == dicts_[i].version) return true;
+    if (!has_its_entries(i)) return false;
+    dicts_[i].version = now;
+    return true;
+  }
+
+  bool read_holds(const Read& read) const {
+    const bool is_dict = PyDict_CheckExact(read.owner);
+    PyObject* const now =
+        is_dict ? Py_XNewRef(PyDict_GetItemWithError(read.owner, read.name)) : PyObject_GetAttr(read.owner, read.name);
+    if (now) {
+      Py_DECREF(now);
+      return now == read.value;
+    }
+    // an empty cell raises ValueError
+    const bool none =
+        !PyErr_Occurred() || PyErr_ExceptionMatches(PyExc_AttributeError) || PyErr_ExceptionMatches(PyExc_ValueError);
+    PyErr_Clear();
+    return none && read.value == absent_;
+  }
 
   // Whether ``dict`` is the object's __dict__.
   static bool has_dict(PyObject* object, PyObject* dict) {
@@ -159,7 +212,7 @@ class Guard {
   void watch() {
     if (!watcher().works()) return;
     watched_ = true;
-    for (size_t i = 0; i + 1 < dicts_.size(); ++i) {
+    for (size_t i = 0; i < count(); ++i) {
       watching()[dicts_[i].dict].push_back(this);
       if (!watcher().watch(dicts_[i].dict)) watched_ = false;
     }
@@ -167,7 +220,7 @@ class Guard {
 
   void unwatch() {
     if (!watcher().works()) return;
-    for (size_t i = 0; i + 1 < dicts_.size(); ++i) {
+    for (size_t i = 0; i < count(); ++i) {
       const auto found = watching().find(dicts_[i].dict);
       if (found == watching().end()) continue;  // it has gone, or is a dictionary twice
       auto& guards = found->second;
@@ -190,17 +243,20 @@ class Guard {
 
   // The head of a dictionary to come, and the tables of one that comes earlier, whose head is here by now.
   void prefetch(size_t i) const {
-    if (i + 2 * kAhead < dicts_.size()) __builtin_prefetch(dicts_[i + 2 * kAhead].dict);
-    if (i + kAhead + 1 >= dicts_.size()) return;
+    if (i + 2 * kAhead < count()) __builtin_prefetch(dicts_[i + 2 * kAhead].dict);
+    if (i + kAhead >= count()) return;
     if (ThisPython::has_versions || !ThisPython::knows_layout) return;
     const auto& [base, used, number, keys, values] = DictHead::of(dicts_[i + kAhead].dict);
     for (int line = 0; line < 7; ++line) __builtin_prefetch(keys + 64 * line);
     for (int line = 0; values && line < 3; ++line) __builtin_prefetch(values + 64 * line);
   }
 
-  std::vector<Dict> dicts_;  // first the objects' own, in their order, and one more after the last
+  std::vector<Dict> dicts_;  // first the objects' own, in their order; at last the root's, and one more as the end
   std::vector<Entry> entries_;
   std::vector<Object> objects_;
+  std::vector<Read> reads_;
+  Root root_;
+  PyObject* absent_;
   bool watched_ = false, changed_ = false;
 };
 
@@ -211,9 +267,11 @@ struct GuardObject {
 
   static PyObject* make(PyTypeObject* type, PyObject* args, PyObject*) {
     return py::guarded([&] {
-      PyObject *dicts, *objects;
-      if (!PyArg_ParseTuple(args, "O!O!", &PyList_Type, &dicts, &PyList_Type, &objects)) throw py::error_already_set();
-      auto guard = std::make_unique<Guard>(dicts, objects);
+      PyObject *root, *dicts, *objects, *reads, *absent;
+      PyTypeObject* const list = &PyList_Type;
+      if (!PyArg_ParseTuple(args, "OO!O!O!O", &root, list, &dicts, list, &objects, list, &reads, &absent))
+        throw py::error_already_set();
+      auto guard = std::make_unique<Guard>(root, dicts, objects, reads, absent);
       py::object self(PyType_GenericAlloc(type, 0));
       reinterpret_cast<GuardObject*>(self.ptr())->guard = guard.release();
       return self.release();
@@ -227,16 +285,22 @@ struct GuardObject {
     Py_DECREF(type);
   }
 
-  static PyObject* holds(PyObject* self, PyObject*) {
-    return PyBool_FromLong(reinterpret_cast<GuardObject*>(self)->guard->holds());
-  }
+  static Guard& of(PyObject* self) { return *reinterpret_cast<GuardObject*>(self)->guard; }
+  static PyObject* holds(PyObject* self, PyObject*) { return PyBool_FromLong(of(self).holds()); }
+  static PyObject* root_holds(PyObject* self, PyObject* root) { return PyBool_FromLong(of(self).root_holds(root)); }
+  static PyObject* reads_hold(PyObject* self, PyObject*) { return PyBool_FromLong(of(self).reads_hold()); }
 };
 
 inline void bind_guard(py::module_& m) {
-  static PyMethodDef methods[] = {{"holds", &GuardObject::holds, METH_NOARGS, "Whether all are as they were."}, {}};
+  static PyMethodDef methods[] = {
+      {"holds", &GuardObject::holds, METH_NOARGS, "Whether dictionaries and objects are as they were."},
+      {"root_holds", &GuardObject::root_holds, METH_O, "Whether the root's class and attributes are the same objects."},
+      {"reads_hold", &GuardObject::reads_hold, METH_NOARGS, "Whether the names of owners have the same objects."},
+      {}};
   static constexpr const char* doc =
-      "Guard(dicts, objects): what dictionaries and the types of objects are now; the first dictionaries are the "
-      "objects' own. Borrows all of them, and what the dictionaries hold.";
+      "Guard(root, dicts, objects, reads, absent): what dictionaries, the types of objects, and reads, which are "
+      "(owner, "
+      "name, value or absent), are now; the first dictionaries are the objects' own. Borrows all, and what they hold.";
   PyType_Slot slots[] = {{Py_tp_doc, const_cast<char*>(doc)},
                          {Py_tp_new, reinterpret_cast<void*>(&GuardObject::make)},
                          {Py_tp_dealloc, reinterpret_cast<void*>(&GuardObject::free)},

@@ -24,7 +24,7 @@ from ..ops.recording import Recording, is_recording, recording
 from ..ops.transforms import undisturbed
 from ..recognize import ghost
 from ..recognize.swap import is_ours, original
-from ..recognize.watch import Watched, any_changed, same
+from ..recognize.watch import Absent, Watched, any_changed, same
 from ..spec.kernels import COMMON
 
 
@@ -38,7 +38,6 @@ class _State:
     def __init__(self, module: nn.Module, extension: Any):
         modules = list(module.modules())
         self.kind, self.attributes = type(module), _attributes(module)
-        self.identities = _identities(module)
         self.modules = modules[1:]
         # the dictionaries in which modules keep all that they are
         self.states: list[dict] = [m.__dict__ for m in modules[1:]]
@@ -51,7 +50,7 @@ class _State:
         self.weights = [p for m in modules for p in m._parameters.values() if p is not None and p.dim() == 4]
         self.sizes = [p.numel() for p in self.weights]
         self.seen = [d.copy() for d in self.states]  # the guard borrows what is in them
-        self.guard = extension.Guard(self.states, self.modules)
+        self.guard = extension.Guard(module, self.states, self.modules, list(self.shared.values()), Absent)
         watched = any(ghost.has_hooks(m) or "forward" in m.__dict__ for m in modules[1:])
         self.recordable = not watched and is_recordable(module)
         self.programs: dict[tuple, KeptProgram | None] = {}
@@ -60,23 +59,20 @@ class _State:
         """Whether everything is as it was."""
         try:
             return (
-                type(module) is self.kind
-                and self.guard.holds()
-                and (_identities(module) == self.identities or _same_attributes(_attributes(module), self.attributes))
-                and not any_changed(self.shared.values())
+                self.guard.holds()
+                and (self.guard.root_holds(module) or self._same_root(module))
+                and (self.guard.reads_hold() or not any_changed(self.shared.values()))
             )
         except Exception:  # two tensors, say, whose ``==`` is no bool
             return False
 
+    def _same_root(self, module: nn.Module) -> bool:
+        """Whether the module is as it was, though other objects say so."""
+        return type(module) is self.kind and _same_attributes(_attributes(module), self.attributes)
+
     def resized(self) -> bool:
         """Whether a weight has another kernel size by now, by its ``.data``: a program refuses to run then."""
         return [p.numel() for p in self.weights] != self.sizes
-
-
-def _identities(module: nn.Module) -> tuple[list[int], list[int]]:
-    """Of the names and values of a module's attributes, in their order: cheaper to compare than themselves, which have left
-    the caches. Only a state that keeps ``_attributes`` alive may ask."""
-    return list(map(id, module.__dict__)), list(map(id, module.__dict__.values()))
 
 
 def _same_attributes(now: dict, then: dict) -> bool:

@@ -1,4 +1,4 @@
-"""The guard of replays (csrc/guard.h) sees every change of an object and of the dictionaries in which it keeps its state,
+"""The guard of replays (csrc/common/guard.h) sees every change of an object and of the dictionaries in which it keeps its state,
 by whichever means this Python has for that."""
 
 import gc
@@ -20,10 +20,18 @@ class Other(Thing):
     pass
 
 
+class Absent:
+    pass
+
+
+def guard(root, dicts=(), things=(), reads=()):
+    return cpu.extension.module.Guard(root, list(dicts), list(things), list(reads), Absent)
+
+
 def guard_of(things):
     dicts = [t.__dict__ for t in things] + [d for t in things for d in (t.tensors, t.hooks)]
     kept = [d.copy() for d in dicts]
-    return cpu.extension.module.Guard(dicts, things), kept
+    return guard(Thing(), dicts, things), kept
 
 
 def set_often(thing, value):
@@ -80,4 +88,85 @@ def test_guards_come_and_go_with_what_they_watch():
 
 def test_each_object_needs_its_dictionary():
     with pytest.raises(ValueError, match="dicts: expected one for each of the objects"):
-        cpu.extension.module.Guard([], [Thing()])
+        guard(Thing(), things=[Thing()])
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_of_the_root_is_seen_until_it_is_undone(change):
+    root = Thing()
+    kept = root.__dict__.copy()
+    of_root = guard(root)
+    assert of_root.root_holds(root)
+    assert of_root.root_holds(root)
+    assert not of_root.root_holds(Thing())
+    do, undo = CHANGES[change]
+    do(root)
+    deep = change in ("entry", "hook")  # in a dictionary that is an attribute: of the list of dictionaries, if of any
+    assert of_root.root_holds(root) == deep
+    assert of_root.holds()
+    if undo is not None:
+        undo(root)
+        assert of_root.root_holds(root)
+    del kept
+
+
+class Owner:
+    """A class whose attribute is read."""
+
+    value = ("first",)
+
+
+def outer():
+    x = ["first"]
+
+    def function(y=1):
+        return x, y
+
+    def empty():
+        nonlocal x
+        del x
+
+    return function, empty
+
+
+@pytest.mark.parametrize("kind", ["class", "dictionary", "default", "cell", "emptied", "removed", "added", "raising"])
+def test_a_read_is_seen_to_change(kind):
+    function, empty = outer()
+    names = {"value": ["first"]}
+
+    class Mine(Owner):
+        own = ("own",)
+
+        @property
+        def late(self):
+            raise error
+
+    mine, error = Mine(), AttributeError("none yet")
+    owner, name, change = {
+        "class": (Mine, "value", lambda: setattr(Mine, "value", ("second",))),
+        "dictionary": (names, "value", lambda: names.update(value=["first"])),
+        "default": (function, "__defaults__", lambda: setattr(function, "__defaults__", (2,))),
+        "cell": (
+            function.__closure__[0],
+            "cell_contents",
+            lambda: setattr(function.__closure__[0], "cell_contents", 1),
+        ),
+        "emptied": (function.__closure__[0], "cell_contents", empty),
+        "removed": (names, "value", names.clear),
+        "added": (names, "other", lambda: names.update(other=None)),
+        "raising": (mine, "late", None),
+    }[kind]
+    now = Absent if kind in ("added", "raising") else owner[name] if owner is names else getattr(owner, name)
+    of_reads = guard(Thing(), reads=[(Mine, "own", Mine.own), (owner, name, now)])
+    assert of_reads.reads_hold()
+    assert not guard(Thing(), reads=[(owner, name, Absent if now is not Absent else 1)]).reads_hold()
+    if kind == "raising":  # not an absence, but somebody's fault, which the caller is to meet
+        error = TypeError("a fault")
+    else:
+        change()
+    assert not of_reads.reads_hold()
+
+
+def test_reads_are_triples():
+    with pytest.raises(TypeError):
+        guard(Thing(), reads=[("an owner", "a name")])
