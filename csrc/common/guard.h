@@ -10,6 +10,7 @@
 #include <dlfcn.h>
 
 #include <algorithm>
+#include <cstring>
 #include <memory>
 #include <unordered_map>
 #include <vector>
@@ -22,6 +23,7 @@ struct ThisPython {
   static inline const unsigned long minor = Py_Version >> 24 == 3 ? Py_Version >> 16 & 0xff : 0;
   static inline const bool has_versions = minor == 11, knows_layout = minor >= 11 && minor <= 13;
   static inline const bool watches = minor == 12 || minor == 13, watches_objects = minor == 12;
+  static inline const bool has_inline_values = minor == 13;
 };
 
 // A dictionary's first members. Python 3.12 and later have another number in place of the version.
@@ -32,6 +34,19 @@ struct DictHead {
   const char *keys, *values;
 
   static const DictHead& of(PyObject* dict) { return *reinterpret_cast<const DictHead*>(dict); }
+};
+
+// Python 3.13's values of an object's attributes, which lie behind the object, and which its dictionary shares. The
+// slots' names are those of the dictionary's ``keys``.
+struct InlineValues {
+  uint8_t capacity, size, embedded, valid;
+  PyObject* slots[1];
+
+  // Those of ``dict``, if it has them.
+  static const InlineValues* of(PyObject* dict) {
+    const auto values = reinterpret_cast<const InlineValues*>(DictHead::of(dict).values);
+    return ThisPython::has_inline_values && values && values->embedded && values->valid ? values : nullptr;
+  }
 };
 
 // Python's watchers of dictionaries; none where it has none.
@@ -78,7 +93,7 @@ class Guard {
     const py::object root_dict(PyObject_GenericGetDict(root, nullptr));
     root_ = {root_dict.ptr(), Py_TYPE(root)};
     add(root_dict.ptr());
-    dicts_.push_back({nullptr, 0, entries_.size()});
+    dicts_.push_back({nullptr, 0, entries_.size(), nullptr, nullptr, slots_.size()});
     for (Py_ssize_t i = 0; i < PyList_Size(objects); ++i) {
       PyObject* object = PyList_GetItem(objects, i);
       objects_.push_back({object, Py_TYPE(object)});
@@ -98,7 +113,11 @@ class Guard {
 
   bool holds() {
     for (size_t i = 0; i < objects_.size(); ++i) {
-      if (i + kAhead < objects_.size()) __builtin_prefetch(objects_[i + kAhead].object);
+      if (i + kAhead < objects_.size()) {
+        __builtin_prefetch(reinterpret_cast<const char*>(objects_[i + kAhead].object) - kManagedDict);
+        __builtin_prefetch(objects_[i + kAhead].object);
+        __builtin_prefetch(dicts_[i + kAhead].dict);  // to which the object's __dict__ is a new reference
+      }
       if (Py_TYPE(objects_[i].object) != objects_[i].type || !has_dict(objects_[i].object, dicts_[i].dict))
         return false;
     }
@@ -133,6 +152,9 @@ class Guard {
     PyObject* dict;
     uint64_t version;
     size_t first;  // of its entries
+    const char* keys;
+    const InlineValues* values;
+    size_t first_slot;
   };
   struct Object {
     PyObject* object;
@@ -146,11 +168,15 @@ class Guard {
     PyObject *owner, *name, *value;
   };
   static constexpr size_t kAhead = 24;
+  static constexpr ptrdiff_t kManagedDict =
+      3 * sizeof(PyObject*);  // how far before an object its dictionary's address is
 
   size_t count() const { return dicts_.size() - 2; }  // of dictionaries, without the root's and the end
 
   void add(PyObject* dict) {
-    dicts_.push_back({dict, version(dict), entries_.size()});
+    const InlineValues* const values = InlineValues::of(dict);
+    dicts_.push_back({dict, version(dict), entries_.size(), DictHead::of(dict).keys, values, slots_.size()});
+    if (values) slots_.insert(slots_.end(), values->slots, values->slots + values->capacity);
     Py_ssize_t position = 0;
     Entry entry;
     while (PyDict_Next(dict, &position, &entry.key, &entry.value)) entries_.push_back(entry);
@@ -159,7 +185,7 @@ class Guard {
   bool dict_holds(size_t i) {
     const uint64_t now = version(dicts_[i].dict);
     if (now != 0 && now == dicts_[i].version) return true;
-    if (!has_its_entries(i)) return false;
+    if (!has_its_slots(i) && !has_its_entries(i)) return false;
     dicts_[i].version = now;
     return true;
   }
@@ -177,6 +203,15 @@ class Guard {
         !PyErr_Occurred() || PyErr_ExceptionMatches(PyExc_AttributeError) || PyErr_ExceptionMatches(PyExc_ValueError);
     PyErr_Clear();
     return none && read.value == absent_;
+  }
+
+  // Whether its values are inline and the same, which is quick to see, save for the order in which they were set.
+  bool has_its_slots(size_t i) const {
+    const Dict& then = dicts_[i];
+    if (!then.values || InlineValues::of(then.dict) != then.values || DictHead::of(then.dict).keys != then.keys)
+      return false;
+    const size_t bytes = (dicts_[i + 1].first_slot - then.first_slot) * sizeof(PyObject*);
+    return std::memcmp(then.values->slots, &slots_[then.first_slot], bytes) == 0;
   }
 
   // Whether ``dict`` is the object's __dict__.
@@ -243,6 +278,12 @@ class Guard {
 
   // The head of a dictionary to come, and the tables of one that comes earlier, whose head is here by now.
   void prefetch(size_t i) const {
+    if (const char* slots; i + kAhead < count() && (slots = reinterpret_cast<const char*>(dicts_[i + kAhead].values))) {
+      __builtin_prefetch(dicts_[i + kAhead].dict);
+      const size_t bytes = (dicts_[i + kAhead + 1].first_slot - dicts_[i + kAhead].first_slot) * sizeof(PyObject*);
+      for (size_t at = 0; at < bytes + 64; at += 64) __builtin_prefetch(slots + at);
+      return;
+    }
     if (i + 2 * kAhead < count()) __builtin_prefetch(dicts_[i + 2 * kAhead].dict);
     if (i + kAhead >= count()) return;
     if (ThisPython::has_versions || !ThisPython::knows_layout) return;
@@ -253,6 +294,7 @@ class Guard {
 
   std::vector<Dict> dicts_;  // first the objects' own, in their order; at last the root's, and one more as the end
   std::vector<Entry> entries_;
+  std::vector<PyObject*> slots_;  // of inline values; those that are empty are null
   std::vector<Object> objects_;
   std::vector<Read> reads_;
   Root root_;
