@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import itertools
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import cuda_runtime
 import pytest
@@ -87,6 +87,12 @@ class Backend:
     def has_torch(self) -> bool:
         """Whether PyTorch's own operations run on the device; ptx-on-cpu has none."""
         return not (self.device == "cuda" and cuda_runtime.ON_CPU)
+
+    def alternate(self, values: Sequence[str], number: int) -> Sequence[str]:
+        """All of ``values``; where Triton interprets, every second of them: others at the next number and in its other backend."""
+        if not (self.name.startswith("triton") and triton.INTERPRETED):
+            return values
+        return values[(number + (self.name == "triton")) % 2 :: 2]
 
     def there(self, args: Args) -> Args:
         return to_device(args, self.device)

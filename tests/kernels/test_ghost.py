@@ -30,11 +30,11 @@ ALL_INPUTS = {"input_gate": True, "residual": True, "output_gate": True}
 
 @both_tritons
 @each_path
-@each_layout
 @pytest.mark.parametrize("dw_size", [1, 3, 5, 7])
-def test_every_kernel(backend, path, layout, dw_size):
-    common = {"dw_size": dw_size, "layout": layout, **PATHS[path]}
-    backend.check(Case(1, 20, 9, 11, 24, **common), Case(1, 33, 7, 20, 29, 3, sliced=True, **ALL_INPUTS, **common))
+def test_every_kernel(backend, path, dw_size):
+    for layout in backend.alternate(LAYOUTS, list(PATHS).index(path) + dw_size // 2):
+        common = {"dw_size": dw_size, "layout": layout, **PATHS[path]}
+        backend.check(Case(1, 20, 9, 11, 24, **common), Case(1, 33, 7, 20, 29, 3, sliced=True, **ALL_INPUTS, **common))
 
 
 @each_layout
@@ -67,12 +67,11 @@ def test_ratios_and_cut_ghosts(backend, layout, path):
 
 
 @each_layout
-@each_path
 @pytest.mark.parametrize("optional", list(itertools.product([False, True], repeat=3))[1:])
-def test_optional_inputs(backend, layout, path, optional):
-    extra = dict(zip(ALL_INPUTS, optional, strict=True))
-    backend.check(Case(2, 20, 9, 6, 24, layout=layout, **extra, **PATHS[path]))
-    backend.check(Case(1, 16, 8, 16, 33, layout=layout, **extra, **PATHS[path]))
+def test_optional_inputs(backend, layout, optional):
+    for path in backend.alternate(list(PATHS), sum(optional) + LAYOUTS.index(layout)):
+        common = {"layout": layout, **dict(zip(ALL_INPUTS, optional, strict=True)), **PATHS[path]}
+        backend.check(Case(2, 20, 9, 6, 24, **common), Case(1, 16, 8, 16, 33, **common))
 
 
 @pytest.mark.parametrize("gate_size", [(1, 1), (3, 5), (6, 8), (13, 17), (20, 19)])
