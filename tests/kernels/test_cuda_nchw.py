@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_runtime import _C, ON_CPU, needs_cuda, needs_extension, planned_for, run_in_order
+from cuda_runtime import _C, needs_cuda, needs_extension, planned_for
 from draws import ACTS
 from hypothesis import given
 from hypothesis import strategies as st
@@ -134,14 +134,6 @@ def test_thread_order(name, variant):
     """Also run in other orders of threads, in which a missing barrier shows."""
     for one in MAPS[name][:2]:
         check(one, batch=2, dtype=torch.float16, **VARIANTS[variant])
-
-
-@pytest.mark.cuda
-@needs_cuda
-@pytest.mark.skipif(not ON_CPU, reason="a GPU's order of threads can't be chosen")
-@pytest.mark.parametrize("order", ["desc", "rand:7"])
-def test_other_orders(order):
-    run_in_order(__file__, order)
 
 
 @pytest.mark.cuda

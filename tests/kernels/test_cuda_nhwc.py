@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_runtime import _C, ON_CPU, needs_cuda, planned_for, run_in_order
+from cuda_runtime import _C, needs_cuda, planned_for
 from draws import ACTS
 from hypothesis import given
 from hypothesis import strategies as st
@@ -93,12 +93,6 @@ def test_thread_order(variant):
     for name in ("one tile", "odd rows", "images"):
         for path in ("float16", *FLOATS) if variant != "5x5" else ("float16",):
             check((1, 132), **PATHS[path], **SHAPES[name], **VARIANTS[variant])
-
-
-@pytest.mark.skipif(not ON_CPU, reason="a GPU's order of threads can't be chosen")
-@pytest.mark.parametrize("order", ["desc", "rand:7"])
-def test_other_orders(order):
-    run_in_order(__file__, order)
 
 
 @pytest.mark.parametrize("act", ACTS)
