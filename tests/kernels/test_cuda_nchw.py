@@ -67,7 +67,7 @@ def test_which_modules_it_takes():
             found = planned(one, path=path, dw_size=dw_size)
             assert (found["family"], found["map"]) == ("nchw", name), one
     # rows or channels that aren't whole vectors, a row that is one vector
-    for one in [
+    others = [
         (16, 9, 15, 8),
         (16, 10, 10, 8),
         (12, 8, 16, 8),
@@ -75,7 +75,8 @@ def test_which_modules_it_takes():
         (16, 7, 7, 4),
         (16, 14, 14, 5),
         (8, 8, 4, 8),
-    ]:
+    ]
+    for one in others:
         assert planned(one)["family"] == "general", one
     for more in [{"path": "float32"}, {"dw_size": 7}, {"ratio": 3}]:
         assert planned((16, 16, 16, 16), **more)["family"] == "general", more

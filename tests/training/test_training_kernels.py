@@ -94,17 +94,8 @@ def test_sizes(check, size, layout):
 
 @pytest.mark.parametrize("channels", [1, 5, 33, 70])
 def test_odd_channels(check, channels):
-    check(
-        Case(
-            in_channels=channels,
-            out_channels=10,
-            height=5,
-            width=4,
-            layout="nhwc",
-            act_primary="silu",
-            act_cheap="none",
-        )
-    )
+    smooth = {"act_primary": "silu", "act_cheap": "none"}
+    check(Case(in_channels=channels, out_channels=10, height=5, width=4, layout="nhwc", **smooth))
     check(Case(in_channels=9, out_channels=min(channels * 2, 40), height=4, width=5))
     check(Case(in_channels=channels, out_channels=max(channels - 2, 3), height=4, width=5, layout="nhwc"))
 
