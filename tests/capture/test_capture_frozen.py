@@ -36,7 +36,7 @@ def test_later_writes_take_effect_when_it_is_refreshed(dtype, layout):
         reading.refresh()
 
 
-@pytest.mark.parametrize("name", ["ghostnet_050", "small"])
+@pytest.mark.parametrize("name", ["ghostnet", "small"])
 def test_whole_networks(name):
     model = networks.network(name)
     x = torch.randn(2, 3, 64, 64)
@@ -142,7 +142,7 @@ def without_packs(captured):
 @pytest.mark.parametrize(
     ("name", "layout"),
     [
-        ("ghostnet_050", torch.contiguous_format),
+        ("ghostnet", torch.contiguous_format),
         ("small", torch.contiguous_format),
         ("small", torch.channels_last),
     ],

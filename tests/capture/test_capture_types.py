@@ -58,7 +58,7 @@ class Wrong(nn.Module):
 
 @pytest.mark.parametrize("weights", [torch.bfloat16, "bf16"], ids=repr)
 def test_rounded_weights(weights, tmp_path):
-    model = networks.network("ghostnet_050")
+    model = networks.network("ghostnet")
     x = torch.randn(2, 3, 64, 64)
     exact = copy.deepcopy(model).double()(x.double())
     captured = capture(model, x, freeze=True, weights=weights)
@@ -84,7 +84,7 @@ def test_rounded_weights(weights, tmp_path):
     ids=repr,
 )
 def test_computes_in_another_type(given, dtype, layout, tmp_path):
-    model = networks.network("ghostnet_050").to(memory_format=layout)
+    model = networks.network("ghostnet").to(memory_format=layout)
     examples = [torch.randn(2, 3, 64, 64).to(memory_format=layout), torch.randn(5, 3, 40, 72)]
     captured = capture(model, examples, freeze=True, dtype=given)
     assert captured.dtype == captured.weights == dtype

@@ -107,7 +107,7 @@ def test_exported_network_is_the_same_after_a_file(tmp_path):
 
 
 # ultralytics' layers share one activation module: torch.export then puts stand-ins in the place of modules
-@pytest.mark.parametrize("name", ["attention", "ghostnet_050", "yolov8n-ghost"])
+@pytest.mark.parametrize("name", ["attention", "ghostnet", "yolov8n-ghost"])
 def test_export_of_networks(name):
     model, x = network(name), torch.randn(2, 3, 64, 64)
     fused = fuse(model)
@@ -167,7 +167,7 @@ def onnx_file(fused: nn.Module, x: torch.Tensor, dynamo: bool, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("dynamo", [True, False])
-@pytest.mark.parametrize("name", ["small", "attention", "ghostnet_050"])
+@pytest.mark.parametrize("name", ["small", "attention", "ghostnet"])
 def test_onnx_runtime_computes_the_same(name, dynamo, tmp_path):
     if not dynamo and "dynamo" not in torch.onnx.export.__code__.co_varnames:
         pytest.skip("this torch has no export by torch.jit")
@@ -192,14 +192,14 @@ def test_onnx_export_of_one_backend(tmp_path):
 # ---- torch.fx, torch.jit
 
 
-@pytest.mark.parametrize("name", ["ghostnet_050", "attention"])
+@pytest.mark.parametrize("name", ["ghostnet", "attention"])
 def test_fx_tracing(name):
     model, x = network(name), torch.randn(1, 3, 64, 64)
     fused = fuse(model)
     traced = torch.fx.symbolic_trace(fused)
     calls = [getattr(n.target, "__name__", "") for n in traced.graph.nodes if n.op == "call_function"]
     assert calls.count("ghost_module") == fused_inside(fused)[0]
-    if name == "ghostnet_050":
+    if name == "ghostnet":
         assert {"depthwise", "squeeze_excite"} <= set(calls), "the bottlenecks' other layers are calls of ours as well"
     assert set(dict(traced.named_parameters())) <= set(dict(fused.named_parameters()))
     assert not [n for n in traced.graph.nodes if "_tensor_constant" in str(n.target)], "nothing is frozen"

@@ -28,7 +28,7 @@ def through_file(fused):
 @pytest.mark.parametrize(
     "duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), through_file], ids=["copy", "pickle", "file"]
 )
-@pytest.mark.parametrize("name", ["ghostnet_050", "attention", "yolov8n-ghost"])
+@pytest.mark.parametrize("name", ["ghostnet", "attention", "yolov8n-ghost"])
 def test_copies(duplicate, name):
     model, x = network(name), torch.randn(2, 3, 64, 64)
     fused = fuse(model)
@@ -43,7 +43,7 @@ def test_copies(duplicate, name):
     assert fused_inside(original) == (0, 0)
 
 
-@pytest.mark.parametrize("name", ["ghostnet_050", "attention", "yolov8n-ghost"])
+@pytest.mark.parametrize("name", ["ghostnet", "attention", "yolov8n-ghost"])
 def test_state_dict_goes_both_ways_by_way_of_a_file(name):
     model, x = network(name), torch.randn(2, 3, 64, 64)
     buffer = io.BytesIO()
@@ -92,7 +92,7 @@ def test_cast_after_fusing(name, dtype):
         assert fused.to(dtype)(x.to(dtype)).dtype == dtype
 
 
-@pytest.mark.parametrize("name", ["small", "attention", "ghostnet_050"])
+@pytest.mark.parametrize("name", ["small", "attention", "ghostnet"])
 def test_channels_last(name):
     model, x = network(name), torch.randn(2, 3, 64, 64).to(memory_format=torch.channels_last)
     fused = fuse(model).to(memory_format=torch.channels_last)
@@ -109,7 +109,7 @@ def test_channels_last(name):
 
 
 def test_autocast():
-    model, x = network("ghostnet_050"), torch.randn(2, 3, 64, 64)
+    model, x = network("ghostnet"), torch.randn(2, 3, 64, 64)
     fused = fuse(model)
     with torch.no_grad():
         expected = copy.deepcopy(model).double()(x.double())
@@ -125,7 +125,7 @@ def test_autocast():
 
 @pytest.mark.parametrize("kind", ["timm", "torch", "ultralytics"])
 def test_averaged_models(kind):
-    model, x = network("ghostnet_050"), torch.randn(2, 3, 64, 64)
+    model, x = network("ghostnet"), torch.randn(2, 3, 64, 64)
     averages, models = [], [model, fuse(model)]
     for each in models:
         if kind == "timm":
@@ -159,7 +159,7 @@ def test_averaged_models(kind):
 @pytest.mark.parametrize("training", [False, True])
 def test_distributed_data_parallel(training, tmp_path):
     """Alone in its group, a replica computes what the network itself does, to the bit."""
-    fused, x = fuse(network("ghostnet_050")).train(training), torch.randn(2, 3, 64, 64)
+    fused, x = fuse(network("ghostnet")).train(training), torch.randn(2, 3, 64, 64)
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     try:
         results = []
@@ -182,7 +182,7 @@ def test_training_by_timms_optimizer_and_scheduler(frozen):
     from timm.scheduler import create_scheduler_v2
     from timm.utils import ModelEmaV3
 
-    model = network("ghostnet_050").double()
+    model = network("ghostnet").double()
     images, labels = torch.randn(4, 3, 64, 64, dtype=torch.float64), torch.tensor([0, 3, 1, 6])
     results = []
     fused = fuse(model)

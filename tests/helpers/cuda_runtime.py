@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 
 import pytest
@@ -49,12 +47,3 @@ def general_only(general: bool = True) -> Iterator[None]:
         yield
     finally:
         _C.general_only(False)
-
-
-def run_in_order(file: str, order: str) -> None:
-    """``file``'s test_thread_order with the CPU runner's threads in another order."""
-    if "SHIM_ORDER" in os.environ:
-        pytest.skip("runs inside one of those orders")
-    command = [sys.executable, "-m", "pytest", file, "-m", "cuda", "-k", "test_thread_order", "-p", "no:cacheprovider"]
-    run = subprocess.run(command, env=os.environ | {"SHIM_ORDER": order}, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]

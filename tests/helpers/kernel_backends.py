@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import cuda_runtime
 import pytest
@@ -55,6 +56,22 @@ def poisoned() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
+def _has_a_choice(a: GhostArgs) -> bool:
+    """Whether CUDA's planner may choose another family of kernels than the general one, on any device."""
+    path = "tf32" if a.allow_tf32 and a.x.dtype == torch.float32 else str(a.x.dtype).removeprefix("torch.")
+    batch, in_channels, height, width = a.x.shape
+    shape = {
+        "batch": batch, "in_channels": in_channels, "height": height, "width": width, "init_channels": a.init_channels,
+        "out_channels": a.out_channels, "ratio": a.ratio, "dw_size": a.dw_size, "path": path, "input_gate": a.input_gate is not None,
+    }  # fmt: skip
+    strides = {"nchw": a.x.stride(3), "nhwc": a.x.stride(1)}  # of what lies side by side in the family's layout
+    return any(
+        cuda_runtime._C.plan(family=family, channels_last=family == "nhwc", full=full, **shape)
+        for family, full in itertools.product(strides, (False, True))
+        if strides[family] == 1
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Backend:
     """One of ``ghostfused.backends.BACKENDS``. Its methods take tensors on the CPU, and return such."""
@@ -70,6 +87,12 @@ class Backend:
     def has_torch(self) -> bool:
         """Whether PyTorch's own operations run on the device; ptx-on-cpu has none."""
         return not (self.device == "cuda" and cuda_runtime.ON_CPU)
+
+    def alternate(self, values: Sequence[str], number: int) -> Sequence[str]:
+        """All of ``values``; where Triton interprets, every second of them: others at the next number and in its other backend."""
+        if not (self.name.startswith("triton") and triton.INTERPRETED):
+            return values
+        return values[(number + (self.name == "triton")) % 2 :: 2]
 
     def there(self, args: Args) -> Args:
         return to_device(args, self.device)
@@ -92,14 +115,14 @@ class Backend:
         return out.cpu()
 
     def check(self, *several: AnyCase | Args, name: object = "", general_too: bool = True) -> None:
-        """Judges each; CUDA's Ghost modules by the kernel that the planner chooses, and by the general one as well.
+        """Judges each; CUDA's Ghost modules by the kernel that the planner chooses, and if there is a choice by the general one.
 
         What misses its limit in one run by less than twice is judged by the medians of five, on inputs that differ by less
         than rounding: PyTorch's error may be small by luck, and ours large.
         """
         for case in several:
             args = make(case) if isinstance(case, AnyCase) else case
-            both = general_too and self.name == "cuda" and isinstance(args, GhostArgs)
+            both = general_too and self.name == "cuda" and isinstance(args, GhostArgs) and _has_a_choice(args)
             for general in (False, True) if both else (False,):
                 with cuda_runtime.general_only() if general else contextlib.nullcontext():
                     verdict = judge(self.run(args), args)

@@ -17,6 +17,13 @@ KERNEL = "reference" if backends.BACKENDS["cpu"].unavailable() else "cpu"
 """What runs a fused module on this machine's CPU."""
 
 
+STAGES = [
+    [[3, 16, 16, 0, 1]], [[3, 48, 24, 0, 2]], [[5, 72, 40, 0.25, 2], [5, 120, 40, 0.25, 1]], [[3, 480, 112, 0.25, 1]],
+    [[5, 672, 160, 0.25, 2], [5, 960, 160, 0, 1]],
+]  # fmt: skip
+"""Of timm's GhostNet one bottleneck of each form: the depthwise kernel, channels inside and after, squeeze-and-excite, stride."""
+
+
 @functools.cache
 def _build(name: str) -> nn.Module:
     torch.manual_seed(1)
@@ -33,6 +40,9 @@ def _build(name: str) -> nn.Module:
             ghostnet.GhostBottleneck(8, 16, 12, mode="attn"),
             ghostnet.GhostBottleneck(12, 25, 12, mode="attn"),
         )
+    elif name in ("ghostnet", "ghostnetv2", "ghostnetv3"):
+        ghostnet = pytest.importorskip("timm.models.ghostnet")
+        model = ghostnet.GhostNet(STAGES, num_classes=7, width=0.5, version=name.removeprefix("ghostnet") or "v1")
     elif name == "yolov8n-ghost":
         tasks = pytest.importorskip("ultralytics.nn.tasks")
         model = tasks.DetectionModel("yolov8n-ghost.yaml", nc=3, verbose=False)

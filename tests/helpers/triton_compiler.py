@@ -7,8 +7,7 @@ import multiprocessing
 import os
 import re
 import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -94,12 +93,25 @@ def _launch(order: str, compiled: Any, programs: int, values: list) -> None:
 
 
 @pytest.fixture(scope="session")
-def compiled_on_cpu() -> Callable:
+def compiled_on_cpu(tmp_path_factory) -> Iterator[Callable]:
     """ptx-on-cpu's class that compiles a kernel for the CPU."""
     folder = os.environ.get("PTX_ON_CPU")
     if not folder:
         pytest.skip("set PTX_ON_CPU to a ptx-on-cpu folder to run the compiled PTX on the CPU")
-    sys.path.insert(0, folder)
-    from triton_ptx import CompiledOnCPU
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLAGS", f"-include {_headers(Path(folder), tmp_path_factory.mktemp('headers'))}")
+        patch.syspath_prepend(folder)
+        from triton_ptx import CompiledOnCPU
 
-    return CompiledOnCPU
+        yield CompiledOnCPU
+
+
+def _headers(tool: Path, folder: Path) -> Path:
+    """What each kernel's C++ includes first, precompiled with the tool's own flags: most of the time of a build goes there."""
+    header = folder / "headers.h"
+    header.write_text('#include "ptx_rt.h"\n#include <cuda_runtime_api.h>\n')
+    flags = "-std=c++17 -fPIC -ffp-contract=off -frounding-math -fno-strict-aliasing -w"
+    folders = [f"-I{tool.resolve()}", "-isystem", f"{os.environ.get('CUDA', '/usr/local/cuda')}/include"]
+    command = ["g++", *flags.split(), os.environ.get("OPT", "-O1"), *folders, "-x", "c++-header", header]
+    subprocess.run([*command, "-o", header.with_suffix(".h.gch")], check=True)
+    return header

@@ -122,7 +122,7 @@ def test_sanitizers_find_nothing(sanitizers, tmp_path):
         _malformed_calls([*command, "-shared", binding, *kernels], tmp_path)
     checksums = {}
     for isa in ISAS:
-        for threads in ("1", "3"):
+        for threads in ("1", "3") if "address" in sanitizers else ("3",):  # one thread has no race
             run = subprocess.run(
                 [driver, "--isa", isa, "--threads", threads, *" ".join(CASES).split()], capture_output=True, text=True
             )

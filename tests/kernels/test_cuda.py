@@ -11,7 +11,7 @@ from pathlib import Path
 import fuzz_raw_ops
 import pytest
 import torch
-from cuda_runtime import _C, ON_CPU, needs_cuda, run_in_order
+from cuda_runtime import _C, ON_CPU, needs_cuda
 from draws import LAYOUTS
 from kernel_backends import Backend
 
@@ -55,12 +55,6 @@ def test_thread_order_between_ghost_modules(layout, sm_count):
             SqueezeExciteCase(5, 136, 40, 5, 7, dtype=torch.float16, layout=layout),
             SqueezeExciteCase(2, 12, 300, 24, 24, layout=layout),
         )
-
-
-@pytest.mark.skipif(not ON_CPU, reason="a GPU's order of threads can't be chosen")
-@pytest.mark.parametrize("order", ["desc", "rand:7"])
-def test_other_orders(order):
-    run_in_order(__file__, order)
 
 
 def test_malformed_calls():

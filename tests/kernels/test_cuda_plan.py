@@ -32,21 +32,10 @@ def plan(shape, batch, device="H100", path="float16", channels_last=True, family
     cin, cout, height, width, dw_size, ratio = shape
     sm_count, smem_per_block, smem_per_sm = DEVICES[device]
     return _C.plan(
-        batch=batch,
-        in_channels=cin,
-        height=height,
-        width=width,
-        init_channels=-(-cout // ratio),
-        out_channels=cout,
-        ratio=ratio,
-        dw_size=dw_size,
-        path=path,
-        channels_last=channels_last,
-        sm_count=sm_count,
-        smem_per_block=smem_per_block,
-        smem_per_sm=smem_per_sm,
-        family=family,
-    )
+        batch=batch, in_channels=cin, height=height, width=width, init_channels=-(-cout // ratio), out_channels=cout,
+        ratio=ratio, dw_size=dw_size, path=path, channels_last=channels_last, family=family,
+        sm_count=sm_count, smem_per_block=smem_per_block, smem_per_sm=smem_per_sm,
+    )  # fmt: skip
 
 
 def check_plan(p: dict, shape, batch: int, device: str, path: str) -> None:

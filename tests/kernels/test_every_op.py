@@ -86,24 +86,23 @@ def test_output_is_fresh_and_writable(backend, op):
 
 
 @on("cpu", "cuda", "triton", "triton_two_kernel")
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @each_op
-def test_nan_and_infinity(backend, op, value):
-    """They reach the same outputs as in PyTorch in float64, and no others: in float32 its GELU makes NaN of infinity if it is
-    oneDNN's."""
+def test_nan_and_infinity(backend, op):
+    """They reach the same outputs as in PyTorch in float64, and no others, of their image alone: in float32 its GELU makes NaN
+    of infinity if it is oneDNN's."""
     names = {"forward": ("act_primary", "act_cheap"), "depthwise": ("act",), "squeeze_excite": ("gate",)}[op]
-    case = {"forward": Case(2, 8, 7, 8, 16), "depthwise": DepthwiseCase(2, 8, 7, 8, stride=1)}.get(
-        op, SqueezeExciteCase(2, 24, 8, 7, 8)
+    case = {"forward": Case(4, 8, 7, 8, 16), "depthwise": DepthwiseCase(4, 8, 7, 8, stride=1)}.get(
+        op, SqueezeExciteCase(4, 24, 8, 7, 8)
     )
     for setting in draws.GATES if op == "squeeze_excite" else draws.ACTS:
         for layout in LAYOUTS:
             args = make(dataclasses.replace(case, layout=layout, **dict.fromkeys(names, setting)))
-            args.x[0, 3, 2, 5] = value
+            args.x[:3, 3, 2, 5] = torch.tensor([float("nan"), float("inf"), -float("inf")])
             out, expected = backend.run(args), reference.run(convert(args, torch.float64)).float()
             assert torch.equal(out.isnan(), expected.isnan())
             assert torch.equal(out.isinf(), expected.isinf())
             finite = expected.isfinite()
-            assert finite[1].all()
+            assert finite[3].all()
             torch.testing.assert_close(out[finite], expected[finite], rtol=1e-4, atol=1e-5)
 
 
