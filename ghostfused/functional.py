@@ -67,7 +67,8 @@ def ghost_module(
         (N, out_channels, H', W'), a fresh tensor, channels_last if x is, else contiguous.
 
     Raises:
-        ValueError, TypeError: an argument doesn't fit; the message names it, what was expected and what came.
+        ValueError, TypeError: an argument doesn't fit; the message names it, what was expected and what came. They are
+            RuntimeErrors too, as PyTorch's own layers raise of most such inputs.
         RuntimeError: the backend asked for can't run this call; the message says why.
     """
     args = arguments(
@@ -111,6 +112,8 @@ def arguments(
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast makes of x's convolutions; None where it is off."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a Tensor, got {type(x).__name__}")
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
 
@@ -255,10 +258,10 @@ def run(args: Args, backend: str = "auto") -> Tensor:
         name = "reference" if refused else backends.choose(args, backend)
         if name != "reference":
             refuse_transforms(name)
-        if name not in ("cuda", "cpu"):  # their bindings check all that validate does, at a tenth of the host time
-            validate(args)
-        # the reference needs no op: autograd and torch.compile see through it
-        return reference.run(args) if name == "reference" else call(name, args)
+        if name != "reference":  # each op checks all that validate does
+            return call(name, args)
+        validate(args)
+        return reference.run(args)  # without an op: autograd and torch.compile see through it
     except Exception:
         validate(args)  # if an argument is to blame, this says which
         raise

@@ -66,7 +66,9 @@ def _statistics_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _with_norms_in(a: GhostArgs, dtype: torch.dtype) -> GhostArgs:
+def with_norms_in_one_dtype(a: GhostArgs) -> GhostArgs:
+    """``a`` with its norms' tensors in the dtype of statistics."""
+    dtype = _statistics_dtype(a.x)
     names = [f"{half}_{name}" for half in ("primary", "cheap") for name in ("mean", "var", "gamma", "beta")]
     changed = {n: t.to(dtype) for n in names if (t := getattr(a, n)) is not None and t.dtype != dtype}
     return a._replace(**changed) if changed else a
@@ -207,8 +209,7 @@ def train_forward(kernels: Kernels, a: GhostArgs, group_name: str) -> tuple[Tens
     are the output's pixels.
     """
     out = a.new_output()
-    dtype = _statistics_dtype(a.x)
-    a = _with_norms_in(a, dtype)
+    a, dtype = with_norms_in_one_dtype(a), _statistics_dtype(a.x)
     samples = out.shape[0] * out.shape[2] * out.shape[3]
     count = torch.empty(0, dtype=dtype, device=out.device)
 
@@ -235,7 +236,7 @@ def backward(
     autograd.py doesn't ask for the residual's, which is grad_output: an op may not return its argument, only a copy.
     """
     need = dict(zip(TENSORS, needs, strict=True))
-    a = _with_norms_in(args, _statistics_dtype(args.x))
+    a = with_norms_in_one_dtype(args)
     with torch.autocast(a.x.device.type, enabled=False):
         grads = _gradients(kernels, _dense(grad_output, a.x), a, batch_statistics, group_name, need)
     if need["residual"]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..fuse import fuse
 from ..ops.transforms import transformed
+from ..spec.checks import ArgumentError
 from . import proof
 from .frozen import Frozen
 from .graphs import RecordedGraph
@@ -139,22 +140,26 @@ class Captured:
 
         Raises:
             ValueError: there is no program for inputs of these shapes, dtypes and devices; or they ask for gradients, or
-                are under one of ``torch.func``'s transforms.
+                are under one of ``torch.func``'s transforms. It is a RuntimeError too, as PyTorch's own layers raise.
+            TypeError: an input is no tensor.
         """
         if transformed():
-            raise ValueError(
+            raise ArgumentError(
                 "inputs: expected no transform (torch.func) and no dual level, which a captured model doesn't take"
             )
         for i, x in enumerate(inputs):
-            if not isinstance(x, Tensor) or x.device != self._device:
-                got = f"one on {x.device}" if isinstance(x, Tensor) else type(x).__name__
-                raise ValueError(f"input {i}: expected a tensor on {self._device}, got {got}")
+            if not isinstance(x, Tensor):
+                raise TypeError(f"input {i}: expected a tensor on {self._device}, got {type(x).__name__}")
+            if x.device != self._device or x.layout != torch.strided:
+                raise ArgumentError(
+                    f"input {i}: expected a dense tensor on {self._device}, got {x.layout} on {x.device}"
+                )
             if x.requires_grad and torch.is_grad_enabled():
-                raise ValueError(f"input {i}: expected one that asks for no gradient, got requires_grad=True")
+                raise ArgumentError(f"input {i}: expected one that asks for no gradient, got requires_grad=True")
         variant = self._variants.get(key_of(inputs, self._dynamic_batch))
         if variant is None:
             known = " or ".join(map(self._shown, self._variants))
-            raise ValueError(f"inputs: expected {known}, got {shown(key_of(inputs))}")
+            raise ArgumentError(f"inputs: expected {known}, got {shown(key_of(inputs))}")
         with torch.no_grad():
             if torch.is_autocast_enabled(self._device.type):
                 with torch.autocast(self._device.type, enabled=False):

@@ -12,8 +12,7 @@ from ..backends import training
 from ..functional import arguments
 from ..ops.autograd import call_with_batch_statistics
 from ..ops.transforms import refuse_transforms
-from ..spec import GhostArgs
-from ..spec.checks import validate
+from ..spec.checks import validate_training
 
 
 class TrainingResult(NamedTuple):
@@ -49,7 +48,7 @@ def ghost_module_training(
         RuntimeError: the backend asked for can't run this call; the message says why.
     """
     args = arguments(x, primary_weight, cheap_weight, **options)
-    _validate(args)
+    validate_training(args)
     n, _, height, width = args.output_shape()
     samples = n * height * width
     if samples == 1 and not group_name:
@@ -58,15 +57,6 @@ def ghost_module_training(
     name = training.choose(backends.choose(args, backend), args)
     out, *statistics, count = call_with_batch_statistics(name, args, group_name)
     return TrainingResult(out, *statistics, count if group_name else samples)  # type: ignore[call-arg]
-
-
-def _validate(a: GhostArgs) -> None:
-    """``validate`` with something of the right shape in place of the statistics."""
-    for half in ("primary", "cheap"):
-        if getattr(a, f"{half}_mean") is not None or getattr(a, f"{half}_var") is not None:
-            raise ValueError(f"{half}_bn: expected no mean and var, which are the batch's, got a tensor")
-    primary, cheap = (w[:, 0, 0, 0] if w.dim() == 4 and w.numel() else w for w in (a.primary_weight, a.cheap_weight))
-    validate(a._replace(primary_mean=primary, primary_var=primary, cheap_mean=cheap, cheap_var=cheap))
 
 
 @torch.no_grad()

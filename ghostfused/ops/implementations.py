@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
 from ..backends import BACKENDS, training
-from ..spec import OPS, TENSORS, Args, GhostArgs, tensor_names
-from ..spec.checks import check_memory
+from ..spec import OPS, GhostArgs
+from ..spec.checks import validate, validate_backward, validate_training
 from .schemas import library, train_args
 
 
-def _implement(op: str, backend: str, kernel: Callable[[Args], Tensor], dispatch_key: str) -> None:
-    """Registers ``kernel`` as ``ghostfused::<op>_<backend>``."""
+def _refuse(op: str, reason: str | None) -> None:
+    if reason is not None:
+        raise RuntimeError(f"{op}: expected what its kernels take, got {reason}")
+
+
+def _implement(op: str, name: str, backend: Any, dispatch_key: str) -> None:
+    """Registers the forward of ``backend`` as ``ghostfused::<op>_<name>``, which takes no call that it can't run."""
     kind = OPS[op]
 
     def run(*args) -> Tensor:
         checked = kind(*args)
-        check_memory(tensor_names(kind), args)
-        return kernel(checked)
+        validate(checked)
+        _refuse(f"{op}_{name}", backend.supports(checked))
+        return backend.forward(checked)
 
-    library.impl(f"{op}_{backend}", run, dispatch_key)
+    library.impl(f"{op}_{name}", run, dispatch_key)
 
 
 def _implement_training(backend: str, kernels: training.Kernels, dispatch_key: str) -> None:
@@ -29,12 +35,14 @@ def _implement_training(backend: str, kernels: training.Kernels, dispatch_key: s
 
     def run_forward(*args) -> tuple[Tensor, ...]:
         fields = train_args(args[:-1])
-        check_memory(TENSORS, fields.tensors)
+        validate_training(fields)
+        _refuse(f"train_forward_{backend}", kernels.supports(training.with_norms_in_one_dtype(fields)))
         return training.train_forward(kernels, fields, args[-1])
 
     def run_backward(grad_output: Tensor, *args) -> list[Tensor]:
         fields = GhostArgs(*args[:-3])
-        check_memory(["grad_output", *TENSORS], [grad_output, *fields.tensors])
+        validate_backward(fields, grad_output, args[-1])
+        _refuse(f"backward_{backend}", kernels.supports(training.with_norms_in_one_dtype(fields)))
         return training.backward(kernels, grad_output, fields, *args[-3:])
 
     library.impl(f"train_forward_{backend}", run_forward, dispatch_key)
@@ -45,6 +53,6 @@ for _name, _backend in BACKENDS.items():
     for _device in _backend.DEVICES or ("cpu", "cuda"):
         if not hasattr(_backend, "extension"):
             for _op in OPS:
-                _implement(_op, _name, _backend.forward, _device.upper())
+                _implement(_op, _name, _backend, _device.upper())
         if _name in training.KERNELS:
             _implement_training(_name, training.KERNELS[_name], _device.upper())

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..backends import reference
-from ..spec import Step, tensor_names
-from ..spec.checks import check_memory
+from ..spec import Step
+from ..spec.checks import validate
 from . import encoding
 from .refusals import below_autograd
 from .schemas import define_op, fake_output, forward_op, library
@@ -131,7 +131,7 @@ for _backend in REPLAY_BACKENDS:
 
 
 def _reference_step(args: Step) -> Tensor:
-    check_memory(tensor_names(type(args)), args.tensors)
+    validate(args)
     return reference.run(args)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..backends import reference
 from ..spec import OPS, Args, GhostArgs, Step, tensor_names
-from ..spec.checks import check_memory, dimensions
+from ..spec.checks import ArgumentError, dimensions, validate, validate_backward, validate_training
 from . import refusals
 
 _TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", int: "int", bool: "bool"}
@@ -33,11 +33,20 @@ def schema(args: type[Args]) -> str:
 
 def fake_output(args: Step) -> Tensor:
     """The output of a step that isn't run. One tensor on the meta device is enough to get here."""
+    check_fake(args, validate)
+    return args.new_output()
+
+
+def check_fake(args: Step, check: Callable[[Any], None]) -> None:
+    """``check`` where all sizes are numbers. Of symbols each comparison costs as much as a kernel's trace: then only what a
+    fake needs is looked at, and the op checks the rest as it runs."""
+    if all(type(size) is int for size in args.x.shape):
+        return check(args)
     dimensions(args)
     for name, t in zip(tensor_names(type(args)), args.tensors, strict=True):
         if t is not None and t.device != args.x.device:
-            raise RuntimeError(f"{name}: expected a tensor on x's device {args.x.device}, got {t.device}")
-    return args.new_output()
+            raise ArgumentError(f"{name}: expected x's device {args.x.device}, got {t.device}")
+    return None
 
 
 def define_op(name: str, signature: str, fake: Callable | None, **options: Any) -> None:
@@ -66,9 +75,7 @@ def _backward(kind: type[Args], grad_output: Tensor, *args) -> list[Tensor]:
     """Gradients of the tensor arguments for which ``needs_grad`` holds, by recomputing through the reference."""
     *fields, needs_grad = args
     count = len(tensor_names(kind))
-    if len(needs_grad) != count:
-        raise RuntimeError(f"needs_grad: expected {count} bools, one for each tensor, got {len(needs_grad)}")
-    check_memory(["grad_output", *tensor_names(kind)], [grad_output, *fields[:count]])
+    validate_backward(kind(*fields), grad_output, needs_grad)
     with reference.differentiable(), torch.autocast(grad_output.device.type, enabled=False):
         tensors = [
             t.detach().requires_grad_(need) if t is not None else None
@@ -123,9 +130,10 @@ _TRAIN_SCHEMA = ", ".join(f"{_TYPES[GhostArgs.__annotations__[name]]} {name}" fo
 def _fake_train_forward(*args) -> tuple[Tensor, ...]:
     *fields, group_name = args
     a = train_args(fields)
+    check_fake(a, validate_training)
     dtype = torch.float64 if a.x.dtype == torch.float64 else torch.float32
     sizes = [a.init_channels] * 2 + [a.cheap_weight.shape[0]] * 2 + [1 if group_name else 0]
-    return fake_output(a), *(torch.empty(size, dtype=dtype, device=a.x.device) for size in sizes)
+    return a.new_output(), *(torch.empty(size, dtype=dtype, device=a.x.device) for size in sizes)
 
 
 for _backend in TRAINING_OPS:

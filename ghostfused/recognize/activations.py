@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from ..spec import Act
 from ..spec.activations import BY_CALL, BY_MODULE, TABLE, WITHOUT_SLOPE, with_settings
 from .equivalence import SAME
 from .trace import is_fused, is_layer, more_than_one_tensor, shadow, trace
-from .watch import Path, Watched, is_immutable
+from .watch import Absent, Path, Watched, is_immutable
 
 _OF_NUMBERS = {
     "relu", "relu_", "relu6", "hardtanh", "hardtanh_", "clamp", "clamp_", "clip", "sigmoid", "sigmoid_", "hardsigmoid", "silu",
@@ -104,7 +105,12 @@ def _read(module: nn.Module) -> tuple[Act, Watched] | None:
 
 
 def watch_settings(layer: nn.Module, path: Path, watched: Watched) -> None:
-    """The kernel size of a convolution, the size that is pooled to, …: a forward reads them when it runs."""
+    """The kernel size of a convolution, the size that is pooled to, …: a forward reads them when it runs. And that no method
+    which it calls, such as ``_conv_forward``, is hidden by one on the instance."""
+    for base in type(layer).__mro__:
+        for name, value in vars(base).items() if base not in nn.Module.__mro__ else ():
+            if inspect.isfunction(value) and name.startswith("_") and not name.startswith("__"):
+                watched.attribute(path, name, Absent)
     for name, value in layer.__dict__.items():
         if name != "training" and is_immutable(value):
             watched.attribute(path, name, value)

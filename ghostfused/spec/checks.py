@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -25,18 +25,23 @@ from .arguments import (
 _FLOATS = (*DTYPES, torch.float64)
 
 
+class ArgumentError(ValueError, RuntimeError):
+    """An argument of a call doesn't fit. PyTorch's own layers raise RuntimeError of most such inputs, and ValueError of
+    others: whoever catches either catches this."""
+
+
+class ArgumentTypeError(TypeError, RuntimeError):
+    """A tensor is of another dtype than it should be, of which PyTorch's own layers raise RuntimeError."""
+
+
 def activation(
     name: str, act: str | Act, slope_name: str, slope: float | Tensor | None
 ) -> tuple[int, float, Tensor | None]:
     """(Act, LeakyReLU's slope, PReLU's weight) of an activation; the names are the arguments', for errors."""
-    if isinstance(act, Act):
-        kind = act
-    else:
-        try:
-            kind = Act[act.upper()]
-        except (KeyError, AttributeError):
-            names = [a.name.lower() for a in Act]
-            raise ValueError(f"{name}: expected one of {names}, got {act!r}") from None
+    # no errors to catch here and in gate_kind: torch.compile can't trace those of an enum or of a str's method
+    kind = Act.__members__.get(act.upper()) if isinstance(act, str) else act
+    if not isinstance(kind, Act):
+        raise _expect(name, f"one of {[a.name.lower() for a in Act]}", repr(act))
     if kind == Act.PRELU:
         if not isinstance(slope, Tensor):
             raise TypeError(f"{slope_name}: PReLU expects its weight as a tensor, got {type(slope).__name__}")
@@ -48,14 +53,14 @@ def activation(
 
 def gate_kind(gate: str | Gate) -> int:
     """The Gate of a squeeze-and-excite block."""
-    try:
-        return int(Gate[gate.upper()] if isinstance(gate, str) else Gate(gate))
-    except (KeyError, ValueError):
-        raise ValueError(f"gate: expected one of {[g.name.lower() for g in Gate]}, got {gate!r}") from None
+    kind = Gate.__members__.get(gate.upper()) if isinstance(gate, str) else gate
+    if kind is None or not any(kind == each for each in Gate):
+        raise _expect("gate", f"one of {[g.name.lower() for g in Gate]}", repr(gate))
+    return int(kind)
 
 
-def _expect(name: str, expected: str, got: object) -> ValueError:
-    return ValueError(f"{name}: expected {expected}, got {got}")
+def _expect(name: str, expected: str, got: object) -> ArgumentError:
+    return ArgumentError(f"{name}: expected {expected}, got {got}")
 
 
 def _shape(name: str, t: Tensor, expected: tuple[int, ...], meaning: str) -> None:
@@ -74,10 +79,13 @@ def _norm_and_slope(args: GhostArgs | DepthwiseArgs, half: str, channels: int, m
             if mean is None and field != "bias":
                 raise _expect(f"{half}{field}", "None without mean and var", "a tensor")
             _shape(f"{half}{field}", t, (channels,), meaning)
+    _activation(args, half)
     eps = getattr(args, f"{half}eps")
     if not eps >= 0:
         raise _expect(f"{half}eps", "a number that is not negative", eps)
     slope = getattr(args, f"{half}slope")
+    if slope is None and getattr(args, f"{half}act") == Act.PRELU:
+        raise _expect(f"{half}slope", "PReLU's weight", None)
     if slope is not None and tuple(slope.shape) not in ((1,), (channels,)):
         raise _expect(f"{half}slope", f"shape (1,) or {meaning} = ({channels},)", tuple(slope.shape))
 
@@ -102,18 +110,44 @@ def absent_memory(t: Tensor) -> str | None:
     return None
 
 
-def check_memory(names: Iterable[str], tensors: Iterable[Tensor | None]) -> None:
-    """Raises RuntimeError for the first tensor whose memory isn't there, as the extensions' own check does: PyTorch reads
-    such a tensor all the same."""
-    for name, t in zip(names, tensors, strict=False):
-        if t is not None and (absent := absent_memory(t)):
-            raise RuntimeError(f"{name}: {absent}")
-
-
-def validate(args: Args) -> None:
+def validate(args: Step) -> None:
     """Raises ValueError or TypeError for the first argument that doesn't fit; else returns."""
     _tensors(args)
     _CHECKS[type(args)](args)
+
+
+def _activation(args: Args, half: str) -> None:
+    """``half`` is what the fields' names begin with: "primary_", "cheap_" or nothing."""
+    act = getattr(args, f"{half}act")
+    if not 0 <= act < len(Act):
+        raise _expect(f"{half}act", f"the number of an Act, below {len(Act)}", act)
+
+
+def validate_training(a: GhostArgs) -> None:
+    """``validate`` of a Ghost module whose norms take the batch's statistics, so that it has none."""
+    for half in ("primary", "cheap"):
+        if getattr(a, f"{half}_mean") is not None or getattr(a, f"{half}_var") is not None:
+            raise _expect(f"{half}_bn", "no mean and var, which are the batch's", "a tensor")
+    # something of the right shape in place of them
+    primary, cheap = (w[:, 0, 0, 0] if w.dim() == 4 and w.numel() else w for w in (a.primary_weight, a.cheap_weight))
+    validate(a._replace(primary_mean=primary, primary_var=primary, cheap_mean=cheap, cheap_var=cheap))
+
+
+def validate_backward(args: Args, grad_output: Tensor, needs_grad: Sequence[bool]) -> None:
+    """``validate`` of a backward op's arguments, of which ``args`` are the forward's."""
+    validate(args)
+    names = tensor_names(type(args))
+    if len(needs_grad) != len(names):
+        raise _expect("needs_grad", f"{len(names)} bools, one for each tensor", len(needs_grad))
+    for name, needed in zip(names, needs_grad, strict=True):
+        if needed and getattr(args, name) is None:
+            raise _expect("needs_grad", f"no gradient of {name}, which is None", needed)
+    _shape("grad_output", grad_output, args.output_shape(), "of the output")
+    for what in ("device", "dtype"):
+        if getattr(grad_output, what) != getattr(args.x, what):
+            raise _expect("grad_output", f"x's {what} {getattr(args.x, what)}", getattr(grad_output, what))
+    if absent := absent_memory(grad_output):
+        raise ArgumentError(f"grad_output: {absent}")
 
 
 def dimensions(args: Step) -> None:
@@ -126,13 +160,13 @@ def dimensions(args: Step) -> None:
             raise _expect(name, f"{ndim} dimensions", f"{t.dim()} (shape {tuple(t.shape)})")
 
 
-def _tensors(args: Args) -> None:
+def _tensors(args: Step) -> None:
     """Types, dtypes and devices of all tensors; numbers of dimensions of those that can't be None."""
     x = args.x
     dimensions(args)
     if x.dtype not in _FLOATS:
-        raise TypeError(f"x: expected float32, float16, bfloat16 or float64, got {x.dtype}")
-    for name, t in zip(tensor_names(type(args)), args, strict=False):
+        raise ArgumentTypeError(f"x: expected float32, float16, bfloat16 or float64, got {x.dtype}")
+    for name, t in zip(tensor_names(type(args)), args.tensors, strict=True):
         if t is None:
             continue
         if not isinstance(t, Tensor):
@@ -140,13 +174,13 @@ def _tensors(args: Args) -> None:
         if t.device != x.device:
             raise _expect(name, f"x's device {x.device}", t.device)
         if t.dtype != x.dtype and not (t.dtype == torch.float32 and name.endswith(("mean", "var", "gamma", "beta"))):
-            raise TypeError(f"{name}: expected x's dtype {x.dtype}, got {t.dtype}")
+            raise ArgumentTypeError(f"{name}: expected x's dtype {x.dtype}, got {t.dtype}")
         # a traced tensor has no memory yet
         if not torch.compiler.is_compiling() and type(t) in (Tensor, nn.Parameter) and (absent := absent_memory(t)):
-            raise ValueError(f"{name}: {absent}")
-    if x.shape[1] < 1:
+            raise ArgumentError(f"{name}: {absent}")
+    if x.dim() > 1 and x.shape[1] < 1:
         raise _expect("x", "at least one channel", tuple(x.shape))
-    if x.shape[2] < 1 or x.shape[3] < 1:
+    if x.dim() == 4 and (x.shape[2] < 1 or x.shape[3] < 1):
         raise _expect("x", "height and width of at least 1", tuple(x.shape))
 
 
@@ -198,6 +232,9 @@ def _depthwise(args: DepthwiseArgs) -> None:
 
 
 def _squeeze_excite(args: SqueezeExciteArgs) -> None:
+    for name in ("reduce_weight", "expand_weight"):
+        if getattr(args, name).dim() not in (2, 4):
+            raise _expect(name, "2 or 4 dimensions", tuple(getattr(args, name).shape))
     channels, reduced = args.x.shape[1], args.reduce_weight.shape[0]
     for name, sizes, meaning in (
         ("reduce_weight", (reduced, channels), "(R, C)"),
@@ -211,16 +248,42 @@ def _squeeze_excite(args: SqueezeExciteArgs) -> None:
         t = getattr(args, name)
         if t is not None:
             _shape(name, t, (size,), meaning)
+    _activation(args, "")
+    if not 0 <= args.gate < len(Gate):
+        raise _expect("gate", f"the number of a Gate, below {len(Gate)}", args.gate)
     if args.act in (Act.LEAKY_RELU, Act.PRELU):
         raise _expect("act", "an activation without a slope", Act(args.act).name.lower())
 
 
-_CHECKS: dict = {GhostArgs: _ghost_module, DepthwiseArgs: _depthwise, SqueezeExciteArgs: _squeeze_excite}
+def _linear(args: LinearArgs) -> None:
+    x, (rows, columns) = args.x, args.weight.shape
+    if x.dim() not in (2, 4) or tuple(x.shape[1:]) not in ((columns,), (columns, 1, 1)):
+        raise _expect("x", f"shape (N, K) or (N, K, 1, 1) with K = {columns}", tuple(x.shape))
+    if args.bias is not None:
+        _shape("bias", args.bias, (rows,), "(M,)")
+
+
+def _cast(args: CastArgs) -> None:
+    if args.x.dim() not in (2, 4):
+        raise _expect("x", "2 or 4 dimensions", tuple(args.x.shape))
+    if not 0 <= args.dtype < len(DTYPES):
+        raise _expect("dtype", f"a place in {DTYPES}", args.dtype)
+
+
+_CHECKS: dict = {
+    GhostArgs: _ghost_module,
+    DepthwiseArgs: _depthwise,
+    SqueezeExciteArgs: _squeeze_excite,
+    GlobalPoolArgs: lambda args: None,
+    LinearArgs: _linear,
+    CastArgs: _cast,
+}
+# None where there may be 2 or 4, as of a map of one pixel
 _DIMENSIONS: dict[type[Step], dict[str, int | None]] = {
     GhostArgs: {"x": 4, "primary_weight": 4, "cheap_weight": 4},
     DepthwiseArgs: {"x": 4, "weight": 4},
-    SqueezeExciteArgs: {"x": 4},
+    SqueezeExciteArgs: {"x": 4, "reduce_weight": None, "expand_weight": None},
     GlobalPoolArgs: {"x": 4},
-    LinearArgs: {"x": None, "weight": 2},  # that of a map of one pixel may have 4 or 2
+    LinearArgs: {"x": None, "weight": 2},
     CastArgs: {"x": None},
 }

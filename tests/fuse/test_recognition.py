@@ -289,3 +289,23 @@ def test_a_change_below_a_forward_takes_effect(change, grad, monkeypatch):
                 continue
             torch.testing.assert_close(fused(x), expected, rtol=1e-3, atol=1e-4)
             assert before.shape != expected.shape or not torch.allclose(before, expected)
+
+
+CONVS = [n for n, m in paper.GhostBottleneck(6, 12, 8, stride=2, se_ratio=0.25).named_modules() if type(m) is nn.Conv2d]
+
+
+@pytest.mark.parametrize("name", CONVS)
+def test_any_convolution_may_get_another_method(name):
+    """Those of squeeze-and-excite and of the shortcut as well as those of Ghost modules, after a first call."""
+    model = nn.Sequential(paper.GhostBottleneck(6, 12, 8, stride=2, se_ratio=0.25))
+    calibrate(model, torch.randn(4, 6, 8, 8))
+    fused, x = fuse(model), torch.randn(2, 6, 8, 8)
+    assert isinstance(fused[0], FusedGhostBottleneck)
+    with torch.no_grad():
+        before = fused(x)
+        for each in (model, fused):
+            conv = each[0].get_submodule(name)
+            conv._conv_forward = lambda x, w, b, conv=conv: -2 * nn.Conv2d._conv_forward(conv, x, w, b)
+        for _ in range(2):
+            assert not torch.allclose(fused(x), before)
+            torch.testing.assert_close(fused(x), model(x))

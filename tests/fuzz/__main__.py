@@ -21,7 +21,7 @@ sys.path.append(str(ROOT / "tests" / "helpers"))
 COUNTS = {"modules": 10_000, "bottlenecks": 1_000, "networks": 500, "calls": 5_000}
 
 
-def work(kind: str, seed: int, first: int, count: int) -> None:
+def work(kind: str, backend: str, seed: int, first: int, count: int) -> None:
     """The trials in this process: a line for each, with its number and what came of it."""
     import fuzz_raw_ops
     import torch
@@ -33,7 +33,7 @@ def work(kind: str, seed: int, first: int, count: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (fuzz_raw_ops.MEMORY, fuzz_raw_ops.MEMORY))
     for number in range(first, first + count):
         try:
-            outcome = trial(kind, seed, number)
+            outcome = trial(kind, seed, number, backend)
         except Exception as error:
             last = traceback.extract_tb(error.__traceback__)[-1]
             text = f"{type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno})"
@@ -41,7 +41,7 @@ def work(kind: str, seed: int, first: int, count: int) -> None:
         print(number, outcome, flush=True)
 
 
-def outcomes(kind: str, seed: int, first: int, count: int) -> Generator[tuple[int, str]]:
+def outcomes(kind: str, backend: str, seed: int, first: int, count: int) -> Generator[tuple[int, str]]:
     """The trials in other processes: after one that kills its process the next goes on."""
     end = first + count
     while first < end:
@@ -51,6 +51,8 @@ def outcomes(kind: str, seed: int, first: int, count: int) -> Generator[tuple[in
             "tests.fuzz",
             "--seed",
             str(seed),
+            "--backend",
+            backend,
             "--work",
             kind,
             str(first),
@@ -78,18 +80,22 @@ def main(words: list[str]) -> int:
         parser.add_argument(f"--{kind}", type=int, metavar="N", help=f"how many; {count} where no kind is named")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="number of the first")
+    parser.add_argument(
+        "--backend", default="cpu", help="of the calls: cpu, reference, cuda (on a GPU, or under ptx-on-cpu's run-extension), "
+        "triton or triton_two_kernel (on a GPU, or with TRITON_INTERPRET=1)"
+    )  # fmt: skip
     parser.add_argument("--minutes", type=float, default=float("inf"), help="at most, for each kind")
     parser.add_argument("--work", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args(words)
     if options.work:
         kind, first, count = options.work
-        work(kind, options.seed, int(first), int(count))
+        work(kind, options.backend, options.seed, int(first), int(count))
         return 0
     named = {kind: n for kind in COUNTS if (n := getattr(options, kind)) is not None}
     failed = 0
     for kind, count in (named or COUNTS).items():
         counts: collections.Counter[str] = collections.Counter()
-        start, drawn = time.monotonic(), outcomes(kind, options.seed, options.first, count)
+        start, drawn = time.monotonic(), outcomes(kind, options.backend, options.seed, options.first, count)
         with contextlib.closing(drawn):
             for number, outcome in drawn:
                 bad = outcome.startswith(("WRONG ", "CRASH "))
@@ -102,8 +108,9 @@ def main(words: list[str]) -> int:
         failed += wrong + crashed
         right = ", ".join(f"{n} {outcome}" for outcome, n in sorted(counts.items()))
         total = wrong + crashed + counts.total()
+        of = f" of {options.backend}" if kind == "calls" else ""
         print(
-            f"{kind}: {total} drawn by seed {options.seed} in {time.monotonic() - start:.0f} s: "
+            f"{kind}{of}: {total} drawn by seed {options.seed} in {time.monotonic() - start:.0f} s: "
             f"{wrong} wrong, {crashed} crashed; {right or 'none right'}",
             flush=True,
         )

@@ -329,10 +329,10 @@ def network(rng: random.Random) -> str:
     return f"{'some' if any(swap.fused for swap in report) else 'nothing'} fused"
 
 
-def trial(kind: str, seed: int, number: int) -> str:
+def trial(kind: str, seed: int, number: int, backend: str) -> str:
     """What came of the trial of this number; AssertionError, or whatever else is raised, if it went wrong."""
     if kind == "calls":
-        return fuzz_raw_ops.one(seed, number, "cpu")
+        return fuzz_raw_ops.one(seed, number, backend)
     rng = random.Random(f"{kind}:{seed}:{number}")
     torch.manual_seed(rng.randrange(2**31))
     with warnings.catch_warnings():

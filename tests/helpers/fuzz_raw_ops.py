@@ -9,46 +9,42 @@ from __future__ import annotations
 import argparse
 import collections
 import functools
-import math
 import os
 import random
 import re
 import resource
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 if __name__ == "__main__":
     sys.path.append(str(Path(__file__).parents[2]))
 
 import torch
+from raw_op_faults import DTYPES, Call, damage
 from torch import Tensor, nn
 
 from ghostfused import capture, fuse, ops
 from ghostfused.backends import BACKENDS, reference
+from ghostfused.backends.triton import INTERPRETED
 from ghostfused.cli.verify import calibrate
 from ghostfused.models import paper
 from ghostfused.numerics import TOLERANCES, relative_error, rounded_anew
 from ghostfused.ops import encoding
 from ghostfused.spec import STEPS, Act, Step, tensor_names
-from ghostfused.spec.checks import absent_memory, check_memory
+from ghostfused.spec.checks import absent_memory, validate
 from ghostfused.testing import Case, DepthwiseCase, SqueezeExciteCase, convert, make
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-INTS = (-(2**63), -(2**31), -7, -1, 0, 1, 2, 3, 4, 5, 8, 31, 2**20, 2**31 - 1, 2**31, 2**40, 2**62, 2**63 - 1)
-FLOATS = (math.nan, math.inf, -math.inf, -1.0, -1e-9, 0.0, 1e-5, 0.5, 1e300)
-LONG = (2**31 - 1, 2**31, 2**33, 2**40)
-"""Sizes of a dimension that no kernel takes."""
 WORDS = {"code", "numbers", "tensors", "program", *(name for kind in STEPS.values() for name in kind.__annotations__)}
+REFUSALS = WORDS | {"kernels"}
+"""Of which an error has one."""
+COMPILED = ("cpu", "cuda")
+LARGEST = 2**20
+"""Elements of a tensor in calls of kernels that PyTorch or Triton's interpreter runs: they take any number, and their time."""
 MEMORY = 12 << 30
 """Bytes of addresses that the command may use: a call that needs more of them has slipped through the bounds."""
-
-
-class Call(NamedTuple):
-    op: str
-    arguments: list
-    names: list[str]
 
 
 # ---- what a valid call is
@@ -136,121 +132,15 @@ def program_of(model: nn.Module, x: Tensor) -> encoding.Program:
 
 
 def _valid(rng: random.Random, backend: str) -> Call:
-    if rng.random() < 0.6:
+    if rng.random() < 0.6 or backend.startswith("triton"):
         args = make(_case(rng, backend))
         return Call(args.op, list(args), list(type(args).__annotations__))
     channels, (tensors, code, numbers) = rng.choice(_programs(backend))
     x = torch.randn(rng.choice((0, 1, 2, 7, 17)), channels, rng.randint(1, 9), rng.randint(1, 12))
     if rng.random() < 0.3:
         x = x.to(memory_format=torch.channels_last)
-    op = rng.choice(("program", "replay"))
+    op = rng.choice(("program", "replay")) if backend in COMPILED else "program"
     return Call(op, [x, [t.detach() for t in tensors], list(code), list(numbers)], ["x", "tensors", "code", "numbers"])
-
-
-# ---- what may be wrong with it
-
-
-def _cut(rng: random.Random, t: Tensor) -> Tensor:
-    """Its storage is freed, or has lost some bytes at the end."""
-    t = t.clone()
-    t.untyped_storage().resize_(0 if rng.random() < 0.5 else max(t.untyped_storage().nbytes() - rng.randint(1, 64), 0))
-    return t
-
-
-def _resized(rng: random.Random, t: Tensor) -> Tensor:
-    if not t.dim():
-        return t
-    sizes, d = list(t.shape), rng.randrange(t.dim())
-    sizes[d] = max(sizes[d] + rng.choice((-2, -1, 1, 2, 7)), 0)
-    return torch.randn(sizes).to(t.dtype)
-
-
-def _expanded(rng: random.Random, t: Tensor) -> Tensor:
-    """One number everywhere, along one dimension as many as no kernel takes, or as many as there were."""
-    sizes = list(t.shape)
-    if sizes and rng.random() < 0.5:
-        sizes[rng.randrange(len(sizes))] = rng.choice(LONG)
-    try:
-        return torch.ones((), dtype=t.dtype).expand(sizes)
-    except RuntimeError:  # more elements than PyTorch counts
-        return t
-
-
-def _strided(rng: random.Random, t: Tensor) -> Tensor:
-    """The same numbers with gaps between them, in any order of dimensions, and any stride where the size is one."""
-    order = rng.sample(range(t.dim()), t.dim())
-    strides, step = [0] * t.dim(), rng.choice((1, 2))
-    for d in order:
-        strides[d] = rng.choice((2**62, 2**40, 0)) if t.shape[d] == 1 else step
-        step *= max(t.shape[d], 1)
-    buffer = torch.zeros(step + 5, dtype=t.dtype)
-    return buffer.as_strided(t.shape, strides, rng.randint(0, 4)).copy_(t)
-
-
-TENSOR_FAULTS: list[Callable[[random.Random, Tensor], Any]] = [
-    _cut,
-    _resized,
-    _expanded,
-    _strided,
-    lambda rng, t: t.to(rng.choice((*DTYPES, torch.float64, torch.int32, torch.complex64, torch.bool))),
-    lambda rng, t: t.to("meta"),
-    lambda rng, t: t.to_sparse(),
-    lambda rng, t: t.unsqueeze(rng.randint(0, t.dim())),
-    lambda rng, t: t[0] if t.dim() and t.shape[0] else t,
-    lambda rng, t: t.transpose(0, -1) if t.dim() else t,
-    lambda rng, t: torch._neg_view(t) if t.is_floating_point() else t,
-    lambda rng, t: t.reshape(-1)[:0],
-    lambda rng, t: None,
-]
-
-
-def _damage_list(rng: random.Random, values: list, fault: Callable[[Any], Any]) -> None:
-    """Changes, drops, repeats or swaps some of ``values``, or cuts them short."""
-    at, other = (rng.randrange(len(values)) if values else 0 for _ in range(2))
-    kind = rng.randrange(5)
-    if kind == 0 or not values:
-        values.insert(at, fault(values[at] if values else None))
-    elif kind == 1:
-        del values[at : len(values) if rng.random() < 0.3 else at + 1]
-    elif kind == 2:
-        values[at], values[other] = values[other], values[at]
-    else:
-        values[at] = fault(values[at])
-
-
-def _near(rng: random.Random, value: int | None) -> int:
-    """Another number, near ``value`` more often than not."""
-    return rng.choice(INTS) if value is None or rng.random() < 0.3 else value + rng.choice((-3, -2, -1, 1, 2, 4))
-
-
-def _damage(rng: random.Random, call: Call) -> None:
-    def tensor_fault(t: Tensor | None) -> Tensor | None:
-        if t is None:
-            t = torch.ones(3)
-        # PyTorch itself can't touch memory that isn't there, or so much of it
-        untouchable = t.is_meta or absent_memory(t) or t.numel() >= min(LONG)
-        return t if untouchable else rng.choice(TENSOR_FAULTS)(rng, t)
-
-    def list_fault(t: Tensor | None) -> Tensor:
-        changed = tensor_fault(t)
-        return torch.ones(2, 1) if changed is None else changed
-
-    at = rng.randrange(len(call.arguments))
-    value = call.arguments[at]
-    if call.names[at] == "tensors":
-        _damage_list(rng, value, list_fault)
-    elif call.names[at] == "code":
-        _damage_list(rng, value, lambda number: _near(rng, number))
-    elif call.names[at] == "numbers":
-        _damage_list(rng, value, lambda _: rng.choice(FLOATS))
-    elif value is None or isinstance(value, Tensor):
-        call.arguments[at] = tensor_fault(value)
-    elif isinstance(value, bool):
-        call.arguments[at] = not value
-    elif isinstance(value, int):
-        call.arguments[at] = _near(rng, value)
-    else:
-        call.arguments[at] = rng.choice(FLOATS)
 
 
 # ---- what comes of it
@@ -271,8 +161,18 @@ def _moved(value: Any, device: str) -> Any:
     return gone
 
 
+def _is_on_gpu(backend: str) -> bool:
+    return backend == "cuda" or (backend.startswith("triton") and not INTERPRETED)
+
+
+def _is_huge(value: Any) -> bool:
+    return (
+        any(map(_is_huge, value)) if isinstance(value, list) else isinstance(value, Tensor) and value.numel() > LARGEST
+    )
+
+
 def _run(call: Call, backend: str) -> Tensor:
-    arguments = call.arguments if backend == "cpu" else _moved(call.arguments, backend)
+    arguments = _moved(call.arguments, "cuda") if _is_on_gpu(backend) else call.arguments
     torch.set_num_threads(2)  # a batch is cut into pieces for them
     try:
         if call.op != "replay":
@@ -284,45 +184,60 @@ def _run(call: Call, backend: str) -> Tensor:
         torch.set_num_threads(1)  # PyTorch's small convolutions would wait for each other
 
 
-def _check(out: Tensor, args: Step) -> None:
-    """One step against the reference in float64.
+def _check(run: Callable[[Step], Tensor], out: Tensor, args: Step) -> None:
+    """One step, which ``run`` runs, against the reference in float64.
 
-    One run of PyTorch's may be near it by luck: then others count, on inputs that differ by less than their rounding.
+    One run of PyTorch's may be near it by luck, and ours far: then others count, on inputs that differ by less than rounding.
     """
-    expected = reference.run(convert(args, torch.float64))  # type: ignore[arg-type,type-var]
+    expected = _exact(args)
     assert out.shape == expected.shape, f"shape {tuple(out.shape)}, expected {tuple(expected.shape)}"
     tolerance = TOLERANCES[out.dtype]
     error = relative_error(out, expected) if expected.numel() else 0.0
     limit = tolerance.floor
-    for x in (args.x, *rounded_anew(args.x, 4)):
-        own = reference.run(args._replace(x=x))
+    near = [_rounded_anew(args, seed) for seed in range(4)]
+    for each in (args, *near):
+        own = reference.run(each)
         if not expected.numel() or not (expected.isfinite().all() and own.isfinite().all()):
             return  # of what isn't finite only the shape is compared
         limit = max(limit, tolerance.factor * relative_error(own, expected))
         if error <= limit:
             return
-    raise AssertionError(f"error {error:.2e}, limit {limit:.2e}")
+    if error < 2 * limit:
+        error = statistics.median([error, *(relative_error(run(each), _exact(each)) for each in near)])
+    assert error <= limit, f"error {error:.2e}, limit {limit:.2e}"
+
+
+def _exact(args: Step) -> Tensor:
+    return reference.run(convert(args, torch.float64))  # type: ignore[arg-type,type-var]
+
+
+def _rounded_anew(args: Step, seed: int) -> Step:
+    given = zip(tensor_names(type(args)), args.tensors, strict=True)
+    return args._replace(**{name: rounded_anew(t, 1, seed)[0] for name, t in given if t is not None})
+
+
+def _run_step(backend: str, args: Step) -> Tensor:
+    """The step by itself, as an op or as a program of one."""
+    if args.op in ops.OPS:
+        return _run(Call(args.op, list(args), []), backend)
+    x, *others = args
+    code = [list(STEPS).index(args.op), 0]
+    for t in others:
+        code.append(-1 if t is None else 2 * (1 + sum(other is not None for other in others[: len(code) - 2])))
+    return _run(Call("program", [x, [t for t in others if t is not None], code, []], []), backend)
 
 
 def _checked_step(backend: str, args: Step) -> Tensor:
-    """The step by itself, as an op or as a program of one."""
-    if args.op in ops.OPS:
-        out = _run(Call(args.op, list(args), []), backend)
-    else:
-        x, *others = args
-        code = [list(STEPS).index(args.op), 0]
-        for t in others:
-            code.append(-1 if t is None else 2 * (1 + sum(other is not None for other in others[: len(code) - 2])))
-        out = _run(Call("program", [x, [t for t in others if t is not None], code, []], []), backend)
-    check_memory(tensor_names(type(args)), args.tensors)
-    _check(out, args)
+    out = _run_step(backend, args)
+    validate(args)
+    _check(functools.partial(_run_step, backend), out, args)
     return out
 
 
 def _check_call(out: Tensor, call: Call, backend: str) -> None:
     """A program makes bit for bit what its steps make one by one."""
     if call.op in STEPS:
-        return _check(out, STEPS[call.op](*call.arguments))
+        return _check(functools.partial(_run_step, backend), out, STEPS[call.op](*call.arguments))
     expected = encoding.run(functools.partial(_checked_step, backend), *call.arguments)
     assert out.shape == expected.shape, f"shape {tuple(out.shape)}, expected {tuple(expected.shape)}"
     assert torch.equal(out.nan_to_num(), expected.nan_to_num()), "not what the program's steps make"
@@ -348,14 +263,16 @@ def one(seed: int, number: int, backend: str) -> str:
     call = _valid(rng, backend)
     faults = rng.choice((0, 1, 1, 1, 2, 3))
     for _ in range(faults):
-        _damage(rng, call)
+        damage(rng, call)
+    if backend not in COMPILED and _is_huge(call.arguments):
+        return "too large to run"
     try:
         out = _run(call, backend)
     except (RuntimeError, TypeError, ValueError) as error:
-        if not faults and backend == "cpu":
+        if not faults and backend != "cuda":  # PyTorch's own operations are missing where that runs on a CPU
             raise AssertionError(f"a valid call is refused\n{describe(call)}") from error
         # PyTorch finds the op by its tensors, and says so where there are none
-        if not WORDS & set(re.findall(r"\w+", str(error))) and "no tensor arguments" not in str(error):
+        if not REFUSALS & set(re.findall(r"\w+", str(error))) and "no tensor arguments" not in str(error):
             raise AssertionError(f"an error that names no argument\n{describe(call)}") from error
         return "error"
     try:
@@ -385,7 +302,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--calls", type=int, default=5000)
     parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--backend", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--backend", choices=BACKENDS, default="cpu")
     parser.add_argument("--trace", type=Path)
     options = parser.parse_args()
     if "libasan" not in os.environ.get("LD_PRELOAD", ""):  # which takes addresses for all the memory there could be

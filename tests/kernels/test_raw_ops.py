@@ -382,3 +382,9 @@ def test_malformed_calls(seed, tmp_path):
     assert run.returncode == 0, f"exit {run.returncode} at call {last}of seed {seed}: {run.stderr[-6000:]}"
     print(run.stdout)
     assert f"{calls} calls" in run.stdout
+
+
+def test_malformed_calls_of_the_reference():
+    counts = fuzz_raw_ops.run(seed=3, calls=150, backend="reference")
+    assert counts["error"] > 0, counts
+    assert counts["right result"] > 0, counts

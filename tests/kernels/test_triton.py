@@ -3,6 +3,7 @@
 
 import dataclasses
 
+import fuzz_raw_ops
 import pytest
 import torch
 from draws import LAYOUTS
@@ -112,3 +113,11 @@ def test_more_programs_than_a_launch_has_are_refused():
     huge = make_args(Case(batch=1, height=1, width=1))
     huge = huge._replace(x=huge.x.expand(2**31, -1, -1, -1))
     assert "programs" in triton.supports(huge if DEVICE == "cpu" else to_device(huge, "cuda"))
+
+
+@pytest.mark.parametrize(("name", "calls"), [("triton", 40), ("triton_two_kernel", 15)])
+def test_malformed_calls(name, calls):
+    """``python -m tests.fuzz --calls 5000 --backend triton`` draws more."""
+    counts = fuzz_raw_ops.run(seed=3, calls=calls, backend=name)
+    assert counts["error"] > 0, counts
+    assert counts["right result"] > 0, counts

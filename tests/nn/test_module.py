@@ -1,13 +1,15 @@
 """FusedGhostModule as a module: constructor, keys, equality with unfused layers, and what users do to modules."""
 
 import copy
+import functools
 
 import pytest
 import torch
 from modules import FLOAT64, example, randomize, runs_fused, unfused
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
-from ghostfused import Act, FusedGhostModule
+from ghostfused import Act, FusedGhostModule, capture, fuse
 from ghostfused.models import paper, seed
 
 # ---- construction
@@ -270,3 +272,67 @@ def test_fx_tracing_of_a_model(training):
     if not training:
         assert "ghost_module" in {getattr(n.target, "__name__", "") for n in traced.graph.nodes}
     torch.testing.assert_close(traced(x), copy.deepcopy(model)(x), **FLOAT64)
+
+
+CHANNELS, SIZE = 6, (2, 6, 7, 7)
+BAD_INPUTS = {
+    "channels": torch.ones(2, 5, 7, 7),
+    "more dimensions": torch.ones(1, *SIZE),
+    "empty maps": torch.ones(2, CHANNELS, 0, 7),
+    "no channels": torch.ones(2, 0, 7, 7),
+    "float64": torch.ones(SIZE, dtype=torch.float64),
+    "float16": torch.ones(SIZE, dtype=torch.float16),
+    "int64": torch.ones(SIZE, dtype=torch.int64),
+    "complex": torch.ones(SIZE, dtype=torch.complex64),
+    "bool": torch.ones(SIZE, dtype=torch.bool),
+    "meta": torch.ones(SIZE, device="meta"),
+    "sparse": torch.ones(SIZE).to_sparse(),
+    "none": None,
+    "list": [1.0],
+    "array": torch.ones(SIZE).numpy(),
+}
+
+
+@functools.cache
+def made(kind: str):
+    """A model, the same fused, which replays by now, and the same captured."""
+    ghost = paper.GhostModule(CHANNELS, 8)
+    plain = nn.Sequential(ghost if kind == "module" else paper.GhostBottleneck(CHANNELS, 12, CHANNELS, se_ratio=0.25))
+    fused = fuse(plain.eval())
+    with torch.no_grad():
+        fused(torch.ones(SIZE))
+    return plain, fused, capture(plain, torch.ones(SIZE))
+
+
+@pytest.mark.parametrize("name", BAD_INPUTS)
+@pytest.mark.parametrize("kind", ["module", "bottleneck"])
+def test_who_catches_the_unfused_error_catches_ours(kind, name):
+    """PyTorch's own layers raise RuntimeError or TypeError of a bad input, and ValueError of some."""
+    plain, fused, captured = made(kind)
+    x = BAD_INPUTS[name]
+    for training, grad in ((False, False), (False, True), (True, True)):
+        with torch.set_grad_enabled(grad):
+            plain.train(training), fused.train(training)
+            with pytest.raises((RuntimeError, TypeError, ValueError)) as unfused:
+                plain(x)
+            expected = next(kind for kind in (RuntimeError, TypeError, ValueError) if isinstance(unfused.value, kind))
+            with pytest.raises(expected, match=r"x|primary_weight"):
+                fused(x)
+            if not training:
+                with pytest.raises(expected, match="input"):
+                    captured(x)
+
+
+@pytest.mark.parametrize("name", ["channels", "more dimensions", "empty maps", "float64", "int64"])
+def test_fake_tensors_of_a_bad_input_raise_too(name):
+    plain = nn.Sequential(paper.GhostModule(CHANNELS, 8)).eval()
+    fused = fuse(plain)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        with pytest.raises(RuntimeError):  # PyTorch's own layers don't look at the dtype there
+            fused(mode.from_tensor(BAD_INPUTS[name]))
+        assert fused(mode.from_tensor(torch.ones(SIZE))).shape == (2, 8, 7, 7)
+    for model in (plain, fused):
+        for fullgraph in (True, False):
+            torch._dynamo.reset()
+            with pytest.raises(RuntimeError):
+                torch.compile(model, backend="eager", fullgraph=fullgraph)(BAD_INPUTS[name])

@@ -344,3 +344,32 @@ def assert_close(got, expected) -> None:
         assert got is None
     else:
         assert relative_error(got, expected.double()) < 1e-5
+
+
+@on("cuda", "triton", "reference")
+def test_ops_refuse_what_does_not_fit_by_name(backend):
+    """Before a kernel sees it: sizes, of which either of two may be blamed, dtypes, acts, and the gradient."""
+    a, grad = make(Case(1, 4, 5, 6, 8, act_primary="prelu", act_cheap="prelu", **ALL_INPUTS))
+    needs_grad = [t is not None for t in a.tensors]
+    longer = {
+        name: torch.ones(*t.shape[:-1], t.shape[-1] + 2) for name in TENSORS if (t := getattr(a, name)) is not None
+    }
+    wrong = {
+        "residual": a.residual.double(), "primary_act": 77, "cheap_act": -1, "cheap_eps": float("nan"), "stride": 0,
+        "out_channels": 9, "output_gate": torch.ones(1, 7, 2, 2),  # a gate may be of any height and width
+    }  # fmt: skip
+    for name, value in (longer | wrong).items():
+        there = backend.there(a._replace(**{name: value}))
+        with pytest.raises(RuntimeError, match=r"^\w+: expected"):
+            ops.training_op("backward", backend.name)(grad.to(backend.device), *there, False, "", needs_grad)
+        if name not in ops.STATISTICS:
+            fields = [getattr(there, field) for field in ops.TRAIN_FIELDS]
+            with pytest.raises(RuntimeError, match=r"^\w+: expected"):
+                ops.training_op("train_forward", backend.name)(*fields, "")
+    there = backend.there(a)
+    for changed, needs, blamed in (
+        (grad[:, 1:], needs_grad, "grad_output"), (grad.double(), needs_grad, "grad_output"),
+        (grad, needs_grad[1:], "needs_grad"), (grad, [True] * len(needs_grad), "needs_grad"),
+    ):  # fmt: skip
+        with pytest.raises(RuntimeError, match=f"^{blamed}: "):
+            ops.training_op("backward", backend.name)(changed.to(backend.device), *there, False, "", needs)
