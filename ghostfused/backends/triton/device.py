@@ -49,7 +49,8 @@ def _sum_products(a, b, mask, axis: tl.constexpr):
 @triton.jit
 def _rsqrt(x):
     y = tl.rsqrt(x)
-    return y + y * (0.5 - 0.5 * x * y * y)  # Newton: the hardware's rsqrt is off by an ulp or two
+    newton = y + y * (0.5 - 0.5 * x * y * y)  # the hardware's rsqrt is off by an ulp or two
+    return tl.where((x > 0) & (x < float("inf")), newton, y)  # of 0 and infinity it is exact, and the step NaN
 
 
 @triton.jit
