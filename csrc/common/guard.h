@@ -111,7 +111,7 @@ class Guard {
   Guard(const Guard&) = delete;
   Guard& operator=(const Guard&) = delete;
 
-  bool holds() {
+  bool dicts_hold() {
     for (size_t i = 0; i < objects_.size(); ++i) {
       if (i + kAhead < objects_.size()) {
         __builtin_prefetch(reinterpret_cast<const char*>(objects_[i + kAhead].object) - kManagedDict);
@@ -134,6 +134,10 @@ class Guard {
     return true;
   }
 
+  // One question for all, from Python.
+  bool holds(PyObject* root) { return dicts_hold() && root_holds(root) && reads_hold(); }
+
+ private:
   // Whether the root's class and attributes are the objects that they were.
   bool root_holds(PyObject* root) {
     return Py_TYPE(root) == root_.type && has_dict(root, root_.dict) && dict_holds(count());
@@ -144,7 +148,6 @@ class Guard {
     return std::all_of(reads_.begin(), reads_.end(), [this](const Read& read) { return read_holds(read); });
   }
 
- private:
   struct Entry {
     PyObject *key, *value;
   };
@@ -328,16 +331,15 @@ struct GuardObject {
   }
 
   static Guard& of(PyObject* self) { return *reinterpret_cast<GuardObject*>(self)->guard; }
-  static PyObject* holds(PyObject* self, PyObject*) { return PyBool_FromLong(of(self).holds()); }
-  static PyObject* root_holds(PyObject* self, PyObject* root) { return PyBool_FromLong(of(self).root_holds(root)); }
-  static PyObject* reads_hold(PyObject* self, PyObject*) { return PyBool_FromLong(of(self).reads_hold()); }
+  static PyObject* holds(PyObject* self, PyObject* root) { return PyBool_FromLong(of(self).holds(root)); }
+  static PyObject* dicts_hold(PyObject* self, PyObject*) { return PyBool_FromLong(of(self).dicts_hold()); }
 };
 
 inline void bind_guard(py::module_& m) {
   static PyMethodDef methods[] = {
-      {"holds", &GuardObject::holds, METH_NOARGS, "Whether dictionaries and objects are as they were."},
-      {"root_holds", &GuardObject::root_holds, METH_O, "Whether the root's class and attributes are the same objects."},
-      {"reads_hold", &GuardObject::reads_hold, METH_NOARGS, "Whether the names of owners have the same objects."},
+      {"holds", &GuardObject::holds, METH_O, "Whether all are the same objects, of this root too."},
+      {"dicts_hold", &GuardObject::dicts_hold, METH_NOARGS,
+       "Whether those of the lists of dictionaries and objects are."},
       {}};
   static constexpr const char* doc =
       "Guard(root, dicts, objects, reads, absent): what dictionaries, the types of objects, and reads, which are "

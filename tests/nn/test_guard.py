@@ -24,6 +24,9 @@ class Absent:
     pass
 
 
+ROOT = Thing()
+
+
 def guard(root, dicts=(), things=(), reads=()):
     return cpu.extension.module.Guard(root, list(dicts), list(things), list(reads), Absent)
 
@@ -31,7 +34,7 @@ def guard(root, dicts=(), things=(), reads=()):
 def guard_of(things):
     dicts = [t.__dict__ for t in things] + [d for t in things for d in (t.tensors, t.hooks)]
     kept = [d.copy() for d in dicts]
-    return guard(Thing(), dicts, things), kept
+    return guard(ROOT, dicts, things), kept
 
 
 def set_often(thing, value):
@@ -57,19 +60,19 @@ def test_a_change_is_seen_until_it_is_undone(change):
     things = [Thing() for _ in range(50)]
     guard, kept = guard_of(things)
     second, kept_too = guard_of(things)
-    assert guard.holds()
-    assert guard.holds()
+    assert guard.holds(ROOT)
+    assert guard.holds(ROOT)
     do, undo = CHANGES[change]
     do(things[7])
-    assert not guard.holds()
-    assert not guard.holds()
-    assert not second.holds()
+    assert not guard.holds(ROOT)
+    assert not guard.holds(ROOT)
+    assert not second.holds(ROOT)
     if undo is not None:
         undo(things[7])
-        assert guard.holds()
-        assert guard.holds()
+        assert guard.holds(ROOT)
+        assert guard.holds(ROOT)
     del guard, kept
-    assert second.holds() == (undo is not None)
+    assert second.holds(ROOT) == (undo is not None)
     del kept_too
 
 
@@ -80,10 +83,10 @@ def test_guards_come_and_go_with_what_they_watch():
     gc.collect()
     things = [Thing() for _ in range(500)]
     guards = [guard_of([t]) for t in things]
-    assert all(guard.holds() for guard, _ in guards)
+    assert all(guard.holds(ROOT) for guard, _ in guards)
     for t in things:
         t.hooks[1] = 1
-    assert not any(guard.holds() for guard, _ in guards)
+    assert not any(guard.holds(ROOT) for guard, _ in guards)
 
 
 def test_each_object_needs_its_dictionary():
@@ -96,17 +99,17 @@ def test_a_change_of_the_root_is_seen_until_it_is_undone(change):
     root = Thing()
     kept = root.__dict__.copy()
     of_root = guard(root)
-    assert of_root.root_holds(root)
-    assert of_root.root_holds(root)
-    assert not of_root.root_holds(Thing())
+    assert of_root.holds(root)
+    assert of_root.holds(root)
+    assert not of_root.holds(Thing())
     do, undo = CHANGES[change]
     do(root)
     deep = change in ("entry", "hook")  # in a dictionary that is an attribute: of the list of dictionaries, if of any
-    assert of_root.root_holds(root) == deep
-    assert of_root.holds()
+    assert of_root.holds(root) == deep
+    assert of_root.dicts_hold()
     if undo is not None:
         undo(root)
-        assert of_root.root_holds(root)
+        assert of_root.holds(root)
     del kept
 
 
@@ -157,16 +160,16 @@ def test_a_read_is_seen_to_change(kind):
         "raising": (mine, "late", None),
     }[kind]
     now = Absent if kind in ("added", "raising") else owner[name] if owner is names else getattr(owner, name)
-    of_reads = guard(Thing(), reads=[(Mine, "own", Mine.own), (owner, name, now)])
-    assert of_reads.reads_hold()
-    assert not guard(Thing(), reads=[(owner, name, Absent if now is not Absent else 1)]).reads_hold()
+    of_reads = guard(ROOT, reads=[(Mine, "own", Mine.own), (owner, name, now)])
+    assert of_reads.holds(ROOT)
+    assert not guard(ROOT, reads=[(owner, name, Absent if now is not Absent else 1)]).holds(ROOT)
     if kind == "raising":  # not an absence, but somebody's fault, which the caller is to meet
         error = TypeError("a fault")
     else:
         change()
-    assert not of_reads.reads_hold()
+    assert not of_reads.holds(ROOT)
 
 
 def test_reads_are_triples():
     with pytest.raises(TypeError):
-        guard(Thing(), reads=[("an owner", "a name")])
+        guard(ROOT, reads=[("an owner", "a name")])
