@@ -125,6 +125,7 @@ def _activation(args: Args, half: str) -> None:
 
 def validate_training(a: GhostArgs) -> None:
     """``validate`` of a Ghost module whose norms take the batch's statistics, so that it has none."""
+    dimensions(a)
     for half in ("primary", "cheap"):
         if getattr(a, f"{half}_mean") is not None or getattr(a, f"{half}_var") is not None:
             raise _expect(f"{half}_bn", "no mean and var, which are the batch's", "a tensor")
@@ -142,6 +143,8 @@ def validate_backward(args: Args, grad_output: Tensor, needs_grad: Sequence[bool
     for name, needed in zip(names, needs_grad, strict=True):
         if needed and getattr(args, name) is None:
             raise _expect("needs_grad", f"no gradient of {name}, which is None", needed)
+    if not isinstance(grad_output, Tensor):  # PyTorch hands None on
+        raise TypeError(f"grad_output: expected a Tensor, got {type(grad_output).__name__}")
     _shape("grad_output", grad_output, args.output_shape(), "of the output")
     for what in ("device", "dtype"):
         if getattr(grad_output, what) != getattr(args.x, what):

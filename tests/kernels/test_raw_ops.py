@@ -21,7 +21,7 @@ from ghostfused.models import paper
 from ghostfused.numerics import TOLERANCES, relative_error
 from ghostfused.ops import encoding
 from ghostfused.spec import STEPS, tensor_names
-from ghostfused.testing import Case, DepthwiseCase, SqueezeExciteCase, make, make_args
+from ghostfused.testing import Case, DepthwiseCase, SqueezeExciteCase, make, make_args, to_device
 
 needs_kernel = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 BACKENDS = [pytest.param("cpu", marks=needs_kernel), "reference"]
@@ -69,6 +69,30 @@ def test_memory_that_is_not_there_is_refused_by_name(fault, op, name, backend):
     blamed = r"\w+" if fault == "meta" and name == "x" else name  # then the others are what isn't on x's device
     with pytest.raises(RuntimeError, match=f"^{blamed}: .*{message}"):
         ops.forward_op(backend, op)(*changed)
+
+
+REQUIRED = [(op, name) for op, name in NAMED if STEPS[op].__annotations__[name] is Tensor]
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("op", "name"), REQUIRED)
+def test_none_is_refused_by_name(op, name, backend, device):
+    """PyTorch hands None on to an op, where a tensor must be, and to its fake if another tensor is on the meta device."""
+    args = to_device(make(CASES[op]), device)._replace(**{name: None})
+    with pytest.raises((TypeError, RuntimeError), match=f"^{name}: expected "):
+        ops.forward_op(backend, op)(*args)
+
+
+@pytest.mark.parametrize(("op", "name"), [*REQUIRED, *((op, "grad_output") for op in CASES)])
+def test_backward_ops_refuse_none_by_name(op, name):
+    args = make(CASES[op])
+    settings = [False, ""] if op == "forward" else []
+    needs_grad = [t is not None for t in args.tensors]
+    fields = {"grad_output": torch.ones(args.output_shape())} | args._asdict() | {name: None}
+    backward = ops.training_op("backward", "reference") if op == "forward" else ops.backward_op(op)
+    with pytest.raises(TypeError, match=f"^{name}: expected a Tensor, got None"):
+        backward(*fields.values(), *settings, needs_grad)
 
 
 @pytest.mark.parametrize(("op", "name"), NAMED)
