@@ -20,14 +20,14 @@ from .. import backends
 from ..fuse import LEVELS, fuse_with_report
 from . import inputs
 from .inputs import load_model, positive
-from .verify import DTYPES, calibrate, network_verdict
+from .verify import DTYPES, calibrated, network_verdict
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="seed|paper|timm:NAME|file.py:function")
     parser.add_argument("--level", default="auto", choices=LEVELS)
     parser.add_argument("--backend", default="auto", choices=["auto", *backends.BACKENDS])
-    parser.add_argument("--dtype", default="float32", choices=list(DTYPES))
+    parser.add_argument("--dtype", type=inputs.dtype, default="float32", choices=list(DTYPES))
     parser.add_argument("--batch", type=positive, default=1)
     parser.add_argument("--size", type=positive, default=224, help="height and width of the input (default 224)")
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
@@ -53,7 +53,7 @@ def main(options: argparse.Namespace) -> int:
     given = torch.randn(options.batch, 3, options.size, options.size) if x is None else x
     inputs.run_once(options.model, model, given)
     if x is None:
-        x, model = given, calibrate(model, given)
+        x, model = given, calibrated(options.model, model, given)
     model, x = model.eval().to(device), x.to(device)
     fused, report = fuse_with_report(model, level=options.level, backend=options.backend)
     print(f"{report}\n")
@@ -66,7 +66,7 @@ def main(options: argparse.Namespace) -> int:
         f"error against float64, relative to the largest output: {verdict.error:.2e} fused, "
         f"{verdict.torch_error:.2e} unfused, limit {verdict.limit:.2e}: {'ok' if verdict.ok else 'MISS'}"
     )
-    model, fused, x = model.to(dtype), fused.to(dtype), x.to(dtype)
+    model, fused, x = model.to(dtype), fused.to(dtype), inputs.cast(x, dtype)
     with torch.inference_mode():
         times = time_interleaved({"unfused": partial(model, x), "fused": partial(fused, x)}, options.rounds, device)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"

@@ -32,6 +32,18 @@ def positive(text: str) -> int:
     return value
 
 
+def dtype(text: str) -> str:
+    """An ``argparse`` type: the name of a dtype in any of PyTorch's words, such as ``torch.half``."""
+    word = text.removeprefix("torch.")
+    found = getattr(torch, word, None)
+    return str(found).removeprefix("torch.") if isinstance(found, torch.dtype) else word
+
+
+def layout(text: str) -> str:
+    """An ``argparse`` type: the name of a memory format, PyTorch's prefix left out."""
+    return text.removeprefix("torch.")
+
+
 def device(name: str | None) -> torch.device:
     """The device of that name, on which a tensor can be made; the first GPU, or else the CPU, if None is asked for."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -60,7 +72,7 @@ def load_model(name: str) -> tuple[nn.Module, Tensor | None]:
 
         return getattr(models, name).GhostNet(), None
     if name.startswith("timm:"):
-        return _run(name, lambda: _timm(name.removeprefix("timm:"))), None
+        return run(name, lambda: _timm(name.removeprefix("timm:"))), None
     path, _, function = name.rpartition(":")
     if not path:
         raise BadInput(f"model: expected seed, paper, timm:NAME or file.py:function, got {name!r}")
@@ -68,10 +80,10 @@ def load_model(name: str) -> tuple[nn.Module, Tensor | None]:
     if spec is None or spec.loader is None or not Path(path).is_file():
         raise BadInput(f"model: {path!r} is not a Python file")
     module = importlib.util.module_from_spec(spec)
-    _run(path, lambda: spec.loader.exec_module(module))  # type: ignore[union-attr]
+    run(path, lambda: spec.loader.exec_module(module))  # type: ignore[union-attr]
     if not callable(getattr(module, function, None)):
         raise BadInput(f"model: {path!r} has no function {function!r}")
-    made = _run(name, getattr(module, function))
+    made = run(name, getattr(module, function))
     model, x = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module) or not isinstance(x, Tensor | None):
         raise BadInput(f"model: expected {name} to return an nn.Module, or one and an input, got {type(made).__name__}")
@@ -84,7 +96,7 @@ def _timm(name: str) -> nn.Module:
     return timm.create_model(name)
 
 
-def _run(name: str, function: Callable[[], Any]) -> Any:
+def run(name: str, function: Callable[[], Any]) -> Any:
     """``function()``, whose errors are those of the input ``name``: also if it is code that calls ``sys.exit``."""
     try:
         return function()
@@ -100,10 +112,26 @@ def run_once(name: str, model: nn.Module, x: Tensor) -> None:
         raise BadInput(f"model: expected {name} to have parameters in float32, got {', '.join(sorted(odd))}")
     if any(t.is_meta for t in (x, *model.parameters(), *model.buffers())):
         raise BadInput(f"model: expected {name} to have values, got tensors on the meta device")
+    given = f"{name} given {tuple(x.shape)}"
     with torch.no_grad():
-        out = _run(f"{name} given {tuple(x.shape)}", lambda: copy.deepcopy(model).eval()(x.clone()))
-    if not any(isinstance(t, Tensor) for t in tree_leaves(out)):
+        run(given, lambda: copy.deepcopy(model).eval()(x.clone()))
+        out = run(f"{given} in float64", lambda: copy.deepcopy(model).eval().double()(cast(x, torch.float64).clone()))
+    if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(out)):
         raise BadInput(f"model: expected {name} to give a tensor, got {type(out).__name__}")
+    result = first_tensor(out)
+    if result.numel() == 0 or not result.isfinite().all():
+        what = "an empty one" if result.numel() == 0 else "others"
+        raise BadInput(f"model: expected {given} to give a tensor of finite numbers, got {what}")
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in ``dtype``, unless it holds integers, such as indices."""
+    return x.to(dtype) if x.is_floating_point() else x
+
+
+def first_tensor(out: Any) -> Tensor:
+    """The first tensor of what a network gives, in whatever containers."""
+    return next(leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
 
 
 def backend_on(backend: str, device: torch.device) -> None:

@@ -26,7 +26,7 @@ from ..numerics import TOLERANCES, relative_error, rounded_anew
 from ..spec import Act
 from ..testing import Case, Verdict, judge, make_args, to_device
 from . import inputs
-from .inputs import BadInput, load_model, positive
+from .inputs import BadInput, first_tensor, load_model, positive
 
 _LAYOUTS = {"nchw": "nchw", "nhwc": "nhwc", "contiguous_format": "nchw", "channels_last": "nhwc"}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "tf32": torch.float32}
@@ -40,8 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--configs", type=Path, metavar="FILE.jsonl", help="check one module a row")
     what.add_argument("--model", metavar="seed|paper|timm:NAME|file.py:function", help="check a whole network")
     parser.add_argument("--backend", default="auto", choices=["auto", *backends.BACKENDS])
-    parser.add_argument("--dtype", default="float32", choices=list(DTYPES))
-    parser.add_argument("--layout", default="nchw", choices=list(_LAYOUTS))
+    parser.add_argument("--dtype", type=inputs.dtype, default="float32", choices=list(DTYPES))
+    parser.add_argument("--layout", type=inputs.layout, default="nchw", choices=list(_LAYOUTS))
     parser.add_argument("--batch", type=positive, default=2)
     parser.add_argument("--max-size", type=positive, help="cut height and width to this, keeping odd sizes odd")
     parser.add_argument(
@@ -161,10 +161,9 @@ def calibrate(model: nn.Module, x: Tensor, batches: int = 4) -> nn.Module:
     return model.eval()
 
 
-def _first_tensor(out) -> Tensor:
-    while not isinstance(out, Tensor):
-        out = next(iter(out.values())) if isinstance(out, dict) else out[0]
-    return out
+def calibrated(name: str, model: nn.Module, x: Tensor) -> nn.Module:
+    """``calibrate(model, x)``; an error in it is one of ``name``, what ``model`` comes from."""
+    return inputs.run(f"{name} in train mode", lambda: calibrate(model, x))
 
 
 def network_verdict(model: nn.Module, fused: nn.Module, x: Tensor, dtype: torch.dtype, tf32: bool = False) -> Verdict:
@@ -173,15 +172,16 @@ def network_verdict(model: nn.Module, fused: nn.Module, x: Tensor, dtype: torch.
     Each is the median of five, on inputs that differ by less than rounding: in one run either may be small by luck.
     """
     device = x.device
-
-    cast, fused = (copy.deepcopy(m).to(device, dtype) for m in (model, fused))
+    plain, fused = (copy.deepcopy(m).to(device, dtype) for m in (model, fused))
     # weights rounded to dtype first: the reference answers the same question
     exact = copy.deepcopy(model).cpu().to(dtype).double()
     errors = []
+    given = inputs.cast(x.cpu(), dtype)
+    near = rounded_anew(given, 4) if given.is_floating_point() else []
     with torch.inference_mode():
-        for each in (near.to(device) for near in (x.cpu().to(dtype), *rounded_anew(x.cpu().to(dtype), 4))):
-            expected = _first_tensor(exact(each.cpu().double()))
-            errors.append([relative_error(_first_tensor(m(each)), expected) for m in (fused, cast)])
+        for each in (given, *near):
+            expected = first_tensor(exact(inputs.cast(each, torch.float64)))
+            errors.append([relative_error(first_tensor(m(each.to(device))), expected) for m in (fused, plain)])
     error, torch_error = map(statistics.median, zip(*errors, strict=True))
     tolerance = TOLERANCES["tf32" if tf32 else dtype]
     return Verdict(error, torch_error, max(tolerance.factor * torch_error, tolerance.floor))
@@ -195,15 +195,16 @@ def _network(options: argparse.Namespace, device: str) -> Iterator[tuple[str, Ve
     given = torch.randn(options.batch, 3, size, size) if x is None else x
     inputs.run_once(options.model, model, given)
     if x is None:
-        x, model = given, calibrate(model, given)
+        x, model = given, calibrated(options.model, model, given)
     model.eval()
     fused, report = fuse_with_report(model, backend=options.backend)
     modules, bottlenecks = (
         sum(isinstance(m, kind) for m in fused.modules()) for kind in (FusedGhostModule, FusedGhostBottleneck)
     )
     if not modules:
-        raise BadInput(f"--model: found no Ghost module to fuse in {options.model}: {report}")
-    memory_format = torch.channels_last if options.layout == "nhwc" else torch.contiguous_format
+        reasons = "; ".join(f"{swap.fqn or '(root)'}: {swap.reason}" for swap in report if swap.reason)
+        raise BadInput(f"--model: found no Ghost module to fuse in {options.model}{reasons and f': {reasons}'}")
+    memory_format = torch.channels_last if options.layout == "nhwc" and x.dim() == 4 else torch.contiguous_format
     x = x.to(device).contiguous(memory_format=memory_format)
     if options.dtype == "tf32":
         torch.set_float32_matmul_precision("high")

@@ -175,6 +175,57 @@ def test_model_from_a_file_with_its_input(tmp_path, capsys):
     assert "2 Ghost modules and 0 bottlenecks fused" in capsys.readouterr().out
 
 
+NETS = """
+import torch
+from torch import nn
+from ghostfused.models.paper import GhostModule
+
+class Net(nn.Module):
+    def __init__(self, give, embed=False):
+        super().__init__()
+        self.embed = nn.Embedding(5, 3) if embed else nn.Identity()
+        self.ghost, self.give = GhostModule(3, 8), give
+
+    def forward(self, x):
+        x = self.embed(x)
+        return self.give(self.ghost(x.movedim(-1, 1) if isinstance(self.embed, nn.Embedding) else x))
+
+def a_number_first():
+    return Net(lambda x: {"count": 3, "maps": x}), torch.randn(1, 3, 6, 5)
+
+def nested():
+    return Net(lambda x: [[], (None, {"maps": x})]), torch.randn(1, 3, 6, 5)
+
+def indices():
+    return Net(lambda x: x, embed=True), torch.ones(2, 6, 5, dtype=torch.long)
+"""
+
+
+@pytest.mark.parametrize("net", ["a_number_first", "nested", "indices"])
+@pytest.mark.parametrize("command", ["verify", "fuse"])
+def test_a_network_of_any_input_and_output(tmp_path, capsys, command, net):
+    file = tmp_path / "net.py"
+    file.write_text(NETS)
+    more = (
+        ["--model", f"{file}:{net}", "--layout", "torch.channels_last"]
+        if command == "verify"
+        else [f"{file}:{net}", "--rounds", "2"]
+    )
+    assert run(command, *more, "--device", "cpu", "--dtype", "torch.half") == 0
+    assert " float16" in capsys.readouterr().out
+
+
+def test_nothing_to_fuse_is_one_line(tmp_path, capsys):
+    file = tmp_path / "net.py"
+    file.write_text(
+        "from torch import nn\nfrom ghostfused.models.paper import GhostModule\n"
+        "def net():\n    ghost = GhostModule(3, 8)\n    ghost.primary_conv[0].padding_mode = 'circular'\n"
+        "    return nn.Sequential(ghost)\n"
+    )
+    said = refused(capsys, "verify", "--model", f"{file}:net", "--size", "8", "--device", "cpu")
+    assert re.search(r"found no Ghost module to fuse in .*: 0: .*circular", said)
+
+
 BAD_MODELS = {
     "nonsense": "expected seed, paper, timm:NAME or file.py:function",
     "missing.py:f": "not a Python file",
@@ -187,6 +238,10 @@ BAD_MODELS = {
     "{net}:other": "given .* raised RuntimeError .*: Given groups=1, weight of size",
     "{net}:no_tensor": "to give a tensor, got str",
     "{net}:on_meta": "to have values, got tensors on the meta device",
+    "{net}:empty": "to give a tensor of finite numbers, got an empty one",
+    "{net}:nan": "to give a tensor of finite numbers, got others",
+    "{net}:only_eval": "in train mode raised RuntimeError .*: only eval",
+    "{net}:only_float32": "in float64 raised RuntimeError",
     "{net}:half": "to have parameters in float32, got torch.float16",
     "{broken}:f": "raised SyntaxError",
     "timm:no_such_network": "raised RuntimeError",
@@ -207,6 +262,16 @@ def test_bad_models_are_named(tmp_path, capsys, command, model):
         "def no_tensor():\n    return Text()\ndef other():\n    return nn.Conv2d(5, 4, 1)\n"
         "def on_meta():\n    return nn.Conv2d(3, 4, 1, device='meta')\ndef half():\n    return nn.Conv2d(3, 4, 1).half()\n"
     )
+    with net.open("a") as file:
+        file.write(
+            "import torch\nclass Own(nn.Sequential):\n    def forward(self, x):\n"
+            "        if self.training:\n            raise RuntimeError('only eval')\n        return super().forward(x)\n"
+            "class Float(nn.Sequential):\n    def forward(self, x):\n        return super().forward(x.float())\n"
+            "def empty():\n    return nn.Conv2d(3, 4, 1), torch.zeros(0, 3, 4, 4)\n"
+            "def nan():\n    return nn.Conv2d(3, 4, 1), torch.full((1, 3, 4, 4), torch.nan)\n"
+            "def only_eval():\n    return Own(nn.Conv2d(3, 4, 1))\n"
+            "def only_float32():\n    return Float(nn.Conv2d(3, 4, 1))\n"
+        )
     broken.write_text("def f(:\n")
     argv = [command, *(["--model"] if command == "verify" else []), model.format(net=net, broken=broken)]
     assert re.search(BAD_MODELS[model], refused(capsys, *argv, "--device", "cpu"))
