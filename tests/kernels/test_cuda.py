@@ -58,7 +58,7 @@ def test_thread_order_between_ghost_modules(layout, sm_count):
 
 
 def test_malformed_calls():
-    """The binding's own checks; more of them run on the CPU: tests/kernels/test_raw_ops.py."""
+    """The binding's own checks; more of them run on the CPU: tests/kernels/test_malformed_calls.py."""
     counts = fuzz_raw_ops.run(seed=3, calls=60, backend="cuda")
     assert counts["error"] > 0, counts
     assert counts["right result"] > 0, counts

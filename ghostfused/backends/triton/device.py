@@ -48,9 +48,9 @@ def _sum_products(a, b, mask, axis: tl.constexpr):
 
 @triton.jit
 def _rsqrt(x):
-    y = tl.rsqrt(x)
-    newton = y + y * (0.5 - 0.5 * x * y * y)  # the hardware's rsqrt is off by an ulp or two
-    return tl.where((x > 0) & (x < float("inf")), newton, y)  # of 0 and infinity it is exact, and the step NaN
+    return tl.div_rn(
+        1.0, tl.sqrt_rn(x)
+    )  # the hardware's rsqrt is off by an ulp or two, and a Newton step NaN of infinity
 
 
 @triton.jit
