@@ -48,9 +48,8 @@ def _sum_products(a, b, mask, axis: tl.constexpr):
 
 @triton.jit
 def _rsqrt(x):
-    return tl.div_rn(
-        1.0, tl.sqrt_rn(x)
-    )  # the hardware's rsqrt is off by an ulp or two, and a Newton step NaN of infinity
+    y = tl.rsqrt(x)
+    return y + y * (0.5 - 0.5 * x * y * y)  # Newton: the hardware's rsqrt is off by an ulp or two
 
 
 @triton.jit
