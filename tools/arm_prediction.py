@@ -93,14 +93,18 @@ def inner_loop(name: str) -> list[str]:
 
 
 def _hottest_loop(assembly: str) -> list[str]:
-    """Of the stretches from a label to a jump back to it, the shortest of those with the most products."""
+    """Of the stretches from a label to a jump back to it with no other in it, the shortest of those with the most products."""
     lines = [line.partition("//")[0].rstrip() for line in assembly.splitlines()]
     labels = {line[:-1]: i for i, line in enumerate(lines) if re.fullmatch(r"\.L\w+:", line)}
-    loops = []
+    ends = {}  # by the line at which the loop begins
     for i, line in enumerate(lines):
         jump = re.match(r"\s+(?:b\.?\w*|cbn?z|tbn?z)\s.*?(\.L\w+)$", line)
         if jump and labels.get(jump[1], i) < i:
-            loops.append([each for each in lines[labels[jump[1]] + 1 : i + 1] if re.match(r"\s+[a-z]", each)])
+            ends[labels[jump[1]]] = i
+    innermost = [(begin, end) for begin, end in ends.items() if not any(begin < other < end for other in ends)]
+    loops = [
+        [each for each in lines[begin + 1 : end + 1] if re.match(r"\s+[a-z]", each)] for begin, end in innermost
+    ]
     return max(loops, key=lambda loop: (sum(PRODUCTS[name] for name, _ in multiplications(loop)), -len(loop)))
 
 

@@ -2,18 +2,22 @@
 // choice.
 #pragma once
 
+#include "cpu/lane_products.h"
 #include "cpu/matrix_products.h"
-#include "cpu/operand.h"
 
 namespace ghostfused::cpu::GHOSTFUSED_ISA {
 
-// Accumulators fill three quarters of the vector registers.
+// Accumulators fill three quarters of the vector registers, and half of NEON's, where vectors of factors take a quarter.
 #ifdef GHOSTFUSED_MANY_REGISTERS  // 32 of them
 constexpr int kMaxRows = 8;
 #else
 constexpr int kMaxRows = 4;
 #endif
+#ifdef GHOSTFUSED_NEON
+constexpr int kMaxVecs = 2;
+#else
 constexpr int kMaxVecs = 3;
+#endif
 
 // How many rows before it is multiplied a factor is read: cores that don't reorder would wait for each.
 // And whether the distances of the rows stay in registers, of which aarch64 has enough: GCC adds them up in the loop.
@@ -31,14 +35,6 @@ constexpr bool kKeepDistances = false;
 // Distances in floats, measured on a Zen 4: where the tensors exceed the caches they halve the time of wide maps, and
 // where they don't they cost 1 to 2 %.
 constexpr int kLine = 16, kPrefetchX = 120, kPrefetchOut = 72;
-
-// p + step, opaquely: the compiler would compute the addresses of all rows ahead, and run out of registers.
-template <typename P>
-GHOSTFUSED_INLINE P next_row(P p, int64_t step) {
-  p += step;
-  asm("" : "+r"(p));
-  return p;
-}
 
 // y = act(scale * (a b) + shift): a (rows, depth) read by broadcasts, b (depth, vecs * kLanes), row-major all. a and b
 // are made of the lanes of operand.h, which ``float`` stands for.
@@ -120,17 +116,20 @@ void multiply(const Panel<T>& p) {
       for (int j = 0; j < kVecs; ++j) sum[i][j] = Vec{};
     }
     int64_t k = min_of(left, part);
+#ifdef GHOSTFUSED_NEON
 #ifdef GHOSTFUSED_NEON_BF16
     if constexpr (kMatrixProducts<T, kRows> && !kHalfB) {
       const auto fetch = [&] {
         if (!kRowsAreChannels) return;
         __builtin_prefetch(ahead);
-        __builtin_prefetch(ahead + kLine);
         ahead += p.ahead_row;
       };
       multiply_quads(a, a_row, b, b_row, b_vec, k / 2, fetch, sum);
       k %= 2;
     }
+#endif
+    multiply_fours<T, !kRowsAreChannels>(a, a_row, b, b_row, b_vec, k / kFactors, ahead, p.ahead_row, sum);
+    k %= kFactors;
 #endif
     for (; k > 0; --k, ++a, b += b_row) {
       Vec row[kVecs];

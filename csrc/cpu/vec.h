@@ -24,6 +24,14 @@ GHOSTFUSED_INLINE T max_of(T a, T b) {
 }
 GHOSTFUSED_INLINE int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// p + step, opaquely: the compiler would compute the addresses of all rows ahead, and run out of registers.
+template <typename P>
+GHOSTFUSED_INLINE P next_row(P p, int64_t step) {
+  p += step;
+  asm("" : "+r"(p));
+  return p;
+}
+
 template <typename V = Vec, typename T>
 GHOSTFUSED_INLINE V load(const T* p) {
   V v;
