@@ -142,17 +142,21 @@ def in_process(task: str, *arguments: object, threads: int) -> str:
 
 
 def main(options: argparse.Namespace) -> int:
-    from . import contest
+    from ghostfused.cli.inputs import BadInput
+
+    from . import cases, contest
     from .console import table
     from .engines import missing
     from .environment import title
     from .results import Writer
 
-    options.device = "cpu"
-    device, threads = contest.set_device(options), torch.get_num_threads()
+    device, threads = contest.set_device(options, only="cpu"), torch.get_num_threads()
     names = options.network.split(",")
     if others := [name for name in names if not name.startswith("timm:")]:
-        raise SystemExit(f"--network: with --rss expected timm's, as in timm:ghostnet_100, got {others[0]}")
+        raise BadInput(f"--network: with --rss expected timm's, as in timm:ghostnet_100, got {others[0]}")
+    if options.dtype != "float32":
+        raise BadInput(f"--dtype: with --rss expected float32, got {options.dtype}")
+    cases.networks(options.network, options.size)
     peers = [peer for peer in NAMES if peer not in ENGINES or not missing(peer)]
     shown = []
     with Writer(options.output, device) as writer:
