@@ -22,8 +22,10 @@
 
 namespace ghostfused {
 
+// Without ghosts, two blocks of an SM would spill from sm_100 on.
 template <Path kPath, int kTiles, int kD, Epilogue kEpilogue>
-__global__ void __launch_bounds__(nhwc_max_threads(kTiles), nhwc_min_blocks(kTiles, kD, kEpilogue))
+__global__ void __launch_bounds__(nhwc_max_threads(kTiles),
+                                  kD == 1 && kStepsApart ? 1 : nhwc_min_blocks(kTiles, kD, kEpilogue))
     nhwc_forward(const __grid_constant__ NhwcParams p) {
   using T = typename PathType<kPath>::T;
   extern __shared__ __align__(128) unsigned char smem[];
