@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 import ghostfused
+from ghostfused.cli import inputs
 
 from . import cases, contest
 from .console import milliseconds, table
@@ -30,10 +31,10 @@ _PROGRAM += "while True: pass"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--network", default="paper", help="as in `network`")
-    parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--rounds", type=int, default=3, help="of each kind, default 3")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of a round, default 2")
-    parser.add_argument("--fail-above", type=float, metavar="RATIO", help="exit with 1 where a ratio is larger")
+    parser.add_argument("--size", type=inputs.positive, default=224)
+    parser.add_argument("--rounds", type=inputs.positive, default=3, help="of each kind, default 3")
+    parser.add_argument("--seconds", type=inputs.amount, default=2.0, help="of a round, default 2")
+    parser.add_argument("--fail-above", type=inputs.amount, metavar="RATIO", help="exit with 1 where a ratio is larger")
     cases.add_setting_arguments(parser, batch="1", modes=False)
     contest.add_arguments(parser, cache="warm")
 
@@ -68,13 +69,13 @@ def summary(times: list[float]) -> dict[str, float]:
 
 def main(options: argparse.Namespace) -> int:
     """what a program that keeps one core busy costs a captured network on the CPU"""
-    options.device = "cpu"
-    device = contest.set_device(options)
+    device = contest.set_device(options, only="cpu")
+    (model,) = cases.networks(options.network, options.size).values()
     worst, shown = 0.0, []
     with Writer(options.output, device) as writer, torch.inference_mode():
         for setting in cases.settings(options):
             x = setting.input((3, options.size, options.size))
-            captured = ghostfused.capture(setting.place(cases.network(options.network)), x)
+            captured = ghostfused.capture(setting.place(model), x)
             quiet: list[float] = []
             busy: list[float] = []
             call_times(lambda: captured(x), options.seconds / 4)  # noqa: B023

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 import ghostfused
+from ghostfused.cli import inputs
 
 from . import cases, contest
 from .console import table
@@ -30,11 +31,19 @@ from .results import Writer
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--network", default="paper", help="as in `network`")
-    parser.add_argument("--sizes", default="224,192,256", help="height and width of the inputs, default 224,192,256")
-    parser.add_argument("--callers", type=int, default=8, help="default 8")
-    parser.add_argument("--calls", type=int, default=240, help="of a round, default 240")
-    parser.add_argument("--rounds", type=int, default=5, help="of each kind, default 5")
-    parser.add_argument("--fail-below", type=float, metavar="RATIO", help="exit with 1 where a ratio is smaller")
+    parser.add_argument(
+        "--sizes",
+        default="224,192,256",
+        metavar="N,N",
+        type=inputs.several(inputs.positive),
+        help="height and width of the inputs, default 224,192,256",
+    )
+    parser.add_argument("--callers", type=inputs.positive, default=8, help="default 8")
+    parser.add_argument("--calls", type=inputs.positive, default=240, help="of a round, default 240")
+    parser.add_argument("--rounds", type=inputs.positive, default=5, help="of each kind, default 5")
+    parser.add_argument(
+        "--fail-below", type=inputs.amount, metavar="RATIO", help="exit with 1 where a ratio is smaller"
+    )
     cases.add_setting_arguments(parser, batch="1,2", modes=False)
     contest.add_device_arguments(parser)
 
@@ -93,13 +102,12 @@ def check(captured: Callable[[Tensor], Tensor], inputs: list[Tensor], callers: i
 
 def main(options: argparse.Namespace) -> int:
     """throughput of many threads that call one captured network on the CPU, over that of one"""
-    options.device = "cpu"
-    device = contest.set_device(options)
-    sizes = [int(size) for size in options.sizes.split(",")]
+    device = contest.set_device(options, only="cpu")
+    sizes = options.sizes
+    (model,) = cases.networks(options.network, min(sizes)).values()
     batches, options.batch = options.batch, options.batch[:1]
     lowest, shown = float("inf"), []
     with Writer(options.output, device) as writer, torch.inference_mode():
-        model = cases.network(options.network)
         for setting in cases.settings(options):
             one_image = [setting.input((3, size, size))[:1] for size in sizes]
             inputs = [torch.cat([x] * batch) for batch in batches for x in one_image]
@@ -132,7 +140,7 @@ def main(options: argparse.Namespace) -> int:
                 f"{setting.dtype} {setting.layout}", f"{statistics.median(one):.1f}", f"{statistics.median(many):.1f}",
                 f"{row['ratio']:.2f}", f"{min(ratios):.2f} to {max(ratios):.2f}", f"{row['one_cpu_ms']:.1f}", f"{row['many_cpu_ms']:.1f}", f"{row['growth_mb']:.1f}",
             ])  # fmt: skip
-    heading = f"{options.network} at {options.sizes}, batch {','.join(map(str, batches))}, captured, calls per second; "
+    heading = f"{options.network} at {','.join(map(str, sizes))}, batch {','.join(map(str, batches))}, captured, calls per second; "
     columns = ["setting", "1 caller", f"{options.callers} callers", "ratio", "of rounds",
                "1 caller's CPU ms", f"{options.callers} callers'", "memory grew by MB"]  # fmt: skip
     table(heading + title(writer.environment), columns, shown)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ghostfused import FusedGhostModule
-from ghostfused.cli.inputs import load_model
-from ghostfused.cli.verify import DTYPES, calibrate
+from ghostfused.cli import inputs
+from ghostfused.cli.inputs import BadInput, load_model
+from ghostfused.cli.verify import DTYPES, calibrate, read_rows
+from ghostfused.models.paper import GhostNet
 from ghostfused.recognize import ghost
 
 ROOT = Path(__file__).parent.parent
@@ -137,8 +139,9 @@ def layers_of(model: nn.Module, size: int = 224) -> list[Layer]:
         )
         for name in names
     ]
+    x = torch.zeros(1, 3, size, size)
     with torch.no_grad():
-        model(torch.zeros(1, 3, size, size))
+        inputs.run(f"{type(model).__name__} given {tuple(x.shape)}", lambda: model(x))
     for handle in handles:
         handle.remove()
     return distinct([layer(name, model.get_submodule(name), shapes[name]) for name in names if name in shapes])
@@ -146,19 +149,21 @@ def layers_of(model: nn.Module, size: int = 224) -> list[Layer]:
 
 def layers_from_rows(path: Path = CONFIGS, source: str | None = None) -> list[Layer]:
     """The Ghost modules of a JSON Lines file with rows as in ghost_configs.jsonl, of one ``source`` or of all."""
-    rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    rows = [r for r in rows if source is None or r.get("source") == source]
-    if not rows:
-        raise SystemExit(f"{path}: no rows{f' from {source!r}' if source else ''}")
     layers = []
-    for i, r in enumerate(rows):
-        module = FusedGhostModule(
-            r["in_channels"], r["out_channels"], r.get("ratio", 2), r.get("kernel_size", 1), r.get("stride", 1),
-            dw_size=r.get("dw_size", 3), act_primary=r.get("act_primary", "relu"), act_cheap=r.get("act_cheap", "relu"),
-        )  # fmt: skip
-        shape = r["in_channels"], r["height"], r["width"]
-        layers.append(layer(f"row {i}", Unfused(module), shape, r.get("count", 1)))
+    for i, (where, row) in enumerate(read_rows(path, source)):
+        try:
+            shape = row["in_channels"], row["height"], row["width"]
+            layers.append(layer(f"row {i}", Unfused(_of_row(row)), shape, row["count"]))
+        except (ValueError, RuntimeError, MemoryError) as error:
+            raise BadInput(f"{where}: {str(error).partition(chr(10))[0]}") from None
     return distinct(layers)
+
+
+def _of_row(row: dict[str, Any]) -> FusedGhostModule:
+    return FusedGhostModule(
+        row["in_channels"], row["out_channels"], row["ratio"], row["kernel_size"], row["stride"],
+        dw_size=row["dw_size"], act_primary=row["act_primary"], act_cheap=row["act_cheap"],
+    )  # fmt: skip
 
 
 class Unfused(nn.Module):
@@ -176,41 +181,52 @@ class Unfused(nn.Module):
 
 def network(name: str) -> nn.Module:
     """ "paper" (GhostNet 1.0×), "paper:WIDTH", "timm:NAME:deploy" (re-parameterized), "yolov8n-ghost-backbone" (ultralytics'), or
-    what ``ghostfused verify --model`` takes; random weights."""
+    what ``ghostfused verify --model`` takes; random weights.
+
+    Raises:
+        BadInput: no network has that name, or making it failed.
+    """
     torch.manual_seed(0)
     if name.startswith("timm:") and name.endswith(":deploy"):
-        from timm.utils import reparameterize_model
-
-        return reparameterize_model(network(name.removesuffix(":deploy"))).eval()
+        return inputs.run(name, lambda: _deployed(network(name.removesuffix(":deploy"))))
     if name == "yolov8n-ghost-backbone":
-        from ultralytics.nn.tasks import DetectionModel
-
-        layers = DetectionModel("yolov8n-ghost.yaml", verbose=False).get_submodule("model").children()
-        return nn.Sequential(*itertools.islice(layers, 10)).eval()
+        return inputs.run(name, _yolo_backbone)
     kind, _, width = name.partition(":")
     if kind == "paper":
-        from ghostfused.models.paper import GhostNet
-
-        return GhostNet(width=float(width or 1)).eval()
+        return inputs.run(name, lambda: GhostNet(width=inputs.amount(width or "1")).eval())
     return load_model(name)[0].eval()
 
 
+def networks(names: str, size: int) -> dict[str, nn.Module]:
+    """Those that an option names, with commas, all tried on an image of that size before anything is measured."""
+    found = {name: network(name) for name in names.split(",")}
+    for name, model in found.items():
+        inputs.run_once(name, model, torch.zeros(1, 3, size, size))
+    torch.manual_seed(0)
+    return found
+
+
+def _deployed(model: nn.Module) -> nn.Module:
+    from timm.utils import reparameterize_model
+
+    return reparameterize_model(model).eval()
+
+
+def _yolo_backbone() -> nn.Module:
+    from ultralytics.nn.tasks import DetectionModel
+
+    layers = DetectionModel("yolov8n-ghost.yaml", verbose=False).get_submodule("model").children()
+    return nn.Sequential(*itertools.islice(layers, 10)).eval()
+
+
 def add_setting_arguments(parser: argparse.ArgumentParser, batch: str, modes: bool = True) -> None:
-    def choice(known):
-        def parse(text: str) -> list[str]:
-            values = text.split(",")
-            if unknown := set(values) - set(known):
-                raise argparse.ArgumentTypeError(f"expected some of {', '.join(known)}, got {', '.join(unknown)}")
-            return values
-
-        return parse
-
-    numbers = {"type": lambda text: [int(n) for n in text.split(",")], "metavar": "N,N"}
-    parser.add_argument("--batch", default=batch, help=f"default {batch}", **numbers)  # type: ignore[arg-type]
-    parser.add_argument("--dtype", default="float32", type=choice(DTYPES), help=f"some of {','.join(DTYPES)}")
-    parser.add_argument("--layout", default="nhwc,nchw", type=choice(LAYOUTS), help="default nhwc,nchw")
+    several = inputs.several
+    parser.add_argument("--batch", default=batch, type=several(inputs.positive), metavar="N,N", help=f"default {batch}")
+    dtypes, layouts = several(inputs.dtype, DTYPES), several(inputs.layout, LAYOUTS)
+    parser.add_argument("--dtype", default="float32", type=dtypes, help=f"some of {','.join(DTYPES)}")
+    parser.add_argument("--layout", default="nhwc,nchw", type=layouts, help="default nhwc,nchw")
     if modes:
-        parser.add_argument("--mode", default="inference", type=choice(MODES), help=f"some of {','.join(MODES)}")
+        parser.add_argument("--mode", default="inference", type=several(str, MODES), help=f"some of {','.join(MODES)}")
 
 
 def settings(options: argparse.Namespace) -> list[Setting]:

@@ -7,10 +7,12 @@ import gc
 import math
 import os
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from ghostfused.cli import inputs
+from ghostfused.cli.inputs import BadInput
 
 from .cases import Setting
 from .oracle import Oracle, grad_output, snapshot
@@ -142,26 +144,30 @@ def add_arguments(parser: argparse.ArgumentParser, cache: str | None = None) -> 
     parser.add_argument("--peers", metavar="NAME,NAME*", help="default all")
     parser.add_argument(
         "--others-tolerance",
-        type=float,
+        type=inputs.amount,
         default=1,
         metavar="FACTOR",
         help="multiply the package's tolerance by this for peers that are not ours (default 1)",
     )
     parser.add_argument("--cache", choices=CACHES, default=cache, help="default flush on a GPU, warm on the CPU")
-    parser.add_argument("--samples", type=int, default=20, help="per repeat (default 20)")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--max-seconds", type=float, default=20, help="per case, else fewer samples (default 20)")
+    parser.add_argument("--samples", type=inputs.positive, default=20, help="per repeat (default 20)")
+    parser.add_argument("--repeats", type=inputs.positive, default=5)
+    parser.add_argument(
+        "--max-seconds", type=inputs.amount, default=20, help="per case, else fewer samples (default 20)"
+    )
 
 
 def add_device_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
-    parser.add_argument("--threads", type=int, help="CPU threads of every peer alike (default: the cores)")
-    parser.add_argument("--output", type=Path, metavar="FILE.jsonl", help="write the rows here")
+    parser.add_argument("--threads", type=inputs.positive, help="CPU threads of every peer alike (default: the cores)")
+    parser.add_argument("--output", type=inputs.new_file, metavar="FILE.jsonl", help="write the rows here")
 
 
-def set_device(options: argparse.Namespace) -> torch.device:
-    """Resolves --device and pins the thread count; says if the machine is busy."""
-    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+def set_device(options: argparse.Namespace, only: str | None = None) -> torch.device:
+    """Resolves --device, of which a command may know one ``only``, and pins the thread count; says if the machine is busy."""
+    if only and options.device not in (None, only):
+        raise BadInput(f"--device: expected {only}, got {options.device}")
+    options.device = inputs.device(only or options.device).type
     if options.threads:
         torch.set_num_threads(options.threads)
     load, cores = os.getloadavg()[0], os.cpu_count() or 1

@@ -18,7 +18,7 @@ from ghostfused.backends import cpu
 from ghostfused.ops.schemas import forward_op
 from ghostfused.spec import GhostArgs
 
-from . import cases, contest
+from . import cases, contest, module
 from .console import milliseconds, table
 from .environment import title
 from .results import Writer
@@ -29,9 +29,7 @@ PEAK_STEPS = 4000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--network", default="paper", help="as in `module`")
-    parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--only", metavar="NAME,NAME", help="only modules whose name contains one of these")
+    module.add_module_arguments(parser)
     cases.add_setting_arguments(parser, batch="1", modes=False)
     contest.add_arguments(parser, cache="warm")
 
@@ -47,22 +45,18 @@ def main(options: argparse.Namespace) -> int:
         return 1
     from ghostfused import _cpu  # type: ignore[attr-defined]
 
-    options.device = "cpu"
-    device = contest.set_device(options)
+    device = contest.set_device(options, only="cpu")
     how = contest.method(options)
-    layers = cases.layers_of(cases.network(options.network), options.size)
-    names = (options.only or "").split(",")
-    layers = [each for each in layers if any(part in name for part in names for name in each.names)]
-    shown = []
+    layers, shown = module.layers(options), []
     with Writer(options.output, device) as writer, torch.inference_mode():
         for setting in cases.settings(options):
             peak_loop = functools.partial(_cpu.multiply_adds, PEAK_STEPS, setting.dtype == "bfloat16")
             operations = peak_loop()
             for layer in layers:
                 x = setting.input(layer.shape)
-                module = setting.place(FusedGhostModule.from_module(layer.calibrated(), backend="cpu"))
+                fused = setting.place(FusedGhostModule.from_module(layer.calibrated(), backend="cpu"))
                 with mock.patch.object(functional, "run", wraps=functional.run) as run:
-                    module(x)
+                    fused(x)
                 functions = {
                     "peak": Timed(lambda _, loop=peak_loop: loop()),  # type: ignore[misc]
                     "module": Timed(
@@ -89,6 +83,6 @@ def main(options: argparse.Namespace) -> int:
                 what = f"{setting.batch} {setting.dtype} {setting.layout}"
                 cells = [milliseconds(timings["module"].p50), f"{gflops:.1f}", f"{peak:.1f}", f"{percent:.0f}"]
                 shown.append([f"{layer.name} ×{len(layer.names)}", shape, what, *cells])
-    heading = f"Ghost modules of {options.network} in the CPU kernel; {title(writer.environment)}"
+    heading = f"Ghost modules of {options.configs or options.network} in the CPU kernel; {title(writer.environment)}"
     table(heading, ["module", "input", "setting", "time", "GFLOP/s", "peak GFLOP/s", "% of peak"], shown)
     return 0

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ghostfused.backends import BACKENDS, unavailable_on
 from ghostfused.backends.triton import has_ghosts
+from ghostfused.cli.inputs import positive
 from ghostfused.fuse import fuse_with_report
 from ghostfused.ops import OPS
 from ghostfused.spec import GhostArgs
@@ -122,22 +123,23 @@ def count_kernels(model: nn.Module, x: Tensor) -> int:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--network", default="paper", help="as in `network`; several with commas")
-    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--size", type=positive, default=224)
     contest.add_device_arguments(parser)
 
 
 def main(options: argparse.Namespace) -> int:
     """count operations and kernels per forward, unfused and fused"""
     device = contest.set_device(options)
+    networks = cases.networks(options.network, options.size)
     shown = []
     with Writer(options.output, device) as writer:
-        for name in options.network.split(","):
-            for variant, (each, backend) in executions(cases.network(name)).items():
+        for name, network in networks.items():
+            for variant, (each, backend) in executions(network).items():
                 with as_if_available(backend):
                     meta = cases.Setting("meta").place(each)
                     calls = calls_of(meta, torch.empty(1, 3, options.size, options.size, device="meta"))
                 by_op = count_ops(calls)
-                row = {"kind": "launches", "name": name, "execution": variant, "ops": sum(by_op.values())}
+                row: dict = {"kind": "launches", "name": name, "execution": variant, "ops": sum(by_op.values())}
                 row |= {"fused_ops": sum(fused_op(op) is not None for op, _ in calls)}
                 row |= {"by_op": dict(by_op.most_common()), "kernels": None}
                 if device.type == "cuda" and (backend is None or unavailable_on(backend, "cuda") is None):

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ghostfused.backends import unavailable_on
+from ghostfused.cli import inputs
+from ghostfused.cli.inputs import BadInput
 
 from . import cases, contest, rss
 from .cases import Setting
@@ -29,9 +31,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rss", action="store_true", help="of processes that load and run a network, each peer's its own"
     )
     parser.add_argument("--network", help="as in `network`; several with commas; default paper, or timm:ghostnet_100")
-    parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--batch", help="default 8; with --rss several, default 1,16")
-    parser.add_argument("--dtype", default="float32", choices=[d for d in cases.DTYPES if d != "tf32"])
+    parser.add_argument("--size", type=inputs.positive, default=224)
+    parser.add_argument(
+        "--batch",
+        type=inputs.several(inputs.positive),
+        metavar="N,N",
+        help="default 8; with --rss several, default 1,16",
+    )
+    parser.add_argument(
+        "--dtype", default="float32", type=inputs.dtype, choices=[d for d in cases.DTYPES if d != "tf32"]
+    )
     contest.add_device_arguments(parser)
 
 
@@ -66,17 +75,20 @@ def peak_bytes(model: nn.Module, x: Tensor) -> int:
 def main(options: argparse.Namespace) -> int:
     """count the activations that a training step saves, or measure what inference takes"""
     options.network = options.network or ("timm:ghostnet_100" if options.rss else "paper")
-    options.batches = [int(n) for n in (options.batch or ("1,16" if options.rss else "8")).split(",")]
+    options.batches = options.batch or ([1, 16] if options.rss else [8])
     if options.rss:
         return rss.main(options)
+    if len(options.batches) > 1:
+        raise BadInput(f"--batch: expected one number without --rss, got {','.join(map(str, options.batches))}")
     (options.batch,) = options.batches
     device = contest.set_device(options)
+    networks = cases.networks(options.network, options.size)
     shown = []
     setting = Setting("meta", options.batch, options.dtype)
     shape = options.batch, 3, options.size, options.size
     with Writer(options.output, device) as writer:
-        for name in options.network.split(","):
-            variants = executions(cases.network(name))
+        for name, network in networks.items():
+            variants = executions(network)
             for mode, training in MODES.items():
                 for execution, (model, backend) in variants.items():
                     with as_if_available(backend):

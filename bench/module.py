@@ -10,6 +10,9 @@ from pathlib import Path
 
 import torch
 
+from ghostfused.cli import inputs
+from ghostfused.cli.inputs import BadInput
+
 from . import cases, contest, traffic
 from .cases import Layer, Setting
 from .console import Display, absences, cell
@@ -24,7 +27,7 @@ def add_module_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--network", default="paper", help="paper[:WIDTH] (default: GhostNet 1.0×), seed, timm:NAME or file.py:function"
     )
-    parser.add_argument("--size", type=int, default=224, help="height and width of the network's input")
+    parser.add_argument("--size", type=inputs.positive, default=224, help="height and width of the network's input")
     parser.add_argument("--configs", type=Path, metavar="FILE.jsonl", help="the modules are rows of this file instead")
     parser.add_argument("--source", help="only rows of --configs with this source")
     parser.add_argument("--only", metavar="NAME,NAME", help="only modules whose name contains one of these")
@@ -40,7 +43,9 @@ def _shard(text: str) -> slice:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_module_arguments(parser)
-    parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="start no further case after this time")
+    parser.add_argument(
+        "--time-limit", type=inputs.amount, metavar="SECONDS", help="start no further case after this time"
+    )
     cases.add_setting_arguments(parser, batch="1")
     contest.add_arguments(parser)
 
@@ -54,8 +59,14 @@ def layers(options: argparse.Namespace) -> list[Layer]:
     if options.only:
         found = [each for each in found if any(part in name for part in options.only.split(",") for name in each.names)]
     if not found:
-        raise SystemExit("--only: no module of that name")
-    return found[options.shard or slice(None)]
+        raise BadInput(
+            f"--only: expected a part of a module's name, got {options.only!r}"
+            if options.only
+            else "--network: expected one with Ghost modules, got none"
+        )
+    if not (shard := found[options.shard or slice(None)]):
+        raise BadInput(f"--shard: expected I below the number of modules, {len(found)}")
+    return shard
 
 
 def traffic_of(layer: Layer, peer: Peer, setting: Setting, itemsize: int) -> int | None:

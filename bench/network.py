@@ -6,6 +6,7 @@ import argparse
 
 import torch
 
+from ghostfused.cli.inputs import positive
 from ghostfused.cli.verify import calibrate
 
 from . import cases, contest, isolate
@@ -21,9 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="paper",
         help="paper[:WIDTH], seed, timm:NAME[:deploy], yolov8n-ghost-backbone or file.py:function; several with commas",
     )
-    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--size", type=positive, default=224)
     cases.add_setting_arguments(parser, batch="1,8")
-    parser.add_argument("--isolate", type=int, metavar="ROUNDS", help="each peer in a process of its own, in turns")
+    parser.add_argument(
+        "--isolate", type=positive, metavar="ROUNDS", help="each peer in a process of its own, in turns"
+    )
     # a network's activations flush the cache by themselves, and its input is a small part of what it reads
     contest.add_arguments(parser, cache="warm")
 
@@ -32,15 +35,16 @@ def main(options: argparse.Namespace) -> int:
     """time whole networks, fused and unfused, against every peer"""
     device = contest.set_device(options)
     peers = select(options.peers, network=True)
+    networks = cases.networks(options.network, options.size)
     if options.isolate:
         return isolate.main(options, list(peers), contest.BASELINE)
-    settings, names = cases.settings(options), options.network.split(",")
+    settings = cases.settings(options)
     with Writer(options.output, device) as writer:
         heading = f"Whole networks at {options.size}², time per batch; {title(writer.environment)}"
-        with Display(heading, ["network", "setting", *peers], len(settings) * len(names)) as display:
-            for name in names:
+        with Display(heading, ["network", "setting", *peers], len(settings) * len(networks)) as display:
+            for name, network in networks.items():
                 x = torch.randn(2, 3, options.size, options.size, generator=torch.Generator().manual_seed(0))
-                model = calibrate(cases.network(name), x)
+                model = calibrate(network, x)
                 for setting in settings:
                     contest.set_tf32(setting.dtype == "tf32")
                     # at batch 1 what counts is how long a caller waits, host time included

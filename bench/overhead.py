@@ -16,6 +16,7 @@ import torch
 
 from ghostfused import FusedGhostModule, functional, fuse
 from ghostfused.backends import BACKENDS, unavailable_on
+from ghostfused.cli.inputs import positive
 from ghostfused.nn.cache import CachesPrograms
 from ghostfused.ops.schemas import forward_op
 from ghostfused.spec import Act, BatchNorm, GhostArgs
@@ -31,8 +32,8 @@ REPLAYED = "module, replayed"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--calls", type=int, default=500, help="per repeat (default 500)")
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--calls", type=positive, default=500, help="per repeat (default 500)")
+    parser.add_argument("--repeats", type=positive, default=7)
     contest.add_device_arguments(parser)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ghostfused.backends import BACKENDS, unavailable_on
 from ghostfused.capture import capture
+from ghostfused.cli.inputs import BadInput
 from ghostfused.fuse import fuse_with_report
 
 from .cases import MODES, Setting
@@ -231,6 +232,6 @@ def select(names: str | None, network: bool = False) -> dict[str, Peer]:
     for pattern in names.split(","):
         found = [n for n in peers if n == pattern or (pattern.endswith("*") and n.startswith(pattern[:-1]))]
         if not found:
-            raise SystemExit(f"--peers: no peer {pattern!r}; there are {', '.join(peers)}")
+            raise BadInput(f"--peers: no peer {pattern!r}; there are {', '.join(peers)}")
         chosen += found
     return {n: peers[n] for n in dict.fromkeys(chosen)}

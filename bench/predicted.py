@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import math
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
+
+from ghostfused.cli.inputs import BadInput, json_lines, text_of
 
 from .console import table
 from .results import MODULE_KEY, module_key, read
@@ -58,22 +59,16 @@ def bound(row: dict) -> tuple[str, float]:
 def predictions(path: Path) -> dict[tuple, dict]:
     """The rows of a file of predictions by ``module_key``; lines about anything but one module are left out."""
     found = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            row = json.loads(line) if line.strip() else {}
-        except json.JSONDecodeError as error:
-            raise SystemExit(f"{path}:{number}: expected a JSON object a line: {error}") from None
-        if not isinstance(row, dict) or "in_channels" not in row:
+    for where, row in json_lines("predicted", path):
+        if "in_channels" not in row:
             continue
         if missing := [field for field in MODULE_KEY if field not in row]:
-            raise SystemExit(
-                f"{path}:{number}: expected the fields {', '.join(MODULE_KEY)}; missing: {', '.join(missing)}"
-            )
+            raise BadInput(f"{where}: expected the fields {', '.join(MODULE_KEY)}; missing: {', '.join(missing)}")
         if not times(row) or not all(isinstance(us, int | float) and us > 0 for us in times(row).values()):
-            raise SystemExit(f"{path}:{number}: expected predicted times, positive numbers in fields that end in _us")
+            raise BadInput(f"{where}: expected predicted times, positive numbers in fields that end in _us")
         found[module_key(row)] = row
     if not found:
-        raise SystemExit(f"{path}: no predictions of modules")
+        raise BadInput(f"{path}: no predictions of modules")
     return found
 
 
@@ -83,7 +78,7 @@ def measured(path: Path, peer: str | None) -> tuple[str, list[dict]]:
     there = {row["peer"] for row in rows}
     chosen = peer or next((name for name in PEERS if name in there), None)
     if chosen is None or chosen not in there:
-        raise SystemExit(
+        raise BadInput(
             f"{path}: no times of {peer or ' or '.join(PEERS)}; there are {', '.join(sorted(there)) or 'none'}"
         )
     return chosen, [row for row in rows if row["peer"] == chosen]
@@ -127,25 +122,32 @@ def summary(pairs: list[tuple[dict, float]]) -> str:
 
 def profiled(path: Path) -> list[dict[str, float]]:
     """The profiler's values, kernel by kernel, in plain units (instructions, bytes, %, µs)."""
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith('"')]
+    lines = [line for line in text_of("--counters", path).splitlines() if line.startswith('"')]
     rows = list(csv.DictReader(lines))
     if not rows:
-        raise SystemExit(f"{path}: expected what `ncu --csv --page raw` writes, with a line of units")
+        raise BadInput(f"{path}: expected what `ncu --csv --page raw` writes, with a line of units")
     units, kernels = rows[0], rows[1:]
     wanted = (*COUNTERS.values(), *SHOWN.values())
     if missing := [name for name in wanted if name not in units]:
-        raise SystemExit(f"{path}: no column {missing[0]}")
+        raise BadInput(f"{path}: no column {missing[0]}")
     if unknown := sorted({units[name] for name in wanted} - set(_UNITS)):
-        raise SystemExit(f"{path}: unknown unit {unknown[0]!r}")
-    return [{name: float(k[name].replace(",", "")) * _UNITS[units[name]] for name in wanted} for k in kernels]
+        raise BadInput(f"{path}: unknown unit {unknown[0]!r}")
+    try:
+        return [{name: float(k[name].replace(",", "")) * _UNITS[units[name]] for name in wanted} for k in kernels]
+    except (AttributeError, ValueError) as error:
+        raise BadInput(f"{path}: expected numbers in the profiler's columns: {error}") from None
 
 
 def counter_rows(predicted: dict[tuple, dict], counters: Path, order: Path) -> Iterable[list[str]]:
     """Cells of the table of predicted against profiled counts."""
     kernels = profiled(counters)
-    modules = [json.loads(line) for line in order.read_text(encoding="utf-8").splitlines()]
+    modules = []
+    for where, row in json_lines("--counters", order):
+        if missing := [field for field in (*MODULE_KEY,) if field not in row]:
+            raise BadInput(f"{where}: expected what `profile` writes; missing: {', '.join(missing)}")
+        modules.append(row)
     if len(kernels) != len(modules):
-        raise SystemExit(
+        raise BadInput(
             f"{counters}: {len(kernels)} kernels, but {order} has {len(modules)} modules, of one kernel each"
         )
     for module, kernel in zip(modules, kernels, strict=True):
@@ -172,7 +174,7 @@ def main(options: argparse.Namespace) -> int:
         cells.append([title(row), " ".join(setting[:3]), str(row["count"]), f"{us:.1f}", f"{least:.1f}", limiter,
                       f"{us / least:.2f}", ", ".join(marks) or "-"])  # fmt: skip
     if not cells:
-        raise SystemExit(f"none of the {len(rows)} measured modules is among the {len(predicted)} predicted")
+        raise BadInput(f"none of the {len(rows)} measured modules is among the {len(predicted)} predicted")
     columns = ["module", "setting", "×", "measured µs", "bound µs", "by", "measured / bound", "note"]
     table(f"{peer}: measured against predicted", columns, cells)
     for setting, pairs in groups.items():

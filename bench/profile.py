@@ -9,11 +9,12 @@ import argparse
 import contextlib
 import json
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 
-from ghostfused.backends import unavailable_on
+from ghostfused.backends import BACKENDS, unavailable_on
+from ghostfused.cli import inputs
+from ghostfused.cli.inputs import BadInput
 from ghostfused.fuse import fuse
 
 from . import cases, contest, module
@@ -24,10 +25,10 @@ CALLS_BEFORE = 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("order", type=Path, metavar="ORDER.jsonl")
+    parser.add_argument("order", type=inputs.new_file, metavar="ORDER.jsonl")
     module.add_module_arguments(parser)
     cases.add_setting_arguments(parser, batch="64", modes=False)
-    parser.add_argument("--backend", default="cuda", help="default cuda")
+    parser.add_argument("--backend", default="cuda", choices=list(BACKENDS), help="default cuda")
     contest.add_device_arguments(parser)
 
 
@@ -47,12 +48,12 @@ def main(options: argparse.Namespace) -> int:
     """call each module's kernel once, for a profiler"""
     device = contest.set_device(options)
     if reason := unavailable_on(options.backend, device.type):
-        raise SystemExit(f"--backend {options.backend}: {reason}")
-    flush = Flush(device)
+        raise BadInput(f"--backend {options.backend}: {reason}")
+    layers, flush = module.layers(options), Flush(device)
     options.order.parent.mkdir(parents=True, exist_ok=True)
     with options.order.open("w", encoding="utf-8") as order:
         for setting in cases.settings(options):
-            for layer in module.layers(options):
+            for layer in layers:
                 fused = fuse(setting.place(layer.calibrated()), inplace=True, backend=options.backend)
                 x = setting.input(layer.shape)
                 with torch.inference_mode():

@@ -14,6 +14,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from ghostfused.cli.inputs import BadInput
+
 from . import report
 from . import rss as rss_table
 from .cases import ROOT
@@ -51,7 +53,7 @@ def _markdown(head: list[str], rows: list[list[str]]) -> str:
 def _rows(results: Results, kind: str) -> list[dict]:
     rows = [row for _, rows in results for row in rows if row["kind"] == kind]
     if not rows:
-        raise SystemExit(f"a page has a block for {kind}, of which the results folder has no row")
+        raise BadInput(f"a page has a block for {kind}, of which the results folder has no row")
     return rows
 
 
@@ -101,7 +103,7 @@ def headline(results: Results) -> str:
     lines = []
     for ours, batch in HEADLINE:
         if (ours, batch) not in by_case:
-            raise SystemExit(f"the headline wants {ours} at batch {batch}, which the results folder has not")
+            raise BadInput(f"the headline wants {ours} at batch {batch}, which the results folder has not")
         own = by_case[ours, batch]
         cells = [_speedup(by_case.get((p, batch)), own) for p in others]
         lines.append([f"{WHAT_RAN[ours]}, batch {batch}", f"{own.p50:.2f} ms", *cells])
@@ -198,7 +200,7 @@ def load(folder: str, root: Path = RESULTS) -> Results:
 def find_figure(name: str, results: Results) -> report.Figure:
     known = {f[1]: f for e, rows in results for f in report.figures_of(e, rows)}
     if name not in known:
-        raise SystemExit(f"a page wants figure:{name}; the results allow {', '.join(known)}")
+        raise BadInput(f"a page wants figure:{name}; the results allow {', '.join(known)}")
     return known[name]
 
 
@@ -226,7 +228,7 @@ def fill(text: str, page: Path = README, root: Path = RESULTS) -> str:
         elif what in BLOCKS:
             content = BLOCKS[what](results)
         else:
-            raise SystemExit(f"{page.name}: no block {what!r}; there are {', '.join(BLOCKS)} and figure:NAME")
+            raise BadInput(f"{page.name}: no block {what!r}; there are {', '.join(BLOCKS)} and figure:NAME")
         return begin + content + end
 
     return BLOCK.sub(block, text)

@@ -12,6 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ghostfused.cli.inputs import BadInput, new_folder
+
 from .environment import title
 from .results import read
 from .timing import Timing, verdict
@@ -48,7 +50,7 @@ def files(paths: list[Path]) -> list[Path]:
     # others write tables there too
     found = [f for f in found if not f.name.startswith("static_")]
     if not found:
-        raise SystemExit(f"no results files (*.jsonl) in {', '.join(map(str, paths))}")
+        raise BadInput(f"no results files (*.jsonl) in {', '.join(map(str, paths))}")
     return found
 
 
@@ -215,7 +217,7 @@ def page(results: list[tuple[dict, list[dict]]], drawn: list[tuple[str, Path]]) 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("results", nargs="+", type=Path, help="results files, or folders of them")
-    parser.add_argument("--output", type=Path, default=Path("out/report"), metavar="DIR")
+    parser.add_argument("--output", type=new_folder, default=Path("out/report"), metavar="DIR")
 
 
 def main(options: argparse.Namespace) -> int:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from ghostfused.cli.inputs import BadInput, json_lines
+
 from . import environment
 
 _CONTEST = {
@@ -108,25 +110,17 @@ class Writer:
             self._file.close()
 
 
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except json.JSONDecodeError:
-        return False
-    return True
-
-
 def read(path: Path) -> tuple[dict, list[dict]]:
     """(environment, rows) of a results file."""
-    *whole, last = path.read_text(encoding="utf-8").split("\n")  # a run that was stopped may leave a part of a line
-    rows = [json.loads(line) for line in [*whole, last] if line.strip() and (line is not last or _is_json(line))]
-    for number, row in enumerate(rows, 1):
+    rows = []
+    for where, row in json_lines("results", path, cut=True):
         try:
             check(row)
         except ValueError as error:
-            raise SystemExit(f"{path}:{number}: {error}") from None
+            raise BadInput(f"{where}: {error}") from None
+        rows.append(row)
     if not rows or rows[0]["kind"] != "environment":
-        raise SystemExit(f"{path}: expected a results file of python -m bench, whose first line is the environment")
+        raise BadInput(f"{path}: expected a results file of python -m bench, whose first line is the environment")
     timed = {key(row) for row in rows if row.get("preliminary") and row["status"] == "ok"}
     # a peer that broke while all were timed together took the others' final times along: their first ones stand
     rows = [row for row in rows if row.get("preliminary") or row.get("status") != "error" or key(row) not in timed]

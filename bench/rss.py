@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-NAMES = ("eager", "ghostfused_capture", "ghostfused_load", "onnxruntime", "openvino")
+ENGINES = ("onnxruntime", "openvino")
+NAMES = ("eager", "ghostfused_capture", "ghostfused_load", *ENGINES)
 BASELINE = "onnxruntime"
 CALLS = 10
 OF = {"peak_mb": "peak_of_onnxruntime", "own_mb": "own_of_onnxruntime"}
@@ -111,15 +112,17 @@ def measure(peer: str, name: str, batch: int, size: int, folder: Path) -> dict[s
     return {field: round(value - before, 1) for field, value in values.items()} | {"own_mb": round(peak - imports, 1)}
 
 
-def write_files(name: str, batch: int, size: int, folder: Path) -> None:
-    """What engines and ``ghostfused.load`` read."""
+def write_files(peers: list[str], name: str, batch: int, size: int, folder: Path) -> None:
+    """What engines and ``ghostfused.load`` read, if they are among the ``peers``."""
     import ghostfused
 
     from .engines import to_onnx
 
     x = torch.zeros(batch, 3, size, size)
-    (folder / "network.onnx").write_bytes(to_onnx(made(name), x))
-    ghostfused.capture(made(name), x, partial=True).save(folder / "network.pt2")
+    if set(peers) & set(ENGINES):
+        (folder / "network.onnx").write_bytes(to_onnx(made(name), x))
+    if "ghostfused_load" in peers:
+        ghostfused.capture(made(name), x, partial=True).save(folder / "network.pt2")
 
 
 # ---- in the command's process
@@ -139,28 +142,31 @@ def in_process(task: str, *arguments: object, threads: int) -> str:
 
 
 def main(options: argparse.Namespace) -> int:
-    from . import contest
+    from ghostfused.cli.inputs import BadInput
+
+    from . import cases, contest
     from .console import table
     from .engines import missing
     from .environment import title
     from .results import Writer
 
-    options.device = "cpu"
-    device, threads = contest.set_device(options), torch.get_num_threads()
+    device, threads = contest.set_device(options, only="cpu"), torch.get_num_threads()
     names = options.network.split(",")
     if others := [name for name in names if not name.startswith("timm:")]:
-        raise SystemExit(f"--network: with --rss expected timm's, as in timm:ghostnet_100, got {others[0]}")
+        raise BadInput(f"--network: with --rss expected timm's, as in timm:ghostnet_100, got {others[0]}")
+    if options.dtype != "float32":
+        raise BadInput(f"--dtype: with --rss expected float32, got {options.dtype}")
+    cases.networks(options.network, options.size)
+    peers = [peer for peer in NAMES if peer not in ENGINES or not missing(peer)]
     shown = []
     with Writer(options.output, device) as writer:
         for name in names:
             for batch in options.batches:
                 with tempfile.TemporaryDirectory() as temporary:
                     folder, what = Path(temporary), (name.removeprefix("timm:"), batch, options.size)
-                    in_process("write", *what, folder, threads=threads)
+                    in_process("write", ",".join(peers), *what, folder, threads=threads)
                     rows: dict[str, dict[str, Any]] = {}
-                    for peer in NAMES:
-                        if peer in ("onnxruntime", "openvino") and missing(peer):
-                            continue
+                    for peer in peers:
                         found = json.loads(in_process("measure", peer, *what, folder, threads=threads).splitlines()[-1])
                         rows[peer] = {"kind": "rss", "name": name, "size": options.size, "batch": batch}
                         rows[peer] |= {"dtype": "float32", "threads": threads, "execution": peer} | found
@@ -179,8 +185,8 @@ def main(options: argparse.Namespace) -> int:
 if __name__ == "__main__":
     _threads, _task, *_rest = sys.argv[1:]
     torch.set_num_threads(int(_threads))
-    *_peer, _name, _batch, _size, _folder = _rest
+    _peers, _name, _batch, _size, _folder = _rest
     if _task == "write":
-        write_files(_name, int(_batch), int(_size), Path(_folder))
+        write_files(_peers.split(","), _name, int(_batch), int(_size), Path(_folder))
     else:
-        print(json.dumps(measure(_peer[0], _name, int(_batch), int(_size), Path(_folder))))
+        print(json.dumps(measure(_peers, _name, int(_batch), int(_size), Path(_folder))))

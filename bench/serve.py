@@ -24,7 +24,10 @@ from collections.abc import Iterator
 
 import torch
 
-from . import contest
+from ghostfused.cli import inputs
+from ghostfused.cli.inputs import BadInput
+
+from . import cases, contest
 from .cases import ROOT
 from .console import milliseconds, table
 from .engines import missing
@@ -36,10 +39,12 @@ EXECUTIONS = {"eager": ["--unfused"], "ghostfused_capture": []}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="ghostnet_100", help="timm's name, default ghostnet_100")
-    parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--clients", default="1,8", metavar="N,N", help="at once, default 1,8")
-    parser.add_argument("--rounds", type=int, default=5, help="of each server, default 5")
-    parser.add_argument("--seconds", type=float, default=3.0, help="of a round, default 3")
+    parser.add_argument("--size", type=inputs.positive, default=224)
+    parser.add_argument(
+        "--clients", default="1,8", metavar="N,N", type=inputs.several(inputs.positive), help="at once, default 1,8"
+    )
+    parser.add_argument("--rounds", type=inputs.positive, default=5, help="of each server, default 5")
+    parser.add_argument("--seconds", type=inputs.amount, default=3.0, help="of a round, default 3")
     contest.add_device_arguments(parser)
 
 
@@ -138,10 +143,10 @@ def differs(answers: list[dict]) -> str | None:
 
 def main(options: argparse.Namespace) -> int:
     """requests per second and latency of a server under load, with a captured network and without"""
-    options.device = "cpu"
-    device = contest.set_device(options)
+    device = contest.set_device(options, only="cpu")
     if reason := missing("starlette", "uvicorn", "timm", "PIL"):
-        raise SystemExit(f"serve: {reason}")
+        raise BadInput(reason)
+    cases.networks(f"timm:{options.model}", options.size)
     body, shown = photo(), []
     common = ["--model", options.model, "--size", str(options.size), "--workers", str(torch.get_num_threads())]
     with Writer(options.output, device) as writer, contextlib.ExitStack() as stack:
@@ -152,7 +157,7 @@ def main(options: argparse.Namespace) -> int:
                 answers.append(post(connection, body)[1])
         if wrong := differs(answers):
             raise RuntimeError(wrong)
-        for clients in map(int, options.clients.split(",")):
+        for clients in options.clients:
             rounds: dict[str, list[tuple[list[float], float]]] = {name: [] for name in servers}
             for each in servers.values():
                 load(each, clients, body, options.seconds / 4)

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from ghostfused.cli import inputs
+
 from .cases import ROOT
 
 RESULTS = ROOT / "bench" / "results"
@@ -50,21 +52,23 @@ def results_folder(device: str) -> Path:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="default bench/results/cpu or …/NAME_OF_THE_GPU")
-    parser.add_argument("--others-tolerance", default="1", metavar="FACTOR", help="as in `module`")
+    parser.add_argument(
+        "--output", type=inputs.new_folder, metavar="DIR", help="default bench/results/cpu or …/NAME_OF_THE_GPU"
+    )
+    parser.add_argument("--others-tolerance", type=inputs.amount, default=1.0, metavar="FACTOR", help="as in `module`")
     parser.add_argument("--quick", action="store_true", help="a small run, to out/bench unless --output says otherwise")
 
 
 def main(options: argparse.Namespace) -> int:
     """run every benchmark and make the report"""
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = inputs.device(options.device).type
     folder = options.output or (ROOT / "out" / "bench" if options.quick else results_folder(device))
     failed = []
     for name, arguments in COMMANDS[device].items():
         if options.quick:
             arguments = arguments + QUICK.get(arguments[0], [])
         if arguments[0] in ("module", "network"):
-            arguments = [*arguments, "--others-tolerance", options.others_tolerance]
+            arguments = [*arguments, "--others-tolerance", f"{options.others_tolerance:g}"]
         command = [*arguments, "--device", device, "--output", str(folder / f"{name}.jsonl")]
         print(f"\n== python -m bench {' '.join(command)}", flush=True)
         # a process each: no benchmark inherits the memory and the caches of another

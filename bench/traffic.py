@@ -1,4 +1,4 @@
-"""``python -m bench.traffic``: the bytes that a network's Ghost modules move to and from memory, by arithmetic.
+"""The bytes that a network's Ghost modules move to and from memory, by arithmetic.
 
 Counted per execution, each kernel reading its inputs and writing its output once, weights left out (they are small):
 
@@ -13,8 +13,10 @@ No cache is modelled and nothing is measured here. Writes docs/traffic.png.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
+
+from ghostfused.cli import inputs
+from ghostfused.cli.verify import read_rows
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "tests" / "data" / "ghost_configs.jsonl"
@@ -41,10 +43,7 @@ def module_traffic(row: dict, batch: int, itemsize: int) -> dict[str, int]:
 
 def network_traffic(source: str, batch: int, itemsize: int) -> tuple[int, dict[str, int]]:
     """(Ghost modules, bytes per execution) of the rows of ghost_configs.jsonl from ``source``."""
-    rows = [json.loads(line) for line in CONFIGS.read_text().splitlines()]
-    rows = [r for r in rows if r["source"] == source and r["kernel_size"] == r["stride"] == 1]
-    if not rows:
-        raise SystemExit(f"--source: no rows of {CONFIGS.name} from {source!r}")
+    rows = [row for _, row in read_rows(CONFIGS, source) if row["kernel_size"] == row["stride"] == 1]
     total = dict.fromkeys(EXECUTIONS, 0)
     for row in rows:
         for execution, n in module_traffic(row, batch, itemsize).items():
@@ -69,23 +68,23 @@ def plot(title: str, total: dict[str, int], path: Path) -> None:
     axis.set_title(title, fontsize=10)
     axis.set_xlim(0, max(megabytes) * 1.25)
     axis.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.traffic", description=__doc__)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--source", default="timm/ghostnet_100@224", help="a source in ghost_configs.jsonl")
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--itemsize", type=int, default=2, help="bytes per element (2: float16)")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "traffic.png")
-    options = parser.parse_args()
+    parser.add_argument("--batch", type=inputs.positive, default=64)
+    parser.add_argument("--itemsize", type=inputs.positive, default=2, help="bytes per element (2: float16)")
+    parser.add_argument("--output", type=inputs.new_file, default=ROOT / "docs" / "traffic.png")
+
+
+def main(options: argparse.Namespace) -> int:
+    """bytes moved, by arithmetic"""
     count, total = network_traffic(options.source, options.batch, options.itemsize)
     title = f"{options.source}: {count} Ghost modules, batch {options.batch}, {options.itemsize} bytes per element"
     print(title)
     for execution, n in total.items():
         print(f"{execution:12} {n / 1e6:9.1f} MB  {n / total['fused']:5.2f}×")
     plot(title, total, options.output)
-
-
-if __name__ == "__main__":
-    main()
+    return 0

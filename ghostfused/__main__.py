@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 
 from . import __version__
 from .cli import fuse, info, verify
-from .cli.inputs import BadInput
+from .cli.inputs import in_one_line
 
 COMMANDS = {"info": info, "verify": verify, "fuse": fuse}
 
@@ -22,11 +23,7 @@ def main(argv: list[str] | None = None) -> int:
         module.add_arguments(sub)
         sub.set_defaults(main=module.main)
     options = parser.parse_args(argv)
-    try:
-        return options.main(options)
-    except BadInput as error:
-        print(f"python -m ghostfused {options.command}: error: {error}", file=sys.stderr)
-        return 2
+    return in_one_line(f"python -m ghostfused {options.command}", partial(options.main, options))
 
 
 if __name__ == "__main__":

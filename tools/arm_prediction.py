@@ -16,6 +16,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from ghostfused.cli.inputs import BadInput, in_one_line
+
 ROOT = Path(__file__).parents[1]
 CORES = [
     "cortex-a53",
@@ -197,9 +199,13 @@ def peaks_report() -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.arm_prediction", description=__doc__)
     parser.parse_args(argv)
+    return in_one_line("python -m tools.arm_prediction", tables)
+
+
+def tables() -> int:
+    """Prints them."""
     if why := missing():
-        print(f"python -m tools.arm_prediction: error: {why}", file=sys.stderr)
-        return 2
+        raise BadInput(why)
     print(report(), peaks_report(), sep="\n\n")
     return 0
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import re
 import subprocess
 import sys
@@ -17,6 +18,8 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from ghostfused.cli.inputs import BadInput, in_one_line, positive
 
 from .sass import build
 
@@ -80,16 +83,30 @@ def compiled(source: Path, arch: str, folder: Path) -> Path:
     return cubin
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.resources", description=__doc__.split("\n\n")[0])
     parser.add_argument(
         "--arch", nargs="+", help="compile for these, as in sm_87; by default the built extension is read"
     )
     parser.add_argument("--only", default="", help="only sources whose name contains this, as in training")
-    parser.add_argument("--jobs", type=int, default=2, help="compilers at a time (default %(default)s)")
-    options = parser.parse_args()
+    parser.add_argument("--jobs", type=positive, default=2, help="compilers at a time (default %(default)s)")
+    options = parser.parse_args(argv)
+    return in_one_line("python -m tools.resources", functools.partial(report, options))
+
+
+def architectures() -> list[str]:
+    """Those that nvcc compiles for, as in sm_90."""
+    nvcc = build.setup_functions()["find_cuda_home"]() / "bin/nvcc"
+    return subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+
+
+def report(options: argparse.Namespace) -> int:
+    """Prints the table."""
     if reason := build.missing():
-        raise SystemExit(f"tools.resources: {reason}")
+        raise BadInput(reason)
+    known = [base + suffix for base in architectures() for suffix in ("", "a", "f")]
+    if unknown := [arch for arch in options.arch or () if arch not in known]:
+        raise BadInput(f"--arch: expected some of {', '.join(architectures())}, got {', '.join(unknown)}")
     binaries: list[tuple[Path, str | None]]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
         if options.arch:
@@ -101,7 +118,9 @@ def main() -> int:
             binaries = [(path, None) for path in sorted((build.ROOT / "ghostfused").glob("_C*.so"))]
         rows = [row for binary, arch in binaries for row in resources(binary, arch)]
     if not rows:
-        raise SystemExit("tools.resources: nothing is compiled: build the extension, or name --arch")
+        raise BadInput(
+            "nothing is compiled: build the extension, or name --arch, and with --only a part of a source's name"
+        )
     width = max(len(row.kernel) for row in rows)
     print(f"{'kernel':{width}s}  arch    registers  local  shared")
     for row in rows:

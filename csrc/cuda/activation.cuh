@@ -140,6 +140,33 @@ __device__ __forceinline__ void activate(float (&x)[kCount], Act act, const floa
   }
 }
 
+// The same of rows whose columns have a slope each: nothing and ReLU at once, what is longer with the code of one row.
+template <bool kExact, int kRows, int kCount>
+__device__ __forceinline__ void activate_rows(float (&x)[kRows][kCount], Act act, const float (&slope)[kCount]) {
+  if (act == Act::kNone) return;
+  if (act == Act::kReLU) {
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) asm("max.NaN.f32 %0, %0, 0f00000000;" : "+f"(x[row][i]));
+    }
+    return;
+  }
+#pragma unroll 1
+  for (int n = 0; n < kRows; ++n) {  // as one_by_one does
+    float first[kCount];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) first[i] = x[0][i];
+    activate<kCount, kExact>(first, act, slope);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+#pragma unroll
+      for (int row = 1; row < kRows; ++row) x[row - 1][i] = x[row][i];
+      x[kRows - 1][i] = first[i];
+    }
+  }
+}
+
 // grad * act'(z), by PyTorch's conventions at the kinks.
 template <int kCount, bool kExact>
 __device__ __forceinline__ void activate_backward(float (&grad)[kCount], const float (&z)[kCount], Act act,

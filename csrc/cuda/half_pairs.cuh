@@ -55,6 +55,12 @@ __device__ __forceinline__ P* advance(P* base, uint32_t bytes) {
   return p;
 }
 
+__device__ __forceinline__ void store_global_if(bool condition, void* p, uint2 v) {
+  asm volatile("{.reg .pred if; setp.ne.b32 if, %3, 0; @if st.global.v2.u32 [%0], {%1, %2};}" ::"l"(p), "r"(v.x),
+               "r"(v.y), "r"(static_cast<int>(condition))
+               : "memory");
+}
+
 // Two numbers of fp32 as a pair, ``first`` in the low half; with kReLU not below zero. NaN stays NaN.
 template <typename T, bool kReLU = false>
 __device__ __forceinline__ uint32_t pack(float first, float second) {

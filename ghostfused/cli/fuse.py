@@ -20,7 +20,7 @@ from .. import backends
 from ..fuse import LEVELS, fuse_with_report
 from . import inputs
 from .inputs import load_model, positive
-from .verify import DTYPES, calibrated, network_verdict
+from .verify import DTYPES, calibrated, network_verdict, word_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,8 +64,10 @@ def main(options: argparse.Namespace) -> int:
     verdict = network_verdict(model, fused, x, dtype, options.dtype == "tf32")
     print(
         f"error against float64, relative to the largest output: {verdict.error:.2e} fused, "
-        f"{verdict.torch_error:.2e} unfused, limit {verdict.limit:.2e}: {'ok' if verdict.ok else 'MISS'}"
+        f"{verdict.torch_error:.2e} unfused, limit {verdict.limit:.2e}: {word_of(verdict)}"
     )
+    if not verdict.decides:
+        print(f"unfused, {options.dtype} is so far off, or overflows, that the limit decides nothing about fused")
     model, fused, x = model.to(dtype), fused.to(dtype), inputs.cast(x, dtype)
     with torch.inference_mode():
         times = time_interleaved({"unfused": partial(model, x), "fused": partial(fused, x)}, options.rounds, device)
@@ -75,7 +77,7 @@ def main(options: argparse.Namespace) -> int:
     for name, each in times.items():
         print(f"  {name:8} {quartiles(each)} ms")
     ratios = [unfused / ours for unfused, ours in zip(times["unfused"], times["fused"], strict=True)]
-    low, _, high = statistics.quantiles(ratios, n=4)
+    low, _, high = _quartiles(ratios)
     print(f"  {'speed-up':8} {quartiles(ratios)}{', a tie' if low <= 1 <= high else ''}")
     return int(not verdict.ok)
 
@@ -108,7 +110,12 @@ def time_interleaved(
     return times
 
 
+def _quartiles(values: list[float]) -> list[float]:
+    """Between the least and the greatest of the values, also of two."""
+    return statistics.quantiles(values, n=4, method="inclusive")
+
+
 def quartiles(values: list[float]) -> str:
     """``median [first–third quartile]``."""
-    low, median, high = statistics.quantiles(values, n=4)
+    low, median, high = _quartiles(values)
     return f"{median:.2f} [{low:.2f}–{high:.2f}]"

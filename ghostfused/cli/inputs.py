@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
+import json
+import math
+import os
+import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +25,84 @@ class BadInput(SystemExit):
     """Ends a command with one line and exit code 2."""
 
 
+def in_one_line(command: str, main: Callable[[], int]) -> int:
+    """``main()``, the exit code of ``command``; bad input is a line on stderr and exit code 2."""
+    try:
+        return main()
+    except BadInput as error:
+        print(f"{command}: error: {error}", file=sys.stderr)
+        return 2
+
+
 def positive(text: str) -> int:
     """An ``argparse`` type: an int of at least 1."""
+    return _at_least(1, text)
+
+
+def count(text: str) -> int:
+    """An ``argparse`` type: an int of at least 0."""
+    return _at_least(0, text)
+
+
+def _at_least(least: int, text: str) -> int:
     try:
         value = int(text)
     except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+        value = least - 1
+    if not least <= value < 2**31:
+        limit = f"of at least {least}" if value < least else "below 2^31"
+        raise argparse.ArgumentTypeError(f"expected a whole number {limit}, got {text!r}")
     return value
+
+
+def amount(text: str) -> float:
+    """An ``argparse`` type: a finite number above 0, such as of seconds."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return value
+
+
+def several(each: Callable[[str], Any], known: Collection[str] | None = None) -> Callable[[str], list]:
+    """An ``argparse`` type: what ``each`` makes of every part of a text with commas, which is one of ``known`` if that is given."""
+
+    def parse(text: str) -> list:
+        values = [each(part) for part in text.split(",")]
+        if known is not None and (unknown := [value for value in values if value not in known]):
+            raise argparse.ArgumentTypeError(f"expected some of {', '.join(known)}, got {', '.join(unknown)}")
+        return values
+
+    return parse
+
+
+def new_file(text: str) -> Path:
+    """An ``argparse`` type: a file that can be written, in a folder that is there or can be made."""
+    return _writable(text, folder=False)
+
+
+def new_folder(text: str) -> Path:
+    """An ``argparse`` type: a folder that is there or can be made."""
+    return _writable(text, folder=True)
+
+
+def _writable(text: str, folder: bool) -> Path:
+    path, kind = Path(text), "folder" if folder else "file"
+    try:
+        if "\0" in text:
+            raise ValueError("it has a null byte")
+        if path.exists() and path.is_dir() != folder:
+            raise OSError(f"it is a {'file' if folder else 'folder'}")
+        there = next(each for each in (path, *path.absolute().parents) if each.exists())
+        if there != path and not there.is_dir():
+            raise OSError(f"{str(there)!r} is no folder")
+        if not os.access(there, os.W_OK):
+            raise OSError(f"no permission to write to {str(there)!r}")
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"expected a {kind} to write, got {text!r}: {_first_line(error)}") from None
+    return path
 
 
 def dtype(text: str) -> str:
@@ -39,9 +112,14 @@ def dtype(text: str) -> str:
     return str(found).removeprefix("torch.") if isinstance(found, torch.dtype) else word
 
 
+LAYOUTS = {"contiguous_format": "nchw", "channels_last": "nhwc"}
+"""PyTorch's words, and ours."""
+
+
 def layout(text: str) -> str:
-    """An ``argparse`` type: the name of a memory format, PyTorch's prefix left out."""
-    return text.removeprefix("torch.")
+    """An ``argparse`` type: "nchw" or "nhwc", also in PyTorch's words, such as ``torch.channels_last``."""
+    word = text.removeprefix("torch.")
+    return LAYOUTS.get(word, word)
 
 
 def device(name: str | None) -> torch.device:
@@ -63,6 +141,26 @@ def text_of(option: str, path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeError) as error:
         raise BadInput(f"{option}: expected a text file in UTF-8, got {str(path)!r}: {_first_line(error)}") from None
+
+
+def json_lines(option: str, path: Path, cut: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The JSON objects of a file, one a line, each with where it stands; empty lines are left out.
+
+    The last line of a file that is ``cut``, as whoever was stopped while writing leaves it, may be part of one.
+    """
+    *whole, last = text_of(option, path).split("\n")
+    for number, line in enumerate([*whole, last], 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            if cut and line is last:
+                return
+            raise BadInput(f"{path}:{number}: expected a JSON object: {_first_line(error)}") from None
+        if not isinstance(row, dict):
+            raise BadInput(f"{path}:{number}: expected a JSON object, got {type(row).__name__}")
+        yield f"{path}:{number}", row
 
 
 def load_model(name: str) -> tuple[nn.Module, Tensor | None]:
@@ -100,6 +198,8 @@ def run(name: str, function: Callable[[], Any]) -> Any:
     """``function()``, whose errors are those of the input ``name``: also if it is code that calls ``sys.exit``."""
     try:
         return function()
+    except BadInput:
+        raise
     except (Exception, SystemExit) as error:
         *_, last = traceback.extract_tb(error.__traceback__)
         where = f"{Path(last.filename).name}:{last.lineno}"

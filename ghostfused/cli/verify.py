@@ -3,17 +3,19 @@
 ``--configs FILE.jsonl`` checks one module a row; a row has in_channels, out_channels, height, width and optionally
 kernel_size, stride, dw_size, ratio, act_primary, act_cheap. ``--model`` checks a network, fused against unfused: "seed"
 (the blog's GhostNet), "paper", "timm:NAME", or "file.py:function" (a function that returns the model, or the model and an
-input). Prints a line a case; the exit code is 1 if any misses its limit, 2 if nothing could be checked.
+input). Prints a line a case: ok, MISS, or VOID where PyTorch's own error in the dtype is so large that the limit decides nothing.
+The exit code is 1 if any misses its limit, 2 if nothing could be checked.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,11 +30,12 @@ from ..testing import Case, Verdict, judge, make_args, to_device
 from . import inputs
 from .inputs import BadInput, first_tensor, load_model, positive
 
-_LAYOUTS = {"nchw": "nchw", "nhwc": "nhwc", "contiguous_format": "nchw", "channels_last": "nhwc"}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "tf32": torch.float32}
+_SHAPE = ("in_channels", "out_channels", "height", "width")
+_SETTINGS = {"kernel_size": 1, "stride": 1, "dw_size": 3, "ratio": 2, "act_primary": "relu", "act_cheap": "relu"}
+"""What a row may leave out."""
 _LABELS = ("source", "count")
 """What a row may say beside; nothing is computed of it."""
-_ROW_FIELDS = ("in_channels", "out_channels", "kernel_size", "stride", "dw_size", "ratio", "act_primary", "act_cheap")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--model", metavar="seed|paper|timm:NAME|file.py:function", help="check a whole network")
     parser.add_argument("--backend", default="auto", choices=["auto", *backends.BACKENDS])
     parser.add_argument("--dtype", type=inputs.dtype, default="float32", choices=list(DTYPES))
-    parser.add_argument("--layout", type=inputs.layout, default="nchw", choices=list(_LAYOUTS))
+    parser.add_argument("--layout", type=inputs.layout, default="nchw", choices=list(inputs.LAYOUTS.values()))
     parser.add_argument("--batch", type=positive, default=2)
     parser.add_argument("--max-size", type=positive, help="cut height and width to this, keeping odd sizes odd")
     parser.add_argument(
@@ -54,51 +57,65 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     """compare modules or networks with float64; exit code 1 on any miss"""
     device = str(inputs.device(options.device))
-    options.layout = _LAYOUTS[options.layout]
     cases = _modules(options, device) if options.configs else _network(options, device)
-    total = missed = 0
+    counts: Counter[str] = Counter()
     for name, verdict, note in cases:
-        total += 1
-        missed += not verdict.ok
+        counts[word := word_of(verdict)] += 1
         print(
-            f"{'ok  ' if verdict.ok else 'MISS'} {name}  error {verdict.error:.2e}  "
+            f"{word:4} {name}  error {verdict.error:.2e}  "
             f"torch {verdict.torch_error:.2e}  limit {verdict.limit:.2e}{f'  ({note})' if note else ''}",
             flush=True,
         )
-    print(f"{total - missed} passed, {missed} failed")
-    return 2 if total == 0 else int(missed > 0)
+    void = f", {counts['VOID']} void: the limit decides nothing" if counts["VOID"] else ""
+    print(f"{counts['ok']} passed, {counts['MISS']} failed{void}")
+    return 1 if counts["MISS"] else 0 if counts["ok"] else 2
+
+
+def word_of(verdict: Verdict) -> str:
+    """ "ok", "MISS", or "VOID" of a result within a limit that decides nothing."""
+    return "MISS" if not verdict.ok else "ok" if verdict.decides else "VOID"
+
+
+def read_rows(path: Path, source: str | None = None) -> list[tuple[str, dict[str, Any]]]:
+    """The rows of a JSON Lines file of Ghost modules, of one ``source`` or of all, each with where it stands.
+
+    Raises:
+        BadInput: the file has none, or one says something else than a Ghost module's sizes and activations.
+    """
+    rows = [(where, _checked(where, row)) for where, row in inputs.json_lines("--configs", path)]
+    found = [(where, row) for where, row in rows if source is None or row.get("source") == source]
+    if not found:
+        option, which = ("--source", f" from {source!r}") if source else ("--configs", "")
+        raise BadInput(f"{option}: expected rows{which}, got none in {str(path)!r}")
+    return found
+
+
+def _checked(where: str, row: dict[str, Any]) -> dict[str, Any]:
+    fields = (*_SHAPE, *_SETTINGS, *_LABELS)
+    if missing := [name for name in _SHAPE if name not in row]:
+        raise BadInput(f"{where}: expected a JSON object with {', '.join(_SHAPE)}, got none of {', '.join(missing)}")
+    if unknown := sorted(row.keys() - set(fields)):
+        raise BadInput(f"{where}: expected no fields beside {', '.join(fields)}, got {', '.join(unknown)}")
+    for name, value in row.items():
+        if name.startswith("act_"):
+            if not isinstance(value, str) or value.upper() not in Act.__members__:
+                raise BadInput(f"{where}: {name}: expected one of {[a.name.lower() for a in Act]}, got {value!r}")
+        elif name == "source":
+            if not isinstance(value, str):
+                raise BadInput(f"{where}: source: expected a string, got {value!r}")
+        elif type(value) is not int or not 1 <= value < 2**31:
+            raise BadInput(f"{where}: {name}: expected a whole number of at least 1 and below 2^31, got {value!r}")
+    for name in ("kernel_size", "dw_size"):
+        if row.get(name, 1) % 2 == 0:
+            raise BadInput(f"{where}: {name}: expected an odd number, got {row[name]}")
+    return _SETTINGS | {"count": 1} | row
 
 
 def read_cases(path: Path, max_size: int | None = None, **settings) -> list[Case]:
     """The distinct Ghost modules of a JSON Lines file as Cases; ``settings`` are further fields of Case."""
-    cases: dict[Case, None] = {}
-    for number, line in enumerate(inputs.text_of("--configs", path).splitlines(), 1):
-        if not line.strip():
-            continue
-        case = _read_case(f"{path}:{number}", line, max_size, settings)
-        cases[case] = None
-    return list(cases)
-
-
-def _read_case(where: str, line: str, max_size: int | None, settings: dict) -> Case:
-    try:
-        row = json.loads(line)
-        sides = {side: row[side] for side in ("height", "width")}
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{where}: expected a JSON object with {_ROW_FIELDS}, height and width, got {error!r}") from None
-    fields = {k: row[k] for k in _ROW_FIELDS if k in row}
-    for name, value in (fields | sides).items():
-        if name.startswith("act_"):
-            if str(value).upper() not in Act.__members__ or not isinstance(value, str):
-                raise BadInput(f"{where}: {name}: expected one of {[a.name.lower() for a in Act]}, got {value!r}")
-        elif type(value) is not int or value < 1:
-            raise BadInput(f"{where}: {name}: expected a whole number of at least 1, got {value!r}")
-    if unknown := sorted(row.keys() - {*_ROW_FIELDS, *sides, *_LABELS}):
-        raise BadInput(f"{where}: expected no fields beside {_ROW_FIELDS}, height and width, got {unknown}")
-    try:
-        return Case(height=cut(sides["height"], max_size), width=cut(sides["width"], max_size), **fields, **settings)
-    except TypeError as error:
-        raise BadInput(f"{where}: expected {_ROW_FIELDS}, height and width: {error}") from None
+    rows = [{name: value for name, value in row.items() if name not in _LABELS} for _, row in read_rows(path)]
+    sides = [{side: cut(row[side], max_size) for side in ("height", "width")} for row in rows]
+    return list(dict.fromkeys(Case(**(row | side), **settings) for row, side in zip(rows, sides, strict=True)))
 
 
 def cut(size: int, max_size: int | None) -> int:
@@ -127,7 +144,10 @@ def _modules(options: argparse.Namespace, device: str) -> Iterator[tuple[str, Ve
     }
     torch_runs = _torch_runs_on(device)
     for case in read_cases(options.configs, options.max_size, **settings):
-        args = make_args(case)
+        try:
+            args = make_args(case)
+        except (RuntimeError, ValueError) as error:  # such as no memory for so much
+            raise BadInput(f"--configs: {case}: {str(error).strip().partition(chr(10))[0]}") from None
         on_device = to_device(args, device)
         backend, note = options.backend, ""
         if backend != "auto" and (reason := backends.BACKENDS[backend].supports(on_device)):

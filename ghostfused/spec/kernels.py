@@ -3,6 +3,7 @@ and the tests of the docs read it."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
@@ -31,14 +32,18 @@ class Takes(NamedTuple):
     depthwise: tuple[tuple[int, int], ...] = ((3, 3), (5, 5), (7, 7), (1, 5), (5, 1))
     """Kernels of the ``depthwise`` op: those of stride-2 steps and of shortcuts, and those of DFC attention."""
     depthwise_strides: tuple[int, ...] = (1, 2)
+    eps: tuple[float, float] = (0.0, math.inf)
+    """The least and the greatest of a norm."""
     gate_acts: tuple[Act, ...] = (Act.NONE, *WITHOUT_SLOPE)
     """Between the two matrices of the ``squeeze_excite`` op."""
 
 
+_NORMAL = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+"""Triton's reciprocal square root takes float32's normal numbers, and a variance may be 0."""
 TAKES = {
     "cuda": Takes(),
-    "triton": Takes(),
-    "triton_two_kernel": Takes(),
+    "triton": Takes(eps=_NORMAL),
+    "triton_two_kernel": Takes(eps=_NORMAL),
     "cpu": Takes(patch_channels=16),  # csrc/common/parameters.h's
 }
 """By the backend's name. The reference takes everything."""
@@ -53,6 +58,15 @@ def norm_dtype(args: GhostArgs | DepthwiseArgs) -> torch.dtype | None:
     return args.x.dtype if not dtypes else dtypes.pop() if len(dtypes) == 1 else None
 
 
+def _eps_refusal(args: GhostArgs | DepthwiseArgs, takes: Takes) -> str | None:
+    least, greatest = takes.eps
+    for half in ("primary_", "cheap_") if isinstance(args, GhostArgs) else ("",):
+        eps = getattr(args, f"{half}eps")
+        if getattr(args, f"{half}mean") is not None and not least <= eps <= greatest:
+            return f"{half}eps {eps} (the kernels take {least:.3g} to {greatest:.3g})"
+    return None
+
+
 def kernel_refusal(args: Args, backend: str) -> str | None:
     """Why the kernels of ``backend`` can't run ``args`` on any device; None if they can."""
     takes = TAKES[backend]
@@ -62,7 +76,7 @@ def kernel_refusal(args: Args, backend: str) -> str | None:
         ours = args.act in takes.gate_acts
         return None if ours else f"{Act(args.act).name} (the kernels have the activations without a slope)"
     if isinstance(args, DepthwiseArgs):
-        reason = depthwise_form_refusal(tuple(args.weight.shape[2:]), args.stride, takes)
+        reason = depthwise_form_refusal(tuple(args.weight.shape[2:]), args.stride, takes) or _eps_refusal(args, takes)
     else:
         reason = form_refusal(args, takes)
     if reason is None and norm_dtype(args) not in (args.x.dtype, torch.float32):
@@ -83,7 +97,7 @@ def form_refusal(args: GhostArgs, takes: Takes) -> str | None:
         return f"dw_size {args.dw_size} (the kernels take {takes.dw_sizes})"
     if args.out_channels < args.init_channels:
         return f"out_channels {args.out_channels} below init_channels {args.init_channels}"
-    return None
+    return _eps_refusal(args, takes)
 
 
 def depthwise_form_refusal(kernel: tuple[int, ...], stride: int, takes: Takes) -> str | None:

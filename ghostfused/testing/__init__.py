@@ -220,6 +220,10 @@ def _round_to_tf32(t: Tensor) -> Tensor:
     return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
 
 
+VAGUE = 0.5
+"""A limit above it, half of the largest output, decides nothing; infinity is one, where PyTorch's own result overflows."""
+
+
 class Verdict(NamedTuple):
     error: float
     """Of the result, against float64."""
@@ -230,6 +234,11 @@ class Verdict(NamedTuple):
     @property
     def ok(self) -> bool:
         return self.error <= self.limit
+
+    @property
+    def decides(self) -> bool:
+        """Whether the limit tells right from wrong, rather than let pass whatever is as far off as PyTorch's own result."""
+        return self.limit <= VAGUE
 
 
 def judge(out: Tensor, args: Args) -> Verdict:

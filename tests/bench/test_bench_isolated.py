@@ -1,5 +1,7 @@
 """``bench network --isolate``: a process a peer, rounds in turn, joined to one row."""
 
+import os
+
 import pytest
 import torch
 
@@ -42,19 +44,15 @@ def test_a_round_that_failed_is_told():
 
 
 def test_a_process_that_dies_is_an_error(tmp_path):
-    command = [
-        "network",
-        "--network",
-        f"{tmp_path}/none.py:build",
-        "--peers",
-        "eager",
-        "--isolate",
-        "1",
-        "--device",
-        "cpu",
-    ]
-    with pytest.raises(RuntimeError, match=r"none\.py"):
-        main(command)
+    """The network can be made in the command's process, where it is tried, and not in the peer's."""
+    file = tmp_path / "dies.py"
+    file.write_text(
+        "import os\nfrom ghostfused.models.paper import GhostNet\n"
+        f"def build():\n    if os.getpid() != {os.getpid()}:\n        os._exit(3)\n    return GhostNet(width=0.1)\n"
+    )
+    command = ["network", "--network", f"{file}:build", "--peers", "eager", "--isolate", "1", "--device", "cpu"]
+    with pytest.raises(RuntimeError, match=r"dies\.py.*exit status 3"):
+        main([*command, "--size", "32"])
 
 
 def test_named_forms_of_networks():

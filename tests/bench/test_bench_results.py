@@ -328,7 +328,7 @@ def test_help_and_unknown_names(capsys):
         peers.select("nobody")
     with pytest.raises(SystemExit):
         main(["module", "--dtype", "float8"])
-    with pytest.raises(SystemExit, match="no module of that name"):
+    with pytest.raises(SystemExit, match="expected a part of a module's name, got 'nothing'"):
         module.layers(argparse.Namespace(configs=cases.CONFIGS, source=None, only="nothing"))
 
 

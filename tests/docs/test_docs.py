@@ -194,14 +194,12 @@ def complaint(command: str) -> str | None:
         return None if importlib.util.find_spec(package) else f"no module {package}"
     if package not in ("ghostfused", "bench"):
         return None
-    verbs = [*commands.COMMANDS] if package == "ghostfused" else [*bench_commands.COMMANDS, *bench_commands.FORWARDED]
+    verbs = [*commands.COMMANDS] if package == "ghostfused" else [*bench_commands.COMMANDS]
     if not rest or rest[0].startswith("--") or rest[0].isupper():
         return None
     verb, *options = rest
     if verb not in verbs:
         return f"no command {verb} of {package}"
-    if verb in bench_commands.FORWARDED:
-        return None
     known = parser_of(package, verb).format_help()
     unknown = [o for o in options if o.startswith("--") and not re.search(rf"(?<![\w-]){re.escape(o)}(?![\w-])", known)]
     return f"{verb} has no {', '.join(unknown)}" if unknown else None
@@ -220,7 +218,7 @@ def test_tables_of_commands_list_commands():
     text = READ[ROOT / "docs" / "benchmarks.md"][1]
     table = text[text.index("| command |") :].split("\n\n")[0].splitlines()[2:]
     listed = {re.match(r"\| `(\w+)", line)[1] for line in table}
-    assert listed == {*bench_commands.COMMANDS, *bench_commands.FORWARDED}
+    assert listed == {*bench_commands.COMMANDS}
 
 
 # ---- names

@@ -110,11 +110,11 @@ def test_a_wrong_backend_fails(capsys, monkeypatch, tmp_path):
 ROW = {"in_channels": 8, "out_channels": 9, "height": 5, "width": 6}
 BAD_ROWS = {
     "a field missing": ({"in_channels": 8}, "expected a JSON object with"),
-    "a string": (ROW | {"width": "6"}, "width: expected a whole number of at least 1, got '6'"),
-    "negative": (ROW | {"dw_size": -3}, "dw_size: expected a whole number of at least 1, got -3"),
+    "a string": (ROW | {"width": "6"}, r"width: expected a whole number of at least 1 and below 2\^31, got '6'"),
+    "negative": (ROW | {"dw_size": -3}, r"dw_size: expected a whole number of at least 1 and below 2\^31, got -3"),
     "a bool": (ROW | {"height": True}, "height: expected a whole number"),
     "no activation": (ROW | {"act_cheap": "elu"}, "act_cheap: expected one of .*'relu'.*, got 'elu'"),
-    "misspelt": (ROW | {"dw_sise": 5}, r"expected no fields beside .*, got \['dw_sise'\]"),
+    "misspelt": (ROW | {"dw_sise": 5}, "expected no fields beside .*, got dw_sise"),
     "a list": ([1, 2], "expected a JSON object"),
 }
 
@@ -162,6 +162,27 @@ def test_cut_keeps_parity(size, limit, expected):
 def test_seed_network(capsys, dtype):
     assert run("verify", "--model", "seed", "--dtype", dtype, "--batch", "1", "--device", "cpu") == 0
     assert "30 Ghost modules and 15 bottlenecks fused" in capsys.readouterr().out
+
+
+def test_a_limit_that_decides_nothing_is_no_success(tmp_path, capsys):
+    """Where float16 overflows in both, and where it doesn't in PyTorch: the first says so, the second is a miss."""
+    file = tmp_path / "net.py"
+    file.write_text(
+        "import torch\nfrom ghostfused.models.paper import GhostModule\n"
+        "def net():\n    return torch.nn.Sequential(GhostModule(3, 8)), 1e6 * torch.randn(1, 3, 6, 5)\n"
+    )
+    command = ["verify", "--model", f"{file}:net", "--device", "cpu"]
+    assert run(*command, "--dtype", "float16") == 2
+    said = capsys.readouterr().out
+    assert said.startswith("VOID ")
+    assert said.splitlines()[-1] == "0 passed, 0 failed, 1 void: the limit decides nothing"
+    assert run(*command) == 0
+    assert run("fuse", *command[2:], "--dtype", "float16", "--rounds", "2") == 0
+    said = capsys.readouterr().out
+    assert "VOID" in said
+    assert "the limit decides nothing about fused" in said
+    assert verify.word_of(verify.Verdict(float("inf"), 1e-3, 2e-3)) == "MISS"
+    assert verify.word_of(verify.Verdict(0.24, 0.37, 0.74)) == "VOID"
 
 
 def test_model_from_a_file_with_its_input(tmp_path, capsys):

@@ -81,7 +81,11 @@ def test_times_are_of_calls_in_turn():
     assert "".join(order[6:]) == "baabbaab", "after the warm-up"
     assert len(ticks) == 4
     assert all(len(each) == 4 and min(each) >= 0 for each in times.values())
-    assert fuse_command.quartiles([1.0, 2.0, 3.0]) == "2.00 [1.00–3.00]"
+
+
+def test_quartiles_lie_among_the_values():
+    assert fuse_command.quartiles([1.0, 2.0, 3.0]) == "2.00 [1.50–2.50]"
+    assert fuse_command.quartiles([1.0, 9.0]) == "5.00 [3.00–7.00]"
 
 
 def test_as_a_command(file):

@@ -6,6 +6,8 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import functools
+import math
 import os
 import resource
 import subprocess
@@ -14,6 +16,9 @@ import time
 import traceback
 from collections.abc import Generator
 from pathlib import Path
+
+from ghostfused.backends import BACKENDS
+from ghostfused.cli import inputs
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "tests" / "helpers"))
@@ -77,20 +82,29 @@ def outcomes(kind: str, backend: str, seed: int, first: int, count: int) -> Gene
 def main(words: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     for kind, count in COUNTS.items():
-        parser.add_argument(f"--{kind}", type=int, metavar="N", help=f"how many; {count} where no kind is named")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--first", type=int, default=0, help="number of the first")
+        parser.add_argument(
+            f"--{kind}", type=inputs.positive, metavar="N", help=f"how many; {count} where no kind is named"
+        )
+    parser.add_argument("--seed", type=inputs.seed, default=0)
+    parser.add_argument("--first", type=inputs.count, default=0, help="number of the first")
     parser.add_argument(
-        "--backend", default="cpu", help="of the calls: cpu, reference, cuda (on a GPU, or under ptx-on-cpu's run-extension), "
+        "--backend", default="cpu", choices=list(BACKENDS), help="of the calls: cpu, reference, cuda (on a GPU, or under ptx-on-cpu's run-extension), "
         "triton or triton_two_kernel (on a GPU, or with TRITON_INTERPRET=1)"
     )  # fmt: skip
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="at most, for each kind")
+    parser.add_argument("--minutes", type=inputs.amount, default=math.inf, help="at most, for each kind")
     parser.add_argument("--work", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args(words)
     if options.work:
         kind, first, count = options.work
         work(kind, options.backend, options.seed, int(first), int(count))
         return 0
+    return inputs.in_one_line("python -m tests.fuzz", functools.partial(draw, options))
+
+
+def draw(options: argparse.Namespace) -> int:
+    """Prints what came of the trials; 1 if any was wrong or crashed."""
+    if reason := BACKENDS[options.backend].unavailable():
+        raise inputs.BadInput(f"--backend {options.backend}: {reason}")
     named = {kind: n for kind in COUNTS if (n := getattr(options, kind)) is not None}
     failed = 0
     for kind, count in (named or COUNTS).items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from typing import Any
 
@@ -122,6 +123,43 @@ def test_sliced_ghosts(cut, more):
         check(dw_size=dw_size, **shape, **PATHS[path], **more)
 
 
+CONVS: dict[str, dict[str, Any]] = {
+    "plain": {"act_primary": "none"},
+    "relu": {"act_primary": "relu", "input_gate": True},
+    "silu": {"act_primary": "silu", "residual": True},
+    "prelu": {"act_primary": "prelu", "per_channel_slope": True, "primary_norm": "bn+bias"},
+    "mish": {"act_primary": "mish", "input_gate": True, "residual": True},
+}
+
+
+@pytest.mark.parametrize("path", ["float16", "bfloat16"])
+@pytest.mark.parametrize("variant", CONVS)
+def test_no_ghosts(variant, path):
+    """A module cut off after its first half goes from registers to the output."""
+    plans = []
+    for shape in (*SHAPES.values(), {"in_channels": 24, "height": 12, "width": 3, "out_channels": 20}):
+        plans += check(**PATHS[path], **shape, init_channels=shape["out_channels"], **CONVS[variant])
+    assert {p["images"] for p in plans} > ({1} if "input_gate" not in CONVS[variant] else set())
+    assert {p["warps_n"] for p in plans} > {1}
+    assert {p["tiles_h"] for p in plans} > {1}
+    assert {p["channel_blocks"] for p in plans} > {1}
+
+
+def test_no_ghosts_with_maps_of_other_strides():
+    """Pixels are counted without rows, so the residual's rows must follow each other; else another kernel runs."""
+    conv = Case(3, 16, 6, 8, 24, init_channels=24, residual=True, layout="nhwc", dtype=torch.float16)
+    args = make_args(conv)
+    wide = torch.full((3, 6, 10, 24), float("nan"), dtype=torch.float16)
+    wide[:, :, :8] = args.residual.permute(0, 2, 3, 1)
+    apart = args._replace(residual=wide.permute(0, 3, 1, 2)[..., :8])
+    alike = args._replace(residual=args.residual[:, :, :1, :1].expand_as(args.residual))
+    gated = make_args(dataclasses.replace(conv, output_gate=True))
+    for sm_count in (1, 132):
+        with planned_for(sm_count):
+            for case in (args, apart, alike, gated):
+                CUDA.check(case, general_too=False)
+
+
 def test_norms_and_biases():
     for primary, cheap in itertools.product(["none", "bias", "bn", "bn+bias", "bn_no_affine"], ["none", "bias", "bn"]):
         for norm_dtype in (None, torch.float32):
@@ -151,6 +189,7 @@ def test_zeros_stay_zeros_beside_infinite_channels(path):
         {"width": 3, "height": 12}, {"ratio": 3, "out_channels": 48}, {"dw_size": 7}, {"dw_size": 1},
         {"height": 4, "width": 4}, {"layout": "nchw"}, {**PATHS["tf32"], "in_channels": 18},
         {**PATHS["tf32"], "dw_size": 5}, {**PATHS["float32"], "in_channels": 18},
+        {**PATHS["tf32"], "init_channels": 32}, {"init_channels": 32, "in_channels": 20},
     ],
     ids=lambda case: "-".join(case),
 )  # fmt: skip

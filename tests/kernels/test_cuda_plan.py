@@ -165,6 +165,33 @@ def test_no_ghosts_plan():
         assert conv["smem_bytes"] < module["smem_bytes"]
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_no_ghosts_in_channels_last(device):
+    """No x1 in shared memory; whole maps or rows, each channel and pixel in a block."""
+    sm_count, smem_per_block, smem_per_sm = DEVICES[device]
+    for cin, cout, height, width in (
+        (16, 24, 56, 56),
+        (112, 160, 7, 7),
+        (1280, 1000, 8, 8),
+        (8, 4, 16, 2),
+        (64, 64, 1, 32),
+    ):
+        for batch in (1, 7, 64):
+            p = _C.plan(
+                batch=batch, in_channels=cin, height=height, width=width, init_channels=cout, out_channels=cout,
+                sm_count=sm_count, smem_per_block=smem_per_block, smem_per_sm=smem_per_sm,
+            )  # fmt: skip
+            assert p["family"] == "nhwc"
+            assert p["grid"] == -(-batch // p["images"]) * p["tiles_h"] * p["channel_blocks"]
+            for size, piece, count in ((height, p["tile_h"], p["tiles_h"]), (cout, p["block_c"], p["channel_blocks"])):
+                assert (count - 1) * piece < size <= count * piece
+            assert p["images"] == 1 or p["tile_h"] == height
+            assert p["recompute"] == pytest.approx(p["tiles_h"] * p["tile_h"] / height)  # no halo
+            assert p["dram_read"] == (batch * cin * height * width + cin * cout) * 2
+            channels = p["warps_n"] * 32
+            assert p["smem_bytes"] == channels * (p["k_blocks"] * 64 + 12)
+
+
 def test_vectors():
     """The widest that alignment allows."""
     assert plan((20, 40, 28, 28, 3, 2), 1)["x_vector_bytes"] == 8

@@ -133,7 +133,7 @@ def nchw_kernels(path: str) -> dict[str, str]:
 def nhwc_kernels(path: str) -> dict[str, str]:
     """Those of ghost/nhwc/forward.cuh's; a kernel's name stands for all its tiles, among which the planner picks."""
     forms = ("1_dw3 2_dw3 2_dw3_any") if path in ("tf32", "float32") else (
-        "1_dw3_none 1_dw3_relu 1_dw3_any 2_dw3_none 2_dw3_relu 2_dw3_any 3_dw3_none 3_dw3_relu 2_dw5_any"
+        "1_dw3_none 1_dw3_relu 1_dw3_any 2_dw3_none 2_dw3_relu 2_dw3_any 3_dw3_none 3_dw3_relu 2_dw5_any 2_dw1_any"
     )  # fmt: skip
     epilogues = {"none": "None", "relu": "ReLU", "any": "Any", "": "Lowest"}
     entries = {}

@@ -1,6 +1,6 @@
 """Faults for the channels_last forward kernel."""
 
-from .mutant import NHWC_ANY, NHWC_FP32, NHWC_RELU, NHWC_TF32, Mutant
+from .mutant import NHWC_ANY, NHWC_CONV, NHWC_FP32, NHWC_RELU, NHWC_TF32, Mutant
 
 MUTANTS = [
     # the channels_last kernel
@@ -181,5 +181,41 @@ MUTANTS = [
         "",
         NHWC_FP32,
         "desc",
+    ),
+    Mutant(
+        "no ghosts: no barrier between the weights and the 1×1 conv",
+        "cuda/ghost/nhwc/primary.cuh",
+        "  __syncthreads();  // weights, scales and padding are there\n",
+        "",
+        NHWC_CONV,
+        "desc",
+    ),
+    Mutant(
+        "no ghosts: a warp stores channels beyond the block's",
+        "cuda/ghost/nhwc/primary.cuh",
+        "inside = c < p.plan.block_c;",
+        "inside = true;",
+        NHWC_CONV,
+    ),
+    Mutant(
+        "no ghosts: every tile is stored to the first rows",
+        "cuda/ghost/nhwc/primary.cuh",
+        "int64_t{t.h0} * to.stride_h",
+        "0",
+        NHWC_CONV,
+    ),
+    Mutant(
+        "no ghosts: the residual is that of the pixel before",
+        "cuda/ghost/nhwc/primary.cuh",
+        "v = add(v, advance<kPixel>(from, residual_pixel));",
+        "v = add(v, advance<(kPixel > 0 ? kPixel - 1 : 0)>(from, residual_pixel));",
+        NHWC_CONV,
+    ),
+    Mutant(
+        "no ghosts: the second half of a warp's pixels is stored to the first",
+        "cuda/ghost/nhwc/primary.cuh",
+        "first = pixel + 16 * h + lane % 4 * 4;",
+        "first = pixel + lane % 4 * 4;",
+        NHWC_CONV,
     ),
 ]

@@ -67,6 +67,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dw3": {},
     "dw3_relu": {},
     "dw3_any": {"act_primary": "prelu", "per_channel_slope": True, "residual": True, "output_gate": True},
+    "dw1_any": {"act_primary": "prelu", "per_channel_slope": True, "residual": True},
     "dw5_any": {"dw_size": 5, "act_cheap": "silu", "residual": True, "output_gate": True},
 }
 
@@ -102,11 +103,14 @@ def cases(kernel: str) -> dict[str, Args]:
         return {name: make_depthwise(DepthwiseCase(**shape, **common)) for name, shape in DEPTHWISE.items()}
     if kind == "nhwc":
         variant = VARIANTS["_".join(rest)] | ({"allow_tf32": True} if path == "tf32" else {})
+        variant |= {"batch": 1, "dtype": common["dtype"], "layout": "nhwc"}
+        no_ghosts = rest[0] == "dw1"
         plain = {
-            name: make_args(Case(**{"batch": 1, **shape, **variant, "dtype": common["dtype"], "layout": "nhwc"}))
+            name: make_args(Case(**variant | shape | ({"init_channels": shape["out_channels"]} if no_ghosts else {})))
             for name, shape in NHWC.items()
         }
-        gated = Case(2, 72, 9, 8, 40, input_gate=True, dtype=common["dtype"], layout="nhwc", **variant)
+        gate = {"in_channels": 72, "height": 9, "width": 8, "out_channels": 40, "input_gate": True, "batch": 2}
+        gated = Case(**variant | gate | ({"init_channels": 40} if no_ghosts else {}))
         # in fp32 and TF32 a gate takes the kernel for everything
         return plain | ({"input gate": make_args(gated)} if rest != ["dw3"] else {})
     if kind == "nchw" and rest:

@@ -373,3 +373,15 @@ def test_ops_refuse_what_does_not_fit_by_name(backend):
     ):  # fmt: skip
         with pytest.raises(RuntimeError, match=f"^{blamed}: "):
             ops.training_op("backward", backend.name)(changed.to(backend.device), *there, False, "", needs)
+
+
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered")  # by NumPy, which interprets Triton
+@pytest.mark.parametrize("half", ["primary", "cheap"])
+@pytest.mark.parametrize(("var", "eps"), [(torch.inf, 1e-5), (3.4e38, 1e-5), (0.0, 1e-20), (1.2e-38, 1.2e-38)])
+def test_stored_variances_at_the_ends_of_float32(backend, var, eps, half):
+    """Of infinity the norm's scale is 0, as PyTorch's, and so are the gradients that go through it."""
+    a = make_args(Case(1, 8, 5, 6, 16, act_primary="none", act_cheap="none"))
+    own = getattr(a, f"{half}_var").clone()
+    own[1:3] = var
+    a = a._replace(**{f"{half}_var": own, f"{half}_eps": eps})
+    check_args(backend, a, torch.randn(a.output_shape()), batch_statistics=False)

@@ -9,6 +9,7 @@ is compared with the float64 reference. Times are counts at an H100's rates, of 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import subprocess
 import sys
@@ -16,6 +17,11 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+from bench import cases
+from ghostfused.cli import inputs
+from ghostfused.cli.inputs import BadInput
+from ghostfused.cli.verify import read_rows
 
 from . import build, costs, device
 
@@ -27,27 +33,28 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     what.add_argument(
         "--network", help="a whole network, fused: 'paper' (GhostNet 1.0×) or as `bench network` takes it"
     )
-    parser.add_argument("--size", type=int, default=224, help="of the network's input")
+    parser.add_argument("--size", type=inputs.positive, default=224, help="of the network's input")
     parser.add_argument("--source", help="only lines of this source")
     parser.add_argument("--only", default="", help="only modules whose name contains this, as in '24->72'")
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16", "float32", "tf32"))
-    parser.add_argument("--layout", default="nhwc", choices=("nhwc", "nchw"))
+    parser.add_argument("--batch", type=inputs.positive, default=64)
+    parser.add_argument(
+        "--dtype", default="float16", type=inputs.dtype, choices=("float16", "bfloat16", "float32", "tf32")
+    )
+    parser.add_argument("--layout", default="nhwc", type=inputs.layout, choices=("nhwc", "nchw"))
     parser.add_argument("--mode", default="forward", choices=("forward", "training"))
     parser.add_argument("--json", action="store_true", help="JSON lines instead of a table")
     parser.add_argument("--backend", default="cuda", choices=("cuda", "triton"), help="of modules, forward")
     parser.add_argument("--race", action="store_true", help="instead, look for races for shared memory")
-    parser.add_argument("--jobs", type=int, default=1, help="processes")
+    parser.add_argument("--jobs", type=inputs.positive, default=1, help="processes")
     return parser.parse_args(argv)
 
 
 def configs(path: Path, source: str | None, only: str) -> list[dict[str, Any]]:
     from .judge import name_of
 
-    rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    rows = [r for r in rows if (source is None or r["source"] == source) and only in name_of(r)]
+    rows = [row for _, row in read_rows(path, source) if only in name_of(row)]
     if not rows:
-        raise SystemExit(f"--source, --only: no line of {path} has source {source!r} and a name with {only!r}")
+        raise BadInput(f"--only: expected a part of a module's name, as in '24->72', got {only!r}")
     return rows
 
 
@@ -73,14 +80,21 @@ def show(row: Any) -> str:
     return f"{row.module:24s} ×{row.count} {times} {row.store_sector_ratio:6.2f} {row.error:9.1e}{verdict}"
 
 
-def main() -> int:
-    options = arguments()
+def main(argv: list[str] | None = None) -> int:
+    options = arguments(argv)
+    return inputs.in_one_line("python -m tools.sass", functools.partial(run, options))
+
+
+def run(options: argparse.Namespace) -> int:
+    if options.network:
+        cases.networks(options.network, options.size)
+    else:
+        work = configs(options.configs, options.source, options.only)
     if reason := build.missing():
-        raise SystemExit(f"tools.sass: {reason}")
+        raise BadInput(reason)
     device.enter("tools.sass")
     if options.network:
         return print_network(options)
-    work = configs(options.configs, options.source, options.only)
     return print_races(work, options) if options.race else print_costs(work, options)
 
 

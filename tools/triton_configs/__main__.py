@@ -21,6 +21,7 @@ import torch
 
 from ghostfused.backends import triton as backend
 from ghostfused.backends.triton import configs
+from ghostfused.cli.inputs import positive
 from ghostfused.spec import TENSORS, GhostArgs
 
 from .evidence import measure, shape_args
@@ -131,11 +132,13 @@ def jobs(timed: bool) -> list[tuple[str, str, list[GhostArgs], list]]:
     return out
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.triton_configs", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--static", action="store_true", help="by compiled evidence even if there is a GPU")
-    parser.add_argument("--jobs", type=int, default=2, help="processes that compile (default %(default)s)")
-    arguments = parser.parse_args()
+    parser.add_argument("--jobs", type=positive, default=2, help="processes that compile (default %(default)s)")
+    arguments = parser.parse_args(argv)
     timed = torch.cuda.is_available() and not arguments.static
     todo = jobs(timed)
     tables: dict[str, dict[str, list]] = {"primary": {}, "cheap": {}}

@@ -61,6 +61,7 @@ DepthwisePlan plan_depthwise(const DepthwiseParams& a, int sm_count) {
   } else if (a.channels_last) {
     p.out_vector = p.x_vector;
     p.columns = 4;
+    p.split_weights = p.x_vector == 8;
   } else {
     const bool dense = a.x.stride_w == 1 || a.width == 1;
     p.x_vector = dense ? common_vector(full, es, a.x.data, {a.width, a.x.stride_n, a.x.stride_c, a.x.stride_h}) : 1;
@@ -80,13 +81,21 @@ DepthwisePlan plan_depthwise(const DepthwiseParams& a, int sm_count) {
     together = kBottleneckThreads / p.block_c;
   }
   p.channel_blocks = static_cast<int>(ceil_div(a.channels, p.block_c));
-  // More positions for a block load its parameters less often.
-  for (int rounds = 8; rounds > 0; rounds /= 2) {
-    p.block_p = static_cast<int>(std::min<int64_t>(positions, int64_t{together} * rounds));
-    p.position_blocks = static_cast<int>(ceil_div(positions, p.block_p));
-    p.grid = int64_t{a.batch} * p.channel_blocks * p.position_blocks;
-    if (p.grid >= int64_t{kBlocksPerSm} * sm_count) break;
+  // More positions for a block load its parameters less often; fewer leave no SM without work, and have loads under way
+  // while others compute.
+  const int64_t images = int64_t{a.batch} * p.channel_blocks;
+  const int64_t of_position = a.kernel_h * (int64_t{a.kernel_w} * 32 + 100) + 100, taps = a.kernel_h * a.kernel_w;
+  const int64_t of_block = 8 * (100 + ceil_div(taps * p.block_c, kBottleneckThreads) * 20);
+  double best = 0;
+  for (int halves = 16; halves > 0; halves /= 2) {  // of what the threads take at once
+    const int64_t blocks = ceil_div(positions, std::max<int64_t>(1, int64_t{together} * halves / 2));
+    const int64_t block_p = ceil_div(positions, blocks), grid = images * ceil_div(positions, block_p);
+    const double waves = static_cast<double>(ceil_div(grid, sm_count));
+    const int64_t warps = ceil_div(block_p * kBottleneckThreads / 32, together);
+    const double cost = waves * (of_block + warps * of_position) * (1 + 0.1 / std::min<double>(waves, kBlocksPerSm));
+    if (best == 0 || cost < best) best = cost, p.block_p = static_cast<int>(block_p), p.grid = grid;
   }
+  p.position_blocks = static_cast<int>(ceil_div(positions, p.block_p));
   p.smem_bytes = (a.kernel_h * a.kernel_w + 3) * p.block_c * static_cast<int>(sizeof(float));
   return p;
 }
@@ -117,18 +126,25 @@ SqueezeExcitePlan plan_squeeze_excite(const SqueezeExciteParams& a, int sm_count
   p.expand_vector = matrix_vector(a.expand, a.reduced);
 
   p.channel_blocks = static_cast<int>(ceil_div(a.channels, kSqueezeC));
+  // Few channels make few blocks, unless images are apart.
   for (p.images = kMaxImages; p.images > 1 && ceil_div(a.batch, p.images) * p.channel_blocks < sm_count;) p.images /= 2;
+  p.image_threads = kBottleneckThreads / p.images;
   const int64_t groups = ceil_div(a.batch, p.images);
   // A block has 256 pixels at least, so that its product with the weights doesn't cost more than its sums.
   const int64_t wanted = ceil_div(int64_t{kBlocksPerSm} * sm_count, groups * p.channel_blocks);
   p.chunk = static_cast<int>(ceil_div(std::clamp<int64_t>(ceil_div(pixels, wanted), 256, 2048), 8) * 8);
   p.chunks = static_cast<int>(ceil_div(pixels, p.chunk));
+  p.chunk = static_cast<int>(ceil_div(ceil_div(pixels, p.chunks), 8) * 8);  // all alike
   p.squeeze_grid = groups * p.channel_blocks * p.chunks;
   p.parts = static_cast<int>(p.squeeze_grid / groups);
+  // What a thread issues: blocks of many rows add up the parts of the hidden layer less often.
+  const int64_t hidden = ceil_div(int64_t{p.images} * a.reduced, kBottleneckThreads) * (4 * p.parts + 50);
+  const int64_t row = ceil_div(a.reduced, 8 * p.expand_vector) * (5 * p.expand_vector + 10) + 20;
+  int64_t best = INT64_MAX;
   for (int rows = kMaxExciteRows; rows > 0; rows /= 2) {
-    p.excite_c = rows * kExciteRowC;
-    p.excite_grid = groups * ceil_div(a.channels, p.excite_c);
-    if (p.excite_grid >= sm_count) break;
+    const int64_t grid = groups * ceil_div(a.channels, int64_t{rows} * kExciteRowC);
+    const int64_t cost = ceil_div(grid, sm_count) * (hidden + rows * row);
+    if (cost < best) best = cost, p.excite_c = rows * kExciteRowC, p.excite_grid = grid;
   }
   return p;
 }

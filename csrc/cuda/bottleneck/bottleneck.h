@@ -16,6 +16,7 @@ struct DepthwisePlan {
   int columns;               // of output, in a position
   int row_groups;            // positions in a row
   int x_vector, out_vector;  // elements: along the channels for channels_last, else along the columns
+  bool split_weights;        // of eight channels, see weight_column
   int smem_bytes;
   int64_t grid;
 };
@@ -33,7 +34,7 @@ constexpr int kMaxExciteRows = 4;
 
 // How squeeze-and-excite is cut into blocks. See squeeze_excite.cuh.
 struct SqueezeExcitePlan {
-  int images;                 // of a block
+  int images, image_threads;  // of a block, and the threads that each has
   int chunk, chunks;          // pixels of a block of the first kernel
   int channel_blocks, parts;  // parts = channel_blocks * chunks: blocks whose sums make up the hidden layer
   int excite_c;               // channels of a block of the second kernel

@@ -39,7 +39,13 @@ __device__ __forceinline__ DepthwiseBlock depthwise_block(const DepthwiseKernelP
   return t;
 }
 
-// In shared memory: the weights as [tap][channel], multiplied by scale; then [shift | slope | scale].
+// Where channel ``c`` of a block lies in a tap's row of weights. A thread's eight channels are two vectors, of which
+// neighbouring threads have neighbouring ones: the first fours of all, then the second ones.
+__device__ __forceinline__ int weight_column(const DepthwisePlan& plan, int c) {
+  return plan.split_weights ? c / 8 * 4 + c % 4 + (c & 4 ? plan.block_c / 2 : 0) : c;
+}
+
+// In shared memory: the weights as [tap][weight_column], multiplied by scale; then [shift | slope | scale].
 struct DepthwiseParameters {
   float *weights, *shift, *slope, *scale;
   __device__ __forceinline__ DepthwiseParameters(float* smem, const DepthwiseKernelParams& p)
@@ -61,11 +67,13 @@ __device__ __forceinline__ void load_parameters(const DepthwiseKernelParams& p, 
   __syncthreads();  // the scales are there
   const T* weight = static_cast<const T*>(p.args.weight) + t.c0 * p.args.weight_stride_c;
   const int columns = kW > 0 ? kW : p.args.kernel_w, taps = p.args.kernel_h * columns;
+  const FastDivisor by_channels(t.channels);
+#pragma unroll 1
   for (int i = threadIdx.x; i < t.channels * taps; i += blockDim.x) {
-    const int c = i / taps, tap = i - c * taps, kh = tap / columns, kw = tap - kh * columns;
+    const int tap = by_channels.divide(i), c = i - tap * t.channels, kh = tap / columns, kw = tap - kh * columns;
     const float w =
         to_float(weight[c * p.args.weight_stride_c + kh * p.args.weight_stride_h + kw * p.args.weight_stride_w]);
-    out.weights[tap * p.plan.block_c + c] = out.scale[c] * w;
+    out.weights[tap * p.plan.block_c + weight_column(p.plan, c)] = out.scale[c] * w;
   }
 }
 
@@ -96,6 +104,7 @@ template <Path kPath, typename T, int kW, int kStride, int kV>
 __device__ __forceinline__ void conv_channels_last(const DepthwiseKernelParams& p, const DepthwiseBlock& t,
                                                    const DepthwiseParameters& in) {
   constexpr int kColumns = kDepthwiseColumns, kWindow = (kColumns - 1) * kStride + kW;
+  constexpr int kQuarter = kV < 4 ? kV : 4;  // a vector of weights
   const DepthwiseParams& a = p.args;
   const ThreadShare share = ThreadShare::of<true>(t.channels / kV, t.positions);
   const int c = share.vector * kV;
@@ -105,18 +114,26 @@ __device__ __forceinline__ void conv_channels_last(const DepthwiseKernelParams& 
     const int position = t.first + i, oh = position / p.plan.row_groups;
     const int ow = (position - oh * p.plan.row_groups) * kColumns, left = ow * kStride - kW / 2;
     float sums[kColumns][kV] = {};
+    // bit j: column j of the window is in the image
+    const uint32_t inside = (1u << min(kWindow, a.width - left)) - (1u << max(0, -left));
     for_each_row(a, oh, [&](int kh, int h) {
       float w[kW][kV];
 #pragma unroll
       for (int kw = 0; kw < kW; ++kw) {
+        const float* row = in.weights + (kh * kW + kw) * p.plan.block_c + (kV == 8 ? c / 2 : c);
 #pragma unroll
-        for (int e = 0; e < kV; ++e) w[kw][e] = in.weights[(kh * kW + kw) * p.plan.block_c + c + e];
+        for (int e = 0; e < kV; e += kQuarter) {
+          Vector<float, kQuarter> four;
+          four.load(row + (e > 0 ? p.plan.block_c / 2 : 0));
+#pragma unroll
+          for (int k = 0; k < kQuarter; ++k) w[kw][e + k] = four.at[k];
+        }
       }
       const T* pixel = x + int64_t{h} * p.x.stride_h + int64_t{left} * p.x.stride_w;
 #pragma unroll
       for (int j = 0; j < kWindow; ++j, pixel += p.x.stride_w) {
         Vector<T, kV> x_pixel;
-        if (left + j >= 0 && left + j < a.width) x_pixel.load(pixel);
+        if (inside & 1u << j) x_pixel.load(pixel);
         float v[kV];
 #pragma unroll
         for (int e = 0; e < kV; ++e) v[e] = to_float(x_pixel.at[e]);
@@ -125,13 +142,16 @@ __device__ __forceinline__ void conv_channels_last(const DepthwiseKernelParams& 
     });
     float slope[kV];
 #pragma unroll
-    for (int e = 0; e < kV; ++e) slope[e] = in.slope[c + e];
+    for (int e = 0; e < kV; ++e) {
+      slope[e] = in.slope[c + e];
+      const float shift = in.shift[c + e];
+#pragma unroll
+      for (int col = 0; col < kColumns; ++col) sums[col][e] += shift;
+    }
+    activate_rows<kPath == Path::kFloat32>(sums, a.norm.act, slope);
 #pragma unroll
     for (int col = 0; col < kColumns; ++col) {
       if (ow + col < a.out_width) {
-#pragma unroll
-        for (int e = 0; e < kV; ++e) sums[col][e] += in.shift[c + e];
-        activate<kV, kPath == Path::kFloat32>(sums[col], a.norm.act, slope);
         Vector<T, kV> y;
 #pragma unroll
         for (int e = 0; e < kV; ++e) y.at[e] = from_float<T>(sums[col][e]);

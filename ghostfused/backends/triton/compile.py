@@ -12,7 +12,7 @@ from triton.compiler import ASTSource
 from .kernels import ghost_kernel
 
 _TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32"}
-_OPTIONS = ("num_warps", "num_stages")
+_OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
 def target(name: str) -> GPUTarget:

@@ -48,8 +48,10 @@ def _sum_products(a, b, mask, axis: tl.constexpr):
 
 @triton.jit
 def _rsqrt(x):
+    """One over the root of x, from float32's smallest normal number on; 0 of infinity, infinity of 0."""
     y = tl.rsqrt(x)
-    return y + y * (0.5 - 0.5 * x * y * y)  # Newton: the hardware's rsqrt is off by an ulp or two
+    newton = 0.5 - 0.5 * x * y * y  # the hardware's rsqrt is off by an ulp or two
+    return y + y * tl.minimum(newton, 1.0)  # of 0 and infinity y is exact and the step NaN, of which minimum makes 1
 
 
 @triton.jit

@@ -10,6 +10,8 @@
 //   cheap         x1 → x2 in registers, sliding down rows                                           cheap.cuh
 //   store         x1 and x2 → output, gate and residual applied                                     cheap.cuh
 //
+// Without ghosts (kD = 1) x1 is the output, and goes there from the primary conv's registers.
+//
 // Every sum is made by one thread in a fixed order, so results are bitwise the same from run to run. plan.cpp chooses
 // the tile; only instructions of sm_80 are used.
 #pragma once
@@ -20,8 +22,10 @@
 
 namespace ghostfused {
 
+// Without ghosts, two blocks of an SM would spill from sm_100 on.
 template <Path kPath, int kTiles, int kD, Epilogue kEpilogue>
-__global__ void __launch_bounds__(nhwc_max_threads(kTiles), nhwc_min_blocks(kTiles, kEpilogue))
+__global__ void __launch_bounds__(nhwc_max_threads(kTiles),
+                                  kD == 1 && kStepsApart ? 1 : nhwc_min_blocks(kTiles, kD, kEpilogue))
     nhwc_forward(const __grid_constant__ NhwcParams p) {
   using T = typename PathType<kPath>::T;
   extern __shared__ __align__(128) unsigned char smem[];
@@ -30,15 +34,17 @@ __global__ void __launch_bounds__(nhwc_max_threads(kTiles), nhwc_min_blocks(kTil
     load_primary_weight<kPath, kTiles>(p, t, smem);
     norm_affine<T, kD>(p, t, p.plan.warps_n * kTiles * 16, reinterpret_cast<float*>(smem + p.plan.affine_offset),
                        reinterpret_cast<float*>(smem + p.plan.cheap_offset));
-    zero_padding<kD>(p, t, smem + p.plan.x1_offset);
+    if constexpr (kD > 1) zero_padding<kD>(p, t, smem + p.plan.x1_offset);
   };
   if constexpr (kPath == Path::kFloat32) {
     primary_fma<kTiles, kD, kEpilogue>(p, t, smem, prepare);
   } else {
     primary<kPath, kTiles, kD, kEpilogue>(p, t, smem, prepare);
   }
-  __syncthreads();  // x1 is complete
-  cheap_and_store<kPath, kTiles, kD, kEpilogue>(p, t, smem);
+  if constexpr (kD > 1) {
+    __syncthreads();  // x1 is complete
+    cheap_and_store<kPath, kTiles, kD, kEpilogue>(p, t, smem);
+  }
 }
 
 template <Path kPath, int kTiles, int kD, Epilogue kEpilogue>
@@ -58,7 +64,7 @@ const void* nhwc_kernel() {
       GHOSTFUSED_NHWC(PATH, NAME, 1, 3, kAny, "_any"),   GHOSTFUSED_NHWC(PATH, NAME, 2, 3, kNone, "_none"), \
       GHOSTFUSED_NHWC(PATH, NAME, 2, 3, kReLU, "_relu"), GHOSTFUSED_NHWC(PATH, NAME, 2, 3, kAny, "_any"),   \
       GHOSTFUSED_NHWC(PATH, NAME, 3, 3, kNone, "_none"), GHOSTFUSED_NHWC(PATH, NAME, 3, 3, kReLU, "_relu"), \
-      GHOSTFUSED_NHWC(PATH, NAME, 2, 5, kAny, "_any")};                                                     \
+      GHOSTFUSED_NHWC(PATH, NAME, 2, 5, kAny, "_any"),   GHOSTFUSED_NHWC(PATH, NAME, 2, 1, kAny, "_any")};  \
   }
 #define GHOSTFUSED_NHWC_FLOAT_KERNELS(PATH, NAME)                                                                  \
   namespace ghostfused {                                                                                           \

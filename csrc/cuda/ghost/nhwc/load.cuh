@@ -107,15 +107,17 @@ __device__ __forceinline__ void norm_affine(const NhwcParams& p, const NhwcTile&
     Affine first{0.f, 0.f, 0.f};
     if (c < p.plan.block_c) {
       first = affine<T>(a.primary, t.c0 + c);
-      const Affine second = affine<T>(a.cheap, t.c0 + c);
-      const T* weight = static_cast<const T*>(a.cheap_weight) + (t.c0 + c) * a.cheap_weight_stride_c;
+      if constexpr (kD > 1) {
+        const Affine second = affine<T>(a.cheap, t.c0 + c);
+        const T* weight = static_cast<const T*>(a.cheap_weight) + (t.c0 + c) * a.cheap_weight_stride_c;
 #pragma unroll
-      for (int tap = 0; tap < kD * kD; ++tap) {
-        const T w = weight[tap / kD * a.cheap_weight_stride_h + tap % kD * a.cheap_weight_stride_w];
-        cheap[tap * channels + c] = to_float(w) * second.scale;
+        for (int tap = 0; tap < kD * kD; ++tap) {
+          const T w = weight[tap / kD * a.cheap_weight_stride_h + tap % kD * a.cheap_weight_stride_w];
+          cheap[tap * channels + c] = to_float(w) * second.scale;
+        }
+        cheap[kD * kD * channels + c] = second.shift;
+        cheap[(kD * kD + 1) * channels + c] = second.slope;
       }
-      cheap[kD * kD * channels + c] = second.shift;
-      cheap[(kD * kD + 1) * channels + c] = second.slope;
     }
     primary[c] = first.scale;
     primary[channels + c] = first.shift;

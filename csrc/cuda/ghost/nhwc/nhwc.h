@@ -15,6 +15,9 @@ struct NhwcParams {
   Reciprocal channel_blocks, weight_warps, width, height, period, vectors, column_groups, strips;
 };
 
+// A conv without ghosts has no cheap op: neither halo nor x1 in shared memory, and a compiled kernel of "size" 1.
+constexpr bool has_ghosts(const GhostShape& s) { return s.out_channels > s.init_channels; }
+
 // A warp multiplies 32 pixels × up to three m16 tiles of channels at a time; a thread of the cheap conv makes 4 columns
 // of 4 (5×5: 2) channels, as many as leave its weights in registers.
 constexpr int kNhwcPixels = 32, kThreadColumns = 4;
@@ -36,14 +39,16 @@ constexpr int nhwc_max_warp_tiles(const GhostShape& s) {
 }
 
 // Blocks of nhwc_max_threads that an SM's registers must hold: fewer where they would spill.
-constexpr int nhwc_min_blocks(int warp_tiles, Epilogue e) { return (warp_tiles == 3) + (e == Epilogue::kAny ? 1 : 2); }
+constexpr int nhwc_min_blocks(int warp_tiles, int dw_size, Epilogue e) {
+  return (warp_tiles == 3) + (e == Epilogue::kAny && dw_size > 1 ? 1 : 2);
+}
 
-// 3×3 with each epilogue by one and two tiles, the common ones by three, and 5×5 with any by two; fp32 and TF32: 3×3 by
-// one and two tiles, and any by two. Index of a path's:
-constexpr int kNhwcKernelsPerPath = 9, kNhwcFloatKernelsPerPath = 3;
+// 3×3 with each epilogue by one and two tiles, the common ones by three; 5×5 and no ghosts with any by two; fp32 and
+// TF32: 3×3 by one and two tiles, and any by two. Index of a path's:
+constexpr int kNhwcKernelsPerPath = 10, kNhwcFloatKernelsPerPath = 3;
 constexpr int nhwc_kernel_of_path(const GhostShape& s, int warp_tiles, Epilogue e) {
   if (element_size(s.path) == 4) return e == Epilogue::kAny ? 2 : warp_tiles - 1;
-  return s.dw_size == 3 ? (warp_tiles - 1) * 3 + static_cast<int>(e) : kNhwcKernelsPerPath - 1;
+  return s.dw_size == 3 ? (warp_tiles - 1) * 3 + static_cast<int>(e) : s.dw_size == 5 ? 8 : 9;
 }
 extern const Kernel kFloat16NhwcKernels[kNhwcKernelsPerPath];
 extern const Kernel kBFloat16NhwcKernels[kNhwcKernelsPerPath];

@@ -27,10 +27,11 @@ bool paired(const GhostShape& s, const NhwcPlan& p) { return p.warp_tiles == 1 &
 
 // Whether the kernel is made for such sizes: whole vectors of channels, and tiles that can overlap.
 bool takes(const GhostShape& s) {
-  return s.channels_last && s.ratio == 2 && (s.dw_size == 3 || (s.dw_size == 5 && element(s) == 2)) &&
-         s.out_channels > s.init_channels && s.in_channels * element(s) % kLoadBytes == 0 && s.init_channels % 4 == 0 &&
-         s.out_channels % 4 == 0 && s.width >= kThreadColumns && s.height >= s.dw_size - 1 &&
-         int64_t{s.height} * s.width >= kNhwcPixels;
+  const bool form = has_ghosts(s) ? s.ratio == 2 && (s.dw_size == 3 || (s.dw_size == 5 && element(s) == 2)) &&
+                                        s.width >= kThreadColumns && s.height >= s.dw_size - 1
+                                  : element(s) == 2;
+  return form && s.channels_last && s.in_channels * element(s) % kLoadBytes == 0 && s.init_channels % 4 == 0 &&
+         s.out_channels % 4 == 0 && int64_t{s.height} * s.width >= kNhwcPixels;
 }
 
 // What follows from warp_tiles, threads, images, tile_h, block_c and strip_h. False if it doesn't fit.
@@ -49,10 +50,10 @@ bool complete(const GhostShape& s, NhwcPlan& p) {
 
   const int vectors = p.block_c / nhwc_thread_channels(s.dw_size);
   const int lanes = paired(s, p) ? 2 : 1;  // of which each pair of positions has two
-  if (p.threads / lanes < vectors) return false;
+  if (has_ghosts(s) && p.threads / lanes < vectors) return false;
 
   const int64_t rows = pad + int64_t{p.images} * (p.tile_h + pad), channels = p.warps_n * p.warp_tiles * 16;
-  p.pitch = odd_pitch(s, p.block_c);
+  p.pitch = has_ghosts(s) ? odd_pitch(s, p.block_c) : 0;  // without ghosts there is no x1
   p.row_pixels = s.width + 2 * pad;
   int64_t end = 0;
   const auto reserve = [&end](int64_t bytes) {
@@ -62,7 +63,7 @@ bool complete(const GhostShape& s, NhwcPlan& p) {
   };
   reserve(channels / 16 * p.k_blocks * 2 * kFragmentBytes);  // the 1×1 weights, at offset 0
   p.affine_offset = reserve(3 * channels * 4);
-  p.cheap_offset = reserve((s.dw_size * s.dw_size + 2) * channels * 4);
+  p.cheap_offset = reserve(has_ghosts(s) ? (s.dw_size * s.dw_size + 2) * channels * 4 : 0);
   if (end > s.smem_per_block || rows * p.row_pixels * p.pitch > s.smem_per_block) return false;
   p.x1_offset = reserve(rows * p.row_pixels * p.pitch);
   if (end > s.smem_per_block) return false;
@@ -79,7 +80,8 @@ bool complete(const GhostShape& s, NhwcPlan& p) {
   p.recompute = static_cast<double>(halo_rows) / s.height;
   const int64_t image = int64_t{s.height} * s.width, weights = int64_t{s.init_channels} * s.in_channels * element(s);
   const int64_t x_bytes = s.batch * image * s.in_channels * element(s);
-  p.dram_read = x_bytes + weights + int64_t{s.init_channels} * s.dw_size * s.dw_size * element(s);
+  p.dram_read = x_bytes + weights;
+  if (has_ghosts(s)) p.dram_read += int64_t{s.init_channels} * s.dw_size * s.dw_size * element(s);
   p.dram_write = s.batch * image * s.out_channels * element(s);
   p.l2_read =
       ceil_div(s.batch, p.images) * p.images * p.channel_blocks * halo_rows * s.width * s.in_channels * element(s) +
@@ -96,6 +98,7 @@ double stored_sectors(const GhostShape& s, const NhwcPlan& p) {
   for (const int c : {s.init_channels, s.out_channels, p.block_c}) {
     while (c * element(s) % align != 0) align /= 2;
   }
+  if (!has_ghosts(s)) return twice * (1 + 4.0 * (kSectorBytes - align) / 256);  // 64 bytes of each of four pixels
   // A pair of lanes stores both halves of a pixel.
   const bool both = paired(s, p);
   const int lanes = p.block_c / nhwc_thread_channels(s.dw_size) * (both ? 2 : 1);
@@ -115,9 +118,12 @@ double cost(const GhostShape& s, const NhwcPlan& p) {
   const double pixels = double(p.images) * rows * s.width, together = fma ? kNhwcPixels / 2 : kNhwcPixels;
   const double chunks = std::ceil(pixels / together) * together / kNhwcPixels * p.warps_n;
 
+  const bool ghosts = has_ghosts(s);
   const double prologue = warps * 350.0 + tiles * (25 + p.k_blocks * 14.0) +
-                          std::ceil(tiles / 2.0) * (300 + taps * 12) + 30.0 * p.images * (p.tile_h + pad);
-  const double addresses = s.width % 4 == 0 ? 70 : 120;  // of a chunk's pixels, and what its loop takes
+                          std::ceil(tiles / 2.0) * (ghosts ? 300 + taps * 12 : 150) +
+                          (ghosts ? 30.0 * p.images * (p.tile_h + pad) : 0);
+  // of a chunk's pixels, and what its loop takes
+  const double addresses = s.width % 4 == 0 || !ghosts ? 70 : 120;
   const double of_k = fma ? 8 * (34.0 * p.warp_tiles + 12) + 16 * p.warp_tiles  // a k block, of a chunk
                           : 10.0 * p.warp_tiles + (element(s) == 2 ? 25 : 41);
   const double of_chunk =
@@ -127,11 +133,12 @@ double cost(const GhostShape& s, const NhwcPlan& p) {
   const double in_step = p.threads / lanes / vectors * lanes, trips = std::floor(positions / in_step);
   const double strips = trips * warps + std::ceil((positions - trips * in_step) * vectors / 32);  // of whole warps
   const double of_row = kThreadColumns * (taps * thread_c + 8 + (lanes == 2 ? 6 : 0));
-  const double cheap = warps * 60.0 + strips * ((p.strip_h + 2 * pad) * 50 + p.strip_h * of_row + 30);
+  const double cheap = ghosts ? warps * 60.0 + strips * ((p.strip_h + 2 * pad) * 50 + p.strip_h * of_row + 30) : 0;
   const double instructions = prologue + chunks * of_chunk + cheap;
 
-  const double shared = chunks * (p.k_blocks * (fma ? 32.0 : 8.0) * p.warp_tiles + p.warp_tiles * 24) +
-                        tiles * p.k_blocks * 8 + strips * (p.strip_h + 2 * pad) * (kThreadColumns + 2 * pad) * 2.5;
+  const double of_x1 = chunks * p.warp_tiles * 24 + strips * (p.strip_h + 2 * pad) * (kThreadColumns + 2 * pad) * 2.5;
+  const double shared =
+      chunks * p.k_blocks * (fma ? 32.0 : 8.0) * p.warp_tiles + tiles * p.k_blocks * 8 + (ghosts ? of_x1 : 0);
   const double blocks = double(ceil_div(p.grid, s.sm_count));
   constexpr double kDramBytes = 1830, kL2Bytes = 3000;  // a clock, of the device
   const double stored = p.dram_write * stored_sectors(s, p);
@@ -169,7 +176,7 @@ NhwcPlan plan_nhwc(const GhostShape& s) {
           for (const int threads : {256, 128, 64}) {
             if (threads > nhwc_max_threads(warp_tiles)) continue;
             for (const int strip_h : divisions(tile_h, 1)) {
-              if (strip_h < shortest) continue;
+              if (strip_h < (has_ghosts(s) ? shortest : tile_h)) continue;
               NhwcPlan p{};
               p.warp_tiles = warp_tiles, p.threads = threads, p.images = images, p.tile_h = tile_h;
               p.block_c = block_c, p.strip_h = strip_h;
@@ -200,6 +207,13 @@ bool nhwc_takes(const GhostForwardParams& a, const NhwcPlan& p) {
   if (a.primary_weight_stride_k != 1 || a.primary_weight_stride_n % vector != 0 ||
       a.primary_weight_stride_n > INT32_MAX / 4 || !aligned(a.primary_weight, 16))
     return false;
+  if (!has_ghosts(s)) {  // its pixels are counted without rows
+    const Tensor4& r = a.residual;
+    if (a.output_gate.data != nullptr) return false;
+    if (r.data != nullptr &&
+        (r.stride_h != r.stride_w * s.width || (p.images > 1 && r.stride_n != r.stride_h * s.height)))
+      return false;
+  }
   if (a.input_gate != nullptr &&
       (a.input_gate_stride_c != 1 || a.input_gate_stride_n % vector != 0 || !aligned(a.input_gate, 16))) {
     return false;

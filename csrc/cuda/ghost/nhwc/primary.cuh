@@ -66,21 +66,13 @@ struct Products {
   }
 };
 
-// What a lane needs to turn sums into x1.
+// Scale, shift and activation of a lane's channels.
 template <Path kPath, int kTiles, Epilogue kEpilogue>
-struct PrimaryEpilogue {
-  using T = typename PathType<kPath>::T;
-  static constexpr int kBytes = sizeof(T);
+struct LaneAffine {
   float scale[kTiles][2], shift[kTiles][2], slope[kTiles][2];
-  uint32_t x1, pitch,
-      row_padding;         // where the lane's channels of the first pixel go; bytes of a pixel, of 2 kPad pixels
-  uint32_t image_padding;  // and of kPad rows
-  int channels;            // of the block, from the warp's first
-  bool fours;              // rows are made of four pixels
 
-  __device__ __forceinline__ void load(const NhwcParams& p, const NhwcTile& t, const float* affine, uint32_t x1_address,
-                                       int pad, int warp_n, int lane) {
-    const int g = lane / 4, all = p.plan.warps_n * kTiles * 16, first = warp_n * kTiles * 16;
+  // ``first``: of the warp's channels in [scale | shift | slope], rows of ``all``.
+  __device__ __forceinline__ void load(const float* affine, int all, int first, int g) {
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
@@ -91,6 +83,42 @@ struct PrimaryEpilogue {
         if (kEpilogue == Epilogue::kAny) slope[t][half] = affine[2 * all + c];
       }
     }
+  }
+
+  // Those of tile t: two, or four with the tile that follows: what mma leaves for pixel ``i`` of four by sum(t, odd,
+  // e), scaled and shifted.
+  template <int kCount, typename F>
+  __device__ __forceinline__ void apply(float (&y)[kCount], int t, int i, F sum) const {
+    const int odd = i % 2, e = i / 2;
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      y[k] = fmaf(sum(t + k / 2, odd, k % 2 * 2 + e), scale[t + k / 2][k % 2], shift[t + k / 2][k % 2]);
+    }
+  }
+
+  template <int kCount>
+  __device__ __forceinline__ void slopes(float (&y)[kCount], int t) const {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) y[k] = slope[t + k / 2][k % 2];
+  }
+};
+
+// What a lane needs to turn sums into x1.
+template <Path kPath, int kTiles, Epilogue kEpilogue>
+struct PrimaryEpilogue {
+  using T = typename PathType<kPath>::T;
+  static constexpr int kBytes = sizeof(T);
+  LaneAffine<kPath, kTiles, kEpilogue> affine;
+  uint32_t x1, pitch,
+      row_padding;         // where the lane's channels of the first pixel go; bytes of a pixel, of 2 kPad pixels
+  uint32_t image_padding;  // and of kPad rows
+  int channels;            // of the block, from the warp's first
+  bool fours;              // rows are made of four pixels
+
+  __device__ __forceinline__ void load(const NhwcParams& p, const NhwcTile& t, const float* affines,
+                                       uint32_t x1_address, int pad, int warp_n, int lane) {
+    const int g = lane / 4, first = warp_n * kTiles * 16;
+    affine.load(affines, p.plan.warps_n * kTiles * 16, first, g);
     pitch = p.plan.pitch;
     row_padding = 2 * pad * pitch;
     image_padding = pad * p.plan.row_pixels * pitch;
@@ -135,27 +163,93 @@ struct PrimaryEpilogue {
       const int own = (pair ? 4 : 2) * g + 16 * t < channels ? done - first : kNhwcPixels;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int odd = i % 2, e = i / 2;
-        float y[4];
-#pragma unroll
-        for (int k = 0; k < (pair ? 4 : 2); ++k) {
-          y[k] = fmaf(sum(t + k / 2, odd, k % 2 * 2 + e), scale[t + k / 2][k % 2], shift[t + k / 2][k % 2]);
-        }
-        if constexpr (kEpilogue == Epilogue::kAny) {
-          const float slopes[4] = {slope[t][0], slope[t][1], slope[t + pair][0], slope[t + pair][1]};
-          activate<4, kPath == Path::kFloat32>(y, p.args.primary.act, slopes);
-        }
-        if constexpr (kEpilogue == Epilogue::kLowest) raise_to(y, p.lowest);
-        constexpr bool kReLU = kEpilogue == Epilogue::kReLU;
-        if (pair) {
-          store_shared_if(i >= own, to[i] + 16 * kBytes * t, ChannelVectorOf<T, 4>::template of<kReLU>(y).raw);
+        const auto put = [&](auto count, uint32_t at) {
+          constexpr int kCount = decltype(count)::value;
+          float y[kCount];
+          affine.apply(y, t, i, sum);
+          if constexpr (kEpilogue == Epilogue::kAny) {
+            float slopes[kCount];
+            affine.slopes(slopes, t);
+            activate<kCount, kPath == Path::kFloat32>(y, p.args.primary.act, slopes);
+          }
+          if constexpr (kEpilogue == Epilogue::kLowest) raise_to(y, p.lowest);
+          const auto v = ChannelVectorOf<T, kCount>::template of<kEpilogue == Epilogue::kReLU>(y);
+          store_shared_if(i >= own, at + 16 * kBytes * t, v.raw);
+        };
+        if (t + 1 < kTiles) {
+          put(std::integral_constant<int, 4>(), to[i]);
         } else {
-          const float two[2] = {y[0], y[1]};
-          store_shared_if(i >= own, to[i] + (16 * t - (kTiles == 1 ? 0 : 2 * g)) * kBytes,
-                          ChannelVectorOf<T, 2>::template of<kReLU>(two).raw);
+          put(std::integral_constant<int, 2>(), to[i] - (kTiles == 1 ? 0 : 2 * g) * kBytes);
         }
       }
     }
+  }
+};
+
+// Without ghosts: from sums to the output, with the residual.
+template <Path kPath>
+struct OutputEpilogue {
+  using T = typename PathType<kPath>::T;
+  using Vec = ChannelVectorOf<T, 4>;
+  static constexpr int kTiles = 2, kBytes = sizeof(T);
+  LaneAffine<kPath, kTiles, Epilogue::kAny> affine;
+  unsigned char* out;             // the lane's channels of the block's first pixel
+  const unsigned char* residual;  // likewise
+  bool inside;                    // the block has the lane's channels
+
+  __device__ __forceinline__ void load(const NhwcParams& p, const NhwcTile& t, const float* affines, uint32_t, int,
+                                       int warp_n, int lane) {
+    const int first = warp_n * kTiles * 16, c = first + 4 * (lane / 4);
+    affine.load(affines, p.plan.warps_n * kTiles * 16, first, lane / 4);
+    inside = c < p.plan.block_c;
+    const auto at = [&](const DeviceTensor& to) {
+      return static_cast<unsigned char*>(to.data) +
+             (t.n * to.stride_n + int64_t{t.h0} * to.stride_h + t.c0 + c) * kBytes;
+    };
+    out = at(p.out);
+    residual = at(p.residual);
+  }
+
+  // Pixels [pixel, pixel + 32): those that another warp has as well get the same bits.
+  __device__ __forceinline__ void store(const NhwcParams& p, const float (&sums)[kTiles][kNhwcPixels / 8][4],
+                                        uint32_t pixel, int, int lane) const {
+    constexpr int kPixels = 8;  // of a lane
+    const uint32_t residual_pixel = p.residual.stride_w * kBytes;
+    float y[kPixels][4];
+#pragma unroll
+    for (int n = 0; n < kPixels; ++n) {
+      affine.apply(y[n], 0, n % 4, [&](int t, int odd, int e) { return sums[t][n / 4 * 2 + odd][e]; });
+    }
+    float slopes[4];
+    affine.slopes(slopes, 0);
+    activate_rows<false>(y, p.args.primary.act, slopes);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const uint32_t first = pixel + 16 * h + lane % 4 * 4;
+      unsigned char* to = out + uint64_t{first} * p.out_pixel;
+      const unsigned char* from = residual + uint64_t{first} * residual_pixel;
+      const auto put = [&](auto i) {
+        constexpr int kPixel = decltype(i)::value;
+        Vec v = Vec::template of<false>(y[4 * h + kPixel]);
+        if (p.residual.data != nullptr && inside) v = add(v, advance<kPixel>(from, residual_pixel));
+        store_global_if(inside, advance<kPixel>(to, p.out_pixel), v.raw);
+      };
+      put(std::integral_constant<int, 0>());
+      put(std::integral_constant<int, 1>());
+      put(std::integral_constant<int, 2>());
+      put(std::integral_constant<int, 3>());
+    }
+  }
+
+  __device__ __forceinline__ static Vec add(Vec v, const unsigned char* from) {
+    Vec more;
+    more.raw = *reinterpret_cast<const uint2*>(from);
+    float y[4], z[4];
+    v.to_float(y);
+    more.to_float(z);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) y[k] += z[k];
+    return Vec::template of<false>(y);
   }
 };
 
@@ -182,7 +276,7 @@ __device__ __forceinline__ void primary(const NhwcParams& p, const NhwcTile& t, 
   const bool gated = kEpilogue != Epilogue::kLowest && p.args.input_gate != nullptr;
 
   Products<T, kTiles> products;
-  PrimaryEpilogue<kPath, kTiles, kEpilogue> epilogue;
+  std::conditional_t<kD == 1, OutputEpilogue<kPath>, PrimaryEpilogue<kPath, kTiles, kEpilogue>> epilogue;
   auto& b = products.x;
   // Block ``k`` of kK input channels of the pixels at ``from``. Lanes beyond the last channel have zeros: with one
   // block they keep those that they begin with.

@@ -1,0 +1,73 @@
+"""Norms whose variance or eps lies at the ends of float32, or beyond, on every backend: what the float64 reference makes of them."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from draws import LAYOUTS
+from kernel_backends import on
+
+from ghostfused import functional
+from ghostfused.backends import BACKENDS
+from ghostfused.spec import Args, GhostArgs
+from ghostfused.testing import Case, DepthwiseCase, judge, make
+
+FLOAT32 = torch.finfo(torch.float32)
+EXTREMES = [  # variance and eps
+    (math.inf, 1e-5), (FLOAT32.max, 1e-5), (FLOAT32.max, FLOAT32.max), (1.0, 1e300), (1.0, FLOAT32.max), (1.0, 0.0),
+    (0.0, FLOAT32.tiny), (FLOAT32.tiny, FLOAT32.tiny), (FLOAT32.tiny, 0.0), (1e-41, FLOAT32.tiny), (1e-41, 0.0), (0.0, 1e-41),
+]  # fmt: skip
+PATHS = {"float32": {}, "float16": {"dtype": torch.float16, "norm_dtype": torch.float32}}
+ALL = on(*BACKENDS)
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:(overflow|invalid value) encountered"
+)  # by NumPy, which interprets Triton
+
+
+def with_norm(args: Args, half: str, var: float, eps: float) -> Args:
+    """``args`` with this variance in two of the channels of a norm, and this eps in all."""
+    own = getattr(args, f"{half}var").clone()
+    own[1:3] = var
+    return args._replace(**{f"{half}var": own, f"{half}eps": eps})
+
+
+def check(backend, args: Args) -> None:
+    """By the kernels, or where they refuse it by what the functions take in their place."""
+    if BACKENDS[backend.name].supports(backend.there(args)):
+        assert "triton" in backend.name
+        verdict = judge(functional.run(args, "reference"), args)
+    else:
+        verdict = judge(backend.run(args), args)
+    assert verdict.ok, verdict
+
+
+@ALL
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("var", "eps"), EXTREMES)
+def test_ghost_module(backend, var, eps, path):
+    for layout, half in itertools.product(LAYOUTS, ("primary_", "cheap_")):
+        check(backend, with_norm(make(Case(1, 8, 5, 6, 16, layout=layout, **PATHS[path])), half, var, eps))
+
+
+@ALL
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("var", "eps"), EXTREMES)
+def test_depthwise(backend, var, eps, path):
+    for layout in LAYOUTS:
+        check(backend, with_norm(make(DepthwiseCase(1, 8, 6, 6, layout=layout, **PATHS[path])), "", var, eps))
+
+
+@on("triton", "triton_two_kernel")
+def test_triton_refuses_an_eps_out_of_its_range_and_nothing_else(backend):
+    """Its reciprocal square root takes a denormal for 0; a variance of infinity, which only the device knows, is right."""
+    for args in (make(Case()), make(DepthwiseCase())):
+        half = "primary_" if isinstance(args, GhostArgs) else ""
+        for eps in (0.0, 1e-41, 1e300):
+            reason = BACKENDS[backend.name].supports(backend.there(args._replace(**{f"{half}eps": eps})))
+            assert reason.startswith(f"{half}eps {eps} "), reason
+        for eps in (FLOAT32.tiny, 1e-5, FLOAT32.max):
+            there = backend.there(
+                args._replace(**{f"{half}eps": eps, f"{half}var": getattr(args, f"{half}var") * math.inf})
+            )
+            assert BACKENDS[backend.name].supports(there) is None
