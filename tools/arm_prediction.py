@@ -9,6 +9,7 @@ A second table has the peaks themselves, from which follows what an instruction 
 from __future__ import annotations
 
 import argparse
+import functools
 import platform
 import re
 import shutil
@@ -77,6 +78,7 @@ def missing() -> str | None:
     return None if analyzer() else f"no llvm-mca of LLVM {OLDEST} or later (Debian's package llvm-19)"
 
 
+@functools.cache
 def inner_loop(name: str) -> list[str]:
     """The instructions of the loop over input channels."""
     isa, dtype, rows_are_channels = LOOPS[name]
@@ -104,9 +106,7 @@ def _hottest_loop(assembly: str) -> list[str]:
         if jump and labels.get(jump[1], i) < i:
             ends[labels[jump[1]]] = i
     innermost = [(begin, end) for begin, end in ends.items() if not any(begin < other < end for other in ends)]
-    loops = [
-        [each for each in lines[begin + 1 : end + 1] if re.match(r"\s+[a-z]", each)] for begin, end in innermost
-    ]
+    loops = [[each for each in lines[begin + 1 : end + 1] if re.match(r"\s+[a-z]", each)] for begin, end in innermost]
     return max(loops, key=lambda loop: (sum(PRODUCTS[name] for name, _ in multiplications(loop)), -len(loop)))
 
 
@@ -161,6 +161,7 @@ def table() -> dict[str, dict[str, float | None]]:
     }
 
 
+@functools.cache
 def report() -> str:
     """A line that says what it is, and the table, as docs/cpu.md has both."""
     version = subprocess.run([str(analyzer()), "--version"], capture_output=True, text=True, check=True).stdout

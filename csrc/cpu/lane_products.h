@@ -72,8 +72,7 @@ GHOSTFUSED_INLINE void keep_multiples(int64_t step, int64_t (&multiples)[kFactor
 // a product waits for that product's end.
 template <typename T, bool kChannelsLast, typename B, int kRows, int kVecs>
 GHOSTFUSED_INLINE void multiply_fours(const float*& a, const int64_t* a_row, const B*& b, int64_t b_row, int64_t b_vec,
-                                      int64_t steps, const float*& ahead, int64_t ahead_row,
-                                      Vec (&sum)[kRows][kVecs]) {
+                                      int64_t steps, const float*& ahead, int64_t ahead_row, Vec (&sum)[kRows][kVecs]) {
   int64_t at[kFactors], ahead_at[kFactors];
   if constexpr (kChannelsLast) {
     for (int k = 0; k < kFactors; ++k) at[k] = k * kLanes;

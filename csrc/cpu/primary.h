@@ -7,7 +7,8 @@
 
 namespace ghostfused::cpu::GHOSTFUSED_ISA {
 
-// Accumulators fill three quarters of the vector registers, and half of NEON's, where vectors of factors take a quarter.
+// Accumulators fill three quarters of the vector registers, and half of NEON's, where vectors of factors take a
+// quarter.
 #ifdef GHOSTFUSED_MANY_REGISTERS  // 32 of them
 constexpr int kMaxRows = 8;
 #else
@@ -19,13 +20,7 @@ constexpr int kMaxVecs = 2;
 constexpr int kMaxVecs = 3;
 #endif
 
-// How many rows before it is multiplied a factor is read: cores that don't reorder would wait for each.
-// And whether the distances of the rows stay in registers, of which aarch64 has enough: GCC adds them up in the loop.
-#ifdef GHOSTFUSED_NEON
-constexpr int kFactorsAhead = 2;
-#else
-constexpr int kFactorsAhead = 0;
-#endif
+// Whether the distances of the rows stay in registers, of which aarch64 has enough: GCC adds them up in the loop.
 #if defined(GHOSTFUSED_NEON) || defined(GHOSTFUSED_SVE)
 constexpr bool kKeepDistances = true;
 #else
@@ -119,12 +114,7 @@ void multiply(const Panel<T>& p) {
 #ifdef GHOSTFUSED_NEON
 #ifdef GHOSTFUSED_NEON_BF16
     if constexpr (kMatrixProducts<T, kRows> && !kHalfB) {
-      const auto fetch = [&] {
-        if (!kRowsAreChannels) return;
-        __builtin_prefetch(ahead);
-        ahead += p.ahead_row;
-      };
-      multiply_quads(a, a_row, b, b_row, b_vec, k / 2, fetch, sum);
+      multiply_quads<!kRowsAreChannels>(a, a_row, b, b_row, b_vec, k / 2, ahead, p.ahead_row, sum);
       k %= 2;
     }
 #endif
@@ -140,16 +130,11 @@ void multiply(const Panel<T>& p) {
         __builtin_prefetch(ahead + kLine);
         ahead += p.ahead_row;
       }
-      Vec factor[kRows];
-#pragma GCC unroll 12
-      for (int i = -kFactorsAhead; i < kRows; ++i) {
-        const int next = i + kFactorsAhead;
-        if (next < kRows) {
-          factor[next] = load_factor<T, !kRowsAreChannels>(a + (kKeepDistances ? a_row[next] : next * p.a_row));
-        }
-        if (i < 0) continue;
 #pragma GCC unroll 8
-        for (int j = 0; j < kVecs; ++j) sum[i][j] = multiply_add<T, !kRowsAreChannels>(factor[i], row[j], sum[i][j]);
+      for (int i = 0; i < kRows; ++i) {
+        const Vec factor = load_factor<T, !kRowsAreChannels>(a + (kKeepDistances ? a_row[i] : i * p.a_row));
+#pragma GCC unroll 8
+        for (int j = 0; j < kVecs; ++j) sum[i][j] = multiply_add<T, !kRowsAreChannels>(factor, row[j], sum[i][j]);
       }
     }
     if (left <= part) break;
