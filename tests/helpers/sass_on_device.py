@@ -47,9 +47,13 @@ ALL_INPUTS = {"input_gate": True, "residual": True, "output_gate": True}
 OPS = {
     "optional inputs": Case(1, 16, 9, 14, 24, dtype=torch.float16, layout="nhwc", **ALL_INPUTS),
     "1x1 conv": Case(1, 16, 9, 14, 24, init_channels=24, dtype=torch.float16),
+    "1x1 conv of whole vectors": Case(
+        2, 40, 9, 14, 24, init_channels=24, dtype=torch.float16, layout="nhwc", residual=True, input_gate=True
+    ),
     "depthwise": DepthwiseCase(1, kernel=(5, 5), dtype=torch.float16, layout="nhwc"),
     "depthwise of stride 1": DepthwiseCase(1, stride=1),
     "squeeze-excite": SqueezeExciteCase(2, dtype=torch.float16, layout="nhwc"),
+    "squeeze-excite of images together": SqueezeExciteCase(3, 136, 40, 5, 7, dtype=torch.float16, layout="nhwc"),
     "squeeze-excite of planes": SqueezeExciteCase(2),
 }
 
