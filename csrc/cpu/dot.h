@@ -25,7 +25,9 @@ void dot_row(const T* a, const float* b, int64_t b_column, int64_t depth, float*
   const auto add = [&](int64_t k, int chain, auto load_a, auto load_b) {
     const Vec row = load_a(a + k);
 #pragma GCC unroll 4
-    for (int j = 0; j < kColumns; ++j) sum[j][chain] += row * load_b(b + j * b_column + k);
+    for (int j = 0; j < kColumns; ++j) {
+      sum[j][chain] = fused(row, load_b(b + j * b_column + k), sum[j][chain]);
+    }
   };
   const auto whole = [](auto* p) { return load_float(p); };
   int64_t k = 0;

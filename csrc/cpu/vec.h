@@ -52,6 +52,18 @@ GHOSTFUSED_INLINE Vec rounded(Vec product) {
   return product;
 }
 
+// a b + c, rounded once where x86 can. The compiler makes most such sums so by itself, but not those whose product it
+// moves out of a branch, and not the same ones for every type.
+GHOSTFUSED_INLINE Vec fused(Vec a, Vec b, Vec c) {
+#if defined(GHOSTFUSED_X86_HALVES) && GHOSTFUSED_LANES == 8
+  return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(GHOSTFUSED_X86_HALVES)
+  return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#else
+  return a * b + c;
+#endif
+}
+
 // fp16 and bf16 numbers, which no baseline has arithmetic for.
 struct Float16 {
   uint16_t bits;

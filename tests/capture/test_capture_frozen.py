@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from capture_network import made, scaled
 from spies import needs_cpu_kernels
+from torch import nn
 
 import ghostfused
 from ghostfused import capture, ops
@@ -126,6 +127,16 @@ def test_a_gpu_refuses(monkeypatch):
     monkeypatch.setitem(ghostfused.capture.__globals__, "check", lambda model, inputs: torch.device("cuda"))
     with pytest.raises(ValueError, match="freeze: expected False on a GPU, where a CUDA graph reads"):
         capture(model, x, freeze=True)
+
+
+@pytest.mark.parametrize("channels", [7, 33, 38, 100])
+@pytest.mark.parametrize("batch", [1, 3, 5])
+def test_fully_connected_layers_sum_alike_in_both_types(batch, channels):
+    """At depths that leave a part of a vector, of which the compiler fused a product with its sum in one type only."""
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(1), nn.Linear(channels, 7)).eval()
+    x = torch.randn(batch, channels, 3, 3)
+    captured = capture(model, x, freeze=True, weights=torch.bfloat16)
+    assert torch.equal(captured(x), without_packs(captured)(x))
 
 
 def without_packs(captured):
