@@ -96,9 +96,9 @@ class Guard {
     dicts_.push_back({nullptr, 0, entries_.size(), nullptr, nullptr, slots_.size()});
     for (Py_ssize_t i = 0; i < PyList_Size(objects); ++i) {
       PyObject* object = PyList_GetItem(objects, i);
-      objects_.push_back({object, Py_TYPE(object)});
+      if (static_cast<size_t>(i) >= count()) throw py::value_error("dicts: expected one for each of the objects");
+      objects_.push_back({object, Py_TYPE(object), place_of_dict(object, dicts_[i].dict)});
     }
-    if (objects_.size() > count()) throw py::value_error("dicts: expected one for each of the objects");
     for (Py_ssize_t i = 0; i < PyList_Size(reads); ++i) {
       Read read;
       if (!PyArg_ParseTuple(PyList_GetItem(reads, i), "OUO", &read.owner, &read.name, &read.value))
@@ -114,12 +114,12 @@ class Guard {
   bool dicts_hold() {
     for (size_t i = 0; i < objects_.size(); ++i) {
       if (i + kAhead < objects_.size()) {
-        __builtin_prefetch(reinterpret_cast<const char*>(objects_[i + kAhead].object) - kManagedDict);
+        __builtin_prefetch(objects_[i + kAhead].place_of_dict);
         __builtin_prefetch(objects_[i + kAhead].object);
-        __builtin_prefetch(dicts_[i + kAhead].dict);  // to which the object's __dict__ is a new reference
       }
-      if (Py_TYPE(objects_[i].object) != objects_[i].type || !has_dict(objects_[i].object, dicts_[i].dict))
-        return false;
+      const auto& [object, type, place] = objects_[i];
+      if (Py_TYPE(object) != type) return false;
+      if (place ? *place != dicts_[i].dict : !has_dict(object, dicts_[i].dict)) return false;
     }
     const size_t unwatched = ThisPython::watches_objects ? 0 : objects_.size();
     const size_t asked = watched_ && !changed_ ? unwatched : count();
@@ -162,6 +162,7 @@ class Guard {
   struct Object {
     PyObject* object;
     PyTypeObject* type;
+    PyObject* const* place_of_dict;
   };
   struct Root {
     PyObject* dict;
@@ -171,8 +172,7 @@ class Guard {
     PyObject *owner, *name, *value;
   };
   static constexpr size_t kAhead = 24;
-  static constexpr ptrdiff_t kManagedDict =
-      3 * sizeof(PyObject*);  // how far before an object its dictionary's address is
+  static constexpr unsigned long kManagedDict = 1 << 4;  // Py_TPFLAGS_MANAGED_DICT, which the limited API lacks
 
   size_t count() const { return dicts_.size() - 2; }  // of dictionaries, without the root's and the end
 
@@ -215,6 +215,14 @@ class Guard {
       return false;
     const size_t bytes = (dicts_[i + 1].first_slot - then.first_slot) * sizeof(PyObject*);
     return std::memcmp(then.values->slots, &slots_[then.first_slot], bytes) == 0;
+  }
+
+  // Where Python has the address of the object's __dict__, which is ``dict``: before the object, if its class lets
+  // Python manage it. Otherwise null, and Python is asked, which makes a reference, a write to each dictionary.
+  static PyObject* const* place_of_dict(PyObject* object, PyObject* dict) {
+    if (!ThisPython::knows_layout || !(PyType_GetFlags(Py_TYPE(object)) & kManagedDict)) return nullptr;
+    PyObject* const* const place = reinterpret_cast<PyObject* const*>(object) - 3;
+    return *place == dict ? place : nullptr;
   }
 
   // Whether ``dict`` is the object's __dict__.

@@ -89,6 +89,17 @@ def test_guards_come_and_go_with_what_they_watch():
     assert not any(guard.holds(ROOT) for guard, _ in guards)
 
 
+def test_an_object_whose_dictionary_python_does_not_manage():
+    """Exceptions have theirs elsewhere than other objects."""
+    error = ValueError()
+    error.flag = True
+    held = guard(ROOT, [error.__dict__], [error])
+    assert held.holds(ROOT)
+    kept = error.__dict__
+    error.__dict__ = dict(kept)
+    assert not held.holds(ROOT)
+
+
 def test_each_object_needs_its_dictionary():
     with pytest.raises(ValueError, match="dicts: expected one for each of the objects"):
         guard(Thing(), things=[Thing()])
