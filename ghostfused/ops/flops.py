@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from ..backends.training import UPSTREAM
 from ..spec import OPS, DepthwiseArgs, GhostArgs, LinearArgs, SqueezeExciteArgs, Step, tensor_names
 from . import encoding
+from .after_import import after_import
 from .programs import PROGRAM_BACKENDS, REPLAY_BACKENDS, kept_program
 from .schemas import BACKENDS, TRAINING_OPS, train_args
 
@@ -81,20 +81,27 @@ def _register(name: str, formula: Callable[..., int]) -> None:
     def with_result(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
         return formula(*args, **kwargs)
 
+    from torch.utils.flop_counter import register_flop_formula
+
     register_flop_formula(getattr(torch.ops.ghostfused, name), get_raw=True)(with_result)
 
 
-for _op, _kind in OPS.items():
-    for _backend in BACKENDS:
-        _register(f"{_op}_{_backend}", lambda *args, kind=_kind: forward_flops(kind(*args)))
-    if _op != "forward":
-        _register(f"{_op}_backward", lambda grad, *args, kind=_kind: backward_flops(kind(*args[:-1]), args[-1]))
-for _backend in TRAINING_OPS:
-    _register(f"train_forward_{_backend}", lambda *args: forward_flops(train_args(args[:-1])))
-    _register(f"backward_{_backend}", lambda grad, *args: backward_flops(GhostArgs(*args[:-3]), args[-1]))
-for _backend in PROGRAM_BACKENDS:
-    _register(f"program_{_backend}", _program_flops)
-for _backend in REPLAY_BACKENDS:
-    _register(
-        f"replay_{_backend}", lambda x, number, backend=_backend: _program_flops(x, *kept_program(backend, number))
-    )
+def _register_all() -> None:
+    for op, kind in OPS.items():
+        for backend in BACKENDS:
+            _register(f"{op}_{backend}", lambda *args, kind=kind: forward_flops(kind(*args)))
+        if op != "forward":
+            _register(f"{op}_backward", lambda grad, *args, kind=kind: backward_flops(kind(*args[:-1]), args[-1]))
+    for backend in TRAINING_OPS:
+        _register(f"train_forward_{backend}", lambda *args: forward_flops(train_args(args[:-1])))
+        _register(f"backward_{backend}", lambda grad, *args: backward_flops(GhostArgs(*args[:-3]), args[-1]))
+    for backend in PROGRAM_BACKENDS:
+        _register(f"program_{backend}", _program_flops)
+    for backend in REPLAY_BACKENDS:
+        _register(
+            f"replay_{backend}", lambda x, number, backend=backend: _program_flops(x, *kept_program(backend, number))
+        )
+
+
+# It imports Triton, which takes as long as all of ours.
+after_import("torch.utils.flop_counter", _register_all)
