@@ -208,13 +208,14 @@ class Guard {
     return none && read.value == absent_;
   }
 
+  size_t slot_bytes(size_t i) const { return (dicts_[i + 1].first_slot - dicts_[i].first_slot) * sizeof(PyObject*); }
+
   // Whether its values are inline and the same, which is quick to see, save for the order in which they were set.
   bool has_its_slots(size_t i) const {
     const Dict& then = dicts_[i];
     if (!then.values || InlineValues::of(then.dict) != then.values || DictHead::of(then.dict).keys != then.keys)
       return false;
-    const size_t bytes = (dicts_[i + 1].first_slot - then.first_slot) * sizeof(PyObject*);
-    return std::memcmp(then.values->slots, &slots_[then.first_slot], bytes) == 0;
+    return std::memcmp(then.values->slots, &slots_[then.first_slot], slot_bytes(i)) == 0;
   }
 
   // Where Python has the address of the object's __dict__, which is ``dict``: before the object, if its class lets
@@ -291,8 +292,7 @@ class Guard {
   void prefetch(size_t i) const {
     if (const char* slots; i + kAhead < count() && (slots = reinterpret_cast<const char*>(dicts_[i + kAhead].values))) {
       __builtin_prefetch(dicts_[i + kAhead].dict);
-      const size_t bytes = (dicts_[i + kAhead + 1].first_slot - dicts_[i + kAhead].first_slot) * sizeof(PyObject*);
-      for (size_t at = 0; at < bytes + 64; at += 64) __builtin_prefetch(slots + at);
+      for (size_t at = 0; at < slot_bytes(i + kAhead) + 64; at += 64) __builtin_prefetch(slots + at);
       return;
     }
     if (i + 2 * kAhead < count()) __builtin_prefetch(dicts_[i + 2 * kAhead].dict);
