@@ -33,8 +33,8 @@ class Worker {
         output(params),
         cheap(params, plan, at, scratch, output) {
     for (int64_t b = 0; b < plan.blocks; ++b) block_image[b] = -1;
-    for (int vecs = 1; vecs <= kMaxVecs; ++vecs) {
-      for (int rows = 1; rows <= kMaxRows; ++rows) {
+    for (int vecs = 1; vecs <= kMaxVecs<T>; ++vecs) {
+      for (int rows = 1; rows <= kMaxRows<T>; ++rows) {
         multiply_kernels[rows][vecs] = multiply_kernel<T, !kChannelsLast, false>(rows, vecs);
         if constexpr (kMayHalve) {
           if (packed_weight.bfloat16) {
@@ -62,7 +62,7 @@ class Worker {
         if (plan.patches && kChannelsLast) {
           pack_patch_pixels(p, gate, output.n, x_h0, rows, reinterpret_cast<Number*>(to), at.packed_x_row * kPerLane);
         } else if (plan.patches) {
-          pack_patch_planes(p, gate, output.n, x_h0, rows, plan.depth, to, at.packed_x_row, scratch + at.stage);
+          pack_patch_planes(p, gate, output.n, x_h0, rows, to, at.packed_x_row, scratch + at.stage);
         } else if constexpr (kChannelsLast) {
           pack_pixels(p, gate, output.n, x_h0, rows, reinterpret_cast<Number*>(to), at.packed_x_row * kPerLane);
         } else if (plan.panels) {
@@ -147,15 +147,15 @@ class Worker {
     panel.clamp = clamp_of(p.primary.act);
     // where there are no ghosts nobody needs x1 anywhere else: the sums wait for their end in the output, or in a tile
     const bool only_out = store_too && !plan.ghosts;
-    const auto go = [&](Multiply<T> kernel, float* x1_to, int64_t h, int64_t w) {
+    const auto go = [&](Multiply<T> kernel, float* x1_to, int64_t c, int64_t h, int64_t w) {
       panel.y = x1_to;
       if (store_too) {
-        panel.copy = output.at(c0, h, w);
-        panel.residual = output.residual_at(c0, h, w);
+        panel.copy = output.at(c, h, w);
+        panel.residual = output.residual_at(c, h, w);
       }
       if (only_out) {
         panel.y = scratch + at.tile;
-        panel.y_row = kMaxVecs * kLanes;
+        panel.y_row = kMaxVecs<T> * kLanes;
         if constexpr (std::is_same_v<T, float>) {
           const bool whole = !kChannelsLast || channels % kLanes == 0;
           if (whole && !panel.residual) panel.y = panel.copy, panel.y_row = panel.copy_row, panel.copy = nullptr;
@@ -166,7 +166,7 @@ class Worker {
     int64_t x_h = p.x.stride_h / kPerLane, x_w = p.x.stride_w / kPerLane, x_c = p.x.stride_c;
     const float* x = static_cast<const float*>(p.x.data) + output.n * (p.x.stride_n / kPerLane) + begin * x_h;
     if (plan.pack_x) {
-      x_w = kChannelsLast ? at.packed_x_row : 1;
+      x_w = kChannelsLast ? at.packed_x_row : kLanesAtOnce<T>;
       x_h = s.width * x_w;
       x_c = kChannelsLast ? 1 : at.packed_x_row;
       x = scratch + at.packed_x + (begin - x_h0) * x_h;
@@ -183,7 +183,7 @@ class Worker {
       panel.y_row = plan.padded_block;
       panel.copy_row = p.out.stride_w;
       panel.residual_row = p.residual.stride_w;
-      const int64_t panels = div_up(s.width, kMaxRows), vecs = div_up(channels, kLanes);
+      const int64_t panels = div_up(s.width, kMaxRows<T>), vecs = div_up(channels, kLanes);
       panel.last = static_cast<int>(channels - (vecs - 1) * kLanes);
       if constexpr (kTiles) {
         // a run: pixels at one stride
@@ -202,7 +202,7 @@ class Worker {
         for (int64_t i = 0; i < panels; ++i) {
           const int64_t w = i * s.width / panels, rows = (i + 1) * s.width / panels - w;
           panel.a = x + w * x_w;
-          go(multiply_kernels[rows][vecs], x1 + (pad + w) * plan.padded_block, h, w);
+          go(multiply_kernels[rows][vecs], x1 + (pad + w) * plan.padded_block, c0, h, w);
         }
       }
     } else {
@@ -214,15 +214,31 @@ class Worker {
       panel.y_row = at.x1_channel;
       panel.copy_row = p.out.stride_c;
       panel.residual_row = p.residual.stride_c;
+      const auto go_all = [&](int64_t vecs, int64_t pixel) {  // all channels
+        if constexpr (kMaxRows<T> == kUsualRows) {
+          go(multiply_kernels[channels][vecs], x1 + pixel, c0, begin, pixel);
+        } else {  // a kernel takes a part of them, and x stays in the first cache for the other
+          const Panel<T> whole = panel;
+          const int64_t parts = div_up(channels, kMaxRows<T>);
+          for (int64_t i = 0; i < parts; ++i) {
+            const int64_t c = i * channels / parts, rows = (i + 1) * channels / parts - c;
+            panel.a = whole.a + c * panel.a_row;
+            panel.scale = whole.scale + c, panel.shift = whole.shift + c, panel.slope = whole.slope + c;
+            panel.ahead = whole.ahead + i * kLine;
+            go(multiply_kernels[rows][vecs], x1 + c * at.x1_channel + pixel, c0 + c, begin, pixel);
+          }
+          panel = whole;
+        }
+      };
       const auto run = [&](int64_t pixel, int64_t vecs) {  // counted from row begin's first
-        panel.b = x + pixel;
+        panel.b = x + pixel * kLanesAtOnce<T>;
         panel.ahead = panel.b + kPrefetchX;  // every row is in another page, where the hardware doesn't look ahead
         panel.ahead_row = panel.b_row;
-        go(multiply_kernels[channels][vecs], x1 + pixel, begin, pixel);
+        go_all(vecs, pixel);
       };
-      const int64_t pixels = (end - begin) * s.width, vecs = div_up(pixels, kLanes), panels = div_up(vecs, kMaxVecs);
+      const int64_t pixels = (end - begin) * s.width, vecs = div_up(pixels, kLanes), panels = div_up(vecs, kMaxVecs<T>);
       for (int64_t i = 0; i < panels; ++i) {
-        const PanelPixels pixels_of(i, pixels);
+        const PanelPixels pixels_of(i, pixels, kMaxVecs<T>);
         if (plan.panels) {
           panel.b = x + pixels_of.vecs_before * kLanes * plan.depth;
           panel.b_row = pixels_of.vecs * kLanes;
@@ -230,7 +246,7 @@ class Worker {
           panel.ahead_row = div_up(channels, panels);
           panel.ahead =
               weight + (c0 + channels) * (p.primary_weight_stride_n / kPerLane) + i * panel.ahead_row * plan.depth;
-          go(multiply_kernels[channels][pixels_of.vecs], x1 + pixels_of.begin, begin, pixels_of.begin);
+          go_all(pixels_of.vecs, pixels_of.begin);
         } else if (plan.pack_x && !can_store_directly()) {
           run(pixels_of.vecs_before * kLanes, pixels_of.vecs);
         } else if (pixels_of.begin >= 0) {
@@ -320,7 +336,7 @@ class Worker {
   float* const scratch;
   int32_t* const block_image;  // per block: that for which its parameters were prepared last, or -1
   const int64_t pad = plan.pad;
-  Multiply<T> multiply_kernels[kMaxRows + 1][kMaxVecs + 1];
+  Multiply<T> multiply_kernels[kMaxRows<T> + 1][kMaxVecs<T> + 1];
   Output<T> output;
   Cheap<T, kChannelsLast> cheap;
 

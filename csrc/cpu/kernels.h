@@ -11,7 +11,7 @@ namespace ghostfused::cpu::GHOSTFUSED_ISA {
 // For the benchmarks: what share of the multiply-adds that a core can do the kernels do.
 template <typename T>
 double multiply_adds(int64_t count) {
-  constexpr bool kBlocks = kMatrixProducts<T, 2>;
+  constexpr bool kBlocks = kLanesAtOnce<T> == 2;
   constexpr int kChannels = Operand<T, false>::kChannels * (kBlocks ? 2 : 1);
 #ifdef GHOSTFUSED_MANY_REGISTERS  // more than latency × units
   constexpr int kChains = 24;

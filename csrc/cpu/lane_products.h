@@ -31,8 +31,6 @@ template <typename T, bool kChannelsLast, int kLane, int kPart>
 GHOSTFUSED_INLINE void add_product(Vec a, Vec b, Vec& sum) {
   if constexpr (Operand<T, kChannelsLast>::kChannels == 1) {
     asm volatile("fmla %0.4s, %1.4s, %2.s[%3]" : "+w"(sum) : "w"(b), "w"(a), "i"(kLane));
-  } else if constexpr (std::is_same_v<T, BFloat16>) {
-    asm volatile("bfdot %0.4s, %1.8h, %2.2h[%3]" : "+w"(sum) : "w"(b), "w"(a), "i"(kLane));
   } else if constexpr (kPart == 0) {
     asm volatile("fmlal %0.4s, %1.4h, %2.h[%3]" : "+w"(sum) : "w"(b), "x"(a), "i"(2 * kLane));
   } else {
@@ -41,7 +39,7 @@ GHOSTFUSED_INLINE void add_product(Vec a, Vec b, Vec& sum) {
 }
 
 template <typename T, bool kChannelsLast>
-constexpr int kParts = std::is_same_v<T, Float16> && Operand<T, kChannelsLast>::kChannels == 2 ? 2 : 1;
+constexpr int kParts = Operand<T, kChannelsLast>::kChannels;
 
 // One step of depth, whose factors are in lane kLane. No sum's second product follows its first at once.
 template <typename T, bool kChannelsLast, int kLane, int kPart = 0, int kRows, int kVecs>

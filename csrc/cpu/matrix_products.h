@@ -1,5 +1,4 @@
-// The 1×1 convolution of bf16 by NEON's bfmmla, which multiplies two rows of four channels by two columns: twice the
-// products of bfdot, added up in bfdot's order, and so to the same bits.
+// The 1×1 convolution of bf16 by NEON's bfmmla, which multiplies two rows of four channels by two columns.
 #pragma once
 
 #include "cpu/lane_products.h"
@@ -7,129 +6,196 @@
 namespace ghostfused::cpu::GHOSTFUSED_ISA {
 
 #ifdef GHOSTFUSED_NEON_BF16
-template <typename T, int kRows>
-constexpr bool kMatrixProducts = std::is_same_v<T, BFloat16> && kRows % 2 == 0;
-
 GHOSTFUSED_INLINE Vec first_halves(Vec a, Vec b) { return (Vec)vzip1q_f64((float64x2_t)a, (float64x2_t)b); }
 GHOSTFUSED_INLINE Vec second_halves(Vec a, Vec b) { return (Vec)vzip2q_f64((float64x2_t)a, (float64x2_t)b); }
 
-// Two rows by two columns, row-major.
+// Two rows by two columns, row-major. It stays where it stands, as add_product does.
 GHOSTFUSED_INLINE Vec multiply_add_block(Vec rows, Vec columns, Vec block) {
-  return (Vec)vbfmmlaq_f32((float32x4_t)block, (bfloat16x8_t)rows, (bfloat16x8_t)columns);
+  asm volatile("bfmmla %0.4s, %1.8h, %2.8h" : "+w"(block) : "w"(rows), "w"(columns));
+  return block;
 }
 
-// Two quads of channels, whose products are twice a row's vector: block[i] += rows 2i and 2i + 1 times the columns. As
-// in multiply_fours the compiler leaves the instructions where they stand, the loads in two groups.
-template <int kRows, int kVecs, typename Fetch>
-GHOSTFUSED_INLINE void multiply_two_quads(const float* a, const int64_t* a_row, const float* b,
-                                          const int64_t (&b_row)[kFactors], int64_t b_vec, const Fetch& fetch,
-                                          Vec (&block)[kRows / 2][2 * kVecs]) {
-  Vec rows[2][kRows / 2], columns[2][2 * kVecs];
-  const auto load_columns = [&](Vec(&to)[2 * kVecs], int k) {
-#pragma GCC unroll 4
-    for (int j = 0; j < 2 * kVecs; ++j) to[j] = load_here(b + b_row[k + j % 2] + j / 2 * b_vec);
-  };
-  const auto zip_columns = [](Vec(&v)[2 * kVecs]) {
-#pragma GCC unroll 4
-    for (int j = 0; j < 2 * kVecs; j += 2) {
-      Vec second;
-      asm volatile("zip2 %0.4s, %1.4s, %2.4s" : "=w"(second) : "w"(v[j]), "w"(v[j + 1]));
-      asm volatile("zip1 %0.4s, %0.4s, %1.4s" : "+w"(v[j]) : "w"(v[j + 1]));
-      v[j + 1] = second;
-    }
-  };
-  const auto multiply_rows = [&](int q, int i) {
-#pragma GCC unroll 4
-    for (int j = 0; j < 2 * kVecs; ++j) {
-      asm volatile("bfmmla %0.4s, %1.8h, %2.8h" : "+w"(block[i][j]) : "w"(rows[q][i]), "w"(columns[q][j]));
-    }
-  };
-  load_columns(columns[0], 0);
-  fetch();
-#pragma GCC unroll 4
-  for (int i = 0; i < kRows / 2; ++i) {
-    rows[0][i] = load_here(a + a_row[2 * i]);
-    rows[1][i] = load_here(a + a_row[2 * i + 1]);
-  }
-  zip_columns(columns[0]);
-#pragma GCC unroll 4
-  for (int i = 0; i < kRows / 2; ++i) {
-    Vec second;
-    asm volatile("zip2 %0.2d, %1.2d, %2.2d" : "=w"(second) : "w"(rows[0][i]), "w"(rows[1][i]));
-    asm volatile("zip1 %0.2d, %0.2d, %1.2d" : "+w"(rows[0][i]) : "w"(rows[1][i]));
-    rows[1][i] = second;
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < kRows / 2; ++i) {
-    if (i == kRows / 2 - 1) load_columns(columns[1], 2);
-    multiply_rows(0, i);
-  }
-  zip_columns(columns[1]);
-#pragma GCC unroll 4
-  for (int i = 0; i < kRows / 2; ++i) multiply_rows(1, i);
-}
-
-// sum = the first ``steps`` quads of channels; a and b go to what follows them. Lanes are pairs, as in Panel: two that
-// follow each other are a row's quad in a, and in b, whose vectors are b_vec apart, they are zipped from two rows.
-template <bool kChannelsLast, int kRows, int kVecs>
-GHOSTFUSED_INLINE void multiply_quads(const float*& a, const int64_t* a_row, const float*& b, int64_t b_row,
-                                      int64_t b_vec, int64_t steps, const float*& ahead, int64_t ahead_row,
-                                      Vec (&sum)[kRows][kVecs]) {
-  Vec block[kRows / 2][2 * kVecs];
-#pragma GCC unroll 4
-  for (int i = 0; i < kRows / 2; ++i) {
-#pragma GCC unroll 8
-    for (int j = 0; j < 2 * kVecs; ++j) block[i][j] = Vec{};
-  }
-  int64_t at[kFactors], ahead_at[kFactors];
-  if constexpr (kChannelsLast) {
-    for (int k = 0; k < kFactors; ++k) at[k] = k * b_row;
+// Four vectors by one load, which a Cortex-A510 starts behind a product without a pause. The registers are named, since
+// GCC copies what its intrinsic returns: those from 20 on, piece after piece.
+template <int kPiece>
+GHOSTFUSED_INLINE void load_four(const float* p, Vec (&to)[4]) {
+  typedef float Memory __attribute__((vector_size(16 * kLanes), may_alias, aligned(4)));
+#define GHOSTFUSED_LOAD_FOUR(A, B, C, D)                    \
+  register Vec a asm(#A), b asm(#B), c asm(#C), d asm(#D);  \
+  asm volatile("ld1 {" #A ".4s - " #D ".4s}, %4"            \
+               : "=w"(a), "=w"(b), "=w"(c), "=w"(d)         \
+               : "Q"(*reinterpret_cast<const Memory*>(p))); \
+  to[0] = a, to[1] = b, to[2] = c, to[3] = d
+  if constexpr (kPiece % 3 == 0) {
+    GHOSTFUSED_LOAD_FOUR(v20, v21, v22, v23);
+  } else if constexpr (kPiece % 3 == 1) {
+    GHOSTFUSED_LOAD_FOUR(v24, v25, v26, v27);
   } else {
-    keep_multiples(b_row, at);
-    keep_multiples(ahead_row, ahead_at);
+    GHOSTFUSED_LOAD_FOUR(v28, v29, v30, v31);
   }
-  const auto fetch = [&](int rows) {
-    if constexpr (!kChannelsLast) {
+#undef GHOSTFUSED_LOAD_FOUR
+}
+
+// The products of two quads of channels at a time. Their columns come in kVecs pieces of four vectors, of two halves.
+// In channels_last a piece is a vector of sums, and its halves are the quads. In NCHW, whose quads lie in rows of their
+// own, it is two vectors of sums; one that is left over is a piece as in channels_last, in two rows.
+template <bool kChannelsLast, int kRows, int kVecs>
+class QuadProducts {
+  static constexpr int kPairs = (kRows + 1) / 2;
+  static constexpr int kWide = kChannelsLast ? 0 : kVecs / 2;  // the pieces of a quad that are two vectors of sums
+  static constexpr bool is_wide(int piece) { return piece < 2 * kWide; }
+  static constexpr int quad_of(int piece, int half) { return is_wide(piece) ? piece / kWide : half; }
+  static constexpr int vec_of(int piece, int half) {
+    return kChannelsLast ? piece : is_wide(piece) ? piece % kWide * 2 + half : kVecs - 1;
+  }
+  static constexpr int second_row(int pair) {  // a row without another is its own
+    return 2 * pair + 1 < kRows ? 2 * pair + 1 : kRows - 1;
+  }
+
+ public:
+  GHOSTFUSED_INLINE QuadProducts(const float* a, const int64_t* a_row, const float* b, int64_t b_quad, int64_t b_vec,
+                                 const float* ahead, int64_t ahead_row)
+      : a(a), a_row(a_row), b_quad(b_quad), step(kChannelsLast ? 4 * kLanes : 2 * b_quad), ahead_quad(2 * ahead_row) {
 #pragma GCC unroll 4
-      for (int k = 0; k < rows; ++k) __builtin_prefetch(ahead + ahead_at[k]);
-      ahead = next_row(ahead, rows * ahead_row);
+    for (int i = 0; i < kPairs; ++i) {
+#pragma GCC unroll 8
+      for (int j = 0; j < 2 * kVecs; ++j) block[i][j] = Vec{};
     }
-  };
-  for (; steps > 1; steps -= 2, a += kFactors, b += kFactors * b_row) {
-    multiply_two_quads<kRows, kVecs>(a, a_row, b, at, b_vec, [&] { fetch(kFactors); }, block);
+#pragma GCC unroll 4
+    for (int i = 0; i < kVecs; ++i) {
+      const int64_t begin = kChannelsLast ? i * b_vec : quad_of(i, 0) * b_quad + vec_of(i, 0) * 2 * kLanes;
+      from[i] = next_row(b, begin - step);
+    }
+    ahead_step = 2 * ahead_quad;
+    asm("" : "+r"(ahead_quad), "+r"(ahead_step));  // or GCC adds one of them up in the loop
+    this->ahead = next_row(ahead, -ahead_step);
   }
-  for (; steps > 0; --steps, a += 2, b += 2 * b_row) {
-    Vec columns[2 * kVecs];
+
+  // The next two quads. Sums of addresses, which are made at once, stand with the first loads: behind a product each
+  // would wait for its end. So pointers go ahead before they are read from.
+  GHOSTFUSED_INLINE void load_quads(int64_t& steps) {
+    Vec rows[kRows];
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows; ++i) rows[i] = load_here(a + a_row[i]);
+    a = next_row(a, 4);
+    --steps;
+    asm volatile("" : "+r"(steps));
+#pragma GCC unroll 4
+    for (int i = 0; i < kVecs; ++i) from[i] = next_row(from[i], step);
+    if (!kChannelsLast) ahead = next_row(ahead, ahead_step);
+    load_piece<0>();
+    zip_pair<0>(rows);
+    load_piece<1>();
+    zip_pair<1>(rows);
+    load_piece<2>();
+    if (!kChannelsLast) {
+      asm volatile("");  // GCC would fetch earlier, in the place of a load
+      __builtin_prefetch(ahead);
+      __builtin_prefetch(ahead + ahead_quad);
+    }
+  }
+
+  // No sum's second product follows its first at once.
+  GHOSTFUSED_INLINE void add_quads() {
+    add<0, 0>();
+    add<1, 0>();
+    add<0, 1>();
+    load_piece<3>();  // for the others there are registers
+    add<1, 1>();
+    add<2, 0>();
+    add<3, 0>();
+    add<2, 1>();
+    add<3, 1>();
+  }
+
+  // One quad, behind all that were loaded.
+  GHOSTFUSED_INLINE void add_last(const float* b, int64_t b_vec) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kPairs; ++i) {
+      quads[0][i] = (Vec)vcombine_f32(vld1_f32(a + a_row[2 * i]), vld1_f32(a + a_row[second_row(i)]));
+    }
 #pragma GCC unroll 4
     for (int j = 0; j < kVecs; ++j) {
-      const Vec even = load(b + j * b_vec), odd = load(b + b_row + j * b_vec);
-      columns[2 * j] = (Vec)vzip1q_f32((float32x4_t)even, (float32x4_t)odd);
-      columns[2 * j + 1] = (Vec)vzip2q_f32((float32x4_t)even, (float32x4_t)odd);
+      const float* of_vec = b + j * (kChannelsLast ? b_vec : 2 * kLanes);
+      add_vec(j, quads[0], load(of_vec), load(of_vec + kLanes));
     }
-    fetch(2);
+  }
+
+  GHOSTFUSED_INLINE void get(Vec (&sum)[kRows][kVecs]) const {
 #pragma GCC unroll 4
-    for (int i = 0; i < kRows / 2; ++i) {
-      const float32x2_t first = vld1_f32(a + a_row[2 * i]), second = vld1_f32(a + a_row[2 * i + 1]);
-      const Vec rows = (Vec)vcombine_f32(first, second);
-#pragma GCC unroll 8
-      for (int j = 0; j < 2 * kVecs; ++j) {
-        block[i][j] = multiply_add_block(rows, columns[j], block[i][j]);
+    for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kVecs; ++j) {
+        const Vec first = block[i / 2][2 * j], second = block[i / 2][2 * j + 1];
+        sum[i][j] = i % 2 ? second_halves(first, second) : first_halves(first, second);
       }
     }
   }
+
+ private:
+  template <int kPiece>
+  GHOSTFUSED_INLINE void load_piece() {
+    if constexpr (kPiece >= kVecs) {
+    } else if constexpr (kChannelsLast || is_wide(kPiece)) {
+      load_four<kPiece>(from[kPiece], columns[kPiece]);
+    } else {
 #pragma GCC unroll 4
-  for (int i = 0; i < kRows / 2; ++i) {
-#pragma GCC unroll 4
-    for (int j = 0; j < kVecs; ++j) {
-      sum[2 * i][j] = first_halves(block[i][2 * j], block[i][2 * j + 1]);
-      sum[2 * i + 1][j] = second_halves(block[i][2 * j], block[i][2 * j + 1]);
+      for (int i = 0; i < 4; ++i) columns[kPiece][i] = load_here(from[kPiece] + i / 2 * b_quad + i % 2 * kLanes);
     }
   }
+  template <int kPair>
+  GHOSTFUSED_INLINE void zip_pair(const Vec (&rows)[kRows]) {
+    if constexpr (kPair < kPairs) {
+      quads[0][kPair] = first_halves(rows[2 * kPair], rows[second_row(kPair)]);
+      quads[1][kPair] = second_halves(rows[2 * kPair], rows[second_row(kPair)]);
+    }
+  }
+  template <int kPiece, int kHalf>
+  GHOSTFUSED_INLINE void add() {
+    if constexpr (kPiece < kVecs) {
+      const Vec(&of_half)[4] = columns[kPiece];
+      add_vec(vec_of(kPiece, kHalf), quads[quad_of(kPiece, kHalf)], of_half[2 * kHalf], of_half[2 * kHalf + 1]);
+    }
+  }
+  GHOSTFUSED_INLINE void add_vec(int vec, const Vec (&rows)[kPairs], Vec first, Vec second) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kPairs; ++i) {
+      block[i][2 * vec] = multiply_add_block(rows[i], first, block[i][2 * vec]);
+      block[i][2 * vec + 1] = multiply_add_block(rows[i], second, block[i][2 * vec + 1]);
+    }
+  }
+
+  const float *a, *ahead, *from[kVecs];  // the pieces of the quads that were loaded last
+  const int64_t *const a_row, b_quad, step;
+  int64_t ahead_quad, ahead_step;
+  Vec block[kPairs][2 * kVecs], quads[2][kPairs], columns[kVecs][4];
+};
+
+// sum = the product of ``depth`` lanes of a and b. Lanes are pairs of channels, as in Panel, and two that follow each
+// other are a quad: depth is even. In channels_last b's vectors, b_vec apart, are (quad, channel), in NCHW quads are
+// b_quad apart.
+template <bool kChannelsLast, int kRows, int kVecs>
+GHOSTFUSED_INLINE void multiply_quads(const float* a, const int64_t* a_row, const float* b, int64_t b_quad,
+                                      int64_t b_vec, int64_t depth, const float* ahead, int64_t ahead_row,
+                                      Vec (&sum)[kRows][kVecs]) {
+  QuadProducts<kChannelsLast, kRows, kVecs> products(a, a_row, b, b_quad, b_vec, ahead, ahead_row);
+  int64_t steps = depth / 4;
+  if (steps) {
+    products.load_quads(steps);
+    while (steps) {  // so that the jump waits for loads, with what is behind it, and not for the last products
+      products.add_quads();
+      products.load_quads(steps);
+    }
+    products.add_quads();
+  }
+  if (depth % 4) products.add_last(b + depth / 4 * (kChannelsLast ? 4 * kLanes : 2 * b_quad), b_vec);
+  products.get(sum);
 }
 #else
-template <typename T, int kRows>
-constexpr bool kMatrixProducts = false;
 inline Vec multiply_add_block(Vec, Vec, Vec block) { return block; }
+template <bool kChannelsLast, int kRows, int kVecs>
+void multiply_quads(const float* a, const int64_t* a_row, const float* b, int64_t b_quad, int64_t b_vec, int64_t depth,
+                    const float* ahead, int64_t ahead_row, Vec (&sum)[kRows][kVecs]);
 #endif
 
 }  // namespace ghostfused::cpu::GHOSTFUSED_ISA

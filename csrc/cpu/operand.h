@@ -27,14 +27,28 @@ struct Operand<BFloat16, kChannelsLast> {
   static constexpr int kChannels = 2;
 };
 #endif
-#ifdef GHOSTFUSED_NEON_FP16  // only where rows are weights: those of x in NCHW don't begin where row_of_pairs has them
-                             // begin
+#ifdef GHOSTFUSED_NEON_FP16  // only where rows are weights: those of x in NCHW don't begin where to_operand_rows has
+                             // them begin
 template <>
 struct Operand<Float16, true> {
   using Number = Float16;
   static constexpr int kChannels = 2;
 };
 #endif
+
+// How many lanes an instruction sums. An operand has a multiple of them, with zeros behind the last channel.
+#ifdef GHOSTFUSED_NEON_BF16
+template <typename T>
+constexpr int kLanesAtOnce = std::is_same_v<T, BFloat16> ? 2 : 1;  // bfmmla sums four channels
+inline int lanes_at_once(Path path) { return path == Path::kBFloat16 ? 2 : 1; }
+#else
+template <typename T>
+constexpr int kLanesAtOnce = 1;
+inline int lanes_at_once(Path) { return 1; }
+#endif
+inline int64_t lanes_of(int64_t channels, int64_t per_lane, int64_t at_once) {
+  return div_up(channels, per_lane * at_once) * at_once;
+}
 
 inline int channels_per_lane(Path path, bool channels_last) {
   if (path == Path::kBFloat16) {
@@ -43,8 +57,7 @@ inline int channels_per_lane(Path path, bool channels_last) {
   return path == Path::kFloat16 && channels_last ? Operand<Float16, true>::kChannels : 1;
 }
 
-// A factor, as multiply_add takes it. bfdot takes a pair from any register's first lane, where the load leaves it;
-// fmlal from that of the first sixteen registers, which are too few.
+// A factor, as multiply_add takes it.
 template <typename T, bool kChannelsLast>
 GHOSTFUSED_INLINE Vec load_factor(const float* p) {
   if constexpr (Operand<T, kChannelsLast>::kChannels == 1) {
@@ -53,17 +66,6 @@ GHOSTFUSED_INLINE Vec load_factor(const float* p) {
 #endif
     return splat(*p);
   } else {
-#ifdef GHOSTFUSED_NEON_BF16
-    if constexpr (std::is_same_v<T, BFloat16>) {
-#ifdef __clang__
-      return Vec{*p};
-#else  // GCC would zero the other lanes by an instruction
-      Vec pair;
-      asm("" : "=w"(pair) : "0"(*p));
-      return pair;
-#endif
-    }
-#endif
     return reinterpret_cast<Vec>(Ints{} + load<int32_t>(p));
   }
 }
@@ -78,8 +80,6 @@ GHOSTFUSED_INLINE Vec multiply_add(Vec a, Vec b, Vec sum) {
     return (Vec)_mm256_dpbf16_ps((__m256)sum, (__m256bh)a, (__m256bh)b);
 #elif defined(GHOSTFUSED_X86_BF16)
     return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
-#elif defined(GHOSTFUSED_NEON_BF16)
-    return (Vec)vbfdotq_laneq_f32((float32x4_t)sum, (bfloat16x8_t)b, (bfloat16x8_t)a, 0);
 #endif
   } else {
 #ifdef GHOSTFUSED_NEON_FP16
@@ -105,17 +105,28 @@ GHOSTFUSED_INLINE Vec pair_of(Vec even, Vec odd) {
   return reinterpret_cast<Vec>(low | (reinterpret_cast<Ints>(odd) & ~0xffff));
 }
 
-// A row of channels_last, a vector of weights, as multiply_add takes it: pairs lie next to each other, but where NEON
-// multiplies fp16, which takes a half of a vector at a time, those of the even channels come first.
-template <typename T>
-GHOSTFUSED_INLINE Vec row_of_pairs(Vec pairs) {
+// Rows of b, each a vector of pairs of channels, as they are multiplied. Where NEON multiplies fp16, which takes a half
+// of a vector at a time, the even channels of a row come first. Where bfmmla sums two pairs, two rows are zipped.
+template <typename T, int kRows>
+GHOSTFUSED_INLINE void to_operand_rows(Vec (&rows)[kRows]) {
 #ifdef GHOSTFUSED_NEON_FP16
   if constexpr (std::is_same_v<T, Float16>) {
-    const uint16x4x2_t parts = vuzp_u16(vget_low_u16((uint16x8_t)pairs), vget_high_u16((uint16x8_t)pairs));
-    return (Vec)vcombine_u16(parts.val[0], parts.val[1]);
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows; ++i) {
+      const uint16x4x2_t parts = vuzp_u16(vget_low_u16((uint16x8_t)rows[i]), vget_high_u16((uint16x8_t)rows[i]));
+      rows[i] = (Vec)vcombine_u16(parts.val[0], parts.val[1]);
+    }
   }
 #endif
-  return pairs;
+#ifdef GHOSTFUSED_NEON_BF16
+  if constexpr (kLanesAtOnce<T> > 1) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows; i += 2) {
+      const auto first = (float32x4_t)rows[i], second = (float32x4_t)rows[i + 1];
+      rows[i] = (Vec)vzip1q_f32(first, second), rows[i + 1] = (Vec)vzip2q_f32(first, second);
+    }
+  }
+#endif
 }
 
 }  // namespace ghostfused::cpu::GHOSTFUSED_ISA

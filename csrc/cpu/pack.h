@@ -145,8 +145,31 @@ class LaneChannels {
   Vec factor[kCount] = {};
 };
 
+// NCHW: pack_row(k, to) writes the k-th of ``depth`` rows of ``count`` lanes, ``to_row`` from one to the next. Where
+// two rows are summed at once they lie zipped, and zeros are the second of the last. The first waits where the next two
+// will begin, so that there is room for a row behind the last.
+template <typename T, typename PackRow>
+GHOSTFUSED_INLINE void pack_lanes(int64_t depth, float* to, int64_t to_row, int64_t count, const PackRow& pack_row) {
+  if constexpr (kLanesAtOnce<T> == 1) {
+    for (int64_t k = 0; k < depth; ++k, to += to_row) pack_row(k, to);
+  } else {
+    for (int64_t k = 0; k < depth; k += 2, to += 2 * to_row) {
+      float *second = to + to_row, *first = second + to_row;
+      pack_row(k, first);
+      if (k + 1 < depth) pack_row(k + 1, second);
+      if (k + 1 == depth) __builtin_memset(second, 0, to_row * sizeof(float));
+      for (int64_t i = 0; i < count; i += kLanes) {
+        Vec v[2] = {load(first + i), load(second + i)};
+        to_operand_rows<T>(v);
+        store(to + 2 * i, v[0]);
+        store(to + 2 * i + kLanes, v[1]);
+      }
+    }
+  }
+}
+
 // NCHW: ``rows`` rows of image n from row ``top`` on, through the input gate: (lane, pixel), ``to_row`` lanes from one
-// to the next.
+// to the next, as pack_lanes writes them.
 template <typename T>
 void pack_planes(const GhostForwardParams& p, const T* gate, int64_t n, int64_t top, int64_t rows, float* to,
                  int64_t to_row) {
@@ -155,18 +178,18 @@ void pack_planes(const GhostForwardParams& p, const T* gate, int64_t n, int64_t 
   const T* x = static_cast<const T*>(p.x.data) + n * p.x.stride_n + top * p.x.stride_h;
   const bool flat = s.height == 1 || p.x.stride_h == s.width * p.x.stride_w;
   const int64_t run = flat ? pixels : s.width;  // pixels at one stride
-  for (int64_t k = 0; k < depth; ++k, to += to_row) {
+  pack_lanes<T>(depth, to, to_row, pixels, [&](int64_t k, float* row) {
     const LaneChannels<T> channels(p, gate, k);
     const T* from = x + k * channels.kCount * p.x.stride_c;
     for (int64_t begin = 0; begin < pixels; begin += run, from += p.x.stride_h) {
       const int64_t vecs = p.x.stride_w == 1 ? run / kLanes : 0;
-      channels.read_run(from, vecs, to + begin);
+      channels.read_run(from, vecs, row + begin);
       for (int64_t i = vecs * kLanes; i < run; i += kLanes) {
         const int count = min_of<int64_t>(run - i, kLanes);
-        store(to + begin + i, channels.read(from + i * p.x.stride_w, p.x.stride_w, count));
+        store(row + begin + i, channels.read(from + i * p.x.stride_w, p.x.stride_w, count));
       }
     }
-  }
+  });
 }
 
 // The input gate of image n, or null.
@@ -179,16 +202,17 @@ const T* gate_of(const GhostForwardParams& p, int64_t n) {
 template <typename T>
 void pack_panels(const GhostForwardParams& p, const T* gate, int64_t n, float* to) {
   const GhostShape& s = p.shape;
-  const int64_t pixels = int64_t{s.height} * s.width, panels = div_up(div_up(pixels, kLanes), kMaxVecs);
+  const int64_t pixels = int64_t{s.height} * s.width, panels = div_up(div_up(pixels, kLanes), kMaxVecs<T>);
   const int64_t depth = div_up(s.in_channels, LaneChannels<T>::kCount);
   const T* x = static_cast<const T*>(p.x.data) + n * p.x.stride_n;
   for (int64_t i = 0; i < panels; ++i) {
-    const PanelPixels panel(i, pixels);
-    for (int64_t k = 0; k < depth; ++k) {
+    const PanelPixels panel(i, pixels, kMaxVecs<T>);
+    const int64_t row = panel.vecs * kLanes;
+    pack_lanes<T>(depth, to, row, row, [&](int64_t k, float* lanes) {
       const LaneChannels<T> channels(p, gate, k);
-      channels.read_run(x + panel.begin + k * channels.kCount * p.x.stride_c, panel.vecs, to);
-      to += panel.vecs * kLanes;
-    }
+      channels.read_run(x + panel.begin + k * channels.kCount * p.x.stride_c, panel.vecs, lanes);
+    });
+    to += lanes_of(s.in_channels, LaneChannels<T>::kCount, kLanesAtOnce<T>) * row;
   }
 }
 

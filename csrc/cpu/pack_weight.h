@@ -27,7 +27,8 @@ void pack_channels(const GhostForwardParams& p, const T* gate, int64_t c0, int64
         for (int i = 0; i < kLanes; ++i) v[i] = c + i < channels ? read(c + i, k) : Vec{};
         transpose(v);
         const int64_t count = min_of<int64_t>(depth - k, kLanes);
-        for (int64_t i = 0; i < count; ++i) store(to + i * kLanes, row_of_pairs<T>(v[i]));
+        to_operand_rows<T>(v);
+        for (int64_t i = 0; i < count; ++i) store(to + i * kLanes, v[i]);
         to -= (kLanes - count) * kLanes;
       }
     }
@@ -66,7 +67,8 @@ int64_t pack_weight(const GhostForwardParams& p, bool bfloat16, void* to) {
     return int64_t{s.init_channels} * s.in_channels * sizeof(BFloat16);
   }
   if (!s.channels_last) return 0;
-  const int64_t depth = div_up(int64_t{s.in_channels} * p.kernel * p.kernel, Operand<T, true>::kChannels);
+  const int64_t depth =
+      lanes_of(int64_t{s.in_channels} * p.kernel * p.kernel, Operand<T, true>::kChannels, kLanesAtOnce<T>);
   const int64_t vectors = div_up(s.init_channels, kLanes);
   if (!to) {
   } else if (!bfloat16) {

@@ -53,22 +53,22 @@ class TapPlane {
 // Output rows top … top + rows - 1 of image n: (lane, pixel), as pack_planes. ``line`` has room for a row in whole
 // vectors.
 template <typename T>
-void pack_patch_planes(const GhostForwardParams& p, const T* gate, int64_t n, int64_t top, int64_t rows, int64_t depth,
-                       float* to, int64_t to_row, float* line) {
+void pack_patch_planes(const GhostForwardParams& p, const T* gate, int64_t n, int64_t top, int64_t rows, float* to,
+                       int64_t to_row, float* line) {
   constexpr int kCount = Operand<T, false>::kChannels;
   const int64_t width = p.shape.width, channels = int64_t{p.shape.in_channels} * p.kernel * p.kernel;
-  for (int64_t k = 0; k < depth; ++k, to += to_row) {
+  pack_lanes<T>(div_up(channels, kCount), to, to_row, rows * width, [&](int64_t k, float* row) {
     const TapPlane<T> even(p, gate, n, k * kCount), odd(p, gate, n, min_of(k * kCount + 1, channels - 1));
     for (int64_t h = 0; h < rows; ++h) {
-      even.read(top + h, to + h * width);
+      even.read(top + h, row + h * width);
       if (kCount == 1) continue;
       if (k * kCount + 1 < channels) odd.read(top + h, line);
       for (int64_t w = 0; w < width; w += kLanes) {
-        float* pair = to + h * width + w;
+        float* pair = row + h * width + w;
         store(pair, pair_of(load(pair), load(line + w)));
       }
     }
-  }
+  });
 }
 
 // The same, (pixel, channel), ``to_row`` numbers from one pixel to the next, as pack_pixels.
@@ -134,7 +134,13 @@ void pack_patch_channels(const GhostForwardParams& p, int64_t c0, int64_t channe
     }
   }
   if (!kChannelsLast) return;
-  for (int64_t i = 0; i < rows * depth; i += kLanes) store(weight + i, row_of_pairs<T>(load(weight + i)));
+  constexpr int kRows = kLanesAtOnce<T>;
+  for (int64_t i = 0; i < rows * depth; i += kRows * kLanes) {
+    Vec v[kRows];
+    for (int j = 0; j < kRows; ++j) v[j] = load(weight + i + j * kLanes);
+    to_operand_rows<T>(v);
+    for (int j = 0; j < kRows; ++j) store(weight + i + j * kLanes, v[j]);
+  }
 }
 
 }  // namespace ghostfused::cpu::GHOSTFUSED_ISA

@@ -17,8 +17,8 @@ constexpr int64_t kPanelBlocks = 4;  // blocks of channels for which packing x i
 struct PanelPixels {
   int64_t begin, vecs, vecs_before;
 
-  PanelPixels(int64_t i, int64_t pixels) {
-    const int64_t all = div_up(pixels, kLanes), panels = div_up(all, kMaxVecs);
+  PanelPixels(int64_t i, int64_t pixels, int max_vecs) {
+    const int64_t all = div_up(pixels, kLanes), panels = div_up(all, max_vecs);
     vecs_before = i * all / panels;
     vecs = (i + 1) * all / panels - vecs_before;
     begin = vecs_before * kLanes - max_of<int64_t>((vecs_before + vecs) * kLanes - pixels, 0);
@@ -40,16 +40,18 @@ struct Plan {
   int64_t units;
 };
 
-// Whether the channels of every row are aligned pairs: ``sizes`` are all strides, and the length of a row, or-ed.
-inline bool made_of_pairs(const void* data, int64_t sizes) {
-  return sizes % 2 == 0 && reinterpret_cast<uintptr_t>(data) % 4 == 0;
+// Whether the channels of every row are aligned pairs, as many as are summed at once: ``sizes`` are all strides, and
+// the length of a row, or-ed.
+inline bool made_of_pairs(const void* data, int64_t sizes, int at_once) {
+  return sizes % (2 * at_once) == 0 && reinterpret_cast<uintptr_t>(data) % 4 == 0;
 }
 
 inline Plan make_plan(const GhostForwardParams& p, int threads) {
   const GhostShape& s = p.shape;
   const int64_t height = s.height, width = s.width, per_lane = channels_per_lane(s.path, s.channels_last);
   const bool patches = p.kernel > 1 || p.stride > 1;
-  const int64_t depth = div_up(int64_t{s.in_channels} * p.kernel * p.kernel, per_lane);
+  const int at_once = lanes_at_once(s.path);
+  const int64_t depth = lanes_of(int64_t{s.in_channels} * p.kernel * p.kernel, per_lane, at_once);
   const bool is_float = s.path == Path::kFloat32 || s.path == Path::kTF32;
   Plan plan{};
   plan.patches = patches;
@@ -59,7 +61,7 @@ inline Plan make_plan(const GhostForwardParams& p, int threads) {
 
   plan.rows = max_of<int64_t>((patches ? kPatchBytes : kTileBytes) / (depth * width * 4), 4);
   plan.tiles = div_up(height, plan.rows);
-  const int64_t largest_block = s.channels_last ? kMaxVecs * kLanes : kMaxRows;
+  const int64_t largest_block = s.channels_last ? max_vecs(at_once) * kLanes : kUsualRows;
   plan.blocks = div_up(s.init_channels, largest_block);
   if (s.batch * plan.tiles % threads != 0) {  // few units: give each thread as many
     const int64_t least = s.channels_last ? kLanes : 4;
@@ -89,14 +91,15 @@ inline Plan make_plan(const GhostForwardParams& p, int threads) {
   const int64_t area = int64_t{p.kernel} * p.kernel;
   const bool contiguous = (s.in_channels == 1 || p.primary_weight_stride_k == area) &&
                           (area == 1 || (p.primary_weight_stride_w == 1 && p.primary_weight_stride_h == p.kernel));
-  const bool operand =
-      per_lane == 1 ? is_float : made_of_pairs(p.primary_weight, s.in_channels * area | p.primary_weight_stride_n);
+  const bool operand = per_lane == 1
+                           ? is_float
+                           : made_of_pairs(p.primary_weight, s.in_channels * area | p.primary_weight_stride_n, at_once);
   plan.pack_weight = s.channels_last || !operand || !contiguous;
   plan.pack_taps = s.channels_last || !is_float || p.cheap_weight_stride_w != 1 || p.cheap_weight_stride_h != s.dw_size;
   plan.pack_x = !is_float;
   if (s.channels_last) {
     const int64_t sizes = s.in_channels | p.x.stride_n | p.x.stride_h | p.x.stride_w;
-    if (per_lane > 1) plan.pack_x = !made_of_pairs(p.x.data, sizes);
+    if (per_lane > 1) plan.pack_x = !made_of_pairs(p.x.data, sizes, at_once);
     plan.pack_x |= s.input_gate || (s.in_channels > 1 && p.x.stride_c != 1);
   } else {
     // vectors lie along the pixels of a channel, across rows; they mustn't reach past x's end
@@ -105,8 +108,8 @@ inline Plan make_plan(const GhostForwardParams& p, int threads) {
   }
   const int64_t vecs = div_up(height * width, kLanes),
                 sharing = plan.blocks * min_of<int64_t>(s.batch, threads) / threads;
-  plan.panels = !patches && !s.channels_last && sharing >= kPanelBlocks && plan.chunk == height && vecs > kMaxVecs &&
-                (width == 1 || p.x.stride_w == 1) && (height == 1 || p.x.stride_h == width);
+  plan.panels = !patches && !s.channels_last && sharing >= kPanelBlocks && plan.chunk == height &&
+                vecs > max_vecs(at_once) && (width == 1 || p.x.stride_w == 1) && (height == 1 || p.x.stride_h == width);
   plan.pack_x |= plan.panels || patches;
   // whatever the number of threads, so that the result doesn't depend on it
   plan.gate_weight = s.input_gate && is_float && !s.channels_last && !patches;
@@ -136,10 +139,11 @@ inline Scratch scratch_layout(const GhostShape& s, const Plan& plan) {
   at.stage = at.x1 + x1_size + margin;
   at.masks = at.stage + max_of<int64_t>(s.width, kLanes) * kLanes;
   at.tile = at.masks + (s.channels_last ? 0 : div_up(s.width, kLanes) * s.dw_size * kLanes);
-  at.packed_x = at.tile + kMaxRows * kMaxVecs * kLanes;
+  at.packed_x = at.tile + kMaxSums * kLanes;
   const int64_t pixels = min_of<int64_t>(plan.rows + 2 * pad, s.height) * s.width;
   at.packed_x_row = s.channels_last ? plan.depth : plan.panels ? div_up(pixels, kLanes) * kLanes : pixels + kLanes;
-  at.blocks = at.packed_x + (plan.pack_x ? (s.channels_last ? pixels : plan.depth) * at.packed_x_row : 0) + margin;
+  const int64_t packed_x_rows = s.channels_last ? pixels : plan.depth + lanes_at_once(s.path) - 1;  // see pack_lanes
+  at.blocks = at.packed_x + (plan.pack_x ? packed_x_rows * at.packed_x_row : 0) + margin;
   at.total = at.blocks + plan.blocks * at.block_size + margin;
   return at;
 }

@@ -7,18 +7,25 @@
 
 namespace ghostfused::cpu::GHOSTFUSED_ISA {
 
-// Accumulators fill three quarters of the vector registers, and half of NEON's, where vectors of factors take a
-// quarter.
+// The rows and the vectors of a block of sums. They fill three quarters of the vector registers, and half of NEON's,
+// where vectors of factors take a quarter. Where bfmmla sums, a square of them takes the fewest loads.
 #ifdef GHOSTFUSED_MANY_REGISTERS  // 32 of them
-constexpr int kMaxRows = 8;
+constexpr int kUsualRows = 8;
 #else
-constexpr int kMaxRows = 4;
+constexpr int kUsualRows = 4;
 #endif
 #ifdef GHOSTFUSED_NEON
-constexpr int kMaxVecs = 2;
+constexpr int kUsualVecs = 2;
 #else
-constexpr int kMaxVecs = 3;
+constexpr int kUsualVecs = 3;
 #endif
+constexpr int max_vecs(int lanes_at_once) { return lanes_at_once > 1 ? 4 : kUsualVecs; }
+template <typename T>
+constexpr int kMaxVecs = max_vecs(kLanesAtOnce<T>);
+template <typename T>
+constexpr int kMaxRows = kLanesAtOnce<T> > 1 ? 4 : kUsualRows;
+constexpr int kMaxSums = kUsualRows * kUsualVecs;
+static_assert(kMaxRows<BFloat16> * kMaxVecs<BFloat16> <= kMaxSums);
 
 // Whether the distances of the rows stay in registers, of which aarch64 has enough: GCC adds them up in the loop.
 #if defined(GHOSTFUSED_NEON) || defined(GHOSTFUSED_SVE)
@@ -34,14 +41,15 @@ constexpr int kLine = 16, kPrefetchX = 120, kPrefetchOut = 72;
 // y = act(scale * (a b) + shift): a (rows, depth) read by broadcasts, b (depth, vecs * kLanes), row-major all. a and b
 // are made of the lanes of operand.h, which ``float`` stands for.
 // NCHW: rows are channels, vectors lie along pixels. channels_last: rows are pixels, vectors lie along channels, and b
-// is (vecs, depth, kLanes), of BFloat16 numbers if kHalfB.
+// is (vecs, depth, kLanes), of BFloat16 numbers if kHalfB. Where an instruction sums several lanes those of b lie
+// together: (depth / kLanesAtOnce, vecs * kLanes, kLanesAtOnce).
 template <typename T>
 struct Panel {
   const float* a;
   int64_t a_row;
   const float* b;
   int64_t b_row;       // NCHW's
-  const float* ahead;  // what will be read next: two lines from here on are fetched with every row of b
+  const float* ahead;  // what will be read next: lines from here on are fetched with every row of b
   int64_t ahead_row;
   int64_t depth;
   float* y;
@@ -110,31 +118,29 @@ void multiply(const Panel<T>& p) {
 #pragma GCC unroll 8
       for (int j = 0; j < kVecs; ++j) sum[i][j] = Vec{};
     }
-    int64_t k = min_of(left, part);
+    if constexpr (kLanesAtOnce<T> > 1) {
+      multiply_quads<!kRowsAreChannels>(a, a_row, b, 2 * b_row, b_vec, p.depth, ahead, p.ahead_row, sum);
+    } else {
+      int64_t k = min_of(left, part);
 #ifdef GHOSTFUSED_NEON
-#ifdef GHOSTFUSED_NEON_BF16
-    if constexpr (kMatrixProducts<T, kRows> && !kHalfB) {
-      multiply_quads<!kRowsAreChannels>(a, a_row, b, b_row, b_vec, k / 2, ahead, p.ahead_row, sum);
-      k %= 2;
-    }
+      multiply_fours<T, !kRowsAreChannels>(a, a_row, b, b_row, b_vec, k / kFactors, ahead, p.ahead_row, sum);
+      k %= kFactors;
 #endif
-    multiply_fours<T, !kRowsAreChannels>(a, a_row, b, b_row, b_vec, k / kFactors, ahead, p.ahead_row, sum);
-    k %= kFactors;
-#endif
-    for (; k > 0; --k, ++a, b += b_row) {
-      Vec row[kVecs];
+      for (; k > 0; --k, ++a, b += b_row) {
+        Vec row[kVecs];
 #pragma GCC unroll 8
-      for (int j = 0; j < kVecs; ++j) row[j] = load_float(b + j * b_vec);
-      if (kRowsAreChannels) {
-        __builtin_prefetch(ahead);
-        __builtin_prefetch(ahead + kLine);
-        ahead += p.ahead_row;
-      }
+        for (int j = 0; j < kVecs; ++j) row[j] = load_float(b + j * b_vec);
+        if (kRowsAreChannels) {
+          __builtin_prefetch(ahead);
+          __builtin_prefetch(ahead + kLine);
+          ahead += p.ahead_row;
+        }
 #pragma GCC unroll 8
-      for (int i = 0; i < kRows; ++i) {
-        const Vec factor = load_factor<T, !kRowsAreChannels>(a + (kKeepDistances ? a_row[i] : i * p.a_row));
+        for (int i = 0; i < kRows; ++i) {
+          const Vec factor = load_factor<T, !kRowsAreChannels>(a + (kKeepDistances ? a_row[i] : i * p.a_row));
 #pragma GCC unroll 8
-        for (int j = 0; j < kVecs; ++j) sum[i][j] = multiply_add<T, !kRowsAreChannels>(factor, row[j], sum[i][j]);
+          for (int j = 0; j < kVecs; ++j) sum[i][j] = multiply_add<T, !kRowsAreChannels>(factor, row[j], sum[i][j]);
+        }
       }
     }
     if (left <= part) break;
@@ -205,13 +211,13 @@ using Multiply = void (*)(const Panel<T>&);
 template <typename T, bool kRowsAreChannels, bool kHalfB, int... kIndex>
 Multiply<T> multiply_kernel(int rows, int vecs, std::integer_sequence<int, kIndex...>) {
   static constexpr Multiply<T> kernels[] = {
-      multiply<T, kIndex / kMaxVecs + 1, kIndex % kMaxVecs + 1, kRowsAreChannels, kHalfB>...};
-  return kernels[(rows - 1) * kMaxVecs + vecs - 1];
+      multiply<T, kIndex / kMaxVecs<T> + 1, kIndex % kMaxVecs<T> + 1, kRowsAreChannels, kHalfB>...};
+  return kernels[(rows - 1) * kMaxVecs<T> + vecs - 1];
 }
 template <typename T, bool kRowsAreChannels, bool kHalfB>
 Multiply<T> multiply_kernel(int rows, int vecs) {
   return multiply_kernel<T, kRowsAreChannels, kHalfB>(rows, vecs,
-                                                      std::make_integer_sequence<int, kMaxRows * kMaxVecs>{});
+                                                      std::make_integer_sequence<int, kMaxRows<T> * kMaxVecs<T>>{});
 }
 
 }  // namespace ghostfused::cpu::GHOSTFUSED_ISA

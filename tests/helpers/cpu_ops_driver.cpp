@@ -1,6 +1,6 @@
 // Answers calls of the CPU kernels' ops with no Python and no Torch, for CPUs that only an emulator has:
 //   cpu_ops_driver THREADS < calls > answers
-// tests/helpers/cpu_ops_driver.py is the other side. Everything is little-endian, in words of 8 bytes.
+// tests/helpers/aarch64.py is the other side. Everything is little-endian, in words of 8 bytes.
 //   call:   the op's place in ``answer``, then its arguments. A tensor: 1 (0: none), dtype, dimensions, sizes, strides,
 //           offset, bytes of the storage, the storage filled up to whole words. Numbers: a word each.
 //   answer: 0, then the result as above; or the bytes of an error's message, and the message filled up.
@@ -64,10 +64,17 @@ T argument() {
 
 template <typename... Args>
 void call(Tensor (*op)(Args...)) {
-  std::tuple<Args...> args{argument<Args>()...};  // braces: from left to right
+  const std::tuple<Args...> args{argument<Args>()...};  // braces: from left to right
   Tensor out;
   try {
-    out = std::apply(op, std::move(args));
+    out = std::apply(op, args);
+    cpu::Packs packs(false);
+    const cpu::UsePacks use(&packs);
+    const Tensor frozen = std::apply(op, args);
+    const Storage &storage = *out.get()->storage, &other = *frozen.get()->storage;
+    if (storage.bytes != other.bytes || std::memcmp(storage.data, other.data, storage.bytes) != 0) {
+      throw std::runtime_error("weights that are packed once give other bits");
+    }
   } catch (const std::exception& error) {
     const std::string message = error.what();
     write_word(static_cast<int64_t>(message.size()));

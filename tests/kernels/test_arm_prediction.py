@@ -13,7 +13,8 @@ needs_compiler = pytest.mark.skipif(arm_prediction.compiler() is None, reason="n
 needs_models = pytest.mark.skipif(arm_prediction.missing() is not None, reason=str(arm_prediction.missing()))
 DOCS = Path(__file__).parents[2] / "docs" / "cpu.md"
 PRODUCTS_OF_A_LOOP = {"float32": 64, "float16": 128, "bfloat16": 32}
-"""8 rows × 2 vectors × 4 lanes; fp16: of two channels each; bf16: blocks of two rows by two columns by four channels."""
+"""8 rows × 2 vectors × 4 lanes; fp16: of two channels each; bf16: 4 rows × 4 vectors × 2 quads of channels, two rows by two
+columns each."""
 
 
 @needs_compiler
@@ -30,8 +31,7 @@ def test_sums_stay_in_registers(name):
 
 @needs_models
 def test_the_table_of_the_docs():
-    """Every core reaches 60 % of its peak, a Cortex-A510 of bfdot's, too; the docs have these very numbers, if this LLVM is
-    theirs."""
+    """Every core reaches 60 % of its peak; the docs have these very numbers, if this LLVM is theirs."""
     printed = arm_prediction.report()
     rows = {row[0]: row[1:] for row in re.findall(r"^\| ([\w-]*\d\w*) \| (.*) \|$", printed, re.MULTILINE)}
     assert set(rows) == set(arm_prediction.CORES)
@@ -40,8 +40,6 @@ def test_the_table_of_the_docs():
         shares = {name: int(share[:-1]) for name, share in cells.items() if share != "–"}
         assert len(shares) >= 2
         for name, share in shares.items():
-            if core == "cortex-a510" and name.startswith("bfloat16"):  # bfmmla's peak is twice bfdot's there
-                share *= arm_prediction.peak("bfmmla", "v", core) / arm_prediction.peak("bfdot", "v", core)
             assert share >= 60, (core, name)
     title, _, table = printed.partition("\n\n")
     if title in DOCS.read_text():
@@ -57,7 +55,7 @@ def test_what_an_instruction_set_can_gain():
     loop = arm_prediction.inner_loop("bfloat16 nchw")
     products = sum(arm_prediction.PRODUCTS[name] for name, _ in arm_prediction.multiplications(loop))
     for core in ("neoverse-n2", "neoverse-v1", "neoverse-v2"):
-        assert products / arm_prediction.cycles(loop, core) > 1.3 * arm_prediction.peak("bfdot", "v", core)
+        assert products / arm_prediction.cycles(loop, core) > 1.5 * arm_prediction.peak("bfdot", "v", core)
     printed = arm_prediction.peaks_report()
     if arm_prediction.report().partition("\n\n")[0] in DOCS.read_text():
         assert printed in DOCS.read_text()

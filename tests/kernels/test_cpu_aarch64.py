@@ -78,7 +78,7 @@ def test_every_width(driver, dtype, layout):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_pairs_of_channels(driver, dtype, layout):
     """Products of half-precision numbers are made in pairs, which an odd number of channels or an odd address cuts apart."""
-    for in_channels in (1, 2, 3, 16, 33, 34):
+    for in_channels in (1, 2, 3, 4, 5, 6, 7, 8, 16, 33, 34, 35):
         case = Case(2, in_channels, 5, 7, 18, dtype=dtype, layout=layout)
         args = make_args(case)
         check_args(driver, args, case)
