@@ -1,4 +1,4 @@
-"""``python -m ghostfused info | verify | fuse``."""
+"""Says what works on this machine, checks fused modules against float64, and fuses a network to show what that brings."""
 
 from __future__ import annotations
 

@@ -25,14 +25,16 @@ from .verify import DTYPES, calibrated, network_verdict, word_of
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="seed|paper|timm:NAME|file.py:function")
-    parser.add_argument("--level", default="auto", choices=LEVELS)
-    parser.add_argument("--backend", default="auto", choices=["auto", *backends.BACKENDS])
-    parser.add_argument("--dtype", type=inputs.dtype, default="float32", choices=list(DTYPES))
-    parser.add_argument("--batch", type=positive, default=1)
+    parser.add_argument(
+        "--level", default="auto", choices=LEVELS, help="module: Ghost modules alone; auto: bottlenecks too"
+    )
+    parser.add_argument("--backend", default="auto", choices=["auto", *backends.BACKENDS], help=inputs.BACKEND)
+    parser.add_argument("--dtype", type=inputs.dtype, default="float32", choices=list(DTYPES), help="default float32")
+    parser.add_argument("--batch", type=positive, default=1, help="images of the input (default 1)")
     parser.add_argument("--size", type=positive, default=224, help="height and width of the input (default 224)")
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     parser.add_argument("--rounds", type=_rounds, default=30, help="timed calls of each, taking turns (default 30)")
-    parser.add_argument("--seed", type=inputs.seed, default=0)
+    parser.add_argument("--seed", type=inputs.seed, default=0, help="of the random numbers (default 0)")
 
 
 def _rounds(text: str) -> int:

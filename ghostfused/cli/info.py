@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 from importlib import metadata
@@ -87,7 +88,7 @@ def _words(value: object) -> object:
     """A field of ``spec.kernels.Takes`` as JSON has it."""
     if isinstance(value, tuple):
         return [_words(each) for each in value]
-    if isinstance(value, torch.dtype):
+    if isinstance(value, torch.dtype) or value == math.inf:  # JSON has no infinity
         return str(value)
     return value.name.lower() if isinstance(value, Act) else value
 
@@ -95,7 +96,7 @@ def _words(value: object) -> object:
 def _short(value: object) -> str:
     if isinstance(value, list):
         return ", ".join("×".join(map(str, each)) if isinstance(each, list) else _short(each) for each in value)
-    return f"{value:.1f}" if isinstance(value, float) else str(value).removeprefix("torch.")
+    return f"{value:.4g}" if isinstance(value, float) else str(value).removeprefix("torch.")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -20,6 +20,9 @@ from torch.utils._pytree import tree_leaves
 
 from .. import backends
 
+BACKEND = "what the fused modules run on (default auto)"
+"""The help of each command's --backend."""
+
 
 class BadInput(SystemExit):
     """Ends a command with one line and exit code 2."""

@@ -42,16 +42,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--configs", type=Path, metavar="FILE.jsonl", help="check one module a row")
     what.add_argument("--model", metavar="seed|paper|timm:NAME|file.py:function", help="check a whole network")
-    parser.add_argument("--backend", default="auto", choices=["auto", *backends.BACKENDS])
-    parser.add_argument("--dtype", type=inputs.dtype, default="float32", choices=list(DTYPES))
-    parser.add_argument("--layout", type=inputs.layout, default="nchw", choices=list(inputs.LAYOUTS.values()))
-    parser.add_argument("--batch", type=positive, default=2)
+    parser.add_argument("--backend", default="auto", choices=["auto", *backends.BACKENDS], help=inputs.BACKEND)
+    parser.add_argument("--dtype", type=inputs.dtype, default="float32", choices=list(DTYPES), help="default float32")
+    parser.add_argument(
+        "--layout", type=inputs.layout, default="nchw", choices=list(inputs.LAYOUTS.values()), help="default nchw"
+    )
+    parser.add_argument("--batch", type=positive, default=2, help="images of an input (default 2)")
     parser.add_argument("--max-size", type=positive, help="cut height and width to this, keeping odd sizes odd")
     parser.add_argument(
         "--size", type=positive, default=224, help="height and width of a network's input (default 224)"
     )
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
-    parser.add_argument("--seed", type=inputs.seed, default=0)
+    parser.add_argument("--seed", type=inputs.seed, default=0, help="of the random numbers (default 0)")
 
 
 def main(options: argparse.Namespace) -> int:

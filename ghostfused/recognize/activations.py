@@ -14,10 +14,9 @@ from .equivalence import SAME
 from .trace import is_fused, is_layer, more_than_one_tensor, shadow, trace
 from .watch import Absent, Path, Watched, is_immutable
 
-_OF_NUMBERS = {
-    "relu", "relu_", "relu6", "hardtanh", "hardtanh_", "clamp", "clamp_", "clip", "sigmoid", "sigmoid_", "hardsigmoid", "silu",
-    "hardswish", "gelu", "mish", "tanh", "softplus", "exp", "erf", "add", "add_", "iadd", "sub", "mul", "mul_", "imul", "div",
-    "div_", "truediv", "itruediv", "pow",
+_OF_NUMBERS = {getattr(call, "__name__", call) for call in BY_CALL} | {
+    "hardtanh", "hardtanh_", "clamp", "clamp_", "clip", "sigmoid", "sigmoid_", "hardsigmoid", "tanh", "softplus", "exp", "erf",
+    "add", "add_", "iadd", "sub", "mul", "mul_", "imul", "div", "div_", "truediv", "itruediv", "pow",
 }  # fmt: skip
 _LAYERS_OF_NUMBERS = (
     *(module for module, act in BY_MODULE.items() if act in WITHOUT_SLOPE),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+
 import pytest
 
 import bench.__main__
@@ -34,3 +36,10 @@ def test_a_command_names_its_options(program, command, capsys):
     said = capsys.readouterr().out
     assert said.startswith("usage: ")
     assert "--help" in said
+
+
+@pytest.mark.parametrize("command", ghostfused.__main__.COMMANDS)
+def test_an_option_says_what_it_is(command):
+    parser = argparse.ArgumentParser()
+    ghostfused.__main__.COMMANDS[command].add_arguments(parser)
+    assert not [action.option_strings for action in parser._actions if action.option_strings and not action.help]

@@ -44,6 +44,8 @@ def test_info_is_what_an_issue_wants(capsys, monkeypatch):
     facts = json.loads(text)
     assert run("info") == 0
     printed = capsys.readouterr().out
+    json.loads(text, parse_constant=pytest.fail)  # Infinity is Python's own
+    assert re.search(r"triton\n(    .*\n)*    eps +1.175e-38, 3.403e\+38\n", printed)
     assert facts["package"] == str(Path(ghostfused.__file__).parent)
     assert facts["machine"] == platform.machine()
     assert facts["cpu"]["threads"] == torch.get_num_threads()
