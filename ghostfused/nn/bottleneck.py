@@ -136,7 +136,8 @@ class FusedGhostBottleneck(_FusedTwin):
         if isinstance(found, str):
             return found
         main, shortcut = found.branches
-        return cls._prove(module, _in_channels(module, main), backend, found, _main=main, _shortcut=shortcut)
+        channels = _in_channels(module, (*shortcut, *main))
+        return cls._prove(module, channels, backend, found, _main=main, _shortcut=shortcut)
 
     def runs(self) -> tuple[Run, ...]:
         return (*self._shortcut, *(step for step in self._main if isinstance(step, Run)))
@@ -196,18 +197,24 @@ class FusedConvNormAct(_FusedTwin):
         return self._layers(self, x, self.backend)
 
 
-def _in_channels(module: nn.Module, main: tuple[Step, ...]) -> int:
-    first = main[0]
-    place = first.path if isinstance(first, Ghost | Whole) else first.paths[0]
-    layer = module if isinstance(place, Act) else ghost.layer_at(module, place)
-    if isinstance(layer, Known):
-        layer = module
-    if isinstance(layer, FusedGhostModule):
-        half = ghost.read_place(layer, layer._halves[0])
-        assert not isinstance(half, str)
-        return half.conv.in_channels
-    matrix = next(m for m in layer.modules() if isinstance(m, nn.Conv2d | nn.Linear))
-    return matrix.in_channels if isinstance(matrix, nn.Conv2d) else matrix.in_features
+def _in_channels(module: nn.Module, steps: tuple[Step, ...]) -> int:
+    """Of the input, by the first layer along ``steps`` that tells: pooling, activations and attention keep the channels."""
+    for step in steps:
+        for place in step.paths if isinstance(step, Run | SqueezeExcite) else (step.path,):
+            layer = None if isinstance(place, Act) else ghost.layer_at(module, place)
+            if isinstance(step, Whole):
+                layer = next(m for m in layer.modules() if isinstance(m, FusedGhostModule))  # type: ignore[union-attr]
+            if isinstance(layer, FusedGhostModule):
+                half = ghost.read_place(layer, layer._halves[0])
+                assert not isinstance(half, str)
+                return half.conv.in_channels
+            for kind, name in _TELLS.items():
+                if isinstance(layer, kind):
+                    return getattr(layer, name)
+    return next(m for m in module.modules() if isinstance(m, nn.Conv2d)).in_channels
+
+
+_TELLS = {nn.Conv2d: "in_channels", nn.Linear: "in_features", nn.BatchNorm2d: "num_features"}
 
 
 class _Found(NamedTuple):
@@ -280,16 +287,26 @@ def _runs_ghosts(module: nn.Module) -> bool:
     return getattr(type(module), "forward", None) is not nn.Sequential.forward and any(map(is_fused, module.modules()))
 
 
+_LEAVES = (
+    F.avg_pool2d, F.max_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d, torch.mean, torch.amax, torch.max, torch.sum,
+    operator.mul, torch.mul, "mean", "amax", "max", "sum", "mul",
+)  # fmt: skip
+_LEAVING = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.modules.pooling._AvgPoolNd, nn.modules.pooling._MaxPoolNd,
+            nn.modules.pooling._AdaptiveAvgPoolNd, nn.modules.pooling._AdaptiveMaxPoolNd)  # fmt: skip
+
+
 def _leaves_its_input(module: nn.Module) -> Watched | None:
-    """What its forward reads, if that hands its input to convolutions, fused modules and pooling alone, which don't change
-    it; else None."""
+    """What its forward reads, if that hands its input only to layers, fused modules and functions that neither change it nor
+    give it out; else None."""
     traced = trace(module)
     if isinstance(traced, str):
         return None
     for node in traced.start.users:
         layer = module.get_submodule(str(node.target)) if node.op == "call_module" else None
-        harmless = type(layer) is nn.Conv2d or (layer is not None and is_fused(layer))
-        if not (harmless or is_look(node) or node.target in (F.avg_pool2d, F.adaptive_avg_pool2d)):
+        harmless = isinstance(layer, _LEAVING) or (layer is not None and is_fused(layer))
+        computes = node.op != "call_module" and node.target in _LEAVES
+        asks = node.target == "expand_as" and node.args[0] is not traced.start
+        if not (harmless or computes or asks or is_look(node)):
             return None
     return traced.watched
 
@@ -313,8 +330,7 @@ def read(module: nn.Module) -> _Found | str:
     """The steps of ``module``'s main branch, which ends in a Ghost module, and of its shortcut; or why it has none."""
     found = _read(module)
     if isinstance(found, str) and any(map(_runs_ghosts, module.children())):
-        other = _read(module, whole=True)
-        return found if isinstance(other, str) else other
+        return _read(module, whole=True)
     return found
 
 

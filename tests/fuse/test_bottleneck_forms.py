@@ -248,10 +248,119 @@ def test_a_first_step_that_may_change_its_input_is_named():
     )
     fused, report = fuse_with_report(model)
     assert not isinstance(fused[0], FusedGhostBottleneck)
-    assert {swap.fqn: swap.reason for swap in report if not swap.fused}.keys() == {"0"}
+    assert {swap.fqn: swap.reason for swap in report if not swap.fused} == {
+        "0": "ghost1, which comes first, might change its input"
+    }
     x = torch.randn(2, 6, 9, 8)
     with torch.no_grad():
         torch.testing.assert_close(fused(x.clone()), model(x.clone()), rtol=1e-3, atol=1e-4)
+
+
+class OfLayers(Around):
+    """Its pooling is a layer, not a function."""
+
+    def __init__(self, cin, cout):
+        super().__init__(cin, cout)
+        self.gate = nn.Sequential(nn.AvgPool2d(2), long_convs(cin, cout), nn.Sigmoid())
+
+    def forward(self, x):
+        out = self.ghost(x)
+        return out * F.interpolate(self.gate(x), size=out.shape[-2:], mode="nearest")
+
+
+class Efficient(nn.Module):
+    """ECA: no convolution in it tells how many channels come."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(1, 1, 3, padding=1, bias=False)
+
+    def forward(self, x):
+        gate = F.adaptive_avg_pool2d(x, 1).squeeze(-1).transpose(1, 2)
+        return x * self.conv(gate).sigmoid().transpose(1, 2).unsqueeze(-1).expand_as(x)
+
+
+class After(Bottleneck):
+    """``first`` runs before the Ghost modules."""
+
+    def __init__(self, *first, shortcut=()):
+        super().__init__(paper.GhostModule(6, 12), paper.GhostModule(12, 6, relu=False))
+        self.first, self.shortcut = nn.Sequential(*first), nn.Sequential(*shortcut)
+
+    def forward(self, x):
+        return self.ghost2(self.ghost1(self.first(x))) + self.shortcut(x)
+
+
+class Residual(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x) + x
+
+
+class Listed(nn.ModuleList):
+    def forward(self, x):
+        out = x
+        for module in self:
+            out = module(out)
+        return out + x
+
+
+class Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.ghosts = nn.ModuleDict({"one": paper.GhostModule(6, 12), "two": paper.GhostModule(12, 6, relu=False)})
+
+    def forward(self, x):
+        return self.ghosts["two"](self.ghosts["one"](x)) + x
+
+
+def ghosts():
+    return paper.GhostModule(6, 12), paper.GhostModule(12, 6, relu=False)
+
+
+FORMS = {
+    "gate of layers": lambda: Bottleneck(OfLayers(6, 12), paper.GhostModule(12, 6, relu=False)),
+    "norm and activation first": lambda: After(nn.BatchNorm2d(6), nn.ReLU(inplace=True)),
+    "activation first": lambda: After(nn.SiLU()),
+    "activation in place first": lambda: After(nn.Hardswish(inplace=True)),
+    "pooling first": lambda: After(nn.AvgPool2d(2), shortcut=[nn.AvgPool2d(2)]),
+    "attention first": lambda: After(Efficient()),
+    "a Sequential's subclass": lambda: Residual(*ghosts()),
+    "a ModuleList's subclass": lambda: Listed(ghosts()),
+    "a ModuleDict": Named,
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_of_bottlenecks(form):
+    model = calibrate(nn.Sequential(FORMS[form]()), torch.randn(4, 6, 10, 8))
+    fused, report = fuse_with_report(model)
+    assert isinstance(fused[0], FusedGhostBottleneck), report
+    assert all(swap.fused for swap in report)
+    with torch.no_grad():
+        for x in (torch.randn(2, 6, 9, 8), torch.randn(1, 6, 12, 17)):
+            given, expected = x.clone(), x.clone()
+            for _ in range(2):
+                torch.testing.assert_close(fused(given), model(expected), rtol=1e-3, atol=1e-4)
+                torch.testing.assert_close(given, expected, rtol=0, atol=0)
+
+
+class AddsToItsInput(After):
+    def forward(self, x):
+        x += self.ghost2(self.ghost1(x))
+        return x
+
+
+@pytest.mark.parametrize(
+    "make", [AddsToItsInput, lambda: After(nn.ReLU(inplace=True), shortcut=[nn.Conv2d(6, 6, 1)])], ids=["sum", "order"]
+)
+def test_what_its_input_holds_afterwards_is_what_it_was(make):
+    model = calibrate(nn.Sequential(make()), torch.randn(4, 6, 10, 8))
+    given = torch.randn(2, 6, 9, 8)
+    expected, fused = given.clone(), fuse(model)
+    assert not isinstance(fused[0], FusedGhostBottleneck)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(given), model(expected), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(given, expected, rtol=1e-3, atol=1e-4)
 
 
 class EndsInNothing(Bottleneck):

@@ -309,3 +309,14 @@ def test_any_convolution_may_get_another_method(name):
         for _ in range(2):
             assert not torch.allclose(fused(x), before)
             torch.testing.assert_close(fused(x), model(x))
+
+
+@pytest.mark.parametrize("channels", [(3, 4), (16, 6), (16, 20)])
+@pytest.mark.parametrize("kernel", [1, 7])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_bias_before_a_norm_whose_gradient_is_rounding_is_no_difference(channels, kernel, bias):
+    cin, half = channels
+    module = paper.GhostModule(cin, 2 * half)
+    module.primary_conv[0] = nn.Conv2d(cin, half, 1, bias=bias)
+    module.cheap_operation[0] = nn.Conv2d(half, half, kernel, padding=kernel // 2, groups=half)
+    assert isinstance(fuse(nn.Sequential(module))[0], FusedGhostModule)
