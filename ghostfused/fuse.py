@@ -230,7 +230,7 @@ class _Surgery:
         for fqn, module in self._candidates():
             kinds = [type(m) for m in module.modules()]
             ghosts = sum(issubclass(kind, FusedGhostModule) for kind in kinds)
-            holds = type(module).forward in (nn.Module.forward, nn.Sequential.forward)
+            holds = getattr(type(module), "forward", None) in (nn.Module.forward, nn.Sequential.forward)
             if holds or ghosts != 2 or FusedGhostBottleneck in kinds:
                 continue
             self._settle(fqn, module, functools.partial(self._bottleneck, module))

@@ -67,7 +67,7 @@ class _FusedTwin(cache.CachesPrograms, nn.Module):
         attributes |= {"_layout": layers.Layout.of(module, found.beside), "_watched": found.watched}
         attributes |= {"_idle": found.idle, "backend": "reference", "_cache": cache.ProgramCache()}
         fused = make_twin(cls, module, **attributes)
-        reason = prove(module, fused, in_channels)
+        reason = prove(module, fused, in_channels, untraced=bool(found.idle or found.beside))
         fused.backend = backend
         return fused if reason is None else reason
 

@@ -198,7 +198,7 @@ def read_squeeze_excite(block: nn.Module, path: Path) -> tuple[SqueezeExcite, Wa
     channels = first._parameters["weight"].shape[1]  # type: ignore[union-attr]
     acts = {act for m in block.modules() if (act := of_layer(m)) is not None} or {Act.RELU}
     try:
-        with substituted(block, channels, training=False) as (twin, x):
+        with substituted(block, channels, training=False, draws=False) as (twin, x):
             expected = twin.forward(x)
             for act, gate in itertools.product(acts.intersection(COMMON.gate_acts), Gate):
                 found = SqueezeExcite(reduce, expand, act, gate)

@@ -22,12 +22,14 @@ _RANDOM = threading.RLock()
 """Held while PyTorch's random state and number of threads, which all threads share, are others."""
 
 
-def prove(module: nn.Module, fused: nn.Module, in_channels: int) -> str | None:
+def prove(module: nn.Module, fused: nn.Module, in_channels: int, untraced: bool = False) -> str | None:
     """Runs both in eval and in train mode; says how they differ, None if they don't.
 
     Outputs, gradients and running statistics are compared, in float64 on the CPU, on small inputs of several sizes, with
     random weights and statistics, so that weights of zero hide nothing. What runs are shadows: neither module changes.
+    ``untraced``: whether something runs inside that nobody has traced, and that may draw random numbers.
     """
+    draws = untraced or any(isinstance(m, _DRAWING) or _has_gate_of_its_own(m) for m in fused.modules())
     numbers: dict[int, Tensor] = {}
     for training in (False, True):
         mode = "train" if training else "eval"
@@ -38,7 +40,8 @@ def prove(module: nn.Module, fused: nn.Module, in_channels: int) -> str | None:
             results: list[list[tuple[str, Tensor | None]] | Exception] = []
             for each in (module, fused):
                 try:
-                    results.append(_run(each, in_channels, size, training, len(errors) == _SIZES.index(size), numbers))
+                    first = len(errors) == _SIZES.index(size)
+                    results.append(_run(each, in_channels, size, training, first, numbers, draws))
                 except Exception as error:
                     results.append(error)
             expected, ours = results
@@ -56,6 +59,16 @@ def prove(module: nn.Module, fused: nn.Module, in_channels: int) -> str | None:
     return None
 
 
+_DRAWING = (nn.modules.dropout._DropoutNd, nn.RReLU, nn.FractionalMaxPool2d)
+"""Layers that draw random numbers."""
+
+
+def _has_gate_of_its_own(module: nn.Module) -> bool:
+    """Whether it is a fused module with GhostNetV2's gate by a child's forward, which nobody has traced."""
+    state = module.__dict__
+    return state.get("_attention") is not None and not state["_runs"]
+
+
 def _run(
     module: nn.Module,
     in_channels: int,
@@ -63,9 +76,11 @@ def _run(
     training: bool,
     gradients: bool,
     numbers: dict[int, Tensor],
+    draws: bool,
 ) -> list[tuple[str, Tensor | None]]:
     """Output, and gradients if asked for, and statistics afterwards, each with its name."""
-    with substituted(module, in_channels, training, size, numbers) as (twin, x), torch.set_grad_enabled(gradients):
+    shadowed = substituted(module, in_channels, training, size, numbers, draws)
+    with shadowed as (twin, x), torch.set_grad_enabled(gradients):
         x.requires_grad_(gradients)
         given = x.clone()  # no leaf, so that a forward may write into it
         out = twin.forward(given)
@@ -108,12 +123,14 @@ def substituted(
     training: bool,
     size: Sequence[int] = _SIZES[0],
     numbers: dict[int, Tensor] | None = None,
+    draws: bool = True,
 ) -> Iterator[tuple[nn.Module, Tensor]]:
     """A shadow of ``module`` in the mode asked for, with random float64 CPU tensors in place of its own, and an input for it.
 
     Fused modules in it run on the reference, since no kernel takes float64. The random numbers are the same every time, and
     PyTorch's random state is afterwards what it was. ``numbers`` keeps the tensors for further shadows of the same module, by
-    the ids of those that they stand for, so that tied tensors stay tied.
+    the ids of those that they stand for, so that tied tensors stay tied. ``draws``: whether what runs may draw random numbers;
+    then PyTorch's random state, which other threads draw from as well, is another meanwhile.
     """
     generator = torch.Generator("cpu").manual_seed(0)
     numbers = {} if numbers is None else numbers
@@ -142,11 +159,13 @@ def substituted(
         scales = torch.tensor([2.0, 15.0, 0.3], dtype=torch.float64, device="cpu")[: size[0], None, None, None]
         generator.manual_seed(1)  # the same input whether the tensors are new or not
         x = randn(size[0], in_channels, *size[1:]) * scales / in_channels**0.5
-        threads, random_state = torch.get_num_threads(), torch.get_rng_state()
-        torch.set_num_threads(1)  # the work is tiny, and on a busy machine threads would wait for each other
-        torch.default_generator.manual_seed(0)  # torch.manual_seed would seed the GPUs too
+        threads, random_state = torch.get_num_threads(), torch.get_rng_state() if draws else None
         try:
+            torch.set_num_threads(1)  # the work is tiny, and on a busy machine threads would wait for each other
+            if draws:
+                torch.default_generator.manual_seed(0)  # torch.manual_seed would seed the GPUs too
             yield twin, x
         finally:
-            torch.set_rng_state(random_state)
             torch.set_num_threads(threads)
+            if random_state is not None:
+                torch.set_rng_state(random_state)

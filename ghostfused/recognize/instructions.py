@@ -21,26 +21,30 @@ def instructions_of(code: CodeType) -> tuple[dict[int, int], list[dis.Instructio
 
 
 class Instructions:
-    """Calls ``before(frame)`` ahead of each instruction of some code, while it is a context, where Python monitors."""
+    """Calls ``before(frame)`` ahead of each instruction of some code, between ``start`` and ``stop``, where Python monitors.
+
+    No context manager: an interrupt at the end of ``__enter__`` would leave the tool in use.
+    """
 
     def __init__(self, before: Callable[[FrameType], None]):
         self.before = before
         self.codes: set[CodeType] = set()
         self.tool: int | None = None
 
-    def __enter__(self) -> None:
+    def start(self) -> None:
         if MONITORING is None:
             return
         for tool in (3, 4, 5, 2, 1, 0):  # the others have purposes, but may be free
             try:
+                self.tool = tool
                 MONITORING.use_tool_id(tool, "ghostfused")
             except ValueError:
+                self.tool = None
                 continue
             MONITORING.register_callback(tool, MONITORING.events.INSTRUCTION, self._event)
-            self.tool = tool
             return
 
-    def __exit__(self, *_: object) -> None:
+    def stop(self) -> None:
         if self.tool is None:
             return
         for code in self.codes:

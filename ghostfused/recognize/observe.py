@@ -71,17 +71,18 @@ class Observer:
         call = nn.Module.__call__  # somebody may have replaced it by Python code of theirs, as tracers do
         self.plain = {getattr(call, "__code__", None)}
         before, collects = sys.gettrace(), gc.isenabled()
-        gc.disable()  # what a collection runs, such as the end of somebody's generator, is no part of the forward
-        with self.instructions:
+        try:  # all of it: an interrupt may come where any call ends
+            gc.disable()  # what a collection runs, such as the end of somebody's generator, is no part of the forward
+            self.instructions.start()
             for module in self.modules:
                 self.instructions.of(getattr(getattr(module, "forward", None), "__code__", None))
             sys.settrace(self._enter)
-            try:
-                out = function()
-            finally:
-                sys.settrace(before)
-                if collects:
-                    gc.enable()
+            out = function()
+        finally:
+            sys.settrace(before)
+            self.instructions.stop()
+            if collects:
+                gc.enable()
         if self.reason is not None:
             raise Refused(self.reason)
         return out

@@ -148,7 +148,7 @@ def _trace(module: nn.Module, is_leaf: IsLeaf, training: bool) -> Traced | str:
         return f"{name} can't be traced: {type(error).__name__}: {error}"
     result = out.node if isinstance(out, fx.Proxy) else out
     for _, m in _inside(root, ()):
-        if isinstance(m.__dict__.get("forward"), Step):
+        if isinstance(m.__dict__.get("forward"), Step) or isinstance(m, nn.Sequential):
             for method in ("forward", "_conv_forward"):  # of its class, which somebody may replace later
                 if hasattr(type(m), method):
                     observer.watched.of(type(m), method)

@@ -1,6 +1,8 @@
 """What ``fuse`` does around the modules that it swaps: their classes, other threads, warnings and reports."""
 
 import copy
+import gc
+import sys
 import threading
 
 import pytest
@@ -121,6 +123,53 @@ def test_fusing_leaves_other_threads_alone():
     assert [[swap.fused for swap in report] for report in reports] == [[True] * 4] * 3
     assert nn.Module.__call__ is call
     assert nn.Module.__getattr__ is getter
+
+
+def test_other_threads_draw_the_random_numbers_that_they_would():
+    model = nn.Sequential(seed.GhostBottleneck(6, 12, 6, 3, 1, True), paper.GhostBottleneck(6, 12, 8, stride=2)).eval()
+    drawn, stop = [], []
+
+    def draws():
+        while not stop:
+            drawn.append(float(torch.rand(())))
+
+    torch.manual_seed(0)
+    user = threading.Thread(target=draws)
+    user.start()
+    fuse(model)
+    stop.append(True)
+    user.join()
+    torch.manual_seed(0)
+    assert drawn == [float(torch.rand(())) for _ in drawn]
+
+
+@pytest.mark.parametrize("after", ["gc.disable", "sys.settrace", "torch.set_num_threads"])
+def test_an_interrupt_between_two_calls_leaves_nothing_changed(after, monkeypatch):
+    """Python looks for one where a call ends: here it comes after the calls that change what others see as well."""
+    model = nn.Sequential(paper.GhostModule(6, 12))
+    module, _, name = after.rpartition(".")
+    owner = {"gc": gc, "sys": sys, "torch": torch}[module]
+    function, before, state = getattr(owner, name), torch.get_num_threads(), torch.get_rng_state()
+    torch.set_num_threads(2)
+
+    def interrupted(*args):
+        monkeypatch.undo()
+        function(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(owner, name, interrupted)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            fuse(model)
+        assert torch.get_num_threads() == 2
+        assert gc.isenabled()
+        assert sys.gettrace() is None
+        assert torch.equal(torch.get_rng_state(), state)
+        assert isinstance(fuse(model)[0], FusedGhostModule)
+    finally:
+        gc.enable()
+        sys.settrace(None)
+        torch.set_num_threads(before)
 
 
 def test_a_model_that_serves_while_it_is_fused():

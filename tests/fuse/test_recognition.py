@@ -256,6 +256,11 @@ def patched_class(m):
     nn.Conv2d.forward = lambda self, x: -self._conv_forward(x, self.weight, self.bias)
 
 
+def patched_container(m):
+    forward = nn.Sequential.forward
+    nn.Sequential.forward = lambda self, x: 2 * forward(self, x)
+
+
 BELOW = [
     smaller,
     larger_kernel,
@@ -269,9 +274,10 @@ BELOW = [
 
 
 @pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("change", [*BELOW, patched_class], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("change", [*BELOW, patched_class, patched_container], ids=lambda f: f.__name__)
 def test_a_change_below_a_forward_takes_effect(change, grad, monkeypatch):
-    monkeypatch.setattr(nn.Conv2d, "forward", nn.Conv2d.forward)  # put back after the test
+    for kind in (nn.Conv2d, nn.Sequential):
+        monkeypatch.setattr(kind, "forward", kind.forward)  # put back after the test
     torch.manual_seed(0)
     model = calibrate(nn.Sequential(paper.GhostModule(6, 12)), torch.randn(4, 6, 9, 8))
     fused, x = fuse(model), torch.randn(2, 6, 9, 8)
@@ -279,7 +285,8 @@ def test_a_change_below_a_forward_takes_effect(change, grad, monkeypatch):
         before = [fused(x) for _ in range(2)][1]
         for each in (model, fused):
             torch.manual_seed(1)
-            change(each[0])
+            if each is model or change not in (patched_class, patched_container):  # these are for both
+                change(each[0])
         for _ in range(2):
             try:
                 expected = model(x)
