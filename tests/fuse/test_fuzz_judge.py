@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.fuzz.trials import _across_a_kink, compare, infer
+from ghostfused.numerics import relative_error
+from tests.fuzz.trials import _across_a_kink, _OtherSums, _vector, compare, infer, step, trial
 
 
 class Scaled(nn.Module):
@@ -91,3 +92,21 @@ def test_a_kink(units):
     assert _across_a_kink(infer, model.float(), x, [out], [2**-22])
     out[0, 0, 0, 0] = 1 - out[0, 0, 0, 0]
     assert _across_a_kink(infer, model, x, [out], [2**-22]) == (units == 1)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("affine", [False, True])
+def test_sums_in_another_order_are_of_the_same_numbers(training, affine):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 5, 1), nn.BatchNorm2d(5, affine=affine), nn.ReLU()).train(training)
+    x = torch.randn(4, 3, 9, 8)
+    expected = step(model, x)
+    with _OtherSums():
+        found = step(model, x)
+    for part, right in zip(found, expected, strict=True):
+        assert relative_error(_vector(part), _vector(right)) < 1e-5
+
+
+def test_a_gradient_that_sums_in_another_order_is_not_wrong():
+    """PyTorch sums that of a norm's bias in double precision."""
+    assert trial("bottlenecks", 20261129, 712, "cpu") == "fused"

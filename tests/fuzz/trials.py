@@ -27,10 +27,13 @@ Forward = Callable[[Any, Tensor], list]
 """What is done with a model and an input: results by parts, of which each has an error of its own."""
 
 
-class _MatrixProducts(TorchFunctionMode):
-    """Computes 1×1 convolutions by PyTorch's matrix products, whose sums are in another order."""
+class _OtherSums(TorchFunctionMode):
+    """Computes 1×1 convolutions by PyTorch's matrix products, and norms with stored statistics by its products and sums of
+    tensors: what these, and their derivatives, sum is in another order."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is F.batch_norm:
+            return _norm(*args, **(kwargs or {}))
         x, weight, bias, stride, padding, _, groups = (*args, *[None] * 7)[:7]
         if (
             func is not torch.conv2d
@@ -42,6 +45,23 @@ class _MatrixProducts(TorchFunctionMode):
         ):
             return func(*args, **(kwargs or {}))
         return F.linear(x.permute(0, 2, 3, 1), weight[:, :, 0, 0], bias).permute(0, 3, 1, 2)
+
+
+def _norm(
+    x: Tensor,
+    mean: Any,
+    var: Any,
+    weight: Any = None,
+    bias: Any = None,
+    training: bool = False,
+    momentum: Any = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if training:
+        return F.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
+    scale = (var + eps).rsqrt() if weight is None else (var + eps).rsqrt() * weight
+    out = (x - mean[:, None, None]) * scale[:, None, None]
+    return out if bias is None else out + bias[:, None, None]
 
 
 def _vector(result: Any) -> Tensor:
@@ -61,7 +81,7 @@ def compare(what: str, model: nn.Module, fused: Any, x: Tensor, forward: Forward
     """``fused`` gives what ``model`` gives, no further from float64 than that by the table of tolerances.
 
     One run's error may be small or large by luck. So of several runs, on inputs that differ by less than rounding,
-    ``model``'s largest counts, its parameters nudged as well, 1×1 convolutions as convolutions and as matrix products; and
+    ``model``'s largest counts, its parameters nudged as well, and half of them with sums in another order; and
     ``fused``'s smallest, unless the first is far off: what is wrong is wrong in each of them.
     """
     theirs = _result_or_error(forward, model, x)
@@ -89,7 +109,7 @@ def compare(what: str, model: nn.Module, fused: Any, x: Tensor, forward: Forward
         if not far and all(error <= limit for error, limit in zip(errors, limits, strict=True)):
             return
         (near,) = rounded_anew(x, 1, seed=attempt)
-        with _MatrixProducts() if attempt % 2 else contextlib.nullcontext():
+        with _OtherSums() if attempt % 2 else contextlib.nullcontext():
             theirs = forward(_nudged(model, attempt), near)
     near_right = all(error <= limit for error, limit in zip(errors, limits, strict=True))
     if not (near_right and _across_a_kink(forward, model, x, ours, limits)):
@@ -167,11 +187,15 @@ def infer(model: Any, x: Tensor) -> list:
 
 
 def step(model: nn.Module, x: Tensor) -> list:
-    """Result, gradients, and running statistics of one pass in the mode that ``model`` is in, which stays as it is."""
+    """Result, gradients, and running statistics of one pass in the mode that ``model`` is in, which stays as it is.
+
+    Without oneDNN, of whose derivatives one may end the process, also where none of our kernels has run.
+    """
     model, x = copy.deepcopy(model), x.clone().requires_grad_()
-    out = model(x)
-    loss = sum((t * torch.linspace(-1, 2, t.numel()).to(t).view_as(t)).sum() for t in tree_leaves(out))
-    loss.backward()
+    with torch.backends.mkldnn.flags(enabled=False):
+        out = model(x)
+        loss = sum((t * torch.linspace(-1, 2, t.numel()).to(t).view_as(t)).sum() for t in tree_leaves(out))
+        loss.backward()
     return [out, [x.grad, *(p.grad for p in model.parameters())], [b for b in model.buffers() if b.is_floating_point()]]
 
 
