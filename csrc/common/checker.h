@@ -8,6 +8,7 @@
 
 #include <cmath>
 #include <initializer_list>
+#include <limits>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -56,6 +57,14 @@ bool countable(const Sizes& sizes) {
     if (size < 0 || __builtin_mul_overflow(count, size, &count)) return false;
   }
   return count <= kMaxElements;
+}
+
+// What is too large for a float becomes infinity, as rounding would make it; the cast itself says nothing of such
+// numbers.
+inline float as_float(double value) {
+  if (std::abs(value) <= std::numeric_limits<float>::max()) return static_cast<float>(value);
+  if (std::isnan(value)) return NAN;
+  return value > 0 ? INFINITY : -INFINITY;
 }
 
 // Checks one tensor argument after another against x.
@@ -137,8 +146,8 @@ class Checker {
       p.slope = vector({half, "slope"}, slope, one ? 1 : channels);
       if (one) p.slope.stride = 0;
     }
-    p.eps = static_cast<float>(eps);
-    p.negative_slope = static_cast<float>(negative_slope);
+    p.eps = as_float(eps);
+    p.negative_slope = as_float(negative_slope);
     return p;
   }
 
