@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..backends import cpu
 from ..fuse import fuse
 from ..ops.transforms import transformed
 from ..spec.checks import ArgumentError
@@ -66,7 +67,7 @@ def capture(
 
     Raises:
         NotCaptured: the model runs something that no kernel of ours computes, and ``partial`` is false; or it can't be
-            exported; or the program computes something else than the model.
+            exported; or the program computes something else than the model; or the CPU's extension is missing.
         TypeError: ``model`` is no module, or ``example`` is neither tensors nor tuples or lists of them.
         ValueError: ``model`` is in train mode, tensors are on several devices or of a device that is neither a CPU nor a
             GPU, ``dynamic_batch`` or ``freeze`` is asked for on a GPU, or ``weights`` or ``dtype`` of what isn't frozen or
@@ -88,6 +89,7 @@ def capture(
         return Captured(graphs, device, partial, False)
     if device.type != "cpu":
         raise ValueError(f"model: expected it on a CPU or on a GPU, got {device}")
+    _needs_kernels()
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         fused = _shared_copy(model)
         frozen = Frozen(None if computes_in else rounded, computes_in) if freeze else None
@@ -103,6 +105,11 @@ def capture(
         if frozen is not None:
             frozen.round_weights()
     return Captured(variants, device, partial, dynamic_batch, frozen)
+
+
+def _needs_kernels() -> None:
+    if reason := cpu.unavailable():
+        raise NotCaptured(f"no program runs on this CPU: {reason}")
 
 
 def _coarser(name: str, given: torch.dtype | str | None, freeze: bool, *known: torch.dtype) -> torch.dtype | None:
@@ -318,6 +325,8 @@ def load(path: str | os.PathLike[str], *, copy_output: bool = True) -> Captured:
     for exported in programs:
         inputs = saved.inputs_like(exported)
         device = inputs[0].device
+        if device.type == "cpu":
+            _needs_kernels()
         with torch.no_grad():
             variants[key_of(inputs, dynamic)] = (
                 Recorded(exported.module(check_guards=False), inputs, copy_output)

@@ -15,6 +15,7 @@ from capture_network import made
 from spies import needs_cpu_kernels
 
 import ghostfused
+from ghostfused.backends import cpu
 
 pytestmark = needs_cpu_kernels
 ROOT = Path(__file__).parents[2]
@@ -133,3 +134,13 @@ def test_a_file_that_is_none_is_named(tmp_path):
         ghostfused.load(path)
     with pytest.raises(FileNotFoundError):
         ghostfused.load(tmp_path / "missing")
+
+
+def test_without_the_extension_the_reason_is_told(monkeypatch, tmp_path):
+    model, x = made()
+    ghostfused.capture(model, x).save(tmp_path / "net.pt2")
+    monkeypatch.setattr(cpu.extension, "failure", "the extension ghostfused._cpu is not built")
+    monkeypatch.setattr(cpu.extension, "module", None)
+    for call in (lambda: ghostfused.capture(model, x, partial=True), lambda: ghostfused.load(tmp_path / "net.pt2")):
+        with pytest.raises(ghostfused.NotCaptured, match=r"no program runs on this CPU: .*_cpu is not built"):
+            call()
