@@ -33,6 +33,12 @@ class Ghost(NamedTuple):
 
     path: Path
 
+    def __call__(self, root: nn.Module, x: Tensor, gate: Tensor | None, residual: Tensor | None) -> Tensor:
+        module = get(root, self.path)
+        if isinstance(module, FusedGhostModule):
+            return module(x, input_gate=gate, residual=residual)
+        return Whole(self.path)(root, x, gate, residual)  # another thread has just put the plain one back
+
 
 class Whole(NamedTuple):
     """Where a module is that has a fused Ghost module inside, and does more than run it: a gate around it, say."""
@@ -157,9 +163,7 @@ class FusedGhostBottleneck(_FusedTwin):
                 continue
             # the Ghost module's input gate and epilogue are where a gate and the residual go
             rest = residual if step is last else None
-            if isinstance(step, Ghost):
-                x = get(self, step.path)(x, input_gate=gate, residual=rest)
-            elif isinstance(step, Whole):
+            if isinstance(step, Ghost | Whole):
                 x = step(self, x, gate, rest)
             else:
                 x = step(self, x, self.backend, gate, rest)

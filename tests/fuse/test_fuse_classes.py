@@ -196,6 +196,27 @@ def test_a_model_that_serves_while_it_is_fused():
         torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-4)
 
 
+def test_a_forward_that_runs_while_another_thread_unfuses():
+    """It has begun as a fused bottleneck's, whose Ghost modules become plain ones meanwhile."""
+    block = nn.Sequential(seed.GhostModule(6, 12, 2, 1), nn.Sequential(), seed.GhostModule(12, 6, 2, 1, use_relu=False))
+    model, x = calibrate(nn.Sequential(Sum(block)), torch.randn(4, 6, 9, 8)), torch.randn(2, 6, 9, 8)
+    fused = fuse(model)
+    running = fused[0]
+    assert isinstance(running, FusedGhostBottleneck)
+    assert not any(isinstance(m, FusedGhostModule) for m in unfuse(fused, inplace=True).modules())
+    with torch.no_grad():
+        torch.testing.assert_close(running._steps(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+class Sum(nn.Module):
+    def __init__(self, conv):
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x):
+        return self.conv(x) + x
+
+
 def test_fuse_warns_where_it_was_of_no_use():
     with pytest.warns(UserWarning, match="nothing is fused: no Ghost module was found"):
         fuse(nn.Conv2d(1, 1, 1))
