@@ -23,6 +23,10 @@ from .arguments import (
 )
 
 _FLOATS = (*DTYPES, torch.float64)
+# Tables of enums, of which torch 2.11's compiler traces neither an iteration nor ``__members__``.
+_ACTS = {act.name.lower(): act for act in Act}
+_GATES = {gate.name.lower(): gate for gate in Gate}
+_GATE_OF = {gate.value: gate for gate in Gate}
 
 
 class ArgumentError(ValueError, RuntimeError):
@@ -39,9 +43,9 @@ def activation(
 ) -> tuple[int, float, Tensor | None]:
     """(Act, LeakyReLU's slope, PReLU's weight) of an activation; the names are the arguments', for errors."""
     # no errors to catch here and in gate_kind: torch.compile can't trace those of an enum or of a str's method
-    kind = Act.__members__.get(act.upper()) if isinstance(act, str) else act
+    kind = _ACTS.get(act.lower()) if isinstance(act, str) else act
     if not isinstance(kind, Act):
-        raise _expect(name, f"one of {[a.name.lower() for a in Act]}", repr(act))
+        raise _expect(name, f"one of {[*_ACTS]}", repr(act))
     if kind == Act.PRELU:
         if not isinstance(slope, Tensor):
             raise TypeError(f"{slope_name}: PReLU expects its weight as a tensor, got {type(slope).__name__}")
@@ -53,9 +57,9 @@ def activation(
 
 def gate_kind(gate: str | Gate) -> int:
     """The Gate of a squeeze-and-excite block."""
-    kind = Gate.__members__.get(gate.upper()) if isinstance(gate, str) else gate
-    if kind is None or not any(kind == each for each in Gate):
-        raise _expect("gate", f"one of {[g.name.lower() for g in Gate]}", repr(gate))
+    kind = _GATES.get(gate.lower()) if isinstance(gate, str) else _GATE_OF.get(gate) if isinstance(gate, int) else None
+    if kind is None:
+        raise _expect("gate", f"one of {[*_GATES]}", repr(gate))
     return int(kind)
 
 
