@@ -25,7 +25,7 @@ from ..fuse import fuse_with_report
 from ..nn.bottleneck import FusedGhostBottleneck
 from ..nn.ghost_module import FusedGhostModule
 from ..numerics import TOLERANCES, relative_error, rounded_anew
-from ..spec import Act
+from ..spec.activations import BY_NAME
 from ..testing import Case, Verdict, judge, make_args, to_device
 from . import inputs
 from .inputs import BadInput, first_tensor, load_model, positive
@@ -100,8 +100,8 @@ def _checked(where: str, row: dict[str, Any]) -> dict[str, Any]:
         raise BadInput(f"{where}: expected no fields beside {', '.join(fields)}, got {', '.join(unknown)}")
     for name, value in row.items():
         if name.startswith("act_"):
-            if not isinstance(value, str) or value.upper() not in Act.__members__:
-                raise BadInput(f"{where}: {name}: expected one of {[a.name.lower() for a in Act]}, got {value!r}")
+            if not isinstance(value, str) or value.lower() not in BY_NAME:
+                raise BadInput(f"{where}: {name}: expected one of {[*BY_NAME]}, got {value!r}")
         elif name == "source":
             if not isinstance(value, str):
                 raise BadInput(f"{where}: source: expected a string, got {value!r}")

@@ -6,7 +6,7 @@ from torch import nn
 
 from .. import backends
 from ..spec import Act
-from ..spec.activations import BY_MODULE, TABLE
+from ..spec.activations import BY_MODULE, BY_NAME, TABLE
 
 
 class ConvNormAct(nn.Sequential):
@@ -24,10 +24,9 @@ def activation(name: str, act: str | Act | nn.Module, channels: int, to: dict) -
             raise ValueError(f"{name}: expected a PReLU of 1 or {channels} parameters, got {act.num_parameters}")
         return act
     try:
-        kind = Act[act.upper()] if isinstance(act, str) else Act(act)
+        kind = BY_NAME[act.lower()] if isinstance(act, str) else Act(act)
     except (KeyError, ValueError):
-        names = [a.name.lower() for a in Act]
-        raise ValueError(f"{name}: expected one of {names} or a module, got {act!r}") from None
+        raise ValueError(f"{name}: expected one of {[*BY_NAME]} or a module, got {act!r}") from None
     if kind == Act.NONE:
         return nn.Sequential()
     if kind == Act.PRELU:

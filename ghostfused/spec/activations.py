@@ -29,6 +29,10 @@ class Act(enum.IntEnum):
     MISH = 9
 
 
+# A dictionary, since torch 2.11's compiler traces neither an enum's iteration nor its ``__members__``.
+BY_NAME = {act.name.lower(): act for act in Act}
+
+
 class Activation(NamedTuple):
     module: Callable[..., nn.Module]
     function: Callable[[Tensor, float, Any], Tensor]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .activations import Act
+from .activations import BY_NAME, Act
 from .arguments import (
     DTYPES,
     Args,
@@ -23,10 +23,9 @@ from .arguments import (
 )
 
 _FLOATS = (*DTYPES, torch.float64)
-# Tables of enums, of which torch 2.11's compiler traces neither an iteration nor ``__members__``.
-_ACTS = {act.name.lower(): act for act in Act}
 _GATES = {gate.name.lower(): gate for gate in Gate}
 _GATE_OF = {gate.value: gate for gate in Gate}
+"""Dictionaries for the reason of ``BY_NAME``."""
 
 
 class ArgumentError(ValueError, RuntimeError):
@@ -43,9 +42,9 @@ def activation(
 ) -> tuple[int, float, Tensor | None]:
     """(Act, LeakyReLU's slope, PReLU's weight) of an activation; the names are the arguments', for errors."""
     # no errors to catch here and in gate_kind: torch.compile can't trace those of an enum or of a str's method
-    kind = _ACTS.get(act.lower()) if isinstance(act, str) else act
+    kind = BY_NAME.get(act.lower()) if isinstance(act, str) else act
     if not isinstance(kind, Act):
-        raise _expect(name, f"one of {[*_ACTS]}", repr(act))
+        raise _expect(name, f"one of {[*BY_NAME]}", repr(act))
     if kind == Act.PRELU:
         if not isinstance(slope, Tensor):
             raise TypeError(f"{slope_name}: PReLU expects its weight as a tensor, got {type(slope).__name__}")
