@@ -171,11 +171,14 @@ enum class NchwMap : int {
 // How ghost/nchw cuts a module: whole rows of a map, or whole maps. See nchw/plan.cpp.
 struct NchwPlan {
   NchwMap map;
+  Path path;            // of the kernel: what TF32 has no kernel for is made in fp32
   int tiles;            // of 16 init channels that a warp multiplies: 1 … 4
   int tile_h, tiles_h;  // output rows of a block
   int block_c, warp_c;  // init channels of a block, and of a warp: 7 × 7 puts warps side by side
   int channel_blocks;
   int warps, warps_k;          // warps that share the input channels: 7 × 7 only
+  int k_chunk;                 // input channels that shared memory has of x at a time: 7 × 7 only
+  int group_pitch;             // bytes between the weights of groups of channels there: IEEE fp32 only
   int row_chunks;              // vectors of pixels in a row
   int row_pitch, plane_pitch;  // bytes between x1's rows and channels in shared memory
   // Shared memory: [affines of x1 | cheap conv | gate | zeros | x1 | stage], in bytes.
@@ -214,9 +217,9 @@ struct KernelAttributes {
   char name[64];
   int registers, local_bytes, static_smem_bytes, max_threads, binary_version;
 };
-constexpr int kGhostKernelCount = 12;  // 4 paths × (3×3 in NCHW, any size and ratio in 2 layouts)
+constexpr int kGhostKernelCount = 10;  // 2 × (3×3 in NCHW, any size and ratio in 2 layouts), 2 × any
 constexpr int kNhwcKernelCount = 26;   // nhwc.h's: 2 paths × 10, 2 × 3
-constexpr int kNchwKernelCount = 30;   // 2 paths × nchw.h's 15
+constexpr int kNchwKernelCount = 39;   // nchw.h's: 2 paths × 15, 3 of TF32, 6 of fp32
 constexpr int kKernelCount = kGhostKernelCount + 3 * 14 + 8 + 3 * 13 + 2 * 14 + kNhwcKernelCount +
                              kNchwKernelCount;  // and bottleneck.h's, training.h's
 const char* kernel_attributes(int index, KernelAttributes* attributes);

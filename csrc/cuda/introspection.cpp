@@ -87,6 +87,7 @@ void describe_plan(py::dict& r, const NhwcPlan& p) {
 void describe_plan(py::dict& r, const NchwPlan& p) {
   constexpr const char* names[] = {"wide8", "wide4", "fourteen", "seven"};
   r["map"] = names[static_cast<int>(p.map)];
+  r["k_chunk"] = p.k_chunk;
   r["warp_tiles"] = p.tiles;
   r["threads"] = 32 * p.warps;
   r["warps_k"] = p.warps_k;

@@ -26,18 +26,24 @@ const Kernel* kernels_of(Path path) {
   }
 }
 
+// Of all paths in their order.
 int kernel_index(const GhostShape& s) {
-  return static_cast<int>(s.path) * kKernelsPerPath + (is_unrolled(s) ? 0 : 1 + s.channels_last);
+  const int path = static_cast<int>(s.path);
+  if (element_size(s.path) == 4) return 2 * kKernelsPerPath + (path - 2) * kFloatKernelsPerPath + s.channels_last;
+  return path * kKernelsPerPath + (is_unrolled(s) ? 0 : 1 + s.channels_last);
 }
 
 const Kernel& kernel_at(int index) {
+  const int first_float = 2 * kKernelsPerPath, of_float = index - first_float;
+  if (of_float >= 0)
+    return kernels_of(static_cast<Path>(2 + of_float / kFloatKernelsPerPath))[of_float % kFloatKernelsPerPath];
   return kernels_of(static_cast<Path>(index / kKernelsPerPath))[index % kKernelsPerPath];
 }
 
+static_assert(kGhostKernelCount == 2 * (kKernelsPerPath + kFloatKernelsPerPath));
 static_assert(kKernelCount == kGhostKernelCount + 3 * (kBottleneckKernels + kTrainingKernels) + kStatisticsKernelCount +
                                   2 * kTrainingNhwcKernels + kNhwcKernelCount + kNchwKernelCount);
-static_assert(kNhwcKernelCount == 2 * (kNhwcKernelsPerPath + kNhwcFloatKernelsPerPath) &&
-              kNchwKernelCount == 2 * kNchwKernelsPerPath);
+static_assert(kNhwcKernelCount == 2 * (kNhwcKernelsPerPath + kNhwcFloatKernelsPerPath));
 
 // In the order of kernel_attributes.
 const Kernel& kernel_of_all(int index) {

@@ -54,8 +54,10 @@ struct KernelParams {
 const char* kernel_params(const GhostForwardParams& params, const LaunchPlan& plan, KernelParams* out);
 
 // Whether the kernel is the one for 3×3 and ratio 2 (kD = 3), or takes any size and ratio (kD = 0). In channels_last,
-// where the nhwc family takes nearly all of the former, there is only the latter.
-constexpr bool is_unrolled(const GhostShape& s) { return s.ratio == 2 && s.dw_size == 3 && !s.channels_last; }
+// where the nhwc family takes nearly all of the former, and in fp32 and TF32 there is only the latter.
+constexpr bool is_unrolled(const GhostShape& s) {
+  return s.ratio == 2 && s.dw_size == 3 && !s.channels_last && element_size(s.path) == 2;
+}
 
 // Two blocks of kMaxThreads per SM leave 128 registers a thread. With 80, for three, fp16 kernels spill or compute
 // their addresses again and again: 8 to 11 % more instructions for GhostNet.
@@ -74,10 +76,11 @@ constexpr int kFirstTrainingNhwc = kGhostKernelCount + kStatisticsKernelCount + 
 constexpr int kSharedMemoryKernels = kFirstTrainingNhwc + 2 * 4;
 const char* allow_shared_memory(int index, const void* function);
 
-constexpr int kKernelsPerPath = 3;  // 3×3 in NCHW, any size and ratio in NCHW, in channels_last
+constexpr int kKernelsPerPath = 3;                         // 3×3 in NCHW, any size and ratio in NCHW, in channels_last
+constexpr int kFloatKernelsPerPath = kKernelsPerPath - 1;  // without the first
 extern const Kernel kFloat16Kernels[kKernelsPerPath];
 extern const Kernel kBFloat16Kernels[kKernelsPerPath];
-extern const Kernel kTF32Kernels[kKernelsPerPath];
-extern const Kernel kFloat32Kernels[kKernelsPerPath];
+extern const Kernel kTF32Kernels[kFloatKernelsPerPath];
+extern const Kernel kFloat32Kernels[kFloatKernelsPerPath];
 
 }  // namespace ghostfused

@@ -56,6 +56,9 @@ __device__ __forceinline__ uint32_t to_tf32(uint32_t bits) {
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(__uint_as_float(bits)));
   return r;
 }
+__device__ __forceinline__ uint4 to_tf32(const uint4& v) {
+  return {to_tf32(v.x), to_tf32(v.y), to_tf32(v.z), to_tf32(v.w)};
+}
 
 // kCount numbers that are loaded and stored as one aligned vector of 2, 4, 8 or 16 bytes.
 template <typename T, int kCount>

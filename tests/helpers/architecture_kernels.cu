@@ -13,6 +13,8 @@ const void* const kernels[] = {
     nhwc_kernel<Path::kBFloat16, 2, 3, Epilogue::kReLU>(),
     nhwc_kernel<Path::kFloat16, 2, 1, Epilogue::kAny>(),
     nchw_kernel<Path::kFloat16, NchwMap::kFourteen, 2, 3, false>(),
+    nchw_kernel<Path::kTF32, NchwMap::kWide4, 2, 3, false>(),
+    nchw_kernel<Path::kFloat32, NchwMap::kWide4, 2, 3, true>(),
     depthwise_kernel<Path::kFloat16, 5, 2, true>(),
     excite_kernel<Path::kFloat16>(),
     reinterpret_cast<const void*>(&normalize_pixels<Path::kFloat16, 8>),

@@ -50,6 +50,13 @@ OPS = {
     "1x1 conv of whole vectors": Case(
         2, 40, 9, 14, 24, init_channels=24, dtype=torch.float16, layout="nhwc", residual=True, input_gate=True
     ),
+    **{
+        f"3x3 in NCHW, {width} columns, {'tf32' if tf32 else 'fp32'}": Case(
+            1, cin, height, width, 24, act_primary="none", allow_tf32=tf32
+        )
+        for cin, height, width in ((24, 9, 24), (48, 14, 14), (64, 7, 7))
+        for tf32 in (True, False)
+    },
     "depthwise": DepthwiseCase(1, kernel=(5, 5), dtype=torch.float16, layout="nhwc"),
     "depthwise of stride 1": DepthwiseCase(1, stride=1),
     "squeeze-excite": SqueezeExciteCase(2, dtype=torch.float16, layout="nhwc"),

@@ -92,7 +92,11 @@ def kernel_tables(kernels: Iterable[str]) -> str:
 def tables_of(path: str) -> dict[str, dict[str, str]]:
     """The extension's tables of one path: for each the kernels by name, in its order; P stands for the path."""
     general = {"dw3_nchw": "3, false", "any_nchw": "0, false", "any_nhwc": "0, true"}
-    tables = {"Kernels[kKernelsPerPath]": {f"{path}_{form}": f"kernel<P, {last}>()" for form, last in general.items()}}
+    count = "kKernelsPerPath"
+    if path in ("tf32", "float32"):
+        count = "kFloatKernelsPerPath"
+        del general["dw3_nchw"]
+    tables = {f"Kernels[{count}]": {f"{path}_{form}": f"kernel<P, {last}>()" for form, last in general.items()}}
 
     def add(table: str, functions: dict[str, str]) -> None:
         tables[table] = {name: f"reinterpret_cast<const void*>(&{function})" for name, function in functions.items()}
@@ -106,6 +110,7 @@ def tables_of(path: str) -> dict[str, dict[str, str]]:
         add("Training[kTrainingKernels]", training_kernels(path))
     if path in ("tf32", "float32"):
         add("NhwcKernels[kNhwcFloatKernelsPerPath]", nhwc_kernels(path))
+        add(f"NchwKernels[kNchw{PATHS[path]}Kernels]", nchw_kernels(path))
     if path in ("float16", "bfloat16"):
         add("NhwcKernels[kNhwcKernelsPerPath]", nhwc_kernels(path))
         add("NchwKernels[kNchwKernelsPerPath]", nchw_kernels(path))
@@ -115,15 +120,18 @@ def tables_of(path: str) -> dict[str, dict[str, str]]:
 
 def nchw_kernels(path: str) -> dict[str, str]:
     """Those of ghost/nchw/forward.cuh's; a name without tiles stands for all of them, too."""
-    element = "__half" if path == "float16" else "__nv_bfloat16"
     maps = {"w8": "Wide8", "w4": "Wide4", "w14": "Fourteen", "w7": "Seven"}
     tiles = {
         "dw3": "w8_t1 w8_t2 w4_t2 w4_t4 w14_t2 w14_t4 w7_t3",
         "dw3_any": "w8_t2 w4_t2 w14_t2 w7_t3",
         "dw5_any": "w8_t2 w4_t2 w14_t2 w7_t3",
     }
+    if path == "tf32":
+        tiles = {"dw3": "w4_t2 w14_t2 w7_t3"}
+    if path == "float32":
+        tiles = {"dw3": "w4_t2 w14_t2 w7_t2", "dw3_any": "w4_t2 w14_t2 w7_t2"}
     return {
-        f"{path}_nchw_{form}_{variant}": f"ghost_nchw<NchwConfig<{element}, NchwMap::k{maps[form.split('_')[0]]}, "
+        f"{path}_nchw_{form}_{variant}": f"ghost_nchw<NchwConfig<P, NchwMap::k{maps[form.split('_')[0]]}, "
         f"{form[-1]}, {variant[2]}, {str('any' in variant).lower()}>>"
         for variant, forms in tiles.items()
         for form in forms.split()

@@ -17,9 +17,11 @@ class Mutant(NamedTuple):
     """The order of threads (SHIM_ORDER) that is tried first; a race may show in one only."""
 
 
-NCHW, NHWC, ANY, FP32 = "float16_dw3_nchw", "float16_any_nhwc", "float16_any_nchw", "float32_dw3_nchw"
+NCHW, NHWC, ANY, FP32 = "float16_dw3_nchw", "float16_any_nhwc", "float16_any_nchw", "float32_any_nchw"
 
 WIDE8, WIDE8_ANY = "float16_nchw_w8_dw3", "float16_nchw_w8_dw3_any"
+NCHW_FP32, SEVEN_FP32 = "float32_nchw_w4_dw3", "float32_nchw_w7_dw3"
+NCHW_TF32, SEVEN_TF32 = "tf32_nchw_w4_dw3", "tf32_nchw_w7_dw3"
 WIDE4, FOURTEEN, SEVEN = "float16_nchw_w4_dw3", "float16_nchw_w14_dw3", "float16_nchw_w7_dw3"
 NHWC_RELU, NHWC_ANY = ("float16_nhwc_dw3_relu",), ("float16_nhwc_dw3_any",)
 NHWC_CONV = ("float16_nhwc_dw1_any",)

@@ -1,6 +1,6 @@
 """Faults for the NCHW forward kernel."""
 
-from .mutant import FOURTEEN, SEVEN, WIDE4, WIDE8, WIDE8_ANY, Mutant
+from .mutant import FOURTEEN, NCHW_FP32, NCHW_TF32, SEVEN, SEVEN_FP32, SEVEN_TF32, WIDE4, WIDE8, WIDE8_ANY, Mutant
 
 MUTANTS = [
     # the NCHW kernel
@@ -43,8 +43,8 @@ MUTANTS = [
     Mutant(
         "NCHW: no barrier after the copies of x",
         "cuda/ghost/nchw/primary_seven.cuh",
-        "  __syncthreads();\n\n  SevenInput x(",
-        "  SevenInput x(",
+        "      __syncthreads();\n    });\n",
+        "    });\n",
         (SEVEN,),
     ),
     Mutant(
@@ -106,8 +106,8 @@ MUTANTS = [
     Mutant(
         "NCHW: the last 8 input channels are lost",
         "cuda/ghost/nchw/primary.cuh",
-        "    if (has_tail) {\n      uint2 w",
-        "    if (false) {\n      uint2 w",
+        "if (has_tail) {\n        uint2 w",
+        "if (false) {\n        uint2 w",
         (WIDE8,),
     ),
     Mutant(
@@ -127,8 +127,8 @@ MUTANTS = [
     Mutant(
         "NCHW: rows below the image are stored",
         "cuda/ghost/nchw/cheap.cuh",
-        "store_words<kV / 2>(to, v, h < rows);",
-        "store_words<kV / 2>(to, v, true);",
+        "store_words<C::kWords>(to, v, h < rows);",
+        "store_words<C::kWords>(to, v, true);",
         (WIDE8,),
     ),
     Mutant(
@@ -155,7 +155,7 @@ MUTANTS = [
     Mutant(
         "NCHW: the last share of K is taken for a whole one",
         "cuda/ghost/nchw/primary_seven.cuh",
-        "min(share, all_steps - first_step)",
+        "min(share, count / C::kStep - first_step)",
         "share",
         (SEVEN,),
     ),
@@ -176,15 +176,15 @@ MUTANTS = [
     Mutant(
         "NCHW: the input gate stays at the first channels",
         "cuda/ghost/nchw/primary.cuh",
-        "      step_gate += kSlots * 16;\n",
+        "      step_gate += kSlots * C::kStep;\n",
         "",
         (WIDE8_ANY,),
     ),
     Mutant(
         "NCHW: residual and output gate are those of the pixel before",
         "cuda/ghost/nchw/store.cuh",
-        "place(2 * i + e)",
-        "place(2 * i)",
+        "place(kPerWord * i + e)",
+        "place(kPerWord * i)",
         (WIDE8_ANY,),
     ),
     Mutant(
@@ -193,5 +193,84 @@ MUTANTS = [
         "int3{b.c0 + c, b.h0 + row,",
         "int3{b.c0 + c, b.h0,",
         (WIDE8_ANY,),
+    ),
+    # in TF32 and IEEE fp32
+    Mutant(
+        "NCHW: no barrier between the weights and the 1×1 conv of fp32",
+        "cuda/ghost/nchw/primary_fma.cuh",
+        "  load_rest();\n  __syncthreads();\n",
+        "  load_rest();\n",
+        (NCHW_FP32,),
+        "desc",
+    ),
+    Mutant(
+        "NCHW: fp32 has a step of input channels too many",
+        "cuda/ghost/nchw/primary_fma.cuh",
+        "if (s > 0 && s0 + s >= steps) break;",
+        "if (s > 0 && s0 + s > steps) break;",
+        (NCHW_FP32,),
+    ),
+    Mutant(
+        "NCHW: fp32 has the sums of the last 16 input channels only",
+        "cuda/ghost/nchw/primary_fma.cuh",
+        "sum[i][c] += part[i][c];",
+        "sum[i][c] = part[i][c];",
+        (NCHW_FP32,),
+    ),
+    Mutant(
+        "NCHW: all channels of fp32 have the weights of the first",
+        "cuda/ghost/nchw/primary_fma.cuh",
+        "weights + group * p.plan.group_pitch",
+        "weights",
+        (NCHW_FP32,),
+    ),
+    Mutant(
+        "NCHW: x1 of fp32 is stored for a channel beyond the block",
+        "cuda/ghost/nchw/primary_fma.cuh",
+        "stored && first + c < b.channels",
+        "stored && first + c <= b.channels",
+        (NCHW_FP32,),
+    ),
+    Mutant(
+        "NCHW: weights of fp32's channels beyond the last are read",
+        "cuda/ghost/nchw/load.cuh",
+        "min(group * kFmaChannels + c, b.channels - 1)",
+        "(group * kFmaChannels + c)",
+        (NCHW_FP32,),
+    ),
+    Mutant(
+        "NCHW: the next input channels of 7 × 7 come before all have read the last",
+        "cuda/ghost/nchw/primary_seven.cuh",
+        "    if (k > 0) __syncthreads();  // all have read the input channels before\n",
+        "",
+        (SEVEN_FP32,),
+    ),
+    Mutant(
+        "NCHW: the next input channels of 7 × 7 are the first again",
+        "cuda/ghost/nchw/primary_seven.cuh",
+        "image + 49 * k",
+        "image",
+        (SEVEN_FP32,),
+    ),
+    Mutant(
+        "NCHW: x1 of fp32 is written for channels beyond the warp's",
+        "cuda/ghost/nchw/primary_seven.cuh",
+        "if (h < 7 && inside)",
+        "if (h < 7)",
+        (SEVEN_FP32,),
+    ),
+    Mutant(
+        "NCHW: TF32 of 7 × 7 has the weights of other input channels",
+        "cuda/ghost/nchw/primary_seven.cuh",
+        "kSecond = C::kHalf ? 2 : 4;",
+        "kSecond = 2;",
+        (SEVEN_TF32,),
+    ),
+    Mutant(
+        "NCHW: TF32 takes the first input channel of a lane twice",
+        "cuda/ghost/nchw/primary.cuh",
+        "words[slot][k][i], gate) : words[slot][k][i]",
+        "words[slot][0][i], gate) : words[slot][0][i]",
+        (NCHW_TF32,),
     ),
 ]

@@ -116,7 +116,7 @@ def cases(kernel: str) -> dict[str, Args]:
     if kind == "nchw" and rest:
         name = "_".join(rest[1:])
         variant = VARIANTS["dw3_relu" if name == "dw3" else name]
-        common |= {"layout": "nchw", "input_gate": "residual" in variant}
+        common |= {"layout": "nchw", "input_gate": "residual" in variant, "allow_tf32": path == "tf32"}
         return {
             f"{cin} → {init}, {height}×{width}": make_args(
                 Case(batch, cin, height, width, 2 * init - cut, init_channels=init, **variant, **common)

@@ -25,33 +25,32 @@ template <Path kPath, typename T>
 __device__ __forceinline__ void epilogue(const KernelParams& p, const BlockTile& t, const Accumulators& acc,
                                          const float* affines, unsigned char* x1, int m0, int first_channel,
                                          int n_tiles, int lane) {
-  const int block_c = p.plan.block_c;
+  const int block_c = p.plan.block_c, own = first_channel + lane % 4 * 2;
+  float y[4][8], slopes[8];  // pixels 8 apart × two channels of each tile
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
-    if (j < n_tiles) {
-      const int c = first_channel + 8 * j + lane % 4 * 2;
-      const float2 scale = *reinterpret_cast<const float2*>(affines + c);
-      const float2 shift = *reinterpret_cast<const float2*>(affines + block_c + c);
-      const float2 slope = *reinterpret_cast<const float2*>(affines + 2 * block_c + c);
+    const int c = own + 8 * min(j, n_tiles - 1);
+    const float2 scale = *reinterpret_cast<const float2*>(affines + c);
+    const float2 shift = *reinterpret_cast<const float2*>(affines + block_c + c);
+    const float2 slope = *reinterpret_cast<const float2*>(affines + 2 * block_c + c);
+    slopes[2 * j] = slope.x, slopes[2 * j + 1] = slope.y;
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const float slopes[4] = {slope.x, slope.y, slope.x, slope.y};
-        float y[4];
+    for (int r = 0; r < 4; ++r) {
+      y[r][2 * j] = fmaf(acc[r / 2][j][r % 2 * 2], scale.x, shift.x);
+      y[r][2 * j + 1] = fmaf(acc[r / 2][j][r % 2 * 2 + 1], scale.y, shift.y);
+    }
+  }
+  activate_rows<kPath == Path::kFloat32>(y, p.args.primary.act, slopes);
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          y[e] = fmaf(acc[i][j][e], e % 2 ? scale.y : scale.x, e % 2 ? shift.y : shift.x);
-        }
-        activate<4, kPath == Path::kFloat32>(y, p.args.primary.act, slopes);
+  for (int j = 0; j < 4; ++j) {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int pixel = m0 + 16 * i + 8 * half + lane / 4;
-          if (pixel < t.pixels) {
-            Vector<T, 2> v;
-            v.at[0] = from_float<T>(y[2 * half]);
-            v.at[1] = from_float<T>(y[2 * half + 1]);
-            v.store(x1 + pixel * p.plan.x1_pitch + c * sizeof(T));
-          }
-        }
+    for (int r = 0; r < 4; ++r) {
+      const int pixel = m0 + 8 * r + lane / 4;
+      if (j < n_tiles && pixel < t.pixels) {
+        Vector<T, 2> v;
+        v.at[0] = from_float<T>(y[r][2 * j]);
+        v.at[1] = from_float<T>(y[r][2 * j + 1]);
+        v.store(x1 + pixel * p.plan.x1_pitch + (own + 8 * j) * sizeof(T));
       }
     }
   }
@@ -209,11 +208,18 @@ const void* kernel() {
 
 }  // namespace ghostfused
 
-// The three kernels of one path, in the order that launch.h gives.
+// The kernels of one path, in the order that launch.h gives.
 #define GHOSTFUSED_KERNELS(PATH, NAME)                       \
   namespace ghostfused {                                     \
   const Kernel k##PATH##Kernels[kKernelsPerPath] = {         \
       {kernel<Path::k##PATH, 3, false>(), NAME "_dw3_nchw"}, \
+      {kernel<Path::k##PATH, 0, false>(), NAME "_any_nchw"}, \
+      {kernel<Path::k##PATH, 0, true>(), NAME "_any_nhwc"},  \
+  };                                                         \
+  }
+#define GHOSTFUSED_FLOAT_KERNELS(PATH, NAME)                 \
+  namespace ghostfused {                                     \
+  const Kernel k##PATH##Kernels[kFloatKernelsPerPath] = {    \
       {kernel<Path::k##PATH, 0, false>(), NAME "_any_nchw"}, \
       {kernel<Path::k##PATH, 0, true>(), NAME "_any_nhwc"},  \
   };                                                         \

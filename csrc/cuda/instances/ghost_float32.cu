@@ -1,3 +1,3 @@
 #include "cuda/ghost/forward.cuh"
 
-GHOSTFUSED_KERNELS(Float32, "float32")
+GHOSTFUSED_FLOAT_KERNELS(Float32, "float32")

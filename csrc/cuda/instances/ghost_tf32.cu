@@ -1,3 +1,3 @@
 #include "cuda/ghost/forward.cuh"
 
-GHOSTFUSED_KERNELS(TF32, "tf32")
+GHOSTFUSED_FLOAT_KERNELS(TF32, "tf32")

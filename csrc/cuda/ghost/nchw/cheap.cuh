@@ -68,17 +68,17 @@ __device__ __forceinline__ void cheap_wide(const NchwParams& p, const NchwBlock&
     const CheapChannel<C> channel(smem + p.plan.cheap_offset + c * (4 * C::kCheapFloats));
     const int h0 = b.h0 + strip * kRows, rows = b.h0 + b.rows - h0, ghost = p.args.shape.init_channels + b.c0 + c;
     const unsigned char* from =
-        smem + p.plan.x1_offset + c * p.plan.plane_pitch + strip * kRows * row_pitch + (column + 1) * (2 * kV);
+        smem + p.plan.x1_offset + c * p.plan.plane_pitch + strip * kRows * row_pitch + (column + 1) * C::kChunkBytes;
     unsigned char* to = static_cast<unsigned char*>(p.out.data) +
-                        2 * (b.n * p.out.stride_n + offset_in_image(p.out, ghost, h0, column * kV));
+                        C::kBytes * (b.n * p.out.stride_n + offset_in_image(p.out, ghost, h0, column * kV));
     CheapSums<C> sums;
 #pragma unroll kUnroll
     for (int r = 0; r < kRows + kD - 1; ++r) {
       Vector<T, kPad> left, right;
       Vector<T, kV> middle;
-      left.load(from - 2 * kPad);
+      left.load(from - C::kBytes * kPad);
       middle.load(from);
-      right.load(from + 2 * kV);
+      right.load(from + C::kChunkBytes);
       from += row_pitch;
       float x[kV + kD - 1];
 #pragma unroll
@@ -88,12 +88,12 @@ __device__ __forceinline__ void cheap_wide(const NchwParams& p, const NchwBlock&
       sums.add_row(x, channel);
       if (r >= kD - 1) {
         const int h = r - (kD - 1);
-        uint32_t v[kV / 2];
+        uint32_t v[C::kWords];
         activate_and_pack<C, kV>(v, sums.sum[kD - 1], p.args.cheap.act, channel.slope, p.cheap_floor);
         if constexpr (C::kFull) {
           if (h < rows) gate_and_add<C>(p, b.n, v, [=](int e) { return int3{ghost, h0 + h, column * kV + e}; });
         }
-        store_words<kV / 2>(to, v, h < rows);
+        store_words<C::kWords>(to, v, h < rows);
         to += p.out_row;
       }
       sums.next_row();
@@ -101,13 +101,13 @@ __device__ __forceinline__ void cheap_wide(const NchwParams& p, const NchwBlock&
   }
 }
 
-// 14 × 14 and 7 × 7: a thread has whole rows of a channel. x2 goes to ``staged``, map after map as in the output.
-// A row of 7 begins on a word in x1's planes only: there, ``staged_x1`` gets x1 as well.
+// 14 × 14 and 7 × 7: a thread has whole rows of a channel. x2 goes to ``staged``, map after map as in the output. Where
+// x1's planes are padded, ``staged_x1`` gets x1 as well.
 template <class C>
 __device__ __forceinline__ void cheap_small(const NchwParams& p, const NchwBlock& b, const unsigned char* smem,
                                             unsigned char* staged, unsigned char* staged_x1) {
   using T = typename C::T;
-  constexpr int kD = C::kD, kPad = C::kPad, kRows = C::kRows, kSide = C::kSide, kWords = (kSide + 1) / 2;
+  constexpr int kD = C::kD, kPad = C::kPad, kRows = C::kRows, kSide = C::kSide;
   constexpr int kPitch = C::kRowPitch, kUnroll = C::kFull ? 1 : kRows + kD - 1;
   const int strips = kSide / kRows;
   const unsigned char* zeros = smem + p.plan.zero_offset;
@@ -116,14 +116,13 @@ __device__ __forceinline__ void cheap_small(const NchwParams& p, const NchwBlock
     const int strip = strips == 1 ? 0 : i / p.plan.block_c, c = i - strip * p.plan.block_c, h0 = strip * kRows;
     if (c >= b.channels) continue;
     const unsigned char* from = smem + p.plan.x1_offset + c * p.plan.plane_pitch + h0 * kPitch;
-    if constexpr (kSide == 7) {
+    if constexpr (MapRow<C>::kPadded) {
       T* to = reinterpret_cast<T*>(staged_x1) + c * C::kPixels;
 #pragma unroll
       for (int r = 0; r < 7; ++r) {
-        Vector<T, 8> row;
+        MapRow<C> row;
         row.load(from + r * kPitch);
-#pragma unroll
-        for (int k = 0; k < 7; ++k) to[r * 7 + k] = row.at[k];
+        row.store(to + r * 7);
       }
     }
     if (c >= b.ghosts) continue;
@@ -134,35 +133,14 @@ __device__ __forceinline__ void cheap_small(const NchwParams& p, const NchwBlock
     for (int r = 0; r < kRows + kD - 1; ++r) {
       const bool outside = (r < kPad && strip == 0) || (r >= kRows + kPad && strip == strips - 1);
       const unsigned char* row = outside ? zeros : from + (r - kPad) * kPitch;
-      uint32_t words[kWords];
-      if constexpr (kSide == 7) {
-        const uint4 v = *reinterpret_cast<const uint4*>(row);
-        words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
-      } else {
-#pragma unroll
-        for (int k = 0; k < kWords; ++k) words[k] = *reinterpret_cast<const uint32_t*>(row + 4 * k);
-      }
+      MapRow<C> numbers;
+      numbers.load(row);
       float x[kSide + kD - 1];
-#pragma unroll
-      for (int k = 0; k < kSide; ++k) {
-        const float2 two = unpack<T>(words[k / 2]);
-        x[kPad + k] = k % 2 ? two.y : two.x;
-      }
+      numbers.to_floats(x + kPad);
       sums.add_row(x, channel);
       if (r >= kD - 1) {
-        T* to_row = to + (r - (kD - 1)) * kSide;
-        activate_and_pack<C, kSide>(words, sums.sum[kD - 1], p.args.cheap.act, channel.slope, p.cheap_floor);
-#pragma unroll
-        for (int k = 0; k < kWords; ++k) {
-          if constexpr (kSide == 7) {
-            Vector<T, 2> two;
-            two.raw = words[k];
-            to_row[2 * k] = two.at[0];
-            if (k < 3) to_row[2 * k + 1] = two.at[1];
-          } else {
-            *reinterpret_cast<uint32_t*>(to_row + 2 * k) = words[k];
-          }
-        }
+        activate_and_pack<C, kSide>(numbers.words, sums.sum[kD - 1], p.args.cheap.act, channel.slope, p.cheap_floor);
+        numbers.store(to + (r - (kD - 1)) * kSide);
       }
       sums.next_row();
     }

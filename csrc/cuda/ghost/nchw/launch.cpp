@@ -6,8 +6,15 @@
 namespace ghostfused {
 namespace {
 
+// Of all paths in their order, and of each in nchw.h's.
+constexpr int kFirstTF32 = 2 * kNchwKernelsPerPath, kFirstFloat32 = kFirstTF32 + kNchwTF32Kernels;
+static_assert(kNchwKernelCount == kFirstFloat32 + kNchwFloat32Kernels);
+
 int kernel_index(const GhostShape& s, const NchwPlan& p) {
-  const int map = static_cast<int>(p.map), path = s.path == Path::kFloat16 ? 0 : kNchwKernelsPerPath;
+  const int map = static_cast<int>(p.map), narrower = map - static_cast<int>(NchwMap::kWide4);
+  if (p.path == Path::kTF32) return kFirstTF32 + narrower;
+  if (p.path == Path::kFloat32) return kFirstFloat32 + (s.full ? kNchwTF32Kernels : 0) + narrower;
+  const int path = s.path == Path::kFloat16 ? 0 : kNchwKernelsPerPath;
   if (s.dw_size == 5) return path + kNchwPlain + kNchwFull3 + map;
   if (s.full) return path + kNchwPlain + map;
   const bool many = p.map == NchwMap::kWide8 ? p.tiles > 1 : p.map != NchwMap::kSeven && p.tiles > 2;
@@ -17,6 +24,8 @@ int kernel_index(const GhostShape& s, const NchwPlan& p) {
 }  // namespace
 
 const Kernel& nchw_kernel(int index) {
+  if (index >= kFirstFloat32) return kFloat32NchwKernels[index - kFirstFloat32];
+  if (index >= kFirstTF32) return kTF32NchwKernels[index - kFirstTF32];
   return (index < kNchwKernelsPerPath ? kFloat16NchwKernels : kBFloat16NchwKernels)[index % kNchwKernelsPerPath];
 }
 
@@ -29,10 +38,12 @@ const char* launch_nchw(const GhostForwardParams& args, const NchwPlan& plan, vo
   const GhostShape& s = args.shape;
   p.by_columns = SmallDivisor(plan.row_chunks);
   p.by_strips = SmallDivisor(plan.tile_h / nchw_strip_rows(plan.map, plan.tiles, s.dw_size));
-  for (int i = 0; i < 4; ++i) p.x_planes[i] = 2 * p.x.stride_c * (i < 3 ? i + 1 : 16);
-  for (int i = 0; i < 8; ++i) p.out_halves[i] = 2 * p.out.stride_c * 8 * i;
-  p.out_row = 2 * p.out.stride_h;
-  const uint32_t minus_infinity = s.path == Path::kFloat16 ? 0xfc00fc00 : 0xff80ff80;
+  const uint32_t bytes = element_size(plan.path);
+  for (int i = 0; i < 4; ++i) p.x_planes[i] = bytes * p.x.stride_c * (i < 3 ? i + 1 : nchw_step(plan.path));
+  for (int i = 0; i < 8; ++i) p.out_halves[i] = bytes * p.out.stride_c * 8 * i;
+  p.out_plane = bytes * p.out.stride_c;
+  p.out_row = bytes * p.out.stride_h;
+  const uint32_t minus_infinity = bytes == 4 ? 0xff800000 : s.path == Path::kFloat16 ? 0xfc00fc00 : 0xff80ff80;
   p.primary_floor = args.primary.act == Act::kReLU ? 0 : minus_infinity;
   p.cheap_floor = args.cheap.act == Act::kReLU ? 0 : minus_infinity;
   const int index = kernel_index(s, plan);

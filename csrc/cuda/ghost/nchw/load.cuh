@@ -5,27 +5,28 @@
 
 namespace ghostfused {
 
-// The 1×1 weights as mma's A operand, [k16 step][m16 tile][lane] and behind them the last 8 input channels. K is
-// permuted as in x: lane (g, q) has the neighbours 4q … 4q + 3. Channels beyond the block's are those of its last one,
-// and nobody reads what they give.
+// The 1×1 weights as mma's A operand, [step][m16 tile][lane] and, of half precision, behind them the last 8 input
+// channels. K is permuted as in x: lane (g, q) has neighbours, 4q … 4q + 3 of k16 and 2q, 2q + 1 of TF32's k8. Channels
+// beyond the block's are those of its last one, and nobody reads what they give.
 template <class C>
 __device__ __forceinline__ void load_primary_weight(const NchwParams& p, const NchwBlock& b, unsigned char* to) {
   using T = typename C::T;
   constexpr int kTiles = C::kTiles;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-  const int cin = p.args.shape.in_channels, steps = cin / 16;
+  const int cin = p.args.shape.in_channels, steps = cin / C::kStep;
   const T* weight = static_cast<const T*>(p.args.primary_weight) + b.c0 * p.args.primary_weight_stride_n;
   const uint32_t stride = p.args.primary_weight_stride_n;
   const auto row = [&](int channel) { return weight + uint64_t{stride} * min(channel, b.channels - 1); };
 #pragma unroll 4
   for (int i = warp; i < steps * kTiles; i += p.plan.warps) {
-    const int k = i / kTiles * 16 + 4 * q, channel = i % kTiles * 16 + g;
+    const int k = i / kTiles * C::kStep + C::kLaneSteps * q, channel = i % kTiles * 16 + g;
     uint2 upper, lower;
     load_words<2>(&upper.x, row(channel) + k);
     load_words<2>(&lower.x, row(channel + 8) + k);
-    *reinterpret_cast<uint4*>(to + i * 512 + lane * 16) = uint4{upper.x, lower.x, upper.y, lower.y};
+    const uint4 fragment{upper.x, lower.x, upper.y, lower.y};
+    *reinterpret_cast<uint4*>(to + i * 512 + lane * 16) = C::kHalf ? fragment : to_tf32(fragment);
   }
-  if (cin % 16 != 0 && warp < kTiles) {
+  if (C::kHalf && cin % 16 != 0 && warp < kTiles) {
     for (int tile = warp; tile < kTiles; tile += p.plan.warps) {
       uint2 v;
       load_words<1>(&v.x, row(tile * 16 + g) + steps * 16 + 2 * q);
@@ -35,26 +36,45 @@ __device__ __forceinline__ void load_primary_weight(const NchwParams& p, const N
   }
 }
 
-// x1's [scale | shift | slope], a float4 a channel.
-template <class C>
-__device__ __forceinline__ void load_primary_affine(const NchwParams& p, const NchwBlock& b, float4* to) {
-  for (int c = threadIdx.x; c < p.plan.cheap_offset / 16; c += blockDim.x) {
-    const Affine a = affine<typename C::T>(p.args.primary, b.c0 + min(c, b.channels - 1));
-    to[c] = float4{a.scale, a.shift, a.slope, 0.f};
+// The 1×1 weights of IEEE fp32 for input channels [k0, k0 + count): [group of channels][k][channel].
+__device__ __forceinline__ void load_weight_groups(const NchwParams& p, const NchwBlock& b, unsigned char* to, int k0,
+                                                   int count) {
+  const float* weight = static_cast<const float*>(p.args.primary_weight) + k0;
+  const int fours = count / 4, groups = (b.channels + kFmaChannels - 1) / kFmaChannels;
+  const int c = threadIdx.x % 32 % kFmaChannels, first = threadIdx.x / kFmaChannels, step = blockDim.x / kFmaChannels;
+  for (int group = 0; group < groups; ++group) {
+    const int channel = b.c0 + min(group * kFmaChannels + c, b.channels - 1);
+    const float* row = weight + int64_t{channel} * p.args.primary_weight_stride_n;
+    unsigned char* at = to + group * p.plan.group_pitch + c * 4;
+#pragma unroll 2
+    for (int i = first; i < fours; i += step) {
+      const uint4 v = load_global16(row + 4 * i);
+      uint32_t* four = reinterpret_cast<uint32_t*>(at + i * (16 * kFmaChannels));
+      four[0] = v.x, four[kFmaChannels] = v.y, four[2 * kFmaChannels] = v.z, four[3 * kFmaChannels] = v.w;
+    }
   }
 }
 
-// The depthwise weights, already multiplied by the norm's scale, and shift and slope behind them, by channel.
+// Of x1's channels [scale | shift | slope], a float4 each; and of the ghosts the depthwise weights, already multiplied
+// by the norm's scale, with shift and slope behind them. One loop, which has the code of affine() once.
 template <class C>
-__device__ __forceinline__ void load_cheap(const NchwParams& p, const NchwBlock& b, float* to) {
+__device__ __forceinline__ void load_channels(const NchwParams& p, const NchwBlock& b, unsigned char* smem) {
   using T = typename C::T;
   constexpr int kD = C::kD;
   const GhostForwardParams& a = p.args;
-  for (int c = threadIdx.x; c < b.ghosts; c += blockDim.x) {
-    const Affine norm = affine<T>(a.cheap, b.c0 + c);
+  const int primaries = p.plan.cheap_offset / 16;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < primaries + b.ghosts; i += blockDim.x) {
+    const bool cheap = i >= primaries;
+    const int c = cheap ? i - primaries : min(i, b.channels - 1);
+    const Affine norm = affine<T>(cheap ? a.cheap : a.primary, b.c0 + c);
+    if (!cheap) {
+      reinterpret_cast<float4*>(smem)[i] = float4{norm.scale, norm.shift, norm.slope, 0.f};
+      continue;
+    }
     const T* weight = static_cast<const T*>(a.cheap_weight) + (b.c0 + c) * a.cheap_weight_stride_c;
-    float* w = to + c * C::kCheapFloats;
-#pragma unroll
+    float* w = reinterpret_cast<float*>(smem + p.plan.cheap_offset) + c * C::kCheapFloats;
+#pragma unroll(kD == 5 ? 1 : kD)
     for (int kh = 0; kh < kD; ++kh) {
 #pragma unroll
       for (int kw = 0; kw < kD; ++kw) {
@@ -78,7 +98,7 @@ __device__ __forceinline__ void load_input_gate(const NchwParams& p, const NchwB
 // channel. Rows below the first kPad that are outside only give outputs that don't exist.
 template <class C>
 __device__ __forceinline__ void zero_border(const NchwParams& p, const NchwBlock& b, unsigned char* x1) {
-  using Zeros = Vector<typename C::T, C::kV>;
+  using Zeros = Vector<typename C::T, C::kV>;  // of a chunk
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int rows = p.plan.tile_h + 2 * C::kPad, above = b.top - (b.h0 - C::kPad), below = above + b.halo_rows;
   for (int c = lane; c < b.ghosts; c += 32) {
@@ -87,8 +107,8 @@ __device__ __forceinline__ void zero_border(const NchwParams& p, const NchwBlock
     for (int k = 0; k < 2 * C::kPad; ++k) {
       const int r = k < C::kPad ? k : below + k - C::kPad;
       if (k < C::kPad ? r >= above : r >= rows) continue;
-      unsigned char* row = plane + r * p.plan.row_pitch + 2 * C::kV;
-      for (int i = warp; i < p.plan.row_chunks; i += p.plan.warps) Zeros().store(row + i * (2 * C::kV));
+      unsigned char* row = plane + r * p.plan.row_pitch + C::kChunkBytes;
+      for (int i = warp; i < p.plan.row_chunks; i += p.plan.warps) Zeros().store(row + i * C::kChunkBytes);
     }
   }
 }
@@ -96,13 +116,18 @@ __device__ __forceinline__ void zero_border(const NchwParams& p, const NchwBlock
 // All of the above, while x is on its way.
 template <class C>
 __device__ __forceinline__ void load(const NchwParams& p, const NchwBlock& b, unsigned char* smem) {
-  if constexpr (C::kMap != NchwMap::kSeven) load_primary_weight<C>(p, b, smem + p.plan.stage_offset);
-  load_primary_affine<C>(p, b, reinterpret_cast<float4*>(smem));
-  load_cheap<C>(p, b, reinterpret_cast<float*>(smem + p.plan.cheap_offset));
+  if constexpr (C::kMap != NchwMap::kSeven) {
+    if constexpr (C::kPath == Path::kFloat32) {
+      load_weight_groups(p, b, smem + p.plan.stage_offset, 0, p.args.shape.in_channels);
+    } else {
+      load_primary_weight<C>(p, b, smem + p.plan.stage_offset);
+    }
+  }
+  load_channels<C>(p, b, smem);
   if constexpr (C::kFull) load_input_gate<C>(p, b, reinterpret_cast<typename C::T*>(smem + p.plan.gate_offset));
   if constexpr (C::kWide) zero_border<C>(p, b, smem + p.plan.x1_offset);
   if constexpr (!C::kWide) {
-    if (threadIdx.x < 8) reinterpret_cast<uint32_t*>(smem + p.plan.zero_offset)[threadIdx.x] = 0;
+    if (threadIdx.x < kNchwZeroBytes / 4) reinterpret_cast<uint32_t*>(smem + p.plan.zero_offset)[threadIdx.x] = 0;
   }
 }
 

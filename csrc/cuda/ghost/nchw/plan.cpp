@@ -10,61 +10,87 @@ namespace {
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
 
-constexpr int chunk_pixels(NchwMap map) { return map == NchwMap::kWide8 ? 8 : map == NchwMap::kSeven ? 7 : 4; }
+// Whether it takes the kernel with everything.
+bool is_full(const GhostShape& s) { return s.full || s.dw_size == 5; }
+
+constexpr bool is_wide(NchwMap map) { return map == NchwMap::kWide8 || map == NchwMap::kWide4; }
 
 // Channels that a block's output vectors come in: of maps stored as one run, whole 16 bytes.
-constexpr int channel_step(NchwMap map) { return map == NchwMap::kSeven ? 8 : map == NchwMap::kFourteen ? 2 : 1; }
+constexpr int channel_step(NchwMap map, int bytes) {
+  return map == NchwMap::kSeven ? 16 / bytes : map == NchwMap::kFourteen && bytes == 2 ? 2 : 1;
+}
+
+// Input channels that come in whole steps, 7 × 7 also in whole vectors; half precision has half a step in others.
+constexpr int in_channel_step(NchwMap map, Path path) {
+  return path == Path::kFloat32 ? 4 : path == Path::kTF32 || map != NchwMap::kSeven ? 8 : 16;
+}
 
 // Where x1 and the rest lie in shared memory.
 void lay_out(const GhostShape& s, NchwPlan& p) {
-  const bool wide = p.map == NchwMap::kWide8 || p.map == NchwMap::kWide4;
-  const int vector = 2 * chunk_pixels(p.map), steps = s.in_channels / 16, planes = round_up(p.block_c, 8);
-  if (wide) {
-    p.row_pitch = 2 * s.width + vector;  // a vector of zeros between rows
+  const int bytes = element_size(p.path), vector = bytes * nchw_chunk(p.map), planes = round_up(p.block_c, 8);
+  const bool fma = p.path == Path::kFloat32;
+  if (is_wide(p.map)) {
+    p.row_pitch = bytes * s.width + vector;  // a vector of zeros between rows
     p.plane_pitch = round_up(vector + (p.tile_h + s.dw_size - 1) * p.row_pitch, 16);
     const int period =
         8 * vector;  // a quarter warp (V = 4: half) stores 4 vectors of 2 (4) channels: no bank conflicts
     while (p.plane_pitch % period != period / 2) p.plane_pitch += 16;
   } else {
-    p.row_pitch = nchw_small_row_pitch(p.map);
-    p.plane_pitch = p.map == NchwMap::kSeven ? 112 : 392;
+    p.row_pitch = nchw_small_row_pitch(p.map, bytes);
+    p.plane_pitch = nchw_small_plane_pitch(p.map, bytes);
   }
   p.cheap_offset = 16 * std::max(16 * p.tiles, planes);
   p.gate_offset = p.cheap_offset + p.block_c * 4 * nchw_cheap_floats(s.dw_size);
-  p.zero_offset = round_up(p.gate_offset + (s.input_gate ? 2 * s.in_channels : 0), 16);
-  p.x1_offset = p.zero_offset + 32;
+  p.zero_offset = round_up(p.gate_offset + (s.input_gate ? bytes * s.in_channels : 0), 16);
+  p.x1_offset = p.zero_offset + kNchwZeroBytes;
   p.stage_offset = round_up(p.x1_offset + planes * p.plane_pitch, 16);
-  const int weights = p.tiles * (512 * steps + (s.in_channels % 16 ? 256 : 0));
+  const int step = nchw_step(p.path), groups = ceil_div(p.block_c, kFmaChannels);
+  // One number apart: lanes of two groups read them at once without bank conflicts.
+  p.group_pitch = fma ? (p.k_chunk + 1) * 4 * kFmaChannels : 0;
+  const int weights =
+      fma ? groups * p.group_pitch : p.tiles * (512 * (s.in_channels / step) + (s.in_channels % step ? 256 : 0));
   int stage = weights;
-  if (p.map == NchwMap::kFourteen) stage = std::max(weights, p.block_c * 392);
+  if (p.map == NchwMap::kFourteen) stage = std::max(weights, p.block_c * p.plane_pitch);
   if (p.map == NchwMap::kSeven) {
-    stage = std::max(98 * s.in_channels, 2 * 98 * p.block_c);
-    if (p.warps_k > 1) stage = std::max(stage, p.warps * p.tiles * 4 * 1024);
+    const int map = 49 * bytes, ghosts = map * p.block_c * (bytes == 2 ? 2 : 1);  // half precision: and x1
+    stage = std::max(map * p.k_chunk + groups * p.group_pitch, ghosts);
+    const bool summed = p.warps_k > 1 || bytes == 4 || is_full(s);  // in shared memory
+    if (summed) stage = std::max(stage, p.warps * (fma ? kFmaChannels : 4 * p.tiles) * 1024);
   }
   p.smem_bytes = p.stage_offset + stage;
 }
 
 // Warp instructions of the busiest multiprocessor, from counts of the compiled kernels.
 double cost(const GhostShape& s, const NchwPlan& p) {
-  const bool wide = p.map == NchwMap::kWide8 || p.map == NchwMap::kWide4;
-  const int v = chunk_pixels(p.map), d = s.dw_size, rows = nchw_strip_rows(p.map, p.tiles, d);
-  const int cols = wide ? v : s.width, halves = ceil_div(p.map == NchwMap::kSeven ? p.warp_c : p.block_c, 8);
-  const double steps = s.in_channels / 16.0;
+  const bool wide = is_wide(p.map), seven = p.map == NchwMap::kSeven;
+  const int v = nchw_chunk(p.map), d = s.dw_size, rows = nchw_strip_rows(p.map, p.tiles, d),
+            bytes = element_size(p.path);
+  const int cols = wide ? v : s.width, halves = ceil_div(seven ? p.warp_c : p.block_c, 8);
+  const double steps = static_cast<double>(s.in_channels) / nchw_step(p.path);
   const int halo_rows = std::min(p.tile_h + (wide ? d - 1 : 0), s.height);
-  const int groups = p.map == NchwMap::kSeven ? 1 : ceil_div(ceil_div(halo_rows * s.width, v), 8);
+  const int chunks = seven ? 7 : ceil_div(halo_rows * s.width, v);
   double primary = 0;
-  if (p.map == NchwMap::kSeven) {
-    primary = p.warps *
-              (steps / p.warps_k * (16 + 14 + 7 * p.tiles + 6 * p.tiles + 6) + 4 * p.tiles * (p.warps_k > 1 ? 30 : 16));
-    primary += s.in_channels * 98 / 16 / 32 * 4;
+  if (p.path == Path::kFloat32) {
+    const int warps = seven ? p.warps : ceil_div(chunks * ceil_div(p.block_c, kFmaChannels), 32);
+    const double product = seven ? 9 + 60.0 : 6 + 34, epilogue = seven ? 250 : 200;
+    primary =
+        warps * (4 * steps * product / (seven ? p.warps_k : 1) + epilogue) + s.in_channels * p.block_c / 128.0 * 8;
+  } else if (seven) {
+    const double step = bytes == 2 ? 16 + 14 + 7 * p.tiles + 6 * p.tiles + 6 : 28 + 7 * p.tiles + 10 * p.tiles + 6;
+    primary =
+        p.warps * (steps / p.warps_k * step + 4 * p.tiles * (p.warps_k == 1 && bytes == 2 && !is_full(s) ? 16 : 30));
   } else {
-    const double step = 2 * v + v * p.tiles + p.tiles + 16, epilogue = 30 + halves * 2 * (2 * v + 8);
-    primary = round_up(groups, p.warps) * (steps * step + epilogue) + steps * p.tiles * 14;
+    const double step = bytes == 2 ? 2 * v + v * p.tiles + p.tiles + 16 : 2 * v + 2 * v * p.tiles / 2.0 + p.tiles + 10;
+    const double epilogue = 30 + halves * 2 * (2 * v + 8);
+    primary = round_up(ceil_div(chunks, 8), p.warps) * (steps * step + epilogue) + steps * p.tiles * 14;
+  }
+  if (seven) {
+    primary += s.in_channels * 49 * bytes / 16 / 32 * 4 + p.warps * 60 * ceil_div(s.in_channels, p.k_chunk);
   }
   const int positions = wide ? p.row_chunks * (p.tile_h / rows) * p.block_c : p.block_c * (s.height / rows);
   const double cheap =
       ceil_div(positions, 32) * (rows * (cols * (d * d + 1.0) + 8) + (rows + d - 1) * (cols * 1.2 + 5) + 60);
-  const double store = wide ? 0 : p.block_c * s.height * s.width * 4 / 512.0 * 4;
+  const double store = wide ? 0 : p.block_c * s.height * s.width * bytes / 512.0 * 8;
   const double parameters = p.warps * 80 + ceil_div(p.block_c, 32) * (150 + 6 * d * d) + (wide ? p.block_c * 10 : 0);
   const int64_t blocks = int64_t{s.batch} * p.tiles_h * p.channel_blocks;
   const int64_t waves = (blocks + s.sm_count - 1) / s.sm_count;
@@ -83,24 +109,26 @@ void count_traffic(const GhostShape& s, NchwPlan& p) {
   for (int h = 0; h < s.height; h += p.tile_h) {
     rows += std::min(h + p.tile_h + pad, s.height) - std::max(h - pad, 0);
   }
-  const int64_t parameters = 2 * (int64_t{s.init_channels} * s.in_channels + ghosts * s.dw_size * s.dw_size);
+  const int64_t bytes = element_size(p.path);
+  const int64_t parameters = bytes * (int64_t{s.init_channels} * s.in_channels + ghosts * s.dw_size * s.dw_size);
   p.recompute = static_cast<double>(rows) / s.height;
-  p.dram_read = 2 * s.batch * image * s.in_channels + parameters;
-  p.dram_write = 2 * s.batch * image * s.out_channels;
-  p.l2_read = s.batch * (2 * rows * s.width * s.in_channels * p.channel_blocks + parameters * p.tiles_h);
+  p.dram_read = bytes * s.batch * image * s.in_channels + parameters;
+  p.dram_write = bytes * s.batch * image * s.out_channels;
+  p.l2_read = s.batch * (bytes * rows * s.width * s.in_channels * p.channel_blocks + parameters * p.tiles_h);
   const int by_registers = p.map == NchwMap::kSeven ? 1 : std::max(1, 2 * kNchwMaxThreads / 32 / p.warps);
   p.blocks_per_sm = std::max(1, std::min(by_registers, s.smem_per_sm / (p.smem_bytes + 1024)));
 }
 
 struct Search {
   const GhostShape& s;
+  Path path;
   NchwPlan best{};
   double best_cost = 0;
 
   void consider(NchwPlan p) {
     p.channel_blocks = ceil_div(s.init_channels, p.block_c);
     p.tiles_h = ceil_div(s.height, p.tile_h);
-    p.row_chunks = s.width / chunk_pixels(p.map);
+    p.row_chunks = s.width / nchw_chunk(p.map);
     lay_out(s, p);
     if (p.smem_bytes > s.smem_per_block) return;
     const double c = cost(s, p);
@@ -108,12 +136,14 @@ struct Search {
   }
   void map(NchwMap map, std::initializer_list<int> tile_counts) {
     for (const int tiles : tile_counts) {
-      const int strip = nchw_strip_rows(map, tiles, s.dw_size), step = channel_step(map);
-      const bool seven = map == NchwMap::kSeven, wide = map == NchwMap::kWide8 || map == NchwMap::kWide4;
-      const int most = std::min(round_up(s.init_channels, step), (seven ? 4 : 1) * 16 * tiles);
+      const int strip = nchw_strip_rows(map, tiles, s.dw_size), step = channel_step(map, element_size(path));
+      const bool seven = map == NchwMap::kSeven, wide = is_wide(map);
+      const int most =
+          std::min(round_up(s.init_channels, step), (seven || path == Path::kFloat32 ? 4 : 1) * 16 * tiles);
       for (int blocks = ceil_div(s.init_channels, most);; ++blocks) {
         NchwPlan p{};
         p.map = map;
+        p.path = path;
         p.tiles = tiles;
         p.block_c = round_up(ceil_div(s.init_channels, blocks), step);
         if (p.block_c <= most) with_channels(p, strip, wide, seven);
@@ -127,19 +157,24 @@ struct Search {
       for (int warps_c = ceil_div(p.block_c, 16 * p.tiles); warps_c <= ceil_div(p.block_c, 8) && warps_c <= 4;
            ++warps_c) {
         p.warp_c = round_up(ceil_div(p.block_c, warps_c), 8);
-        for (p.warps_k = 1; p.warps_k <= std::min(kNchwMaxThreads / 32 / warps_c, s.in_channels / 16); ++p.warps_k) {
-          if (ceil_div(s.in_channels / 16, ceil_div(s.in_channels / 16, p.warps_k)) != p.warps_k) continue;  // one idle
+        for (p.warps_k = 1; p.warps_k <= std::min(kNchwMaxThreads / 32 / warps_c, std::max(s.in_channels / 16, 1));
+             ++p.warps_k) {
           p.warps = warps_c * p.warps_k;
-          consider(p);
+          for (int parts = 1; parts <= 8; ++parts) {
+            p.k_chunk = round_up(ceil_div(s.in_channels, parts), in_channel_step(p.map, path));
+            const int steps = p.k_chunk / nchw_step(path);
+            if (ceil_div(steps, ceil_div(steps, p.warps_k)) == p.warps_k) consider(p);  // else one is idle
+          }
         }
       }
       return;
     }
     p.warp_c = p.block_c;
     p.warps_k = 1;
+    p.k_chunk = s.in_channels;
     const int most_h = wide ? round_up(s.height, strip) : s.height;
     for (p.tile_h = wide ? strip : s.height; p.tile_h <= most_h; p.tile_h += strip) {
-      const int row_chunks = s.width / chunk_pixels(p.map), strips = p.tile_h / strip;
+      const int row_chunks = s.width / nchw_chunk(p.map), strips = p.tile_h / strip;
       const int64_t most_divided = int64_t{row_chunks} * std::max(p.tile_h + s.dw_size, strips * p.block_c);
       if (most_divided * row_chunks >= 1 << 20) break;  // SmallDivisor
       for (p.warps = 4; p.warps <= kNchwMaxThreads / 32; ++p.warps) consider(p);
@@ -154,38 +189,43 @@ bool aligned(const void* data, int64_t bytes) { return reinterpret_cast<uintptr_
 bool nchw_takes(const GhostForwardParams& a, const NchwPlan& plan) {
   if (plan.block_c == 0) return false;
   const GhostShape& s = a.shape;
-  const bool seven = s.width == 7 && s.height == 7, fourteen = s.width == 14 && s.height == 14;
-  if (s.in_channels % (seven ? 16 : 8) != 0 || s.batch > 65535) return false;
+  const bool wide = is_wide(plan.map);
+  const int bytes = element_size(plan.path), step = channel_step(plan.map, bytes);
+  if (s.in_channels % in_channel_step(plan.map, plan.path) != 0 || s.batch > 65535) return false;
   // Whole vectors: of pixels in wide maps, of maps in small ones.
-  const int step = channel_step(seven ? NchwMap::kSeven : fourteen ? NchwMap::kFourteen : NchwMap::kWide4);
   if (s.init_channels % step != 0 || s.out_channels % step != 0) return false;
-  const int64_t pixels = int64_t{s.height} * s.width, vector = s.width % 8 == 0 ? 8 : 4;
+  const int64_t pixels = int64_t{s.height} * s.width, vector = wide ? nchw_chunk(plan.map) : 16 / bytes;
   const auto dense = [&](const Tensor4& t) { return t.stride_w == 1 && t.stride_h == s.width; };
   if (!dense(a.x) || !dense(a.out) || !aligned(a.x.data, 16) || !aligned(a.out.data, 16)) return false;
   for (const Tensor4* t : {&a.x, &a.out}) {
-    if (t->stride_n % (seven || fourteen ? 8 : vector) != 0 || t->stride_n < 0) return false;
-    if (seven || fourteen ? t->stride_c != pixels : t->stride_c % vector != 0 || t->stride_c < 0) return false;
+    if (t->stride_n % vector != 0 || t->stride_n < 0) return false;
+    if (wide ? t->stride_c % vector != 0 || t->stride_c < 0 : t->stride_c != pixels) return false;
   }
-  if (a.primary_weight_stride_k != 1 || a.primary_weight_stride_n % 4 != 0 || !aligned(a.primary_weight, 8))
+  const int weights = plan.path == Path::kFloat32 ? 16 : 8;
+  if (a.primary_weight_stride_k != 1 || a.primary_weight_stride_n * bytes % weights != 0 ||
+      !aligned(a.primary_weight, weights)) {
     return false;
+  }
   // Bytes of an image are counted in 32 bits.
-  return a.x.stride_c * int64_t{s.in_channels} < (1 << 30) && a.out.stride_c * int64_t{s.out_channels} < (1 << 30) &&
-         a.primary_weight_stride_n * int64_t{s.init_channels} < (1 << 30);
+  const int64_t most = (int64_t{1} << 31) / bytes;
+  return a.x.stride_c * s.in_channels < most && a.out.stride_c * s.out_channels < most &&
+         a.primary_weight_stride_n * s.init_channels < most;
 }
 
 NchwPlan plan_nchw(const GhostShape& s) {
-  Search search{s};
-  const bool half = s.path == Path::kFloat16 || s.path == Path::kBFloat16;
-  if (!half || s.channels_last || s.ratio != 2 || (s.dw_size != 3 && s.dw_size != 5)) return {};
-  const bool full = s.full || s.dw_size == 5;  // compiled for one number of tiles, see nchw.h
+  const bool half = element_size(s.path) == 2, full = is_full(s);
+  if (s.channels_last || s.ratio != 2 || (s.dw_size != 3 && !(half && s.dw_size == 5))) return {};
+  // Which are compiled: see nchw.h.
+  const bool tf32 = s.path == Path::kTF32 && !full && s.in_channels % nchw_step(Path::kTF32) == 0, one = full || !half;
+  Search search{s, half || tf32 ? s.path : Path::kFloat32};
   if (s.width == 7 && s.height == 7) {
-    search.map(NchwMap::kSeven, {3});
+    search.map(NchwMap::kSeven, {search.path == Path::kFloat32 ? 2 : 3});
   } else if (s.width == 14 && s.height == 14) {
-    full ? search.map(NchwMap::kFourteen, {2}) : search.map(NchwMap::kFourteen, {2, 4});
-  } else if (s.width % 8 == 0 && s.width > 8) {
-    full ? search.map(NchwMap::kWide8, {2}) : search.map(NchwMap::kWide8, {1, 2});
+    one ? search.map(NchwMap::kFourteen, {2}) : search.map(NchwMap::kFourteen, {2, 4});
+  } else if (s.width % 8 == 0 && s.width > 8 && half) {
+    one ? search.map(NchwMap::kWide8, {2}) : search.map(NchwMap::kWide8, {1, 2});
   } else if (s.width % 4 == 0 && s.width > 4) {
-    full ? search.map(NchwMap::kWide4, {2}) : search.map(NchwMap::kWide4, {2, 4});
+    one ? search.map(NchwMap::kWide4, {2}) : search.map(NchwMap::kWide4, {2, 4});
   }
   if (search.best.block_c > 0) count_traffic(s, search.best);
   return search.best;

@@ -2,8 +2,9 @@
 //
 // x goes from global memory straight to registers. Lane (g, q) reads a chunk, V neighbouring pixels, of channels 4q …
 // 4q + 3, so pixel i of the chunks of all lanes is an n8 tile, whose B operand is a byte permutation of two channels'
-// words. The result D[channel][pixel] leaves a lane with V neighbouring pixels of its channel over the V tiles: they
-// are one vector of x1's plane in shared memory, and one of the output.
+// words; in TF32 it is the words of channels 2q and 2q + 1 as they come. The result D[channel][pixel] leaves a lane
+// with V neighbouring pixels of its channel over the V tiles: they are one vector of x1's plane in shared memory, and
+// one of the output.
 #pragma once
 
 #include "cuda/ghost/nchw/store.cuh"
@@ -13,6 +14,8 @@ namespace ghostfused {
 // Which chunk a lane reads in each group of 8, and which two it gets of each channel.
 template <class C>
 struct NchwChunks {
+  // The two of a lane are: no bank conflicts in x1's flat planes of half precision
+  static constexpr bool kNeighbours = C::kFourteen && C::kHalf;
   int last, groups;
   int shift;         // chunks by which groups start before x1, so that a lane's stores begin with a 32-byte sector
   int read, result;  // this lane's chunk of group 0: as B's column g, and D's columns 2q and 2q + 1
@@ -21,59 +24,69 @@ struct NchwChunks {
     if constexpr (C::kWide) {
       const int chunks = b.halo_rows * p.plan.row_chunks;
       last = pinned(chunks - 1);
-      shift = b.top * p.args.shape.width * 2 % 32 / (2 * C::kV);
+      shift = b.top * p.args.shape.width * C::kBytes % 32 / C::kChunkBytes;
       groups = (chunks + shift + 7) / 8;
-      read = pinned(g % 2 * 4 + g / 2 - shift);
-      result = pinned(q - shift);
-    } else {  // the two of a lane are neighbours: no bank conflicts in x1's flat planes
+    } else {
       last = C::kPixels / C::kV - 1;
+      shift = 0;
       groups = last / 8 + 1;
-      read = pinned(g / 2 * 4 + g % 2);
-      result = pinned(4 * q);
     }
+    read = pinned(kNeighbours ? g / 2 * 4 + g % 2 : g % 2 * 4 + g / 2 - shift);
+    result = pinned(kNeighbours ? 4 * q : q - shift);
   }
   __device__ __forceinline__ int clamped(int chunk) const {
     return C::kWide ? min(max(chunk, 0), last) : min(chunk, last);
   }
   __device__ __forceinline__ int first(int group) const {
-    return C::kWide ? 8 * group : group / 2 * 16 + group % 2 * 2;
+    return kNeighbours ? group / 2 * 16 + group % 2 * 2 : 8 * group;
   }
   __device__ __forceinline__ int to_read(int group) const { return clamped(first(group) + read); }
   __device__ __forceinline__ int of_result(int group, int e) const {
-    return clamped(first(group) + result + (C::kWide ? 4 : 1) * e);
+    return clamped(first(group) + result + (kNeighbours ? 1 : 4) * e);
   }
 };
 
-// A chunk of x as B operands, k16 steps ahead.
+// A chunk of x, which are B operands, steps ahead.
 template <class C>
 struct NchwInput {
-  static constexpr int kWords = C::kV / 2;
-  const unsigned char* image;   // channel 4q, the halo's first row
+  static constexpr int kWords = C::kWords, kLaneSteps = C::kLaneSteps;
+  const unsigned char* image;   // the lane's first channel, the halo's first row
   const unsigned char* next;    // the next step to load
-  const uint32_t (&planes)[4];  // bytes of 1, 2, 3 and 16 channels
-  uint32_t words[C::kSlots][4][kWords];
+  const uint32_t (&planes)[4];  // bytes of 1, 2, 3 channels and of a step's
+  uint32_t words[C::kSlots][kLaneSteps][kWords];
 
   __device__ __forceinline__ NchwInput(const NchwParams& p, const NchwBlock& b, int q) : planes(p.x_planes) {
-    const uint64_t at = b.n * p.x.stride_n + uint64_t{p.x.stride_c} * (4 * q) + b.top * p.x.stride_h;
-    image = pinned(static_cast<const unsigned char*>(p.x.data) + 2 * at);
+    const uint64_t at = b.n * p.x.stride_n + uint64_t{p.x.stride_c} * (kLaneSteps * q) + b.top * p.x.stride_h;
+    image = pinned(static_cast<const unsigned char*>(p.x.data) + C::kBytes * at);
   }
   __device__ __forceinline__ void load_step(int slot) {
     load_words<kWords>(words[slot][0], next);
 #pragma unroll
-    for (int i = 0; i < 3; ++i) load_words<kWords>(words[slot][i + 1], next + planes[i]);
+    for (int i = 0; i < kLaneSteps - 1; ++i) load_words<kWords>(words[slot][i + 1], next + planes[i]);
     next += planes[3];
   }
   // The first steps of another chunk, and its last 8 channels, if they are half a step, in the slot that is left.
   __device__ __forceinline__ void begin(int chunk, int steps, bool has_tail, int q) {
-    next = advanced(image, chunk, 2 * C::kV);
-    if (has_tail) {
-      const unsigned char* from = next + static_cast<int64_t>(static_cast<int>(planes[0])) * (16 * steps - 2 * q);
-      load_words<kWords>(words[C::kSlots - 1][0], from);
-      load_words<kWords>(words[C::kSlots - 1][1], from + planes[0]);
-    }
+    next = advanced(image, chunk, C::kChunkBytes);
+    if constexpr (C::kHalf)
+      if (has_tail) {
+        const unsigned char* from = next + static_cast<int64_t>(static_cast<int>(planes[0])) * (16 * steps - 2 * q);
+        load_words<kWords>(words[C::kSlots - 1][0], from);
+        load_words<kWords>(words[C::kSlots - 1][1], from + planes[0]);
+      }
 #pragma unroll
     for (int s = 0; s < C::kSlots - 1; ++s) {
       if (s < steps) load_step(s);
+    }
+  }
+  // Pixel i of the step's half ``k``: two channels of half precision, one of TF32, times the gate.
+  __device__ __forceinline__ uint32_t operand(int slot, int k, int i, bool gated, uint32_t gate) const {
+    using T = typename C::T;
+    if constexpr (C::kHalf) {
+      const uint32_t v = pair(words[slot][2 * k], words[slot][2 * k + 1], i);
+      return gated ? multiply_pairs<T>(v, gate) : v;
+    } else {
+      return to_tf32(gated ? multiply_pairs<T>(words[slot][k][i], gate) : words[slot][k][i]);
     }
   }
   // Pixel i of two channels.
@@ -81,6 +94,18 @@ struct NchwInput {
     return __byte_perm(a[i / 2], b[i / 2], i % 2 ? 0x7632 : 0x5410);
   }
 };
+
+// Norm, bias and activation of a chunk's sums: to shared memory and, where x1 leaves from registers, to the output.
+template <class C>
+__device__ __forceinline__ void put_x1(const NchwParams& p, const float4& affine, float (&sum)[C::kV], uint32_t to,
+                                       unsigned char* to_out, bool stored) {
+#pragma unroll
+  for (int i = 0; i < C::kV; ++i) sum[i] = fmaf(sum[i], affine.x, affine.y);
+  uint32_t v[C::kWords];
+  activate_and_pack<C, C::kV>(v, sum, p.args.primary.act, affine.z, p.primary_floor);
+  store_shared_words<C::kWords>(to, v);
+  if constexpr (C::kDirect) store_words<C::kWords>(to_out, v, stored);
+}
 
 // Where a lane's part of x1 goes: channel g of each 8, by chunks.
 template <class C>
@@ -95,12 +120,11 @@ struct NchwX1 {
       : affines(reinterpret_cast<const float4*>(smem) + g_), g(g_), halves((b.channels + 7) / 8) {
     const int first_row = b.top - (b.h0 - C::kPad);
     planes = pinned(shared_address(smem) + p.plan.x1_offset + g * p.plan.plane_pitch +
-                    (C::kWide ? 2 * kV + first_row * p.plan.row_pitch : 0));
+                    (C::kWide ? C::kChunkBytes + first_row * p.plan.row_pitch : 0));
     const uint64_t at = b.n * p.out.stride_n + uint64_t{p.out.stride_c} * (b.c0 + g) + b.top * p.out.stride_h;
-    out = pinned(static_cast<unsigned char*>(p.out.data) + 2 * at);
+    out = pinned(static_cast<unsigned char*>(p.out.data) + C::kBytes * at);
   }
 
-  // Bias, norm and activation of a group's sums; to shared memory and, in wide maps, to the output.
   __device__ __forceinline__ void norm_affine(const NchwParams& p, const NchwBlock& b, const NchwChunks<C>& chunks,
                                               int group, const float (&acc)[kTiles][kV][4]) const {
     uint32_t to[2];
@@ -109,8 +133,8 @@ struct NchwX1 {
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const int chunk = chunks.of_result(group, e), row = C::kWide ? p.by_columns.divide(chunk) : 0;
-      to[e] = planes + (chunk + row) * (2 * kV);  // a row is one chunk longer there
-      to_out[e] = advanced(out, chunk, 2 * kV);
+      to[e] = planes + (chunk + row) * C::kChunkBytes;  // a row is one chunk longer there
+      to_out[e] = advanced(out, chunk, C::kChunkBytes);
       stored[e] = static_cast<unsigned>(b.top + row - b.h0) < static_cast<unsigned>(b.rows);
     }
 #pragma unroll
@@ -124,13 +148,9 @@ struct NchwX1 {
         for (int e = 0; e < 2; ++e) {
           float y[kV];
 #pragma unroll
-          for (int i = 0; i < kV; ++i) y[i] = fmaf(acc[t][i][2 * half + e], a.x, a.y);
-          uint32_t v[kV / 2];
-          activate_and_pack<C, kV>(v, y, p.args.primary.act, a.z, p.primary_floor);
-          store_shared_words<kV / 2>(to[e] + c * p.plan.plane_pitch, v);
-          if constexpr (C::kWide && !C::kFull) {
-            store_words<kV / 2>(to_out[e] + p.out_halves[2 * t + half], v, stored[e] && c + g < b.channels);
-          }
+          for (int i = 0; i < kV; ++i) y[i] = acc[t][i][2 * half + e];
+          put_x1<C>(p, a, y, to[e] + c * p.plan.plane_pitch, to_out[e] + p.out_halves[2 * t + half],
+                    stored[e] && c + g < b.channels);
         }
       }
     }
@@ -142,8 +162,8 @@ __device__ __forceinline__ void primary(const NchwParams& p, const NchwBlock& b,
   using T = typename C::T;
   constexpr int kV = C::kV, kTiles = C::kTiles, kSlots = C::kSlots;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-  const int cin = p.args.shape.in_channels, steps = cin / 16;
-  const bool has_tail = cin % 16 != 0;
+  const int cin = p.args.shape.in_channels, steps = cin / C::kStep;
+  const bool has_tail = C::kHalf && cin % C::kStep != 0;
   const NchwChunks<C> chunks(p, b, g, q);
   NchwInput<C> x(p, b, q);
   x.begin(chunks.to_read(warp), steps, has_tail, q);
@@ -159,20 +179,21 @@ __device__ __forceinline__ void primary(const NchwParams& p, const NchwBlock& b,
 #pragma unroll 1
   for (int group = warp; group < chunks.groups; group += p.plan.warps) {
     float acc[kTiles][kV][4] = {};
-    if (has_tail) {
-      uint2 w[kTiles];
+    if constexpr (C::kHalf)
+      if (has_tail) {
+        uint2 w[kTiles];
 #pragma unroll
-      for (int t = 0; t < kTiles; ++t) w[t] = *reinterpret_cast<const uint2*>(tail_weight + t * 256);
+        for (int t = 0; t < kTiles; ++t) w[t] = *reinterpret_cast<const uint2*>(tail_weight + t * 256);
 #pragma unroll
-      for (int i = 0; i < kV; ++i) {
-        uint32_t b0 = x.pair(x.words[kSlots - 1][0], x.words[kSlots - 1][1], i);
-        if (gated) b0 = multiply_pairs<T>(b0, *reinterpret_cast<const uint32_t*>(gate + 16 * steps + 2 * q));
+        for (int i = 0; i < kV; ++i) {
+          uint32_t b0 = x.pair(x.words[kSlots - 1][0], x.words[kSlots - 1][1], i);
+          if (gated) b0 = multiply_pairs<T>(b0, *reinterpret_cast<const uint32_t*>(gate + 16 * steps + 2 * q));
 #pragma unroll
-        for (int t = 0; t < kTiles; ++t) multiply_tiles8<T>(acc[t][i], w[t], b0);
+          for (int t = 0; t < kTiles; ++t) multiply_tiles8<T>(acc[t][i], w[t], b0);
+        }
       }
-    }
     const unsigned char* step_weight = weight;
-    const T* step_gate = gate + 4 * q;
+    const T* step_gate = gate + C::kLaneSteps * q;
 #pragma unroll 1
     for (int s0 = 0; s0 < steps; s0 += kSlots) {
 #pragma unroll
@@ -186,18 +207,15 @@ __device__ __forceinline__ void primary(const NchwParams& p, const NchwBlock& b,
         }
 #pragma unroll
         for (int i = 0; i < kV; ++i) {
-          uint32_t b0 = x.pair(x.words[slot][0], x.words[slot][1], i);
-          uint32_t b1 = x.pair(x.words[slot][2], x.words[slot][3], i);
-          if (gated) {
-            const uint2 two = *reinterpret_cast<const uint2*>(step_gate + 16 * slot);
-            b0 = multiply_pairs<T>(b0, two.x), b1 = multiply_pairs<T>(b1, two.y);
-          }
+          uint2 two{};
+          if (gated) two = *reinterpret_cast<const uint2*>(step_gate + C::kStep * slot);
+          const uint32_t b0 = x.operand(slot, 0, i, gated, two.x), b1 = x.operand(slot, 1, i, gated, two.y);
 #pragma unroll
           for (int t = 0; t < kTiles; ++t) multiply_tiles<T, false>(acc[t][i], w[t], b0, b1);
         }
       }
       step_weight += kSlots * kTiles * 512;
-      step_gate += kSlots * 16;
+      step_gate += kSlots * C::kStep;
     }
     x.begin(chunks.to_read(group + p.plan.warps), steps, has_tail, q);  // clamped: at the end the last chunk again
     x1.norm_affine(p, b, chunks, group, acc);

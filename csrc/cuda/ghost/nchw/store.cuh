@@ -10,7 +10,7 @@ __device__ __forceinline__ int nearest_row(int dst, int gate_size, int size) {
   return min(static_cast<int>(floorf(dst * (static_cast<float>(gate_size) / static_cast<float>(size)))), gate_size - 1);
 }
 
-// The output gate and the residual of 2 * kWords numbers. ``place(i)`` is the channel, row and column of the i-th.
+// The output gate and the residual of kWords words of numbers. ``place(i)`` is the channel, row and column of the i-th.
 template <class C, int kWords, typename F>
 __device__ __forceinline__ void gate_and_add(const NchwParams& p, int n, uint32_t (&v)[kWords], F place) {
   using T = typename C::T;
@@ -19,20 +19,32 @@ __device__ __forceinline__ void gate_and_add(const NchwParams& p, int n, uint32_
   const auto at = [n](const DeviceTensor& t, int c, int h, int w) {
     return static_cast<const T*>(t.data) + n * t.stride_n + offset_in_image(t, c, h, w);
   };
+  constexpr int kPerWord = 4 / C::kBytes;
+#pragma unroll 1
+  for (int i = 0; i < kWords; ++i) {  // words move on, as in activation.cuh's one_by_one
+    float y[2];
+    if constexpr (C::kHalf) {
+      const float2 both = unpack<T>(v[0]);
+      y[0] = both.x, y[1] = both.y;
+    } else {
+      y[0] = __uint_as_float(v[0]);
+    }
 #pragma unroll
-  for (int i = 0; i < kWords; ++i) {
-    const float2 both = unpack<T>(v[i]);
-    float y[2] = {both.x, both.y};
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const int3 to = place(2 * i + e);  // channel, row, column
+    for (int e = 0; e < kPerWord; ++e) {
+      const int3 to = place(kPerWord * i + e);  // channel, row, column
       if (p.output_gate.data != nullptr) {
         y[e] *= to_float(*at(p.output_gate, to.x, nearest_row(to.y, a.gate_height, a.shape.height),
                              nearest_row(to.z, a.gate_width, a.shape.width)));
       }
       if (p.residual.data != nullptr) y[e] += to_float(*at(p.residual, to.x, to.y, to.z));
     }
-    v[i] = pack<T>(y[0], y[1]);
+#pragma unroll
+    for (int k = 1; k < kWords; ++k) v[k - 1] = v[k];
+    if constexpr (C::kHalf) {
+      v[kWords - 1] = pack<T>(y[0], y[1]);
+    } else {
+      v[kWords - 1] = __float_as_uint(y[0]);
+    }
   }
 }
 
@@ -48,14 +60,15 @@ __device__ __forceinline__ void store_x1(const NchwParams& p, const NchwBlock& b
       const int row = p.by_columns.divide(i), column = i - row * columns;
       Vector<typename C::T, kV> chunk;
       chunk.load(smem + p.plan.x1_offset + c * p.plan.plane_pitch + (row + C::kPad) * p.plan.row_pitch +
-                 (column + 1) * (2 * kV));
-      uint32_t v[kV / 2];
+                 (column + 1) * C::kChunkBytes);
+      uint32_t v[C::kWords];
 #pragma unroll
-      for (int k = 0; k < kV / 2; ++k) v[k] = reinterpret_cast<const uint32_t*>(&chunk.raw)[k];
+      for (int k = 0; k < C::kWords; ++k) v[k] = reinterpret_cast<const uint32_t*>(&chunk.raw)[k];
       gate_and_add<C>(p, b.n, v, [=](int e) { return int3{b.c0 + c, b.h0 + row, column * kV + e}; });
-      store_words<kV / 2>(static_cast<unsigned char*>(p.out.data) +
-                              2 * (b.n * p.out.stride_n + offset_in_image(p.out, b.c0 + c, b.h0 + row, column * kV)),
-                          v, true);
+      store_words<C::kWords>(
+          static_cast<unsigned char*>(p.out.data) +
+              C::kBytes * (b.n * p.out.stride_n + offset_in_image(p.out, b.c0 + c, b.h0 + row, column * kV)),
+          v, true);
     }
   }
 }
@@ -64,7 +77,7 @@ __device__ __forceinline__ void store_x1(const NchwParams& p, const NchwBlock& b
 template <class C>
 __device__ __forceinline__ void store_maps(const NchwParams& p, int n, int c, int channels, const unsigned char* from) {
   using T = typename C::T;
-  const int bytes = channels * C::kPixels * 2;
+  const int bytes = channels * C::kPixels * C::kBytes;
   T* image = static_cast<T*>(p.out.data) + n * p.out.stride_n;
   unsigned char* to = reinterpret_cast<unsigned char*>(image + c * C::kPixels);
 #pragma unroll(C::kFull ? 1 : 4)
@@ -73,7 +86,7 @@ __device__ __forceinline__ void store_maps(const NchwParams& p, int n, int c, in
     uint32_t words[4] = {v.x, v.y, v.z, v.w};
     if constexpr (C::kFull) {
       gate_and_add<C>(p, n, words, [=](int e) {
-        const int at = i / 2 + e, map = at / C::kPixels, pixel = at % C::kPixels;
+        const int at = i / C::kBytes + e, map = at / C::kPixels, pixel = at % C::kPixels;
         return int3{c + map, pixel / C::kSide, pixel % C::kSide};
       });
     }

@@ -7,21 +7,32 @@
 
 namespace ghostfused {
 
-template <typename T_, NchwMap kMap_, int kTiles_, int kD_, bool kFull_>
+template <Path kPath_, NchwMap kMap_, int kTiles_, int kD_, bool kFull_>
 struct NchwConfig {
-  using T = T_;
+  static constexpr Path kPath = kPath_;
+  using T = typename PathType<kPath>::T;
+  static constexpr int kBytes = sizeof(T);
+  static constexpr bool kHalf = kBytes == 2;  // tensor cores multiply pairs of numbers, and 16 bits are two to a word
   static constexpr NchwMap kMap = kMap_;
   static constexpr int kTiles = kTiles_, kD = kD_, kPad = kD / 2;
   static constexpr bool kFull = kFull_;
   static constexpr bool kWide = kMap == NchwMap::kWide8 || kMap == NchwMap::kWide4,
                         kFourteen = kMap == NchwMap::kFourteen;
-  static constexpr int kSide = kWide ? 0 : kFourteen ? 14 : 7, kPixels = kSide * kSide;        // of the whole map
-  static constexpr int kV = kMap == NchwMap::kWide8 ? 8 : kMap == NchwMap::kSeven ? 7 : 4;     // pixels of a chunk
+  static constexpr int kSide = kWide ? 0 : kFourteen ? 14 : 7, kPixels = kSide * kSide;  // of the whole map
+  static constexpr int kV = nchw_chunk(kMap), kChunkBytes = kV * kBytes, kWords = kChunkBytes / 4;
   static constexpr int kCols = kWide ? kV : kSide, kRows = nchw_strip_rows(kMap, kTiles, kD);  // of a cheap thread
-  static constexpr int kRowPitch = nchw_small_row_pitch(kMap);
+  static constexpr int kRowPitch = nchw_small_row_pitch(kMap, kBytes);
+  static constexpr int kStep = nchw_step(kPath), kLaneSteps = kPath == Path::kTF32 ? 2 : 4;  // channels, also of a lane
+  // Whether x1 leaves from registers: its chunks are whole vectors of the output, and nothing comes between.
+  static constexpr bool kDirect = !kFull && (kWide || (kFourteen && !kHalf));
   static constexpr int kCheapFloats = nchw_cheap_floats(kD);
-  // k16 steps of x (7 × 7: of the weights) that are under way
-  static constexpr int kSlots = kMap == NchwMap::kWide8 ? 2 : kTiles < 4 ? (kFourteen ? 6 : 3) : kFull ? 2 : 3;
+  // steps of x (7 × 7: of the weights) that are under way
+  static constexpr int kSlots = kPath == Path::kFloat32   ? 2
+                                : kPath == Path::kTF32    ? (kMap == NchwMap::kSeven ? 3 : 4)
+                                : kMap == NchwMap::kWide8 ? 2
+                                : kTiles < 4              ? (kFourteen ? 6 : 3)
+                                : kFull                   ? 2
+                                                          : 3;
   static constexpr int kMaxThreads = kNchwMaxThreads, kMinBlocks = kMap == NchwMap::kSeven ? 1 : 2;
 };
 
@@ -110,29 +121,105 @@ __device__ __forceinline__ uint32_t at_least(uint32_t v, uint32_t floor) {
   uint32_t r;
   if constexpr (__is_same(T, __half)) {
     asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(r) : "r"(v), "r"(floor));
+  } else if constexpr (__is_same(T, float)) {
+    asm("{.reg .f32 a, b; mov.b32 a, %1; mov.b32 b, %2; max.NaN.f32 a, a, b; mov.b32 %0, a;}"
+        : "=r"(r)
+        : "r"(v), "r"(floor));
   } else {
     asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(v), "r"(floor));
   }
   return r;
 }
 
+// Words of so many numbers.
+template <class C>
+constexpr int words_of(int numbers) {
+  return (numbers * C::kBytes + 3) / 4;
+}
+
 // The activation, and x's type: kCount numbers of one channel as words.
 template <class C, int kCount>
-__device__ __forceinline__ void activate_and_pack(uint32_t (&to)[(kCount + 1) / 2], float (&y)[kCount], Act act,
+__device__ __forceinline__ void activate_and_pack(uint32_t (&to)[words_of<C>(kCount)], float (&y)[kCount], Act act,
                                                   float slope, uint32_t floor) {
   using T = typename C::T;
+  constexpr int kPerWord = 4 / C::kBytes;
   if constexpr (C::kFull) {
     float slopes[kCount];
 #pragma unroll
     for (int i = 0; i < kCount; ++i) slopes[i] = slope;
-    activate<kCount, false>(y, act, slopes);
+    activate<kCount, C::kPath == Path::kFloat32>(y, act, slopes);
   }
 #pragma unroll
-  for (int i = 0; i < kCount; i += 2) {
-    to[i / 2] = pack<T>(y[i], i + 1 < kCount ? y[i + 1 < kCount ? i + 1 : i] : 0.f);
-    if constexpr (!C::kFull) to[i / 2] = at_least<T>(to[i / 2], floor);
+  for (int i = 0; i < kCount; i += kPerWord) {
+    uint32_t& word = to[i / kPerWord];
+    if constexpr (C::kHalf) {
+      word = pack<T>(y[i], i + 1 < kCount ? y[i + 1 < kCount ? i + 1 : i] : 0.f);
+    } else {
+      word = __float_as_uint(y[i]);
+    }
+    if constexpr (!C::kFull) word = at_least<T>(word, floor);
   }
 }
+
+// A row of a small map in shared memory as words, of which the last may be half a row's.
+template <class C>
+struct MapRow {
+  static constexpr int kSide = C::kSide, kWords = words_of<C>(kSide);
+  // Half precision: rows of 7 are padded to a vector in x1's planes, and begin beside a word elsewhere.
+  static constexpr bool kPadded = kSide == 7 && C::kHalf;
+  uint32_t words[kWords];
+
+  __device__ __forceinline__ void load(const unsigned char* row) {
+    if constexpr (kPadded) {
+      const uint4 v = *reinterpret_cast<const uint4*>(row);
+      words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
+    } else if constexpr (kSide == 14 && !C::kHalf) {
+#pragma unroll
+      for (int k = 0; k < kWords; k += 2) {
+        const uint2 v = *reinterpret_cast<const uint2*>(row + 4 * k);
+        words[k] = v.x, words[k + 1] = v.y;
+      }
+    } else {
+#pragma unroll
+      for (int k = 0; k < kWords; ++k) words[k] = *reinterpret_cast<const uint32_t*>(row + 4 * k);
+    }
+  }
+  __device__ __forceinline__ void to_floats(float* x) const {
+#pragma unroll
+    for (int k = 0; k < kSide; ++k) {
+      if constexpr (C::kHalf) {
+        const float2 two = unpack<typename C::T>(words[k / 2]);
+        x[k] = k % 2 ? two.y : two.x;
+      } else {
+        x[k] = __uint_as_float(words[k]);
+      }
+    }
+  }
+  // In x1's plane.
+  __device__ __forceinline__ void store_x1(unsigned char* to) const {
+    if constexpr (kPadded) {
+      *reinterpret_cast<uint4*>(to) = uint4{words[0], words[1], words[2], words[3]};
+    } else {
+      store(reinterpret_cast<typename C::T*>(to));
+    }
+  }
+  // Where rows follow each other without padding.
+  __device__ __forceinline__ void store(typename C::T* to) const {
+#pragma unroll
+    for (int k = 0; k < kWords; ++k) {
+      if constexpr (kPadded) {
+        Vector<typename C::T, 2> two;
+        two.raw = words[k];
+        to[2 * k] = two.at[0];
+        if (k < 3) to[2 * k + 1] = two.at[1];
+      } else if constexpr (kSide == 14 && !C::kHalf) {
+        if (k % 2 == 0) *reinterpret_cast<uint2*>(to + k) = uint2{words[k], words[k + 1]};
+      } else {
+        reinterpret_cast<uint32_t*>(to)[k] = words[k];
+      }
+    }
+  }
+};
 
 // sums += a * b as multiply_tiles(), over K = 8.
 template <typename T>

@@ -36,10 +36,6 @@ __device__ __forceinline__ NhwcTile nhwc_tile(const NhwcParams& p) {
 template <typename T>
 constexpr int kNhwcK = 64 / sizeof(T);
 
-__device__ __forceinline__ uint4 to_tf32(const uint4& v) {
-  return {to_tf32(v.x), to_tf32(v.y), to_tf32(v.z), to_tf32(v.w)};
-}
-
 // A lane's channel within the kTiles m16 tiles of its warp: row g + 8 * half of tile t. Two neighbouring tiles give it
 // four channels in a row, a last single one two, so that it stores x1 as one vector.
 template <int kTiles>
