@@ -62,7 +62,6 @@ __device__ __forceinline__ void primary_fma(const NchwParams& p, const NchwBlock
   const int chunks = C::kWide ? b.halo_rows * p.plan.row_chunks : C::kPixels / kV;
   const FastDivisor by_chunks(chunks);
   const int items = chunks * ((b.channels + kFmaChannels - 1) / kFmaChannels);
-  const int first_row = C::kWide ? b.top - (b.h0 - C::kPad) : 0;
   NchwInput<C> x(p, b, 0);
   const auto begin = [&](int item) {  // at the end the last chunk again
     item = min(item, items - 1);
@@ -76,10 +75,6 @@ __device__ __forceinline__ void primary_fma(const NchwParams& p, const NchwBlock
   const float* gates = reinterpret_cast<const float*>(smem + p.plan.gate_offset);
   const bool gated = C::kFull && p.args.input_gate != nullptr;
   const float4* affines = reinterpret_cast<const float4*>(smem);
-  const uint32_t planes =
-      pinned(shared_address(smem) + p.plan.x1_offset + (C::kWide ? C::kChunkBytes + first_row * p.plan.row_pitch : 0));
-  unsigned char* out = static_cast<unsigned char*>(p.out.data) +
-                       C::kBytes * (b.n * p.out.stride_n + offset_in_image(p.out, b.c0, b.top, 0));
 
 #pragma unroll 1
   for (int item = threadIdx.x; item < items; item += blockDim.x) {
@@ -113,8 +108,11 @@ __device__ __forceinline__ void primary_fma(const NchwParams& p, const NchwBlock
 
     const int row = C::kWide ? p.by_columns.divide(chunk) : 0;
     const bool stored = static_cast<unsigned>(b.top + row - b.h0) < static_cast<unsigned>(b.rows);
-    uint32_t to = planes + (chunk + row) * C::kChunkBytes + first * p.plan.plane_pitch;
-    unsigned char* to_out = out + uint64_t{p.out_plane} * static_cast<uint32_t>(first) + chunk * C::kChunkBytes;
+    // From the parameters anew: the products leave no register for what is the same for all items.
+    uint32_t to = shared_address(smem) + p.plan.x1_offset + (chunk + row) * C::kChunkBytes + first * p.plan.plane_pitch;
+    if constexpr (C::kWide) to += C::kChunkBytes + (b.top - (b.h0 - C::kPad)) * p.plan.row_pitch;
+    unsigned char* to_out = static_cast<unsigned char*>(p.out.data) + C::kBytes * (b.n * p.out.stride_n) +
+                            C::kBytes * offset_in_image(p.out, b.c0 + first, b.top, 0) + chunk * C::kChunkBytes;
     sums.template norm_affine<C>(p, affines + first);
 #pragma unroll
     for (int c = 0; c < kFmaChannels; ++c) {
