@@ -220,8 +220,8 @@ struct KernelAttributes {
 constexpr int kGhostKernelCount = 10;  // 2 × (3×3 in NCHW, any size and ratio in 2 layouts), 2 × any
 constexpr int kNhwcKernelCount = 26;   // nhwc.h's: 2 paths × 10, 2 × 3
 constexpr int kNchwKernelCount = 39;   // nchw.h's: 2 paths × 15, 3 of TF32, 6 of fp32
-constexpr int kKernelCount = kGhostKernelCount + 3 * 14 + 8 + 3 * 13 + 2 * 14 + kNhwcKernelCount +
-                             kNchwKernelCount;  // and bottleneck.h's, training.h's
+constexpr int kKernelCount = kGhostKernelCount + 3 * 14 + 8 + 3 * 10 + 35 + kNhwcKernelCount + kNchwKernelCount +
+                             2;  // and bottleneck.h's, training.h's, layout.h's
 const char* kernel_attributes(int index, KernelAttributes* attributes);
 
 }  // namespace ghostfused

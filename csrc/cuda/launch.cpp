@@ -8,6 +8,7 @@
 #include "cuda/bottleneck/bottleneck.h"
 #include "cuda/ghost/nchw/nchw.h"
 #include "cuda/ghost/nhwc/nhwc.h"
+#include "cuda/layout/layout.h"
 #include "cuda/training/training.h"
 
 namespace ghostfused {
@@ -40,9 +41,10 @@ const Kernel& kernel_at(int index) {
   return kernels_of(static_cast<Path>(index / kKernelsPerPath))[index % kKernelsPerPath];
 }
 
+constexpr int kAllTrainingNhwc = 2 * kTrainingNhwcKernels + kTrainingNhwcFloatKernels;
 static_assert(kGhostKernelCount == 2 * (kKernelsPerPath + kFloatKernelsPerPath));
 static_assert(kKernelCount == kGhostKernelCount + 3 * (kBottleneckKernels + kTrainingKernels) + kStatisticsKernelCount +
-                                  2 * kTrainingNhwcKernels + kNhwcKernelCount + kNchwKernelCount);
+                                  kAllTrainingNhwc + kNhwcKernelCount + kNchwKernelCount + kLayoutKernels);
 static_assert(kNhwcKernelCount == 2 * (kNhwcKernelsPerPath + kNhwcFloatKernelsPerPath));
 
 // In the order of kernel_attributes.
@@ -55,9 +57,11 @@ const Kernel& kernel_of_all(int index) {
   index -= kStatisticsKernelCount;
   if (index < 3 * kTrainingKernels) return training_kernel(index);
   index -= 3 * kTrainingKernels;
-  if (index < 2 * kTrainingNhwcKernels) return training_nhwc_kernel(index);
-  index -= 2 * kTrainingNhwcKernels;
-  return index < kNhwcKernelCount ? nhwc_kernel(index) : nchw_kernel(index - kNhwcKernelCount);
+  if (index < kAllTrainingNhwc) return training_nhwc_kernel(index);
+  index -= kAllTrainingNhwc;
+  if (index < kNhwcKernelCount) return nhwc_kernel(index);
+  index -= kNhwcKernelCount;
+  return index < kNchwKernelCount ? nchw_kernel(index) : kLayout[index - kNchwKernelCount];
 }
 
 }  // namespace

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -86,7 +88,36 @@ def normalize_backward(a: GhostArgs, dz1: Tensor, y1: Tensor, means1: Tensor) ->
     _run("normalize_backward", a, dz1, y1, means1)
 
 
+_LEAST_BYTES = 4 * 2**20
+"""Of x and the output together: with less, the copies' launches would cost about what faster kernels save. An estimate from
+counts of instructions; no GPU has tuned it yet."""
+
+
+def layout(a: GhostArgs, batch_statistics: bool) -> torch.memory_format:
+    """channels_last for large maps with a 3×3 depthwise conv, whose fast kernels are for that layout."""
+    elements = a.x.numel() + math.prod(a.output_shape())
+    several = a.x.shape[1] > 1 and a.x.shape[2] * a.x.shape[3] > 1  # else both layouts are one
+    if several and a.cheap_weight.shape[2] == 3 and elements * a.x.element_size() >= _LEAST_BYTES:
+        return torch.channels_last
+    return memory_format(a.x)
+
+
+def copy(x: Tensor, out: Tensor) -> None:
+    if x.shape == out.shape and x.dim() == 4 and memory_format(x) != memory_format(out):
+        op("change_layout_cuda")(x, out)
+    else:
+        out.copy_(x)
+
+
 if cuda.build_info() is not None:
     KERNELS["cuda"] = Kernels(
-        supports, primary_statistics, cheap_statistics, normalize, cheap_backward, primary_backward, normalize_backward
+        supports,
+        primary_statistics,
+        cheap_statistics,
+        normalize,
+        cheap_backward,
+        primary_backward,
+        normalize_backward,
+        layout,
+        copy,
     )

@@ -50,6 +50,11 @@ class Kernels(NamedTuple):
     """
     normalize_backward: Callable[[GhostArgs, Tensor, Tensor, Tensor], None]
     """(args, dz1, y1, means1): dz1 becomes dy1 = scale1 * (dz1 - means1[0] - x̂1 * means1[1]), in place."""
+    layout: Callable[[GhostArgs, bool], torch.memory_format] = lambda a, batch_statistics: memory_format(a.x)
+    """(args, batch_statistics) → the memory format in which the steps cost least, copies to it and back included."""
+    copy: Callable[[Tensor, Tensor], object] = lambda x, out: out.copy_(x)
+    """(x, out): x, where it has rows that follow each other in one of the two layouts, to memory of the same shape and
+    dtype, and often of the other layout."""
 
 
 KERNELS: dict[str, Kernels] = {}
@@ -202,12 +207,36 @@ def _primary_conv_backward(a: GhostArgs, dy1: Tensor, need: dict[str, bool]) -> 
 # ---- the two ops
 
 
+def _copy(kernels: Kernels, t: Tensor, out: Tensor) -> Tensor:
+    """``out``, after t has been copied to it."""
+    rows_follow = t.dim() == 4 and t.stride(2) == t.shape[3] * t.stride(3)
+    if not (rows_follow and 1 in (t.stride(1), t.stride(3))):
+        t = _dense(t, t) if t.dim() == 4 else t.contiguous()
+    kernels.copy(t, out)
+    return out
+
+
+def _copied(kernels: Kernels, t: Tensor, layout: torch.memory_format) -> Tensor:
+    """A copy of ``t`` in the layout."""
+    return _copy(kernels, t, torch.empty_like(t, memory_format=layout))
+
+
+def _in_best_layout(kernels: Kernels, a: GhostArgs, batch_statistics: bool) -> GhostArgs:
+    """``a`` with its maps as the kernels are fastest: itself, or copies. All that is made from them follows x."""
+    layout = kernels.layout(a, batch_statistics)
+    if layout == memory_format(a.x):
+        return a
+    residual = None if a.residual is None else _copied(kernels, a.residual, layout)
+    return a._replace(x=_copied(kernels, a.x, layout), residual=residual)
+
+
 def train_forward(kernels: Kernels, a: GhostArgs, group_name: str) -> tuple[Tensor, ...]:
     """(out, primary_mean, primary_var, cheap_mean, cheap_var, count) with statistics of the batch.
 
     ``count`` has the samples of all processes in ``group_name``, shape (1,); with no group it is empty, and the samples
     are the output's pixels.
     """
+    given, a = a.x, _in_best_layout(kernels, a, True)
     out = a.new_output()
     a, dtype = with_norms_in_one_dtype(a), _statistics_dtype(a.x)
     samples = out.shape[0] * out.shape[2] * out.shape[3]
@@ -225,6 +254,8 @@ def train_forward(kernels: Kernels, a: GhostArgs, group_name: str) -> tuple[Tens
         mean, var = finish(*kernels.cheap_statistics(a, out), a.cheap_bias)
         a = a._replace(cheap_mean=mean, cheap_var=var)
         kernels.normalize(a, out)
+        if a.x is not given:
+            out = _copied(kernels, out, memory_format(given))
     return out, a.primary_mean, a.primary_var, a.cheap_mean, a.cheap_var, count  # type: ignore[return-value]
 
 
@@ -236,21 +267,24 @@ def backward(
     autograd.py doesn't ask for the residual's, which is grad_output: an op may not return its argument, only a copy.
     """
     need = dict(zip(TENSORS, needs, strict=True))
-    a = with_norms_in_one_dtype(args)
+    a = _in_best_layout(kernels, with_norms_in_one_dtype(args)._replace(residual=None), batch_statistics)
     with torch.autocast(a.x.device.type, enabled=False):
-        grads = _gradients(kernels, _dense(grad_output, a.x), a, batch_statistics, group_name, need)
+        grad = _dense(grad_output, args.x)
+        if a.x is not args.x:
+            grad = _copied(kernels, grad, memory_format(a.x))
+        grads = _gradients(kernels, grad, a, batch_statistics, group_name, need)
     if need["residual"]:
         grads["residual"] = grad_output.clone()
-    return [_promised(grads[name], getattr(args, name)) for name in TENSORS if need[name]]
+    return [_promised(kernels, grads[name], getattr(args, name)) for name in TENSORS if need[name]]
 
 
-def _promised(grad: Tensor, like: Tensor) -> Tensor:
+def _promised(kernels: Kernels, grad: Tensor, like: Tensor) -> Tensor:
     """``grad`` with the dtype and the strides that the op's fake promises, and in a storage of its own."""
     promised = torch.empty_like(like)
     owned = grad.untyped_storage().nbytes() == grad.numel() * grad.element_size()
     if owned and grad.dtype == like.dtype and grad.stride() == promised.stride():
         return grad
-    return promised.copy_(grad)
+    return promised.copy_(grad) if grad.dtype != like.dtype else _copy(kernels, grad, promised)
 
 
 def _gradients(

@@ -166,6 +166,8 @@ after GhostArgs: memory to read and to fill. Only the two training ops call them
 for _kernel, _memory in TRAINING_KERNELS.items():
     define_op(f"{_kernel}_cuda", f"({schema(GhostArgs)}, {_memory}) -> ()", None)
 
+define_op("change_layout_cuda", "(Tensor x, Tensor(a!) out) -> ()", None)
+
 
 def train_args(fields: Iterable) -> GhostArgs:
     """The GhostArgs of a training forward's arguments (``TRAIN_FIELDS``), with no statistics."""

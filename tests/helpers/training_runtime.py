@@ -21,13 +21,14 @@ ALL_INPUTS = {"input_gate": True, "residual": True, "output_gate": True}
 def kernels(backend: Backend) -> training.Kernels:
     """``backend``'s kernels for CPU tensors."""
     own = training.KERNELS[backend.name]
-    return training.Kernels(*(_from_cpu(f, backend.device) for f in own))
+    moved = {name: _from_cpu(f, backend.device) for name, f in own._asdict().items() if name != "layout"}
+    return own._replace(**moved)
 
 
 def _from_cpu(kernel: Callable, device: str) -> Callable:
-    def call(a: GhostArgs, *arguments: Any) -> Any:
+    def call(a: GhostArgs | Tensor, *arguments: Any) -> Any:
         there = [to(t, device) if isinstance(t, Tensor) else t for t in arguments]
-        results = kernel(to_device(a, device), *there)
+        results = kernel(to(a, device) if isinstance(a, Tensor) else to_device(a, device), *there)
         for own, moved in zip(arguments, there, strict=True):  # what is written in place
             if isinstance(own, Tensor):
                 own.copy_(moved.cpu())

@@ -301,7 +301,7 @@ KERNELS = [
     "float16_nhwc_dw3_none", "float16_nhwc_dw3_relu", "float16_nhwc_dw3_any", "float32_nhwc_dw3", "float32_nhwc_dw3_any",
     "float16_nhwc_dw1_any", *(f"{dtype}_nchw_{map}_dw3" for dtype in ("tf32", "float32") for map in ("w4", "w14", "w7")),
     "float16_depthwise_w5_s2_nhwc", "float32_depthwise_w3_s1_nchw", "float16_squeeze_nhwc", "float32_squeeze_nchw",
-    "float16_training_strips_nhwc", "float32_training_dw3_nchw",
+    "float16_training_strips_nhwc", "float32_training_any_nchw",
 ]  # fmt: skip
 """Those that run below. A launch of another fails."""
 

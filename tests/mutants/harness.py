@@ -39,8 +39,8 @@ def forms(kernel: str) -> set[str]:
     """The table entries that ``kernel`` stands for: all tiles of a name without tiles, and what runs beside it.
 
     excite follows squeeze; a depthwise convolution whose channels don't fill half a vector takes the kernel for any;
-    ``float32_training_dw3_nchw`` stands for the six of a training step, with ``strips`` or ``masked`` for dw3 for the
-    six of channels_last.
+    ``float32_training_dw3_nhwc`` stands for the six of a training step, as ``…_any_nchw`` does, with ``strips`` or ``masked``
+    for dw3 for the six of channels_last.
     """
     path, _, *rest = kernel.split("_")
     names = {kernel}
@@ -56,10 +56,11 @@ def forms(kernel: str) -> set[str]:
         dw, layout = rest
         if dw in ("strips", "masked"):
             other = "strips" if dw == "masked" else "strips_masked"
-            return {name for name in training_nhwc_kernels(path) if not name.endswith(other)}
+            names |= {name for name in training_nhwc_kernels(path) if not name.endswith(other)}
+            return names | ({f"{path}_primary_statistics_nhwc"} if path == "float32" else set())
         names |= {f"{path}_{step}_{layout}" for step in ("primary_statistics", "normalize", "normalize_backward")}
         steps = ("cheap_statistics", "cheap_backward", "primary_backward")
-        names |= {f"{path}_{step}_{dw}_{layout}" for step in steps}
+        names |= {f"{path}_{step}_{form}" for step in steps for form in (dw, f"{dw}_{layout}")}
     return names
 
 
@@ -70,22 +71,24 @@ def kernel_tables(kernels: Iterable[str]) -> str:
         ValueError: the extension has no such kernel.
     """
     tables = {(path, table): entries for path in PATHS for table, entries in tables_of(path).items()}
+    layouts = {f"change_layout_{n}_bytes": f"reinterpret_cast<const void*>(&change_layout<{n}>)" for n in (2, 4)}
+    tables["", "Layout[kLayoutKernels]"] = layouts
     known = {name for entries in tables.values() for name in entries}
     wanted = {kernel: forms(kernel) & known for kernel in kernels}
     if unknown := [kernel for kernel, names in wanted.items() if not names]:
         raise ValueError(f"kernels: expected names of the extension's, got {', '.join(sorted(unknown))}")
     built = set().union(*wanted.values())
     headers = (
-        "bottleneck/bottleneck", "ghost/forward", "ghost/nchw/forward", "ghost/nhwc/forward",
+        "bottleneck/bottleneck", "ghost/forward", "ghost/nchw/forward", "ghost/nhwc/forward", "layout/layout",
         "training/kernels", "training/primary", "training/nhwc",
     )  # fmt: skip
     lines = [*(f'#include "cuda/{header}.cuh"' for header in headers), "namespace ghostfused {"]
     for (path, table), entries in tables.items():
         values = [
-            f'{{{entry.replace("<P", f"<Path::k{PATHS[path]}", 1)}, "{name}"}}' if name in built else "{}"
+            f'{{{entry.replace("<P", f"<Path::k{PATHS.get(path)}", 1)}, "{name}"}}' if name in built else "{}"
             for name, entry in entries.items()
         ]
-        lines.append(f"const Kernel k{PATHS[path]}{table} = {{{', '.join(values)}}};")
+        lines.append(f"const Kernel k{PATHS.get(path, '')}{table} = {{{', '.join(values)}}};")
     return "\n".join([*lines, "}", ""])
 
 
@@ -115,6 +118,8 @@ def tables_of(path: str) -> dict[str, dict[str, str]]:
         add("NhwcKernels[kNhwcKernelsPerPath]", nhwc_kernels(path))
         add("NchwKernels[kNchwKernelsPerPath]", nchw_kernels(path))
         add("NhwcTraining[kTrainingNhwcKernels]", training_nhwc_kernels(path))
+    if path == "float32":
+        add("NhwcTraining[kTrainingNhwcFloatKernels]", training_nhwc_kernels(path))
     return tables
 
 
@@ -172,7 +177,7 @@ def training_kernels(path: str) -> dict[str, str]:
         for step in ("normalize", "normalize_backward")
         for layout, _ in LAYOUTS
     }
-    forms = {"dw3_nchw": "3, Layout::kNchw", "dw3_nhwc": "3, Layout::kNhwc", "any": "0, Layout::kEither"}
+    forms = {"dw3_nhwc": "3, Layout::kNhwc", "any": "0, Layout::kEither"}
     return entries | {
         f"{path}_{step}_{form}": f"{step}<P, {arguments}>"
         for step in ("cheap_statistics", "cheap_backward", "primary_backward")
@@ -185,14 +190,16 @@ def training_nhwc_kernels(path: str) -> dict[str, str]:
     entries = {
         f"{path}_{step}_pixels_{vector}": f"{step}_pixels<P, {vector}>"
         for step in ("normalize", "normalize_backward")
-        for vector in (4, 8)
+        for vector in ((2, 4) if path == "float32" else (4, 8))
     }
     entries |= {
         f"{path}_{step}_strips{masked}": f"{step}_strips<P, {str(bool(masked)).lower()}>"
         for step in ("cheap_statistics", "cheap_backward", "primary_backward")
-        for masked in ("", "_masked")
+        for masked in (("_masked",) if path == "float32" else ("", "_masked"))
     }
-    return entries | {f"{path}_primary_statistics_nhwc_{n}": f"primary_statistics_nhwc<P, {n}>" for n in (1, 2, 3, 4)}
+    if path != "float32":
+        entries |= {f"{path}_primary_statistics_nhwc_{n}": f"primary_statistics_nhwc<P, {n}>" for n in (1, 2, 3, 4)}
+    return entries
 
 
 def run(command: list[str], **kwargs) -> None:

@@ -28,5 +28,6 @@ NHWC_CONV = ("float16_nhwc_dw1_any",)
 NHWC_TF32, NHWC_FP32 = ("tf32_nhwc_dw3", "tf32_nhwc_dw3_any"), ("float32_nhwc_dw3",)
 DEPTHWISE, PLANES = "float16_depthwise_w3_s2_nhwc", "float16_depthwise_w5_s2_nchw"
 SQUEEZE_EXCITE = ("float16_squeeze_nhwc",)
-TRAINING = ("float32_training_dw3_nchw",)
+TRAINING = ("float32_training_dw3_nhwc",)
 STRIPS, MASKED = ("float16_training_strips_nhwc",), ("float16_training_masked_nhwc",)
+LAYOUT = ("change_layout_2_bytes",)

@@ -1,6 +1,6 @@
 """Faults for the training kernels and their sums."""
 
-from .mutant import MASKED, STRIPS, TRAINING, Mutant
+from .mutant import LAYOUT, MASKED, STRIPS, TRAINING, Mutant
 
 MUTANTS = [
     # training
@@ -192,5 +192,35 @@ MUTANTS = [
         "const float d = n > 0 ? shift[i] - common[channel(i)] : 0.f;",
         "const float d = 0.f;",
         STRIPS,
+    ),
+    # the change of layout
+    Mutant(
+        "no barrier between a tile's rows and its columns",
+        "cuda/layout/layout.cuh",
+        "  __syncthreads();\n",
+        "",
+        LAYOUT,
+        "desc",
+    ),
+    Mutant(
+        "rows beyond the last are read",
+        "cuda/layout/layout.cuh",
+        "if (own_row + i < p.rows) rows[i]",
+        "rows[i]",
+        LAYOUT,
+    ),
+    Mutant(
+        "columns beyond the last are stored",
+        "cuda/layout/layout.cuh",
+        "if (column + i >= p.columns) break;",
+        "",
+        LAYOUT,
+    ),
+    Mutant(
+        "rows beyond the last are stored",
+        "cuda/layout/layout.cuh",
+        "left = p.rows - row - own_row;",
+        "left = Tile::kVector;",
+        LAYOUT,
     ),
 ]

@@ -221,8 +221,9 @@ def test_only_what_is_asked_for(backend, asked, batch_statistics):
 def test_forward_is_three_kernels(backend):
     calls: list[str] = []
     own = kernels(backend)
-    spied = {name: lambda *args, name=name: calls.append(name) or getattr(own, name)(*args) for name in own._fields}
-    training.train_forward(training.Kernels(**spied), make_args(STEP), "")
+    steps = [name for name in own._fields if name != "layout"]
+    spied = {name: lambda *args, name=name: calls.append(name) or getattr(own, name)(*args) for name in steps}
+    training.train_forward(own._replace(**spied), make_args(STEP), "")
     assert calls == ["primary_statistics", "cheap_statistics", "normalize"]
 
 

@@ -30,7 +30,7 @@ SMALL = 0x3C
 
 def judge_training_step(case: Case, name: str, count: int) -> Row:
     costs = counted(case)
-    error, limit = checked(dataclasses.replace(case, batch=1))
+    error, limit = checked(dataclasses.replace(case, batch=1), as_of_batch=case.batch)
     return row(name, count, costs, sum(c.dram_us for c in costs), error, limit, 1.0)
 
 
@@ -64,16 +64,21 @@ def _of_batch(t: Tensor, batch: int) -> Tensor:
     return torch.empty((batch, *t.shape[1:]), dtype=t.dtype, device=t.device, memory_format=memory_format(t))
 
 
-def checked(case: Case, handler: Handler | None = None) -> tuple[float, float]:
-    """Error and limit of the result that comes closest to its limit; ``handler`` runs all blocks of a launch."""
-    dev = device()
+def checked(case: Case, handler: Handler | None = None, as_of_batch: int | None = None) -> tuple[float, float]:
+    """Error and limit of the result that comes closest to its limit; ``handler`` runs all blocks of a launch. The layout is
+    the one that a batch of ``as_of_batch`` has."""
+    dev, kernels = device(), KERNELS["cuda"]
     a = away_from_kinks(make_args(case))
     grad = torch.randn(a.output_shape(), generator=torch.Generator().manual_seed(case.seed)).to(a.x.dtype)
     grad = grad.contiguous(memory_format=memory_format(a.x))
 
+    whole = _of_batch(a.x.to("meta"), as_of_batch or case.batch)
+    layout = kernels.layout(a._replace(x=whole), True)
+    kernels = kernels._replace(layout=lambda a, batch_statistics: layout)
+
     there, grad_there = _on_device(a), _on_device(a._replace(x=grad)).x
     with dev.launching(handler or run_all), TorchOperations(compute=True):
-        results = by_kernels(KERNELS["cuda"], there, grad_there, batch_statistics=True)
+        results = by_kernels(kernels, there, grad_there, batch_statistics=True)
     verdicts = judge_training({name: t.cpu() for name, t in results.items()}, a, grad, batch_statistics=True)
     worst = max(verdicts.values(), key=lambda v: v.error / v.limit)
     return worst.error, worst.limit

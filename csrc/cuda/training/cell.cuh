@@ -119,18 +119,16 @@ __device__ __forceinline__ void load_columns(float (&v)[kCount * kV], const Trai
       }
     }
   } else {
+    static_assert(kCount == kCellColumns, "a stencil's window in NCHW is kEither's");
     row += channel_offset<kLayout>(s, c.at[0]) + w;
-    constexpr int kRim = (kCount - kCellColumns) / 2;  // the cell's own columns are aligned
+    if (p.plan.vector) {
+      Vector<T, kCellColumns> x;
+      x.load(row);
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      if (i == kRim && p.plan.vector) {
-        Vector<T, kCellColumns> x;
-        x.load(row + kRim);
+      for (int i = 0; i < kCount; ++i) v[i] = to_float(x.at[i]);
+    } else {
 #pragma unroll
-        for (int e = 0; e < kCellColumns; ++e) v[kRim + e] = to_float(x.at[e]);
-      } else if (i < kRim || i >= kRim + kCellColumns || !p.plan.vector) {
-        v[i] = w + i >= 0 && w + i < s.width ? to_float(row[i]) : 0.f;
-      }
+      for (int i = 0; i < kCount; ++i) v[i] = w + i < s.width ? to_float(row[i]) : 0.f;
     }
   }
 }

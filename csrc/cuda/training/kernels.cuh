@@ -7,9 +7,8 @@
 #define GHOSTFUSED_NORMALIZE(STEP, PATH, NAME)                                                  \
   {reinterpret_cast<const void*>(&STEP<Path::k##PATH, Layout::kNchw>), NAME "_" #STEP "_nchw"}, \
       {reinterpret_cast<const void*>(&STEP<Path::k##PATH, Layout::kNhwc>), NAME "_" #STEP "_nhwc"}
-#define GHOSTFUSED_STENCILS(STEP, PATH, NAME)                                                              \
-  {reinterpret_cast<const void*>(&STEP<Path::k##PATH, 3, Layout::kNchw>), NAME "_" #STEP "_dw3_nchw"},     \
-      {reinterpret_cast<const void*>(&STEP<Path::k##PATH, 3, Layout::kNhwc>), NAME "_" #STEP "_dw3_nhwc"}, \
+#define GHOSTFUSED_STENCILS(STEP, PATH, NAME)                                                          \
+  {reinterpret_cast<const void*>(&STEP<Path::k##PATH, 3, Layout::kNhwc>), NAME "_" #STEP "_dw3_nhwc"}, \
       {reinterpret_cast<const void*>(&STEP<Path::k##PATH, 0, Layout::kEither>), NAME "_" #STEP "_any"}
 #define GHOSTFUSED_TRAINING_KERNELS(PATH, NAME)                                                                \
   namespace ghostfused {                                                                                       \

@@ -17,7 +17,7 @@ struct Split {
   int pairs, positions, threads;
 };
 
-Split split_threads(int pairs) {
+Split split_threads(int pairs, int element) {
   Split best{};
   double best_use = -1;
   for (int blocks = 1; blocks <= pairs; ++blocks) {
@@ -25,7 +25,7 @@ Split split_threads(int pairs) {
     if (2 * own > kStripChannels) continue;
     if (own < kMinPairs && blocks > 1) break;
     // of the memory sectors that a row of channels touches, the share that it uses
-    const double sectors = blocks == 1 ? 1. : 4. * own / (4. * own + 24.);
+    const double sectors = blocks == 1 ? 1. : 2. * element * own / (2. * element * own + 24.);
     for (int positions = 1; positions * own <= kStripThreads; ++positions) {
       const int threads = static_cast<int>(ceil_div(positions * own, kWarp)) * kWarp;
       if (threads < 3 * kWarp) continue;
@@ -37,14 +37,17 @@ Split split_threads(int pairs) {
 }
 
 const Kernel& kernel_of(TrainingStep step, Path path, int variant) {
-  return training_nhwc_kernel((path == Path::kFloat16 ? 0 : kTrainingNhwcKernels) + 2 * static_cast<int>(step) +
-                              variant);
+  const int index = static_cast<int>(step);
+  if (element_size(path) == 4) {
+    return training_nhwc_kernel(2 * kTrainingNhwcKernels + (is_elementwise(step) ? 2 * index + variant : 2 + index));
+  }
+  return training_nhwc_kernel((path == Path::kFloat16 ? 0 : kTrainingNhwcKernels) + 2 * index + variant);
 }
 
-bool aligned(const TrainingMaps& maps, int vector) {
+bool aligned(const TrainingMaps& maps, int element, int vector) {
   for (const void* map : {static_cast<const void*>(maps.out), static_cast<const void*>(maps.y2),
                           static_cast<const void*>(maps.dz1), static_cast<const void*>(maps.dz2), maps.grad, maps.y1}) {
-    if (common_vector(vector, 2, map, {}) < vector) return false;
+    if (common_vector(vector, element, map, {}) < vector) return false;
   }
   return true;
 }
@@ -60,18 +63,20 @@ bool strips_fit(TrainingStep step, const TrainingParams& params) {
     if (m.dz2 == nullptr || params.sums == nullptr) return false;
   }
   if (step == TrainingStep::kPrimaryBackward && m.dz1 == nullptr) return false;
-  if (!aligned(m, 2)) return false;
+  const int element = element_size(s.path);
+  if (!aligned(m, element, 2)) return false;
   // what is divided and counted in 32 bits, with room to spare
   const int64_t columns = ceil_div(s.width, kStripColumns);
   return s.batch * columns * s.height * std::max<int64_t>(columns, s.height) < (int64_t{1} << 31) &&
-         int64_t{s.width} * s.out_channels * 2 < (int64_t{1} << 31);
+         int64_t{s.width} * s.out_channels * element < (int64_t{1} << 31);
 }
 
 TrainingPlan plan_strips(TrainingStep step, const TrainingParams& params, int sm_count) {
   const GhostShape& s = params.args.shape;
   const int index = static_cast<int>(step) - static_cast<int>(TrainingStep::kCheapStatistics);
   const int fitting = kStripBlocksPerSm[index], columns = static_cast<int>(ceil_div(s.width, kStripColumns));
-  const Split split = split_threads(s.init_channels / 2);
+  const int element = element_size(s.path);
+  const Split split = split_threads(s.init_channels / 2, element);
   TrainingPlan p{};
   const bool masked = s.width % kStripColumns != 0;
   p.kernel = &kernel_of(step, s.path, masked);
@@ -104,8 +109,8 @@ TrainingPlan plan_strips(TrainingStep step, const TrainingParams& params, int sm
     }
   }
   strip.positions = split.positions;
-  strip.pixel = 2 * s.init_channels;
-  strip.out_pixel = 2 * s.out_channels;
+  strip.pixel = element * s.init_channels;
+  strip.out_pixel = element * s.out_channels;
   strip.by_lanes = reciprocal_of(split.pairs);
   strip.by_columns = reciprocal_of(columns);
   strip.by_strips = reciprocal_of(static_cast<uint32_t>(ceil_div(s.height, strip.strip_h)));
@@ -118,13 +123,17 @@ TrainingPlan plan_strips(TrainingStep step, const TrainingParams& params, int sm
   return p;
 }
 
-int pixel_vector(int channels) { return channels % 8 == 0 ? 8 : channels % 4 == 0 ? 4 : 0; }
+// 16 bytes of channels, or 8; 0: neither.
+int pixel_vector(const GhostShape& s) {
+  const int full = 16 / element_size(s.path);
+  return s.init_channels % full == 0 ? full : s.init_channels % (full / 2) == 0 ? full / 2 : 0;
+}
 
 bool pixels_fit(TrainingStep step, const TrainingParams& params) {
   const GhostShape& s = params.args.shape;
   const TrainingMaps& m = params.maps;
-  const int vector = pixel_vector(s.init_channels);
-  if (vector == 0 || !aligned(m, vector)) return false;
+  const int element = element_size(s.path), vector = pixel_vector(s);
+  if (vector == 0 || !aligned(m, element, vector)) return false;
   if (step == TrainingStep::kNormalize) {
     if (s.out_channels != 2 * s.init_channels) return false;
     if (params.args.output_gate.data != nullptr || params.args.residual.data != nullptr) return false;
@@ -134,10 +143,10 @@ bool pixels_fit(TrainingStep step, const TrainingParams& params) {
 
 TrainingPlan plan_pixels(TrainingStep step, const TrainingParams& params, int sm_count) {
   const GhostShape& s = params.args.shape;
-  const int vector = pixel_vector(s.init_channels), fitting = kPixelBlocksPerSm[static_cast<int>(step)];
+  const int vector = pixel_vector(s), fitting = kPixelBlocksPerSm[static_cast<int>(step)];
   const int vectors = (step == TrainingStep::kNormalize ? s.out_channels : s.init_channels) / vector;
   TrainingPlan p{};
-  p.kernel = &kernel_of(step, s.path, vector == 8);
+  p.kernel = &kernel_of(step, s.path, vector * element_size(s.path) == 16);
   p.threads = kTrainingThreads;
   PixelPlan& pixel = p.pixel;
   int lanes = 1;
@@ -180,6 +189,7 @@ constexpr int kMaxFragments = 72 * 1024;  // bytes: three blocks an SM on the la
 bool primary_fits(const TrainingParams& params) {
   const GhostForwardParams& a = params.args;
   const GhostShape& s = a.shape;
+  if (element_size(s.path) != 2) return false;
   const int64_t pixel = a.x.stride_w;
   const bool dense = a.x.stride_c == 1 && (s.height == 1 || a.x.stride_h == pixel * s.width) &&
                      (s.batch == 1 || a.x.stride_n == pixel * s.width * s.height);
@@ -248,12 +258,13 @@ TrainingPlan plan_primary(const TrainingParams& params, int sm_count) {
 }  // namespace
 
 const Kernel& training_nhwc_kernel(int index) {
-  return (index < kTrainingNhwcKernels ? kFloat16NhwcTraining : kBFloat16NhwcTraining)[index % kTrainingNhwcKernels];
+  const Kernel* tables[] = {kFloat16NhwcTraining, kBFloat16NhwcTraining, kFloat32NhwcTraining};
+  return tables[index / kTrainingNhwcKernels][index % kTrainingNhwcKernels];
 }
 
 bool nhwc_fits(TrainingStep step, const TrainingParams& params) {
   const GhostShape& s = params.args.shape;
-  if (!s.channels_last || element_size(s.path) != 2) return false;
+  if (!s.channels_last) return false;
   if (step == TrainingStep::kPrimaryStatistics) return primary_fits(params);
   return is_elementwise(step) ? pixels_fit(step, params) : strips_fit(step, params);
 }

@@ -1,5 +1,5 @@
-// The elementwise training steps where training.cpp's pixels_fit says so (channels_last, 2-byte elements, no gate, no
-// residual): what forward.cuh's normalize and backward.cuh's normalize_backward compute.
+// The elementwise training steps where nhwc_plan.cpp's pixels_fit says so (channels_last, no gate, no residual): what
+// forward.cuh's normalize and backward.cuh's normalize_backward compute.
 //
 // A thread has kV neighbouring channels of one half, whose numbers stay in registers, and every ``positions``-th pixel
 // of the block's, of which kPixelsTogether are loaded at once. A pixel is one number: no rows, no images.
@@ -13,7 +13,7 @@ namespace ghostfused {
 constexpr int kPixelNumbers = 4;
 
 // A thread's channels [channel, channel + kV) of ``all``, and its pixels.
-template <int kV>
+template <typename T, int kV>
 struct PixelWork {
   int begin, end, own, channel, positions;  // the block's channels; the thread's first of them
   int pixel, last;
@@ -38,7 +38,7 @@ struct PixelWork {
   template <typename F>
   __device__ __forceinline__ void for_each(uint32_t pixel_bytes, F f) const {
     const uint32_t step = positions * pixel_bytes;
-    int64_t at = int64_t{pixel} * pixel_bytes + channel * 2;
+    int64_t at = int64_t{pixel} * pixel_bytes + channel * int{sizeof(T)};
 #pragma unroll 1
     for (int left = last - pixel; left > 0; left -= kPixelsTogether * positions) {
       f(at, step, left);
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kTrainingThreads, kPixelBlocksPerSm[0])
   using T = typename PathType<kPath>::T;
   __shared__ float numbers[kPixelNumbers][kPixelChannels];
   const int channels = p.args.shape.init_channels, all = p.args.shape.out_channels;
-  const PixelWork<kV> t(p, all);
+  const PixelWork<T, kV> t(p, all);
   const auto half_of = [&](int c) -> const NormAct& { return c < channels ? p.args.primary : p.args.cheap; };
   for (int c = t.begin + threadIdx.x; c < t.end; c += blockDim.x) {
     const auto half = Half<1>::template of<T>(half_of(c), Channels<1>::of(c < channels ? c : c - channels, channels));
@@ -76,10 +76,10 @@ __global__ void __launch_bounds__(kTrainingThreads, kPixelBlocksPerSm[0])
   read_numbers(center, numbers[0] + t.own);
   read_numbers(scale, numbers[1] + t.own);
   read_numbers(shift, numbers[2] + t.own);
-  const UniformAct act(half_of(t.channel));
+  const UniformAct<T> act(half_of(t.channel));
   char* out = static_cast<char*>(p.maps.out);
-  t.for_each(2 * all, [&](int64_t at, uint32_t step, int left) {
-    Vector<uint32_t, kV / 2> y[kPixelsTogether];
+  t.for_each(sizeof(T) * all, [&](int64_t at, uint32_t step, int left) {
+    Vector<Pair<T>, kV / 2> y[kPixelsTogether];
 #pragma unroll
     for (int i = 0; i < kPixelsTogether; ++i) {
       if (i * t.positions < left) y[i].load(out + at + i * step);
@@ -89,13 +89,13 @@ __global__ void __launch_bounds__(kTrainingThreads, kPixelBlocksPerSm[0])
       float z[kV];
 #pragma unroll
       for (int e = 0; e < kV; e += 2) {
-        const float2 v = unpack<T>(y[i].at[e / 2]);
+        const float2 v = unpack_pair<T>(y[i].at[e / 2]);
         z[e] = fmaf(v.x - center[e], scale[e], shift[e]);
         z[e + 1] = fmaf(v.y - center[e + 1], scale[e + 1], shift[e + 1]);
       }
       act.activate(z, [&](int e) { return numbers[3][t.own + e]; });
 #pragma unroll
-      for (int e = 0; e < kV; e += 2) y[i].at[e / 2] = pack<T>(z[e], z[e + 1]);
+      for (int e = 0; e < kV; e += 2) y[i].at[e / 2] = pack_pair<T>(z[e], z[e + 1]);
       set_apart(step);
       if (i * t.positions < left) y[i].store(out + at + i * step);
     }
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kTrainingThreads, kPixelBlocksPerSm[1])
   using T = typename PathType<kPath>::T;
   __shared__ float numbers[kPixelNumbers][kPixelChannels];
   const int channels = p.args.shape.init_channels;
-  const PixelWork<kV> t(p, channels);
+  const PixelWork<T, kV> t(p, channels);
   for (int c = t.begin + threadIdx.x; c < t.end; c += blockDim.x) {
     auto norm = NormBackward<1>::template of<T>(p.args.primary, p.means, channels, Channels<1>::of(c, channels));
 #pragma unroll
@@ -125,8 +125,8 @@ __global__ void __launch_bounds__(kTrainingThreads, kPixelBlocksPerSm[1])
   }
   char* dz1 = static_cast<char*>(p.maps.dz1);
   const char* y1 = static_cast<const char*>(p.maps.y1);
-  t.for_each(2 * channels, [&](int64_t at, uint32_t step, int left) {
-    Vector<uint32_t, kV / 2> dz[kPixelsTogether], y[kPixelsTogether];
+  t.for_each(sizeof(T) * channels, [&](int64_t at, uint32_t step, int left) {
+    Vector<Pair<T>, kV / 2> dz[kPixelsTogether], y[kPixelsTogether];
 #pragma unroll
     for (int i = 0; i < kPixelsTogether; ++i) {
       if (i * t.positions >= left) continue;
@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kTrainingThreads, kPixelBlocksPerSm[1])
       float of_z[kV], of_y[kV];
 #pragma unroll
       for (int e = 0; e < kV; e += 2) {
-        const float2 a = unpack<T>(dz[i].at[e / 2]), b = unpack<T>(y[i].at[e / 2]);
+        const float2 a = unpack_pair<T>(dz[i].at[e / 2]), b = unpack_pair<T>(y[i].at[e / 2]);
         of_z[e] = a.x;
         of_z[e + 1] = a.y;
         of_y[e] = b.x;
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(kTrainingThreads, kPixelBlocksPerSm[1])
       }
       norm.apply(of_z, of_y);
 #pragma unroll
-      for (int e = 0; e < kV; e += 2) dz[i].at[e / 2] = pack<T>(of_z[e], of_z[e + 1]);
+      for (int e = 0; e < kV; e += 2) dz[i].at[e / 2] = pack_pair<T>(of_z[e], of_z[e + 1]);
       if (i * t.positions < left) dz[i].store(dz1 + at + i * step);
     }
   });

@@ -1,5 +1,5 @@
-// What the strip kernels share: the training stencils for what training.cpp's strips_fit names (channels_last, 2-byte
-// elements, 3×3, ratio 2, no gate).
+// What the strip kernels share: the training stencils for what nhwc_plan.cpp's strips_fit names (channels_last, 3×3,
+// ratio 2, no gate).
 //
 // A thread has two neighbouring channels and kStripColumns columns, and slides down a strip of rows with three rows of
 // the depthwise conv's window in registers. So every value is loaded, converted, normalized and padded once, and no
@@ -116,6 +116,7 @@ __device__ __forceinline__ void for_each_strip(const TrainingParams& p, const St
 }
 
 // A thread's channels of a map, in a row that moves down.
+template <typename T>
 struct StripMap {
   char* at;
   uint32_t pixel, row;  // bytes to the next one
@@ -127,26 +128,24 @@ struct StripMap {
       : pixel(pixel_bytes), row(p.args.shape.width * pixel_bytes) {
     const int64_t line = int64_t{s.n} * p.args.shape.height + s.h + first;
     at = static_cast<char*>(const_cast<void*>(map)) + (line * p.args.shape.width + s.w + first) * pixel_bytes +
-         channel * 2;
+         channel * sizeof(T);
   }
   __device__ __forceinline__ char* column(uint32_t i) const {  // one wide multiply-add
     char* there;
     asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(there) : "r"(pixel), "r"(i), "l"(at));
     return there;
   }
-  __device__ __forceinline__ uint32_t load(int i) const { return __ldg(reinterpret_cast<const uint32_t*>(column(i))); }
-  __device__ __forceinline__ void store(int i, uint32_t v) const {
-    asm volatile("st.global.u32 [%0], %1;" ::"l"(column(i)), "r"(v) : "memory");
-  }
+  __device__ __forceinline__ Pair<T> load(int i) const { return __ldg(reinterpret_cast<const Pair<T>*>(column(i))); }
+  __device__ __forceinline__ void store(int i, Pair<T> v) const { store_global(column(i), v); }
   __device__ __forceinline__ void down() { at += row; }
 
   // The window's columns of a row. What lies outside the image is any number.
   template <bool kMasked>
-  __device__ __forceinline__ void load_window(uint32_t (&v)[kStripWindow], const Strip<kMasked>& s) const {
+  __device__ __forceinline__ void load_window(Pair<T> (&v)[kStripWindow], const Strip<kMasked>& s) const {
 #pragma unroll
     for (int i = 0; i < kStripWindow; ++i) {
       if (kMasked) {
-        v[i] = s.inside(i - 1) ? load(i) : 0u;
+        v[i] = s.inside(i - 1) ? load(i) : Pair<T>{};
       } else {  // its neighbour, without a branch
         v[i] = load(i == 0 ? (s.inside(-1) ? 0 : 1) : i + 1 < kStripWindow || s.inside(kStripColumns) ? i : i - 1);
       }
@@ -154,9 +153,9 @@ struct StripMap {
   }
   // The strip's own columns; those outside are any number.
   template <bool kMasked>
-  __device__ __forceinline__ void load_strip(uint32_t (&v)[kStripColumns], const Strip<kMasked>& s) const {
+  __device__ __forceinline__ void load_strip(Pair<T> (&v)[kStripColumns], const Strip<kMasked>& s) const {
 #pragma unroll
-    for (int i = 0; i < kStripColumns; ++i) v[i] = s.inside(i) ? load(i) : 0u;
+    for (int i = 0; i < kStripColumns; ++i) v[i] = s.inside(i) ? load(i) : Pair<T>{};
   }
 };
 
@@ -189,11 +188,11 @@ __device__ __forceinline__ void slide(const Strip<kMasked>& s, int height, Load 
 
 // z = (y - center) * scale + shift of pairs.
 template <typename T, int kPairs>
-__device__ __forceinline__ void normalize(float (&z)[2 * kPairs], const uint32_t (&y)[kPairs], float2 center,
+__device__ __forceinline__ void normalize(float (&z)[2 * kPairs], const Pair<T> (&y)[kPairs], float2 center,
                                           float2 scale, float2 shift) {
 #pragma unroll
   for (int i = 0; i < kPairs; ++i) {
-    const float2 v = unpack<T>(y[i]);
+    const float2 v = unpack_pair<T>(y[i]);
     z[2 * i] = fmaf(v.x - center.x, scale.x, shift.x);
     z[2 * i + 1] = fmaf(v.y - center.y, scale.y, shift.y);
   }
@@ -212,13 +211,13 @@ __device__ __forceinline__ void clear(float (&x)[2 * kStripWindow]) {
 
 // y1 → y2 down a strip: ``before`` is called where a row's own loads belong, store(y2) with what is to be stored.
 template <typename T, bool kMasked, typename Before, typename Store>
-__device__ __forceinline__ void slide_depthwise(const TrainingParams& p, const Strip<kMasked>& s, StripMap y1,
-                                                const StripNumbers& number, const UniformAct& act, Before before,
+__device__ __forceinline__ void slide_depthwise(const TrainingParams& p, const Strip<kMasked>& s, StripMap<T> y1,
+                                                const StripNumbers& number, const UniformAct<T>& act, Before before,
                                                 Store store) {
   using Row = float[2 * kStripWindow];
   const auto load = [&](Row& x, bool inside) {
     if (inside) {
-      uint32_t y[kStripWindow];
+      Pair<T> y[kStripWindow];
       y1.load_window(y, s);
       normalize<T>(x, y, number[kCenter1], number[kScale1], number[kShift1]);
       act.activate(x);
@@ -247,9 +246,9 @@ __device__ __forceinline__ void slide_depthwise(const TrainingParams& p, const S
     add(above, 0);
     add(at, 1);
     add(below, 2);
-    uint32_t packed[kStripColumns];
+    Pair<T> packed[kStripColumns];
 #pragma unroll
-    for (int i = 0; i < kStripColumns; ++i) packed[i] = pack<T>(y[2 * i], y[2 * i + 1]);
+    for (int i = 0; i < kStripColumns; ++i) packed[i] = pack_pair<T>(y[2 * i], y[2 * i + 1]);
     store(packed);
   };
   slide<2 * kStripWindow>(s, p.args.shape.height, load, row);

@@ -13,17 +13,17 @@ __global__ void __launch_bounds__(kStripThreads, kStripBlocksPerSm[0])
   const StripWork t(p);
   fill_numbers<T, false, false>(shared, p, t);
   const StripNumbers number(shared, t.share);
-  const UniformAct act(p.args.primary);
+  const UniformAct<T> act(p.args.primary);
   Moments<2> moments;
   int n = 0;
   for_each_strip<kMasked>(p, t, [&](const Strip<kMasked>& s) {
-    const StripMap y1(p, p.maps.out, p.plan.strip.out_pixel, t.channel, s, -1);
-    StripMap y2(p, p.maps.out, p.plan.strip.out_pixel, p.args.shape.init_channels + t.channel, s, 0);
+    const StripMap<T> y1(p, p.maps.out, p.plan.strip.out_pixel, t.channel, s, -1);
+    StripMap<T> y2(p, p.maps.out, p.plan.strip.out_pixel, p.args.shape.init_channels + t.channel, s, 0);
     slide_depthwise<T>(
         p, s, y1, number, act, [] {},
-        [&](const uint32_t (&packed)[kStripColumns]) {
+        [&](const Pair<T>(&packed)[kStripColumns]) {
           if (n == 0) {
-            const float2 y = unpack<T>(packed[0]);
+            const float2 y = unpack_pair<T>(packed[0]);
             moments.shift[0] = y.x;
             moments.shift[1] = y.y;
           }
@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kStripThreads, kStripBlocksPerSm[0])
           for (int i = 0; i < kStripColumns; ++i) {
             if (!s.inside(i)) continue;
             y2.store(i, packed[i]);
-            const float2 y = unpack<T>(packed[i]);
+            const float2 y = unpack_pair<T>(packed[i]);
             const float d[2] = {y.x - moments.shift[0], y.y - moments.shift[1]};
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
@@ -59,12 +59,12 @@ __device__ __forceinline__ void store_sum(const TrainingParams& p, int value, in
 // Adds a strip's row of dz and dz * (y - center) to a thread's sums.
 template <typename T, bool kMasked>
 __device__ __forceinline__ void add_pair_sums(float* sums, const Strip<kMasked>& s,
-                                              const float (&dz)[2 * kStripColumns], const uint32_t (&y)[kStripColumns],
+                                              const float (&dz)[2 * kStripColumns], const Pair<T> (&y)[kStripColumns],
                                               float2 center) {
 #pragma unroll
   for (int i = 0; i < kStripColumns; ++i) {
     if (!s.inside(i)) continue;
-    const float2 v = unpack<T>(y[i]);
+    const float2 v = unpack_pair<T>(y[i]);
     sums[0] += dz[2 * i];
     sums[1] += dz[2 * i + 1];
     sums[2] = fmaf(dz[2 * i], v.x - center.x, sums[2]);
@@ -81,26 +81,26 @@ __global__ void __launch_bounds__(kStripThreads, kStripBlocksPerSm[1])
   const StripWork t(p);
   fill_numbers<T, true, false>(shared, p, t);
   const StripNumbers number(shared, t.share);
-  const UniformAct primary(p.args.primary), cheap(p.args.cheap);
+  const UniformAct<T> primary(p.args.primary), cheap(p.args.cheap);
   const int channels = p.args.shape.init_channels;
   float sums[4] = {};  // of dz2, of dz2 * (y2 - center)
   for_each_strip<kMasked>(p, t, [&](const Strip<kMasked>& s) {
-    const StripMap y1(p, p.maps.y1, p.plan.strip.pixel, t.channel, s, -1);
-    StripMap grad(p, p.maps.grad, p.plan.strip.out_pixel, channels + t.channel, s, 0);
-    StripMap y2(p, p.maps.y2, p.plan.strip.pixel, t.channel, s, 0);
-    StripMap dz2(p, p.maps.dz2, p.plan.strip.pixel, t.channel, s, 0);
-    uint32_t g[kStripColumns];
+    const StripMap<T> y1(p, p.maps.y1, p.plan.strip.pixel, t.channel, s, -1);
+    StripMap<T> grad(p, p.maps.grad, p.plan.strip.out_pixel, channels + t.channel, s, 0);
+    StripMap<T> y2(p, p.maps.y2, p.plan.strip.pixel, t.channel, s, 0);
+    StripMap<T> dz2(p, p.maps.dz2, p.plan.strip.pixel, t.channel, s, 0);
+    Pair<T> g[kStripColumns];
     const auto load_grad = [&] {
       grad.load_strip(g, s);
       grad.down();
     };
-    slide_depthwise<T>(p, s, y1, number, primary, load_grad, [&](const uint32_t (&y)[kStripColumns]) {
+    slide_depthwise<T>(p, s, y1, number, primary, load_grad, [&](const Pair<T>(&y)[kStripColumns]) {
       const float2 center = number[kCenter2];
       float z[2 * kStripColumns], dz[2 * kStripColumns];
       normalize<T>(z, y, center, number[kScale2], number[kShift2]);
 #pragma unroll
       for (int i = 0; i < kStripColumns; ++i) {
-        const float2 of_x2 = unpack<T>(g[i]);
+        const float2 of_x2 = unpack_pair<T>(g[i]);
         dz[2 * i] = of_x2.x;
         dz[2 * i + 1] = of_x2.y;
       }
@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kStripThreads, kStripBlocksPerSm[1])
       for (int i = 0; i < kStripColumns; ++i) {
         if (!s.inside(i)) continue;
         y2.store(i, y[i]);
-        dz2.store(i, pack<T>(dz[2 * i], dz[2 * i + 1]));
+        dz2.store(i, pack_pair<T>(dz[2 * i], dz[2 * i + 1]));
       }
       y2.down();
       dz2.down();
@@ -136,25 +136,25 @@ __global__ void __launch_bounds__(kStripThreads, kStripBlocksPerSm[2])
   const StripWork t(p);
   fill_numbers<T, false, true>(shared, p, t);
   const StripNumbers number(shared, t.share);
-  const UniformAct act(p.args.primary);
+  const UniformAct<T> act(p.args.primary);
   const int channels = p.args.shape.init_channels;
   float sums[2 * kValues] = {};  // of dz1, of dz1 * (y1 - center), of each tap
   for_each_strip<kMasked>(p, t, [&](const Strip<kMasked>& s) {
-    StripMap y2(p, p.maps.y2, p.plan.strip.pixel, t.channel, s, -1);
-    StripMap dz2(p, p.maps.dz2, p.plan.strip.pixel, t.channel, s, -1);
-    StripMap y1(p, p.maps.y1, p.plan.strip.pixel, t.channel, s, 0);
-    StripMap grad(p, p.maps.grad, p.plan.strip.out_pixel, t.channel, s, 0);
-    StripMap dz1(p, p.maps.dz1, p.plan.strip.pixel, t.channel, s, 0);
+    StripMap<T> y2(p, p.maps.y2, p.plan.strip.pixel, t.channel, s, -1);
+    StripMap<T> dz2(p, p.maps.dz2, p.plan.strip.pixel, t.channel, s, -1);
+    StripMap<T> y1(p, p.maps.y1, p.plan.strip.pixel, t.channel, s, 0);
+    StripMap<T> grad(p, p.maps.grad, p.plan.strip.out_pixel, t.channel, s, 0);
+    StripMap<T> dz1(p, p.maps.dz1, p.plan.strip.pixel, t.channel, s, 0);
     const auto load = [&](Row& dy, bool inside) {
       if (inside) {
-        uint32_t y[kStripWindow], dz[kStripWindow];
+        Pair<T> y[kStripWindow], dz[kStripWindow];
         y2.load_window(y, s);
         dz2.load_window(dz, s);
         const float2 scale = number[kScale2];
         normalize<T>(dy, y, number[kCenter2], number[kSlope2], number[kOffset2]);
 #pragma unroll
         for (int i = 0; i < kStripWindow; ++i) {
-          const float2 of_z2 = unpack<T>(dz[i]);
+          const float2 of_z2 = unpack_pair<T>(dz[i]);
           dy[2 * i] = fmaf(of_z2.x, scale.x, dy[2 * i]);
           dy[2 * i + 1] = fmaf(of_z2.y, scale.y, dy[2 * i + 1]);
         }
@@ -166,7 +166,7 @@ __global__ void __launch_bounds__(kStripThreads, kStripBlocksPerSm[2])
       dz2.down();
     };
     const auto row = [&](const Row& above, const Row& at, Row& below, bool inside) {
-      uint32_t y[kStripColumns], g[kStripColumns];
+      Pair<T> y[kStripColumns], g[kStripColumns];
       y1.load_strip(y, s);
       grad.load_strip(g, s);
       load(below, inside);
@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(kStripThreads, kStripBlocksPerSm[2])
       act.activate(x);
 #pragma unroll
       for (int i = 0; i < kStripColumns; ++i) {
-        const float2 of_x1 = unpack<T>(g[i]);
+        const float2 of_x1 = unpack_pair<T>(g[i]);
         dx[2 * i] = of_x1.x;
         dx[2 * i + 1] = of_x1.y;
         if (!s.inside(i)) x[2 * i] = x[2 * i + 1] = 0.f;
@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(kStripThreads, kStripBlocksPerSm[2])
       add_pair_sums<T>(sums, s, dx, y, center);
 #pragma unroll
       for (int i = 0; i < kStripColumns; ++i) {
-        if (s.inside(i)) dz1.store(i, pack<T>(dx[2 * i], dx[2 * i + 1]));
+        if (s.inside(i)) dz1.store(i, pack_pair<T>(dx[2 * i], dx[2 * i + 1]));
       }
       y1.down();
       grad.down();

@@ -17,10 +17,13 @@ constexpr const char* kManyPixels = "an image of about 2^31 pixels or more";
 
 int paths_index(Path path) { return path == Path::kFloat16 ? 0 : path == Path::kBFloat16 ? 1 : 2; }
 
+// Of the stencils.
+bool takes_any_size(const GhostShape& s) { return s.dw_size != 3 || !s.channels_last; }
+
 int kernel_index(TrainingStep step, const GhostShape& s) {
   const int index = static_cast<int>(step);
   if (index < 2) return index * 2 + s.channels_last;
-  return 4 + (index - 2) * 3 + (s.dw_size == 3 ? s.channels_last : 2);
+  return 4 + (index - 2) * 2 + takes_any_size(s);
 }
 
 const char* queue(const void* function, int64_t grid, int threads, int smem_bytes, unsigned* counters,
@@ -56,7 +59,7 @@ TrainingPlan plan_cells(TrainingStep step, const TrainingParams& params, int sm_
   const bool elementwise = is_elementwise(step);
   const bool cheap = step == TrainingStep::kCheapStatistics || step == TrainingStep::kCheapBackward;
   const int64_t channels = cheap ? int64_t{s.init_channels} * (s.ratio - 1) : s.init_channels;
-  const bool any_size = !elementwise && s.dw_size != 3;
+  const bool any_size = !elementwise && takes_any_size(s);
   const int vector = cell_channels(elementwise ? kElementwiseBytes : kStencilBytes, s.channels_last && !any_size,
                                    element_size(s.path));
   TrainingPlan p{};

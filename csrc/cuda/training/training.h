@@ -30,7 +30,8 @@ constexpr int cell_channels(int bytes, bool channels_last, int element_size) {
 // What a kernel is compiled for; kEither reads it from the shape, and has no vectors.
 enum class Layout : int { kNchw, kNhwc, kEither };
 
-// The depthwise conv is 3×3, or else any size up to this, by kernels that read size and layout from the shape.
+// The depthwise conv is 3×3 in channels_last, or else any size up to this, by kernels that read size and layout from
+// the shape.
 constexpr int kMaxTrainingSize = 7;
 // Sums that one pass of primary_backward makes for the weights' gradient: all taps, or (kD = 0: any size) a row of
 // them.
@@ -165,19 +166,21 @@ StatisticsPlan plan_statistics(const GhostForwardParams& params, const LaunchPla
 const char* launch_statistics(const GhostForwardParams& params, const LaunchPlan& plan, StatisticsParams& statistics,
                               void* stream);
 
-// Index: the two elementwise steps by layout, then the other three, each 3×3 by layout and any size.
-constexpr int kTrainingKernels = 2 * 2 + 3 * 3;
+// Index: the two elementwise steps by layout, then the other three, each 3×3 in channels_last and any size in both.
+constexpr int kTrainingKernels = 2 * 2 + 3 * 2;
 extern const Kernel kFloat16Training[kTrainingKernels];
 extern const Kernel kBFloat16Training[kTrainingKernels];
 extern const Kernel kFloat32Training[kTrainingKernels];
 const Kernel& training_kernel(int index);  // of all, path by path
 
-// Index: the steps in their order, elementwise by channels of a vector (4, 8), the others by whether strips' columns
-// end within the image, the last by its channel tiles.
-constexpr int kTrainingNhwcKernels = 5 * 2 + kPrimaryTiles;
+// Index: the steps in their order, elementwise by channels of a vector (of 8 bytes, 16), the stencils by whether
+// strips' columns end beyond the image, the last by its channel tiles. fp32 has one of each stencil, and none of the
+// last.
+constexpr int kTrainingNhwcKernels = 5 * 2 + kPrimaryTiles, kTrainingNhwcFloatKernels = 2 * 2 + 3;
 extern const Kernel kFloat16NhwcTraining[kTrainingNhwcKernels];
 extern const Kernel kBFloat16NhwcTraining[kTrainingNhwcKernels];
-const Kernel& training_nhwc_kernel(int index);  // of both, path by path
+extern const Kernel kFloat32NhwcTraining[kTrainingNhwcFloatKernels];
+const Kernel& training_nhwc_kernel(int index);  // of all, path by path
 
 extern const Kernel kFloat16Statistics[2];
 extern const Kernel kBFloat16Statistics[2];

@@ -6,7 +6,9 @@
 
 namespace ghostfused {
 
-// An activation, the same for a whole launch but for PReLU's slopes: one branch for all of a thread's values.
+// An activation, the same for a whole launch but for PReLU's slopes: one branch for all of a thread's values, which
+// come from maps of T.
+template <typename T>
 struct UniformAct {
   Act act;
   float slope;   // below zero, but for PReLU
@@ -34,7 +36,7 @@ struct UniformAct {
       float slopes[kCount];
 #pragma unroll
       for (int i = 0; i < kCount; ++i) slopes[i] = slope_at(i);
-      ghostfused::activate<kCount, false>(z, act, slopes);
+      ghostfused::activate<kCount, sizeof(T) == 4>(z, act, slopes);
     }
   }
   // grad * act'(z)
@@ -47,9 +49,33 @@ struct UniformAct {
       float slopes[kCount];
 #pragma unroll
       for (int i = 0; i < kCount; ++i) slopes[i] = slope;
-      ghostfused::activate_backward<kCount, false>(grad, z, act, slopes);
+      ghostfused::activate_backward<kCount, sizeof(T) == 4>(grad, z, act, slopes);
     }
   }
 };
+
+// Two neighbouring channels' numbers, as they lie in memory.
+template <typename T>
+using Pair = std::conditional_t<sizeof(T) == 2, uint32_t, float2>;
+
+template <typename T>
+__device__ __forceinline__ float2 unpack_pair(Pair<T> v) {
+  if constexpr (sizeof(T) == 2) {
+    return unpack<T>(v);
+  } else {
+    return v;
+  }
+}
+template <typename T>
+__device__ __forceinline__ Pair<T> pack_pair(float first, float second) {
+  if constexpr (sizeof(T) == 2) {
+    return pack<T>(first, second);
+  } else {
+    return {first, second};
+  }
+}
+__device__ __forceinline__ void store_global(void* p, float2 v) {
+  store_global(p, make_uint2(__float_as_uint(v.x), __float_as_uint(v.y)));
+}
 
 }  // namespace ghostfused
