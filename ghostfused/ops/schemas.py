@@ -8,6 +8,7 @@ all backends; but for Ghost modules each backend that can train has its own, ``b
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -76,6 +77,9 @@ def _backward(kind: type[Args], grad_output: Tensor, *args) -> list[Tensor]:
     *fields, needs_grad = args
     count = len(tensor_names(kind))
     validate_backward(kind(*fields), grad_output, needs_grad)
+    for name, need in zip(tensor_names(kind), needs_grad, strict=True):
+        if need and name in ("mean", "var"):
+            raise ArgumentError(f"needs_grad: expected no gradient of {name}, for which PyTorch's batch_norm has none")
     with reference.differentiable(), torch.autocast(grad_output.device.type, enabled=False):
         tensors = [
             t.detach().requires_grad_(need) if t is not None else None
@@ -95,9 +99,12 @@ def _owned(grad: Tensor, like: Tensor, grad_output: Tensor) -> Tensor:
     return promised.copy_(grad)
 
 
-def _fake_backward(grad_output: Tensor, *args) -> list[Tensor]:
-    needs_grad = args[-1]
-    return [torch.empty_like(t) for t, need in zip(args[: len(needs_grad)], needs_grad, strict=True) if need]
+def _fake_backward(kind: type[Args], grad_output: Tensor, *args) -> list[Tensor]:
+    """Of ``args`` the first are ``kind``'s and the last is ``needs_grad``. As for a forward, one tensor on the meta device is
+    enough to get here, and memory that nobody has filled must not be returned for the others."""
+    fields, needs_grad = kind(*args[: len(kind.__annotations__)]), args[-1]
+    check_fake(fields, lambda fields: validate_backward(fields, grad_output, needs_grad))
+    return [torch.empty_like(t) for t, need in zip(fields.tensors, needs_grad, strict=True) if need and t is not None]
 
 
 def _define(op: str, kind: type[Args]) -> None:
@@ -109,7 +116,7 @@ def _define(op: str, kind: type[Args]) -> None:
         return
     name = f"{op}_backward"
     signature = f"(Tensor grad_output, {schema(kind)}, bool[] needs_grad) -> Tensor[]"
-    define_op(name, signature, _fake_backward, tags=torch.Tag.pt2_compliant_tag)
+    define_op(name, signature, functools.partial(_fake_backward, kind), tags=torch.Tag.pt2_compliant_tag)
     for key in ("CPU", "CUDA"):
         library.impl(name, lambda *args: _backward(kind, *args), key)
 
@@ -146,7 +153,7 @@ for _backend in TRAINING_OPS:
     define_op(
         f"backward_{_backend}",
         f"(Tensor grad_output, {schema(GhostArgs)}, bool batch_statistics, str group_name, bool[] needs_grad) -> Tensor[]",
-        _fake_backward,
+        functools.partial(_fake_backward, GhostArgs),
         tags=torch.Tag.pt2_compliant_tag,
     )
 

@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 from ghostfused.backends import BACKENDS
 from ghostfused.cli import inputs
@@ -33,6 +34,7 @@ def work(kind: str, backend: str, seed: int, first: int, count: int) -> None:
 
     from .trials import trial
 
+    on_cuda = _with_torch_on_cuda() if backend == "cuda" else None  # noqa: F841  lives as long as what runs
     torch.set_num_threads(1)
     if kind == "calls":  # what takes this much has gone wrong, and would take the machine along
         resource.setrlimit(resource.RLIMIT_AS, (fuzz_raw_ops.MEMORY, fuzz_raw_ops.MEMORY))
@@ -44,6 +46,20 @@ def work(kind: str, backend: str, seed: int, first: int, count: int) -> None:
             text = f"{type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno})"
             outcome = "WRONG " + " ".join(text.split())
         print(number, outcome, flush=True)
+
+
+def _with_torch_on_cuda() -> Any:
+    """Under ptx-on-cpu, which runs our kernels alone, PyTorch's own by the CPU's; each tensor still is an allocation of its own,
+    so that no access outside of one goes unseen."""
+    import cuda_runtime
+    import fake_gpu
+
+    if not cuda_runtime.ON_CPU:
+        return None
+    caching = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    library = fake_gpu.install()
+    os.environ.update(caching)
+    return library
 
 
 def outcomes(kind: str, backend: str, seed: int, first: int, count: int) -> Generator[tuple[int, str]]:

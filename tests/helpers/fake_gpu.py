@@ -32,6 +32,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 CLOCK = 1e9
+installed = False
+"""Whether ``install`` has made this process one with a GPU."""
 _NATIVE = {"_local_scalar_dense", "empty", "empty_strided", "is_set_to", "record_stream", "resize_", "set_"}
 """These need no kernel, but for the first, which has its own body below."""
 _COMPOSITE = {"aten::_convolution", "aten::convolution", "aten::convolution_backward", "aten::copy_"}
@@ -196,8 +198,10 @@ def _no_wait(what: str) -> None:
 
 def install() -> torch.library.Library:
     """Makes this process one with a GPU, for as long as the library that it returns lives."""
+    global installed
     if "libcudart-cpu" not in os.environ.get("LD_PRELOAD", ""):
         raise SystemExit("start it with $PTX_ON_CPU/run-extension ghostfused/_C*.so")
+    installed = True
     os.environ.pop("PYTORCH_NO_CUDA_MEMORY_CACHING", None)  # which run-extension sets: PyTorch would count no memory
     sys.modules["triton"] = None  # type: ignore[assignment]
     torch.backends.cudnn.enabled = False
