@@ -4,6 +4,7 @@ registers one by one, and the gradients of the other ops."""
 from __future__ import annotations
 
 import random
+import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -187,13 +188,17 @@ def _named(op: str, given: dict[str, Any], made: Any) -> dict[str, Tensor]:
     return results
 
 
+def _nudged(value: Any, seed: int) -> Any:
+    return rounded_anew(value, 1, seed)[0] if isinstance(value, Tensor) else value
+
+
 def _by_reference(call: Call, dtype: torch.dtype | None, seed: int | None) -> dict[str, Tensor]:
     """The same by the reference; with a ``seed`` on numbers that differ by less than rounding."""
 
     def own(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        t = value if seed is None else rounded_anew(value, 1, seed)[0]
+        t = value if seed is None else _nudged(value, seed)
         return torch.empty_like(t, dtype=dtype).copy_(t)
 
     arguments = [own(value) for value in call.arguments]
@@ -245,8 +250,11 @@ _KERNEL_CALLS: dict[str, Callable[[GhostArgs, dict[str, Any]], dict[str, Any]]] 
 }
 
 
-def check(call: Call, results: dict[str, Tensor]) -> None:
-    """Asserts that ``results`` are what PyTorch makes of the call, of which ``arguments`` are as they were before it."""
+def check(call: Call, results: dict[str, Tensor], run: Callable[[Call], dict[str, Tensor]]) -> None:
+    """Asserts that ``results`` are what PyTorch makes of the call, of which ``arguments`` are as they were before it.
+
+    One run may be near float64 by luck, and ours far: then others count, by ``run`` on inputs that differ by less than rounding.
+    """
     assert not any(isinstance(v, Tensor) and absent_memory(v) for v in call.arguments), (
         "memory that isn't there was read"
     )
@@ -266,9 +274,16 @@ def check(call: Call, results: dict[str, Tensor]) -> None:
     limit = tolerance.floor
     for attempt in range(30):
         # the worst of all: one of few numbers may be exact by luck
-        limit = max(limit, *(tolerance.factor * _far(name, run, exact) for run in own for name in exact), 0.0)
+        limit = max(limit, *(tolerance.factor * _far(name, each, exact) for each in own for name in exact), 0.0)
         if max(errors.values(), default=0.0) <= limit:
             return
+        if attempt == 1 and max(errors.values()) < 2 * limit:
+            runs = [errors]
+            for seed in range(4):
+                near = call._replace(arguments=[_nudged(v, seed) for v in call.arguments])
+                right, ours = _by_reference(near, torch.float64, None), run(near)
+                runs.append({name: _far(name, ours, right) for name in right})
+            errors = {name: statistics.median(each[name] for each in runs) for name in exact}
         own = [_by_reference(call, torch.float64, 2 + attempt)]
     raise AssertionError(f"errors {errors}, limit {limit:.2e}")
 

@@ -52,6 +52,7 @@ struct Step {
 
   float* floats(const char* name, const OptionalTensor& t, std::initializer_list<int64_t> sizes) const {
     if (!t) return nullptr;
+    if (!t->defined()) fail(name, ": expected a tensor, got none");
     if (t->scalar_type() != ScalarType::Float || !t->is_contiguous()) fail(name, ": expected float32, contiguous");
     return static_cast<float*>(checker.check(name, *t, sizes, true));
   }
