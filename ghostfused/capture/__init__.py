@@ -22,6 +22,7 @@ from ..ops.transforms import transformed
 from ..spec.checks import ArgumentError
 from . import proof
 from .frozen import Frozen
+from .given import Given
 from .graphs import RecordedGraph
 from .program import Inputs, Key, NotCaptured, Program, export, key_of, prove, shown
 
@@ -42,7 +43,7 @@ def capture(
     """``model``'s inference for inputs like ``example``, as one program on a CPU and as one CUDA graph on a GPU.
 
     What is written into the model's parameters and buffers takes effect (``load_state_dict``, a weight average), unless it is
-    frozen. Modules, attributes and hooks are as they are now, and what the forward does in Python beside computing isn't
+    frozen; where another is put in the place of one, the next call raises RuntimeError. Modules, attributes and hooks are as they are now, and what the forward does in Python beside computing isn't
     done again. The model itself stays as it is; it need not be fused before.
 
     Args:
@@ -86,7 +87,7 @@ def capture(
             )
         fused = _shared_copy(model)
         graphs = {key_of(inputs): Recorded(fused, inputs, copy_output) for inputs in examples}
-        return Captured(graphs, device, partial, False)
+        return Captured(graphs, device, partial, False, given=Given(model, "cuda"))
     if device.type != "cpu":
         raise ValueError(f"model: expected it on a CPU or on a GPU, got {device}")
     _needs_kernels()
@@ -104,7 +105,7 @@ def capture(
             variants[key_of(inputs, dynamic_batch)] = variant
         if frozen is not None:
             frozen.round_weights()
-    return Captured(variants, device, partial, dynamic_batch, frozen)
+    return Captured(variants, device, partial, dynamic_batch, frozen, Given(model, "cpu"))
 
 
 def _needs_kernels() -> None:
@@ -138,8 +139,9 @@ class Captured:
         partial: bool,
         dynamic_batch: bool,
         frozen: Frozen | None = None,
+        given: Given | None = None,
     ):
-        self._variants, self._device, self._frozen = variants, device, frozen
+        self._variants, self._device, self._frozen, self._given = variants, device, frozen, given
         self._partial, self._dynamic_batch = partial, dynamic_batch
 
     def __call__(self, *inputs: Tensor) -> Any:
@@ -149,6 +151,7 @@ class Captured:
             ValueError: there is no program for inputs of these shapes, dtypes and devices; or they ask for gradients, or
                 are under one of ``torch.func``'s transforms. It is a RuntimeError too, as PyTorch's own layers raise.
             TypeError: an input is no tensor.
+            RuntimeError: the model has another parameter or buffer in the place of one that is read.
         """
         if transformed():
             raise ArgumentError(
@@ -167,6 +170,8 @@ class Captured:
         if variant is None:
             known = " or ".join(map(self._shown, self._variants))
             raise ArgumentError(f"inputs: expected {known}, got {shown(key_of(inputs))}")
+        if self._given is not None and self._frozen is None:
+            self._given.check()
         with torch.no_grad():
             if torch.is_autocast_enabled(self._device.type):
                 with torch.autocast(self._device.type, enabled=False):
@@ -193,11 +198,14 @@ class Captured:
 
         Raises:
             ValueError: it isn't frozen, or a weight isn't finite any more with its norm folded.
+            RuntimeError: the model has another parameter or buffer in the place of one.
         """
         if self._frozen is None:
             raise ValueError(
                 "refresh: expected a frozen network (capture(..., freeze=True)), got one that reads the model's"
             )
+        if self._given is not None:
+            self._given.check()
         with torch.no_grad():
             self._frozen.refresh()
 
@@ -207,10 +215,13 @@ class Captured:
 
         Raises:
             ValueError: the model can't be exported, or it is frozen and the model's parameters are others by now.
+            RuntimeError: the model has another parameter or buffer in the place of one.
         """
         from . import saved
 
         with torch.no_grad():
+            if self._given is not None:
+                self._given.check()
             if self._frozen is not None and not self._frozen.is_current():
                 raise ValueError(
                     "save: the model's parameters were written since they were frozen: call refresh() before"
