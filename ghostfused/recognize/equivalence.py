@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import threading
-from collections.abc import Iterator, Sequence
+import ctypes
+import functools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..numerics import relative_error
+from .draws import OwnNumbers
 from .trace import is_fused, shadow
 
 SAME = 1e-10
@@ -18,8 +23,36 @@ _SAME_GRADIENTS = 1e-6
 """PyTorch's derivative of hardsigmoid has a constant of float32 in it."""
 _SIZES = ((3, 7, 9), (1, 8, 6), (2, 10, 13))
 """Batch, height and width of the inputs: odd and even, small and larger. Gradients are compared on the first that runs."""
-_RANDOM = threading.RLock()
-"""Held while PyTorch's random state and number of threads, which all threads share, are others."""
+
+
+@functools.cache
+def _set_threads() -> Callable[[int], Any] | None:
+    """What sets the number of threads of the calling thread's own work, of the OpenMP that PyTorch uses; None where there is
+    none to be found. ``torch.set_num_threads`` would be seen by each thread that begins meanwhile."""
+    places: list[str | None] = [None, *map(str, (Path(torch.__file__).parent / "lib").glob("*omp*.so*"))]
+    for place in places:
+        try:
+            openmp = ctypes.CDLL(place, mode=os.RTLD_NOLOAD | os.RTLD_NOW)
+            threads = torch.get_num_threads()
+            openmp.omp_set_num_threads(threads + 1)
+            works = torch.get_num_threads() == threads + 1
+            openmp.omp_set_num_threads(threads)
+        except (OSError, AttributeError):
+            continue
+        if works:
+            return openmp.omp_set_num_threads
+    return None
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """The work is tiny, and on a busy machine threads would wait for each other."""
+    threads, set_threads = torch.get_num_threads(), _set_threads() or (lambda threads: None)
+    try:
+        set_threads(1)
+        yield
+    finally:
+        set_threads(threads)
 
 
 def prove(module: nn.Module, fused: nn.Module, in_channels: int, untraced: bool = False) -> str | None:
@@ -128,9 +161,8 @@ def substituted(
     """A shadow of ``module`` in the mode asked for, with random float64 CPU tensors in place of its own, and an input for it.
 
     Fused modules in it run on the reference, since no kernel takes float64. The random numbers are the same every time, and
-    PyTorch's random state is afterwards what it was. ``numbers`` keeps the tensors for further shadows of the same module, by
-    the ids of those that they stand for, so that tied tensors stay tied. ``draws``: whether what runs may draw random numbers;
-    then PyTorch's random state, which other threads draw from as well, is another meanwhile.
+    none are PyTorch's, whose state all threads share. ``numbers`` keeps the tensors for further shadows of the same module, by
+    the ids of those that they stand for, so that tied tensors stay tied. ``draws``: whether what runs may draw random numbers.
     """
     generator = torch.Generator("cpu").manual_seed(0)
     numbers = {} if numbers is None else numbers
@@ -149,7 +181,7 @@ def substituted(
             return numbers[id(t)]
         return buffers.setdefault(id(t), numbers[id(t)].clone())  # train mode writes to them
 
-    with _RANDOM, torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
         twin = shadow(module, substitute)
         for m in twin.modules():
             m.training = training
@@ -159,13 +191,5 @@ def substituted(
         scales = torch.tensor([2.0, 15.0, 0.3], dtype=torch.float64, device="cpu")[: size[0], None, None, None]
         generator.manual_seed(1)  # the same input whether the tensors are new or not
         x = randn(size[0], in_channels, *size[1:]) * scales / in_channels**0.5
-        threads, random_state = torch.get_num_threads(), torch.get_rng_state() if draws else None
-        try:
-            torch.set_num_threads(1)  # the work is tiny, and on a busy machine threads would wait for each other
-            if draws:
-                torch.default_generator.manual_seed(0)  # torch.manual_seed would seed the GPUs too
+        with _one_thread(), OwnNumbers() if draws else contextlib.nullcontext():
             yield twin, x
-        finally:
-            torch.set_num_threads(threads)
-            if random_state is not None:
-                torch.set_rng_state(random_state)

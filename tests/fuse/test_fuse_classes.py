@@ -1,5 +1,6 @@
 """What ``fuse`` does around the modules that it swaps: their classes, other threads, warnings and reports."""
 
+import contextlib
 import copy
 import gc
 import sys
@@ -13,6 +14,7 @@ from torch import nn
 from ghostfused import FusedGhostBottleneck, FusedGhostModule, fuse, fuse_with_report, unfuse
 from ghostfused.cli.verify import calibrate
 from ghostfused.models import paper, seed
+from ghostfused.recognize import equivalence
 
 REGISTRY = {}
 
@@ -125,8 +127,26 @@ def test_fusing_leaves_other_threads_alone():
     assert nn.Module.__getattr__ is getter
 
 
+class Dropping(nn.Module):
+    """Draws random numbers while it is proved: by a layer, and by a child that nobody has traced."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(paper.GhostModule(6, 12), DropPath(), nn.Dropout(), paper.GhostModule(12, 6))
+
+    def forward(self, x):
+        return self.body(x) + x
+
+
+class DropPath(nn.Module):
+    def forward(self, x):
+        if not self.training:
+            return x
+        return x * torch.rand(x.shape[0], 1, 1, 1, dtype=x.dtype).add(0.8).floor()
+
+
 def test_other_threads_draw_the_random_numbers_that_they_would():
-    model = nn.Sequential(seed.GhostBottleneck(6, 12, 6, 3, 1, True), paper.GhostBottleneck(6, 12, 8, stride=2)).eval()
+    model = nn.Sequential(Dropping(), paper.GhostBottleneck(6, 12, 8, stride=2)).eval()
     drawn, stop = [], []
 
     def draws():
@@ -136,19 +156,52 @@ def test_other_threads_draw_the_random_numbers_that_they_would():
     torch.manual_seed(0)
     user = threading.Thread(target=draws)
     user.start()
-    fuse(model)
+    fused = fuse(model)
     stop.append(True)
     user.join()
+    assert isinstance(fused[0], FusedGhostBottleneck)
     torch.manual_seed(0)
     assert drawn == [float(torch.rand(())) for _ in drawn]
 
 
-@pytest.mark.parametrize("after", ["gc.disable", "sys.settrace", "torch.set_num_threads"])
+def test_threads_that_begin_during_a_proof_see_nothing_of_it(monkeypatch):
+    """A new thread takes its number of threads from what was set last, and keeps it."""
+    model = Dropping().eval()
+    seen, substituted, before = [], equivalence.substituted, torch.get_num_threads()
+
+    def look():
+        seen.append((torch.get_num_threads(), torch.get_rng_state().tolist()))
+
+    @contextlib.contextmanager
+    def looked_at(*args):
+        with substituted(*args) as pair:
+            for run in (lambda: None, lambda: pair[0](pair[1]), lambda: None):
+                run()
+                thread = threading.Thread(target=look)
+                thread.start()
+                thread.join()
+            assert torch.get_num_threads() == 1
+            yield pair
+
+    torch.set_num_threads(3)
+    monkeypatch.setattr(equivalence, "substituted", looked_at)
+    state = torch.get_rng_state()
+    try:
+        fuse(model)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert len(seen) > 6
+    assert all(threads == 3 and drawn == state.tolist() for threads, drawn in seen)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("after", ["gc.disable", "sys.settrace"])
 def test_an_interrupt_between_two_calls_leaves_nothing_changed(after, monkeypatch):
     """Python looks for one where a call ends: here it comes after the calls that change what others see as well."""
     model = nn.Sequential(paper.GhostModule(6, 12))
     module, _, name = after.rpartition(".")
-    owner = {"gc": gc, "sys": sys, "torch": torch}[module]
+    owner = {"gc": gc, "sys": sys}[module]
     function, before, state = getattr(owner, name), torch.get_num_threads(), torch.get_rng_state()
     torch.set_num_threads(2)
 
