@@ -255,7 +255,10 @@ REFUSED = {
     "rep_deployed": (lambda: RepDeployed(6, 12), "its output is no concatenation of two tensors"),
     "timm_v3": (lambda: timm_ghost("GhostModuleV3", 6, 12), "primary_rpr_conv: ConvBnAct is no layer that a kernel"),
     "conv_subclass": (ConvSubclass, "tensors beside primary_conv and cheap_operation: weight"),
-    "no_cheap": (NoCheap, "1 children of the form"),
+    "no_cheap": (
+        NoCheap,
+        "primary_conv is the only child of the form conv, BatchNorm, activation; a Ghost module has two",
+    ),
     "plain_conv": (lambda: nn.Conv2d(6, 12, 1), "Conv2d is one layer"),
     "bottleneck": (
         lambda: seed.GhostBottleneck(6, 6, 6, 3, 1, True),
