@@ -84,7 +84,7 @@ def _norm_and_slope(args: GhostArgs | DepthwiseArgs, half: str, channels: int, m
             _shape(f"{half}{field}", t, (channels,), meaning)
     _activation(args, half)
     eps = getattr(args, f"{half}eps")
-    if not eps >= 0:
+    if eps < 0:  # of NaN PyTorch makes NaN
         raise _expect(f"{half}eps", "a number that is not negative", eps)
     slope = getattr(args, f"{half}slope")
     if slope is None and getattr(args, f"{half}act") == Act.PRELU:

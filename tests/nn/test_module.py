@@ -336,3 +336,26 @@ def test_fake_tensors_of_a_bad_input_raise_too(name):
             torch._dynamo.reset()
             with pytest.raises(RuntimeError):
                 torch.compile(model, backend="eager", fullgraph=fullgraph)(BAD_INPUTS[name])
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    ("field", "value"), [("eps", float("nan")), ("eps", float("inf")), ("eps", -1e-6), ("momentum", float("nan"))]
+)
+def test_odd_settings_of_a_norm_give_what_they_give_unfused(field, value, training):
+    model = torch.nn.Sequential(paper.GhostModule(6, 12)).eval()
+    x, results = torch.randn(3, 6, 5, 7), []
+    for each in (model, fuse(model)):
+        for m in each.train(training).modules():
+            if isinstance(m, torch.nn.BatchNorm2d):
+                setattr(m, field, value)
+        try:
+            out = copy.deepcopy(each)(x)
+        except Exception as error:
+            out = type(error) if not isinstance(error, ValueError) else ValueError
+        results.append(out)
+    theirs, ours = results
+    if isinstance(theirs, torch.Tensor):
+        torch.testing.assert_close(ours, theirs, equal_nan=True)
+    else:
+        assert ours is theirs
