@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..backends import BACKENDS
-from ..recognize.watch import Absent
 
 
 class _Root:
@@ -26,7 +25,7 @@ class Given:
         self._dicts: list[dict] = [tensors for _, _, tensors in self._places]  # type: ignore[misc]
         self._then = [dict(tensors) for tensors in self._dicts]
         extension = BACKENDS[device].extension.module
-        self._guard = extension and extension.Guard(_Root(), self._dicts, [], [], Absent)
+        self._guard = extension and extension.Guard(_Root(), self._dicts, [], [], None)
         # a CUDA graph knows no tensor, only addresses, which a new ``.data`` leaves
         self._read = [t for then in self._then for t in then.values() if t is not None] if device == "cuda" else []
         self._addresses = [*map(Tensor.data_ptr, self._read)]

@@ -43,6 +43,8 @@ class Layout(NamedTuple):
     def holds(self, root: nn.Module) -> bool:
         """Whether nothing has been added, removed or replaced by another kind, and nobody looks on by hooks. Only norms may
         have gone, folded into their convolutions."""
+        if nn.modules.module._has_any_global_hook():
+            return False
         for path, kinds in self.kinds.items():
             free = () if path else self.read_afresh
             children: dict[str, nn.Module | None] = get(root, path).__dict__["_modules"]

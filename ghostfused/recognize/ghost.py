@@ -367,8 +367,7 @@ def _by_structure(module: nn.Module, halves: dict[str, Half | str]) -> str | Non
     if len(found) >= 2:
         first, second, *_ = found
         refusals.append(f"{first}, {second}: {mismatch(found[first], found[second])}")
-    only = f"{next(iter(found))} is the only child" if found else "no child is"
-    return "; ".join(refusals) or f"{only} of the form conv, BatchNorm, activation; a Ghost module has two"
+    return "; ".join(refusals) or f"{next(iter(found), 'no child')} alone is conv, BatchNorm, activation, not two"
 
 
 def _place(module: nn.Module, chain: tuple[Layer, ...], halves: dict[str, Half | str]) -> Place:

@@ -11,6 +11,7 @@ from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from .allowed import root_of
@@ -20,6 +21,12 @@ from .watch import Path, Watched
 
 IsLeaf = Callable[[nn.Module, Path], bool]
 Tensors = Callable[[str, Tensor], Tensor]
+_BELOW: list[tuple[Any, str]] = [
+    *((vars(F), name) for name in ("conv2d", "batch_norm", "relu")),
+    *((vars(torch), name) for name in ("batch_norm", "relu", "relu_")),
+    (nn.Sequential, "__iter__"), *((nn.Module, name) for name in ("__call__", "_call_impl", "__getattr__")),
+]  # fmt: skip
+"""What every module runs or reads by, and somebody may patch for all."""
 _HOOKS = [name for name, value in nn.Module().__dict__.items() if "hooks" in name and isinstance(value, dict)]
 
 
@@ -87,6 +94,8 @@ def trace(module: nn.Module, is_leaf: IsLeaf = lambda module, path: is_layer(mod
     if _form(both[0]) != _form(both[1]):
         return f"{type(module).__name__}.forward does something else in train mode than in eval mode"
     both[0].watched.update(both[1].watched)
+    for owner, name in _BELOW:
+        both[0].watched.of(owner, name)
     return both[0]
 
 

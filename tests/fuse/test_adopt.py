@@ -257,7 +257,7 @@ REFUSED = {
     "conv_subclass": (ConvSubclass, "tensors beside primary_conv and cheap_operation: weight"),
     "no_cheap": (
         NoCheap,
-        "primary_conv is the only child of the form conv, BatchNorm, activation; a Ghost module has two",
+        "primary_conv alone is conv, BatchNorm, activation, not two",
     ),
     "plain_conv": (lambda: nn.Conv2d(6, 12, 1), "Conv2d is one layer"),
     "bottleneck": (
