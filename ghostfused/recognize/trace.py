@@ -24,9 +24,10 @@ Tensors = Callable[[str, Tensor], Tensor]
 _BELOW: list[tuple[Any, str]] = [
     *((vars(F), name) for name in ("conv2d", "batch_norm", "relu")),
     *((vars(torch), name) for name in ("batch_norm", "relu", "relu_")),
-    (nn.Sequential, "__iter__"), *((nn.Module, name) for name in ("__call__", "_call_impl", "__getattr__")),
+    (nn.Sequential, "__iter__"), (nn.Module, "_call_impl"),
 ]  # fmt: skip
-"""What every module runs or reads by, and somebody may patch for all."""
+"""What every module runs by, and somebody may patch for all; but Module's ``__call__`` and ``__getattr__``, which torch.export and
+torch.fx patch while they trace."""
 _HOOKS = [name for name, value in nn.Module().__dict__.items() if "hooks" in name and isinstance(value, dict)]
 
 

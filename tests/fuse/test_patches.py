@@ -19,16 +19,11 @@ def without_activations(iterate):
     return lambda self: iter([m for m in iterate(self) if not isinstance(m, nn.ReLU)])
 
 
-def larger_weights(read):
-    return lambda self, name: read(self, name) * 2 if name == "weight" else read(self, name)
-
-
 PATCHES = [
     (F, "conv2d", doubled), (F, "batch_norm", doubled), (torch, "batch_norm", doubled), (F, "relu", doubled), (torch, "relu", doubled),
     (nn.Conv2d, "forward", doubled), (nn.Conv2d, "_conv_forward", doubled), (nn.BatchNorm2d, "forward", doubled),
     (nn.modules.batchnorm._BatchNorm, "forward", doubled), (nn.ReLU, "forward", doubled), (nn.Sequential, "forward", doubled),
-    (nn.Sequential, "__iter__", without_activations), (nn.Module, "__call__", doubled), (nn.Module, "_call_impl", doubled),
-    (nn.Module, "__getattr__", larger_weights),
+    (nn.Sequential, "__iter__", without_activations), (nn.Module, "_call_impl", doubled),
 ]  # fmt: skip
 
 
