@@ -26,8 +26,7 @@ FAMILIES = {
     "nanodet": (families.nanodet, 4, 2, 0),
     "ghostfacenets": (families.ghostfacenets, 4, 2, 0),
     **{f"timm_{name}": (lambda name=name: timm_model(name), 32, 16, 0) for name in (
-        "ghostnet_050", "ghostnet_100", "ghostnet_130", "ghostnetv2_100", "ghostnetv2_130", "ghostnetv2_160",
-        "ghostnetv3_050", "ghostnetv3_100", "ghostnetv3_130", "ghostnetv3_160",
+        "ghostnet_050", "ghostnet_100", "ghostnetv2_100", "ghostnetv3_050", "ghostnetv3_100",
     )},
     "yolov8n_ghost": (lambda: yolo("yolov8n-ghost.yaml"), 21, 10, 5),
     "yolov8n_ghost_fused": (lambda: yolo("yolov8n-ghost.yaml", fused=True), 21, 10, 5),
