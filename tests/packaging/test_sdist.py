@@ -12,6 +12,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import cpu_sources
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -143,7 +144,10 @@ def test_the_reason_of_a_failed_build_is_in_the_wheel(source):
 
 @pytest.fixture
 def installed(sdist, tmp_path_factory) -> Path:
-    """The Python of an environment that has the wheel and, but for ghostfused, the packages of this one."""
+    """The Python of an environment that has the wheel and, but for ghostfused, the packages of this one.
+
+    The wheel has the kernels of one instruction set: see ``elsewhere``.
+    """
     folder = tmp_path_factory.mktemp("installed")
     with tarfile.open(sdist) as tar:
         tar.extractall(folder, filter="data")
@@ -151,6 +155,9 @@ def installed(sdist, tmp_path_factory) -> Path:
     quick.write_text('#!/bin/sh\nexec g++ "$@" -O0\n')
     quick.chmod(0o755)
     source = next(folder.glob("ghostfused-*"))
+    for isa in (source / "csrc/cpu/isa").glob("*.cpp"):
+        if isa.stem != "baseline":
+            isa.write_text(cpu_sources.absent_kernels([isa.stem]))
     wheel = built(source, "build_wheel('dist')", "*.whl", GHOSTFUSED_CUDA="0", GHOSTFUSED_CPU="1", CXX=str(quick))
     assert "-cp311-abi3-linux_" in wheel.name
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"], check=True)
@@ -164,7 +171,12 @@ def installed(sdist, tmp_path_factory) -> Path:
 
 def elsewhere(python: Path, tmp_path: Path, *arguments: str) -> str:
     done = subprocess.run(
-        [python, *arguments], cwd=tmp_path, env={"PATH": ""}, capture_output=True, text=True, check=False
+        [python, *arguments],
+        cwd=tmp_path,
+        env={"PATH": "", "GHOSTFUSED_CPU_ISA": "baseline"},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
