@@ -51,9 +51,11 @@ def missing(block: Block) -> str | None:
 
 
 def small_model() -> torch.nn.Module:
-    from ghostfused.models.paper import GhostNet
+    from ghostfused.models.paper import ConvBnAct, GhostBottleneck
 
-    return GhostNet(width=0.1).eval()
+    blocks = GhostBottleneck(8, 17, 12, stride=2, se_ratio=0.25), GhostBottleneck(12, 24, 12)
+    pooled = torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(12, 5)
+    return torch.nn.Sequential(ConvBnAct(3, 8), *blocks, *pooled).eval()
 
 
 def test_blocks_have_a_language_and_known_marks():
