@@ -24,11 +24,10 @@ FUZZ = Path(fuzz_raw_ops.__file__)
 
 
 @needs_kernel
-@pytest.mark.parametrize("seed", [1, 2])
-def test_malformed_calls(seed, tmp_path):
+def test_malformed_calls(tmp_path):
     """GHOSTFUSED_FUZZ_CALLS makes it more of them, and GHOSTFUSED_FUZZ_SEED others."""
     calls = int(os.environ.get("GHOSTFUSED_FUZZ_CALLS", "2500"))
-    seed += int(os.environ.get("GHOSTFUSED_FUZZ_SEED", "0"))
+    seed = int(os.environ.get("GHOSTFUSED_FUZZ_SEED", "1"))
     trace = tmp_path / "trace"
     command = [sys.executable, FUZZ, "--calls", str(calls), "--seed", str(seed), "--trace", trace]
     environment = os.environ | {"OMP_NUM_THREADS": "2"}

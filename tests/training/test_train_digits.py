@@ -1,5 +1,6 @@
 """examples/train_digits.py, in short: training on real images, unfused and fused; and the memory that training takes."""
 
+import functools
 import importlib.util
 from pathlib import Path
 
@@ -54,15 +55,18 @@ def test_as_a_user_runs_it(example, tmp_path, capsys, monkeypatch):
     assert path.stat().st_size > 10_000
 
 
+@functools.cache
+def on_meta(name):
+    return cases.network(name).to("meta"), fuse(cases.network(name), backend="triton").to("meta")
+
+
 @pytest.mark.parametrize("name", ["seed", "timm:ghostnet_100"])
 @pytest.mark.parametrize("mode", memory.MODES)
 def test_training_saves_at_most_half(name, mode):
     """Of what the unfused network saves, counted by saved_tensors_hooks with unique storages."""
     if name.startswith("timm"):
         pytest.importorskip("timm")
-    model = cases.network(name)
-    models = model.to("meta"), fuse(cases.network(name), backend="triton").to("meta")
     x = torch.empty(2, 3, 224, 224, device="meta")
     with launches.as_if_available("triton"):
-        unfused, fused = (memory.saved_bytes(m.train(memory.MODES[mode]), x) for m in models)
+        unfused, fused = (memory.saved_bytes(m.train(memory.MODES[mode]), x) for m in on_meta(name))
     assert fused <= 0.5 * unfused
