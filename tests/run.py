@@ -19,6 +19,11 @@ from pathlib import Path
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
+PLACES = {
+    "triton": ["tests/kernels", "tests/training"],
+    "cuda": ["tests/kernels", "tests/training", "tests/export", "tests/bench/test_bench_on_gpu.py"],
+}
+"""Where tests with these marks are: importing all the others takes as long as many tests. tests/docs/test_rooms.py checks it."""
 PYTEST = [sys.executable, "-m", "pytest", "-rfEs", "--durations=25", "-p", "no:cacheprovider"]
 
 
@@ -45,7 +50,7 @@ def main() -> int:
     if tool:
         os.environ["PTX_ON_CPU"] = tool = str((ROOT / tool).resolve())
     extension = next((ROOT / "ghostfused").glob("_C*.so"), None)
-    pytest = [*PYTEST, *workers, "tests", "-m"]
+    pytest = [*PYTEST, *workers]
     now = "" if gpu else "not triton and not cuda" if tool and extension else "not triton"
     runner = [f"{tool}/run-extension", str(extension)]
     translated = None
@@ -55,13 +60,15 @@ def main() -> int:
         # one busy alone. nproc, by which the tool counts its compilers, is what OMP_NUM_THREADS says.
         every_core = os.environ | {"OMP_NUM_THREADS": str(os.cpu_count())}
         translated = subprocess.Popen(["nice", "-n", "19", *runner, "true"], cwd=ROOT, env=every_core)
-    results = [run("tests", [*pytest, now])]
+    results = [run("tests", [*pytest, "tests", "-m", now])]
     if not gpu:
-        results.append(run("Triton kernels in the interpreter", [*pytest, "triton"], TRITON_INTERPRET="1"))
+        results.append(
+            run("Triton kernels in the interpreter", [*pytest, *PLACES["triton"], "-m", "triton"], TRITON_INTERPRET="1")
+        )
     if translated:
         results.append(translated.wait() == 0)
         if results[-1]:
-            results.append(run("compiled CUDA kernels on the CPU", [*runner, *pytest, "cuda"]))
+            results.append(run("compiled CUDA kernels on the CPU", [*runner, *pytest, *PLACES["cuda"], "-m", "cuda"]))
         else:
             print("== FAILED: translation of the compiled CUDA kernels", flush=True)
     return 0 if all(results) else 1

@@ -4,6 +4,7 @@ import ast
 import inspect
 import itertools
 import re
+import runpy
 from pathlib import Path
 
 import documents
@@ -141,3 +142,19 @@ def test_files_are_short():
     assert len(code) > 200
     long = {str(path): count for path in code if (count := len(path.read_text().splitlines())) > 400}
     assert not long
+
+
+@pytest.mark.parametrize("mark", ["cuda", "triton"])
+def test_kernels_tests_are_where_they_are_run(mark):
+    """``make test`` looks for them there alone."""
+    tests = PACKAGE.parent / "tests"
+    run = runpy.run_path(str(tests / "run.py"))
+    places = [PACKAGE.parent / place for place in run["PLACES"][mark]]
+    marks = re.compile(rf"\bmark\.{mark}\b|^(from|import) (kernel_backends|training_runtime)\b", re.MULTILINE)
+    marked = [
+        path
+        for path in tests.rglob("*.py")
+        if path.name.startswith(("test_", "conftest")) and marks.search(path.read_text())
+    ]
+    assert len(marked) > 5
+    assert [path for path in marked if not any(path.is_relative_to(place) for place in places)] == []
