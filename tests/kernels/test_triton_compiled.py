@@ -122,8 +122,14 @@ def check_compiled(compiled_on_cpu, kernel, case: Case, backend: str = "triton",
     assert verdict.ok, verdict
 
 
-@pytest.mark.parametrize("backend", STEPS)
-@pytest.mark.parametrize("name", PTX_CASES)
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    # halves of one kernel: what differs between the other cases, the whole has shown
+    [
+        *((name, "triton") for name in PTX_CASES),
+        *((name, "triton_two_kernel") for name in ("fp16 nhwc", "bf16 nchw", "all inputs")),
+    ],
+)
 def test_compiled_ptx(name, backend, compiled_on_cpu):  # noqa: F811
     check_compiled(compiled_on_cpu, ghost_kernel, PTX_CASES[name], backend)
 
