@@ -92,7 +92,7 @@ def test_memory_stays(captured, threads):
         return held_bytes() - before
 
     seconds(CALLERS, mixed(captured, inputs, 500))
-    assert min(grown(captured) for _ in range(3)) < 2e6
+    assert any(grown(captured) < 2e6 for _ in range(3))
     kept: list = []
     assert grown(lambda x: kept.append(torch.ones(10_000))) > 10e6
 

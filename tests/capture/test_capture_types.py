@@ -56,9 +56,9 @@ class Wrong(nn.Module):
         return self.model(x if self.calls == 1 else 2 * x)
 
 
-@pytest.mark.parametrize("weights", [torch.bfloat16, "bf16"], ids=repr)
-def test_rounded_weights(weights, tmp_path):
-    model = networks.network("ghostnet")
+@pytest.mark.parametrize(("name", "weights"), [("ghostnet", torch.bfloat16), ("small", "bf16")], ids=repr)
+def test_rounded_weights(name, weights, tmp_path):
+    model = networks.network(name)
     x = torch.randn(2, 3, 64, 64)
     exact = copy.deepcopy(model).double()(x.double())
     captured = capture(model, x, freeze=True, weights=weights)
@@ -74,17 +74,17 @@ def test_rounded_weights(weights, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("given", "dtype", "layout"),
+    ("name", "given", "dtype", "layout"),
     [
-        ("bfloat16", torch.bfloat16, torch.contiguous_format),
-        (torch.bfloat16, torch.bfloat16, torch.channels_last),
-        ("torch.float16", torch.float16, torch.channels_last),
-        ("fp16", torch.float16, torch.contiguous_format),
+        ("ghostnet", "bfloat16", torch.bfloat16, torch.contiguous_format),
+        ("small", torch.bfloat16, torch.bfloat16, torch.channels_last),
+        ("ghostnet", "torch.float16", torch.float16, torch.channels_last),
+        ("small", "fp16", torch.float16, torch.contiguous_format),
     ],
     ids=repr,
 )
-def test_computes_in_another_type(given, dtype, layout, tmp_path):
-    model = networks.network("ghostnet").to(memory_format=layout)
+def test_computes_in_another_type(name, given, dtype, layout, tmp_path):
+    model = networks.network(name).to(memory_format=layout)
     examples = [torch.randn(2, 3, 64, 64).to(memory_format=layout), torch.randn(5, 3, 40, 72)]
     captured = capture(model, examples, freeze=True, dtype=given)
     assert captured.dtype == captured.weights == dtype

@@ -19,7 +19,6 @@ KERNEL = "reference" if backends.BACKENDS["cpu"].unavailable() else "cpu"
 
 STAGES = [
     [[3, 16, 16, 0, 1]], [[3, 48, 24, 0, 2]], [[5, 72, 40, 0.25, 2], [5, 120, 40, 0.25, 1]], [[3, 480, 112, 0.25, 1]],
-    [[5, 672, 160, 0.25, 2], [5, 960, 160, 0, 1]],
 ]  # fmt: skip
 """Of timm's GhostNet one bottleneck of each form: the depthwise kernel, channels inside and after, squeeze-and-excite, stride."""
 
