@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import statistics
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import cuda_runtime
 import pytest
@@ -26,6 +27,7 @@ from ghostfused.ops import forward_op
 from ghostfused.spec import Args, GhostArgs
 from ghostfused.testing import Case, DepthwiseCase, SqueezeExciteCase, Verdict, judge, make, to_device
 
+T = TypeVar("T")
 AnyCase = Case | DepthwiseCase | SqueezeExciteCase
 needs_cpu = pytest.mark.skipif(
     BACKENDS["cpu"].unavailable() is not None, reason=f"no CPU kernel: {BACKENDS['cpu'].unavailable()}"
@@ -88,7 +90,7 @@ class Backend:
         """Whether PyTorch's own operations run on the device; ptx-on-cpu has none."""
         return not (self.device == "cuda" and cuda_runtime.ON_CPU)
 
-    def alternate(self, values: Sequence[str], number: int) -> Sequence[str]:
+    def alternate(self, values: Sequence[T], number: int) -> Sequence[T]:
         """All of ``values``; where Triton interprets, every second of them: others at the next number and in its other backend."""
         if not (self.name.startswith("triton") and triton.INTERPRETED):
             return values

@@ -11,7 +11,7 @@ from pathlib import Path
 import fuzz_raw_ops
 import pytest
 import torch
-from cuda_runtime import _C, ON_CPU, needs_cuda
+from cuda_runtime import _C, ON_CPU, general_only, needs_cuda
 from draws import LAYOUTS
 from kernel_backends import Backend
 
@@ -35,12 +35,13 @@ SMALL_DEVICE = 101376
 @pytest.mark.parametrize("sm_count", [1, 132])
 def test_thread_order(path, layout, sm_count):
     """Pipelines of several chunks and stages, column tiles, several channel blocks; also run in other thread orders."""
-    with CUDA.planned_for(sm_count):
+    with CUDA.planned_for(sm_count), general_only():  # test_cuda_nchw.py and test_cuda_nhwc.py ask the others
         CUDA.check(
             Case(1, 72, 12, 20, 24, layout=layout, **PATHS[path]),
             Case(1, 8, 15, 11, 64, layout=layout, **PATHS[path]),  # rows that strips don't divide
             Case(1, 200, 7, 7, 40, dw_size=5, layout=layout, input_gate=True, residual=True, **PATHS[path]),
             Case(1, 24, 9, 24, 54, ratio=3, layout=layout, output_gate=True, **PATHS[path]),
+            general_too=False,
         )
 
 

@@ -15,14 +15,14 @@ from ghostfused.spec.kernels import COMMON
 from ghostfused.testing import DepthwiseCase
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("stride", COMMON.depthwise_strides)
 @pytest.mark.parametrize("kernel", COMMON.depthwise)
-def test_every_kernel(backend, kernel, stride, dtype, layout):
-    common = {"kernel": kernel, "stride": stride, "dtype": dtype, "layout": layout}
-    backend.check(DepthwiseCase(1, 12, 7, 10, **common))  # half a vector beyond whole ones
-    backend.check(DepthwiseCase(1, 16, 5, 6, sliced=True, act="hardswish", **common))
+def test_every_kernel(backend, kernel, stride, dtype):
+    for layout in backend.alternate(LAYOUTS, COMMON.depthwise.index(kernel) + stride + DTYPES.index(dtype)):
+        common = {"kernel": kernel, "stride": stride, "dtype": dtype, "layout": layout}
+        backend.check(DepthwiseCase(1, 12, 7, 10, **common))  # half a vector beyond whole ones
+        backend.check(DepthwiseCase(1, 16, 5, 6, sliced=True, act="hardswish", **common))
 
 
 @pytest.mark.parametrize("act", draws.ACTS)
@@ -43,9 +43,12 @@ def test_norms(backend, norm, dtype):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("size", draws.SIZES, ids=str)
 def test_sizes(backend, size, layout):
-    backend.check(DepthwiseCase(2, 8, *size, dtype=torch.float16, layout=layout))
-    backend.check(DepthwiseCase(2, 8, *size, (5, 5), 1, layout=layout, act="relu6"))
-    backend.check(DepthwiseCase(2, 8, *size, (1, 5), 1, layout=layout))
+    cases = (
+        DepthwiseCase(2, 8, *size, dtype=torch.float16, layout=layout),
+        DepthwiseCase(2, 8, *size, (5, 5), 1, layout=layout, act="relu6"),
+        DepthwiseCase(2, 8, *size, (1, 5), 1, layout=layout),
+    )
+    backend.check(*backend.alternate(cases, draws.SIZES.index(size) + LAYOUTS.index(layout)))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -66,7 +69,7 @@ REAL = [  # GhostNet 1.0×: the stride-2 steps of its bottlenecks, with the maps
 
 @pytest.mark.parametrize(("layout", "dtype"), [("nchw", torch.float32), ("nhwc", torch.float16)])
 def test_real_layers(backend, layout, dtype):
-    for case in REAL:
+    for case in backend.alternate(REAL, LAYOUTS.index(layout)):
         with backend.planned_for(132):
             backend.check(dataclasses.replace(case, layout=layout, dtype=dtype))
 
