@@ -80,6 +80,8 @@ def _backward(kind: type[Args], grad_output: Tensor, *args) -> list[Tensor]:
     for name, need in zip(tensor_names(kind), needs_grad, strict=True):
         if need and name in ("mean", "var"):
             raise ArgumentError(f"needs_grad: expected no gradient of {name}, for which PyTorch's batch_norm has none")
+    if not any(needs_grad):
+        return []
     with reference.differentiable(), torch.autocast(grad_output.device.type, enabled=False):
         tensors = [
             t.detach().requires_grad_(need) if t is not None else None

@@ -356,7 +356,7 @@ def test_ops_refuse_what_does_not_fit_by_name(backend):
         name: torch.ones(*t.shape[:-1], t.shape[-1] + 2) for name in TENSORS if (t := getattr(a, name)) is not None
     }
     wrong = {
-        "residual": a.residual.double(), "primary_act": 77, "cheap_act": -1, "cheap_eps": float("nan"), "stride": 0,
+        "residual": a.residual.double(), "primary_act": 77, "cheap_act": -1, "cheap_eps": -1e-5, "stride": 0,
         "out_channels": 9, "output_gate": torch.ones(1, 7, 2, 2),  # a gate may be of any height and width
     }  # fmt: skip
     for name, value in (longer | wrong).items():

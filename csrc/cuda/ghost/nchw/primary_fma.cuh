@@ -78,8 +78,7 @@ __device__ __forceinline__ void primary_fma(const NchwParams& p, const NchwBlock
 
 #pragma unroll 1
   for (int item = threadIdx.x; item < items; item += blockDim.x) {
-    const int group = by_chunks.divide(item), chunk = item - group * chunks, first = group * kFmaChannels;
-    const unsigned char* w = weights + group * p.plan.group_pitch;
+    const unsigned char* w = weights + by_chunks.divide(item) * p.plan.group_pitch;
     const float* gate = gates;
     FmaSums<kV> sums;
 #pragma unroll 1
@@ -104,11 +103,14 @@ __device__ __forceinline__ void primary_fma(const NchwParams& p, const NchwBlock
       w += kJoined * C::kStep * (4 * kFmaChannels);
       gate += kJoined * C::kStep;
     }
-    begin(item + blockDim.x);
+    // From the item and the parameters anew: the products leave no register for what follows from them.
+    int same = item;
+    asm volatile("" : "+r"(same));
+    const int group = by_chunks.divide(same), chunk = same - group * chunks, first = group * kFmaChannels;
+    begin(same + blockDim.x);
 
     const int row = C::kWide ? p.by_columns.divide(chunk) : 0;
     const bool stored = static_cast<unsigned>(b.top + row - b.h0) < static_cast<unsigned>(b.rows);
-    // From the parameters anew: the products leave no register for what is the same for all items.
     uint32_t to = shared_address(smem) + p.plan.x1_offset + (chunk + row) * C::kChunkBytes + first * p.plan.plane_pitch;
     if constexpr (C::kWide) to += C::kChunkBytes + (b.top - (b.h0 - C::kPad)) * p.plan.row_pitch;
     unsigned char* to_out = static_cast<unsigned char*>(p.out.data) + C::kBytes * (b.n * p.out.stride_n) +
