@@ -93,7 +93,7 @@ _LEAST_BYTES = 4 * 2**20
 counts of instructions; no GPU has tuned it yet."""
 
 
-def layout(a: GhostArgs, batch_statistics: bool) -> torch.memory_format:
+def layout(a: GhostArgs) -> torch.memory_format:
     """channels_last for large maps with a 3×3 depthwise conv, whose fast kernels are for that layout."""
     elements = a.x.numel() + math.prod(a.output_shape())
     several = a.x.shape[1] > 1 and a.x.shape[2] * a.x.shape[3] > 1  # else both layouts are one
@@ -103,10 +103,7 @@ def layout(a: GhostArgs, batch_statistics: bool) -> torch.memory_format:
 
 
 def copy(x: Tensor, out: Tensor) -> None:
-    if x.shape == out.shape and x.dim() == 4 and memory_format(x) != memory_format(out):
-        op("change_layout_cuda")(x, out)
-    else:
-        out.copy_(x)
+    op("change_layout_cuda")(x, out)
 
 
 if cuda.build_info() is not None:

@@ -50,11 +50,10 @@ class Kernels(NamedTuple):
     """
     normalize_backward: Callable[[GhostArgs, Tensor, Tensor, Tensor], None]
     """(args, dz1, y1, means1): dz1 becomes dy1 = scale1 * (dz1 - means1[0] - x̂1 * means1[1]), in place."""
-    layout: Callable[[GhostArgs, bool], torch.memory_format] = lambda a, batch_statistics: memory_format(a.x)
-    """(args, batch_statistics) → the memory format in which the steps cost least, copies to it and back included."""
+    layout: Callable[[GhostArgs], torch.memory_format] = lambda a: memory_format(a.x)
+    """args → the memory format in which the steps cost least, copies to it and back included."""
     copy: Callable[[Tensor, Tensor], object] = lambda x, out: out.copy_(x)
-    """(x, out): x, where it has rows that follow each other in one of the two layouts, to memory of the same shape and
-    dtype, and often of the other layout."""
+    """(x, out): x, whose rows follow each other in one of the two layouts, to a dense map of the other."""
 
 
 KERNELS: dict[str, Kernels] = {}
@@ -209,10 +208,10 @@ def _primary_conv_backward(a: GhostArgs, dy1: Tensor, need: dict[str, bool]) -> 
 
 def _copy(kernels: Kernels, t: Tensor, out: Tensor) -> Tensor:
     """``out``, after t has been copied to it."""
-    rows_follow = t.dim() == 4 and t.stride(2) == t.shape[3] * t.stride(3)
-    if not (rows_follow and 1 in (t.stride(1), t.stride(3))):
-        t = _dense(t, t) if t.dim() == 4 else t.contiguous()
-    kernels.copy(t, out)
+    if t.dim() != 4 or memory_format(t) == memory_format(out):
+        return out.copy_(t)
+    rows_follow = t.stride(2) == t.shape[3] * t.stride(3)
+    kernels.copy(t if rows_follow and 1 in (t.stride(1), t.stride(3)) else _dense(t, t), out)
     return out
 
 
@@ -221,9 +220,9 @@ def _copied(kernels: Kernels, t: Tensor, layout: torch.memory_format) -> Tensor:
     return _copy(kernels, t, torch.empty_like(t, memory_format=layout))
 
 
-def _in_best_layout(kernels: Kernels, a: GhostArgs, batch_statistics: bool) -> GhostArgs:
+def _in_best_layout(kernels: Kernels, a: GhostArgs) -> GhostArgs:
     """``a`` with its maps as the kernels are fastest: itself, or copies. All that is made from them follows x."""
-    layout = kernels.layout(a, batch_statistics)
+    layout = kernels.layout(a)
     if layout == memory_format(a.x):
         return a
     residual = None if a.residual is None else _copied(kernels, a.residual, layout)
@@ -236,7 +235,7 @@ def train_forward(kernels: Kernels, a: GhostArgs, group_name: str) -> tuple[Tens
     ``count`` has the samples of all processes in ``group_name``, shape (1,); with no group it is empty, and the samples
     are the output's pixels.
     """
-    given, a = a.x, _in_best_layout(kernels, a, True)
+    given, a = a.x, _in_best_layout(kernels, a)
     out = a.new_output()
     a, dtype = with_norms_in_one_dtype(a), _statistics_dtype(a.x)
     samples = out.shape[0] * out.shape[2] * out.shape[3]
@@ -267,7 +266,7 @@ def backward(
     autograd.py doesn't ask for the residual's, which is grad_output: an op may not return its argument, only a copy.
     """
     need = dict(zip(TENSORS, needs, strict=True))
-    a = _in_best_layout(kernels, with_norms_in_one_dtype(args)._replace(residual=None), batch_statistics)
+    a = _in_best_layout(kernels, with_norms_in_one_dtype(args)._replace(residual=None))
     with torch.autocast(a.x.device.type, enabled=False):
         grad = _dense(grad_output, args.x)
         if a.x is not args.x:

@@ -251,7 +251,7 @@ def test_layout_of_a_step():
 
     def layout(x: torch.Tensor, dw_size: int = 3) -> torch.memory_format:
         weight = torch.empty(12, 1, dw_size, dw_size, device="meta", dtype=x.dtype)
-        return cuda_training.layout(a._replace(x=x, cheap_weight=weight), True)
+        return cuda_training.layout(a._replace(x=x, cheap_weight=weight))
 
     for dtype in DTYPES:
         pixels = limit // (32 * torch.empty(0, dtype=dtype).element_size())  # 8 channels of x, 24 of the output

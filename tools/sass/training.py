@@ -73,8 +73,8 @@ def checked(case: Case, handler: Handler | None = None, as_of_batch: int | None 
     grad = grad.contiguous(memory_format=memory_format(a.x))
 
     whole = _of_batch(a.x.to("meta"), as_of_batch or case.batch)
-    layout = kernels.layout(a._replace(x=whole), True)
-    kernels = kernels._replace(layout=lambda a, batch_statistics: layout)
+    layout = kernels.layout(a._replace(x=whole))
+    kernels = kernels._replace(layout=lambda a: layout)
 
     there, grad_there = _on_device(a), _on_device(a._replace(x=grad)).x
     with dev.launching(handler or run_all), TorchOperations(compute=True):
