@@ -220,7 +220,7 @@ MUTANTS = [
     Mutant(
         "NCHW: all channels of fp32 have the weights of the first",
         "cuda/ghost/nchw/primary_fma.cuh",
-        "weights + group * p.plan.group_pitch",
+        "weights + by_chunks.divide(item) * p.plan.group_pitch",
         "weights",
         (NCHW_FP32,),
     ),
