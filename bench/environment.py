@@ -36,6 +36,11 @@ def gpu_state() -> dict | None:
     return dict(zip(_GPU_FIELDS.split(","), (v.strip() for v in text.split(",")), strict=False)) if text else None
 
 
+def has_changes() -> bool:
+    """Whether a tracked file differs from the commit. Results don't count: a run before this one may have written them."""
+    return bool(_run("git", "status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude,top)bench/results"))
+
+
 def collect(device: torch.device) -> dict:
     """Machine, versions, commit and flags."""
     facts: dict = {
@@ -59,7 +64,7 @@ def collect(device: torch.device) -> dict:
         "matmul_precision": torch.get_float32_matmul_precision(),
     }
     if facts["commit"]:
-        facts["dirty"] = bool(_run("git", "status", "--porcelain", "--untracked-files=no"))
+        facts["dirty"] = has_changes()
     if device.type == "cuda":
         p = torch.cuda.get_device_properties(device)
         facts |= {

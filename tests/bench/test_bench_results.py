@@ -25,6 +25,7 @@ from bench_stand_ins import (
 )
 
 from bench import cases, compare, contest, launches, memory, module, peers, report, results, suite, timing
+from bench import environment as facts
 from bench.__main__ import main
 from bench.cases import Setting, Unfused
 from bench.timing import Timing
@@ -198,6 +199,22 @@ def test_predictions_look_different_and_say_so(paper_layers):
     assert hollow
     assert all(line.get_markerfacecolor() == "none" for line in hollow)
     assert all(line.get_markerfacecolor() != "none" for line in measured.lines)
+
+
+def test_results_of_a_run_are_no_change_of_what_the_next_one_measures(tmp_path, monkeypatch):
+    monkeypatch.setattr(facts, "ROOT", tmp_path)
+    files = {"bench/results/sass/a.jsonl": False, "bench/cases.py": True, "csrc/a.cu": True}
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("before")
+    me = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "."], [*me, "commit", "-qm", "a"]):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True)
+    assert not facts.has_changes()
+    for name, counts in files.items():
+        (tmp_path / name).write_text("after")
+        assert facts.has_changes() == counts, name
+        subprocess.run(["git", "checkout", "-q", "."], cwd=tmp_path, check=True)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from bench import cases
+from bench import cases, environment
 from ghostfused.cli import inputs
 from ghostfused.cli.inputs import BadInput
 from ghostfused.cli.verify import read_rows
@@ -60,14 +60,14 @@ def configs(path: Path, source: str | None, only: str) -> list[dict[str, Any]]:
 
 def provenance() -> dict[str, str]:
     """What was run. ``sources`` is of the extension alone, so that it tells whether a file of counts is of these kernels."""
-    git = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    git = ["git", "describe", "--always", "--exclude=*"]
     commit = subprocess.run(git, cwd=build.ROOT, capture_output=True, text=True, check=False).stdout.strip()
     rates = f"{costs.SMS} SMs, {costs.CLOCK / 1e9} GHz, {costs.DRAM / 1e12} TB/s"
     command = " ".join(["python -m tools.sass", *(f"'{a}'" if " " in a or ">" in a else a for a in sys.argv[1:])])
     return {
         "evidence": "counted, not measured",
         "rates": rates,
-        "commit": commit,
+        "commit": commit + ("-dirty" if environment.has_changes() else ""),
         "sources": build.sources_hash(),
         "nvcc": build.nvcc_version(),
         "command": command,
