@@ -34,6 +34,10 @@ def work(kind: str, backend: str, seed: int, first: int, count: int) -> None:
 
     from .trials import trial
 
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        import quick_interpreter
+
+        quick_interpreter.install()
     on_cuda = _with_torch_on_cuda() if backend == "cuda" else None  # noqa: F841  lives as long as what runs
     torch.set_num_threads(1)
     if kind == "calls":  # what takes this much has gone wrong, and would take the machine along

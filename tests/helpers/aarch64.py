@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 CPU = ROOT / "csrc" / "cpu"
 DRIVER = ROOT / "tests" / "helpers" / "cpu_ops_driver.cpp"
 SOURCES = [*sorted((CPU / "isa").glob("*.cpp")), DRIVER, CPU / "dispatch.cpp", CPU / "pool.cpp"]  # the longest first
-FLAGS = ["-std=c++20", "-O1", "-fexpensive-optimizations", "-fno-math-errno", "-Wall", "-Werror", f"-I{ROOT / 'csrc'}"]
+FLAGS = ["-std=c++20", "-Og", "-fno-math-errno", "-Wall", "-Werror", f"-I{ROOT / 'csrc'}"]
 FLAGS += ["-DGHOSTFUSED_SVE512", f"-I{ROOT / 'tests' / 'helpers' / 'without_torch'}"]
 OWN_FLAGS = {"sve512.cpp": ["-march=armv8.2-a+sve", "-msve-vector-bits=512"]}
 """As setup.py has them."""

@@ -41,5 +41,9 @@ def _unavailable() -> str | None:
 
 unavailable = _unavailable()
 """Why Triton's kernels can't run here; None if they can."""
+if triton.INTERPRETED and unavailable is None:
+    import quick_interpreter
+
+    quick_interpreter.install()
 needs_triton = pytest.mark.skipif(unavailable is not None, reason=str(unavailable))
 DEVICE = "cpu" if triton.INTERPRETED else "cuda"
