@@ -16,11 +16,11 @@ pytestmark = pytest.mark.skipif(
     not device.is_active(), reason="needs the stand-in device: test_sass.py runs this file on it"
 )
 
-FORWARD = {"in_channels": 24, "out_channels": 40, "height": 9, "width": 14, "dw_size": 3, "ratio": 2}
+FORWARD = {"in_channels": 16, "out_channels": 24, "height": 7, "width": 10, "dw_size": 3, "ratio": 2}
 FAMILIES: dict[str, dict[str, Any]] = {
     "3x3": {},
-    "5x5, odd sizes, silu": {"in_channels": 20, "out_channels": 39, "dw_size": 5, "width": 11, "act_primary": "silu"},
-    "ratio 3": {"out_channels": 36, "ratio": 3, "width": 7, "height": 7},
+    "5x5, odd sizes, silu": {"in_channels": 12, "out_channels": 23, "dw_size": 5, "width": 9, "act_primary": "silu"},
+    "ratio 3": {"ratio": 3, "width": 7},
 }
 
 
@@ -36,7 +36,7 @@ def options(**given: Any) -> argparse.Namespace:
 
 
 @pytest.mark.parametrize("layout", ["nhwc", "nchw"])
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "tf32"])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "tf32"])  # bfloat16's differ by an instruction of conversion
 def test_forward_has_no_races(dtype, layout):
     """And the results are right: ``races`` lists what isn't."""
     for changes in FAMILIES.values() if dtype in ("float16", "float32") else [FAMILIES["5x5, odd sizes, silu"]]:
@@ -80,7 +80,7 @@ def test_training_has_no_races(dtype, layout):
 @pytest.mark.parametrize("mode", ["forward", "training"])
 def test_costs(mode):
     """A batch of which the blocks of one image run."""
-    row = judge.judge_config(config({"height": 14}), options(batch=4, mode=mode))
+    row = judge.judge_config(config({"height": 14, "width": 14}), options(batch=4, mode=mode))
     assert row.ok
     assert row.images_checked == 1
     assert 0 < row.issue_mean_us <= row.issue_us

@@ -37,7 +37,7 @@ def test_the_fault_has_its_place(mutant):
 
 
 def test_kernels_have_their_names():
-    assert QUICK <= {mutant.name for mutant in MUTANTS}
+    assert {mutant.name for mutant in MUTANTS} >= QUICK
     harness.kernel_tables({kernel for mutant in MUTANTS for kernel in mutant.kernels})
     with pytest.raises(ValueError, match="got float16_dw5_nhwc"):
         harness.kernel_tables(["float16_any_nhwc", "float16_dw5_nhwc"])
