@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +35,7 @@ def ghost_module_training(
     *,
     group_name: str = "",
     backend: str = "auto",
+    then: Callable[[TrainingResult], None] | None = None,
     **options: Any,
 ) -> TrainingResult:
     """``ghost_module`` with both norms by the batch's statistics, in three kernels where there are any; differentiable.
@@ -42,6 +44,7 @@ def ghost_module_training(
         x, primary_weight, cheap_weight, backend, options: as for ``ghost_module``, but that primary_bn and cheap_bn,
             both required, have None for mean and var. A backend that has no training kernels trains with the reference's.
         group_name: of the process group over which to take the statistics, as SyncBatchNorm does; empty for none.
+        then: called with the result when it is there, also by a checkpoint that ends a repeated forward early.
 
     Raises:
         ValueError, TypeError: an argument doesn't fit; the message names it, what was expected and what came.
@@ -55,8 +58,12 @@ def ghost_module_training(
         raise ValueError(f"x: expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
     refuse_transforms(backend)
     name = training.choose(backends.choose(args, backend), args)
-    out, *statistics, count = call_with_batch_statistics(name, args, group_name)
-    return TrainingResult(out, *statistics, count if group_name else samples)  # type: ignore[call-arg]
+
+    def result(made: tuple[Tensor, ...]) -> TrainingResult:
+        return TrainingResult(*made[:-1], made[-1] if group_name else samples)  # type: ignore[call-arg]
+
+    made = call_with_batch_statistics(name, args, group_name, None if then is None else lambda made: then(result(made)))
+    return result(made)
 
 
 @torch.no_grad()
@@ -81,6 +88,12 @@ def update_running_statistics(norm: nn.Module, mean: Tensor, var: Tensor, sample
             if isinstance(samples, Tensor):  # all processes' batches may be empty
                 new = torch.where(samples > 0, new, running)
             running.lerp_(new, weight.to(new.dtype) if isinstance(weight, Tensor) else weight)
+
+
+def update_both(norms: tuple[nn.Module, nn.Module], result: TrainingResult) -> None:
+    """Those of a Ghost module's two norms."""
+    update_running_statistics(norms[0], result.primary_mean, result.primary_var, result.samples)
+    update_running_statistics(norms[1], result.cheap_mean, result.cheap_var, result.samples)
 
 
 def group_name(norm: nn.Module) -> str:

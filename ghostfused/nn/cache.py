@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -121,6 +122,8 @@ class ProgramCache:
     def __init__(self) -> None:
         self._state: _State | None = None
         self._misses = 0
+        self._around: tuple[weakref.ref[ProgramCache], ...] = ()
+        """The caches of modules around this one, whose programs have its tensors as well."""
 
     def __reduce__(self) -> tuple:
         return type(self), ()
@@ -141,8 +144,11 @@ class ProgramCache:
         return forward(x)
 
     def forget(self) -> None:
-        """Lets go of all that is remembered."""
+        """Lets go of all that is remembered, also by modules around this one."""
         self._state = None
+        for reference in self._around:
+            if around := reference():
+                around._state = None
 
     def _record(
         self, state: _State | None, kind: tuple, module: nn.Module, x: Tensor, forward: Callable[[Tensor], Tensor]
@@ -161,8 +167,16 @@ class ProgramCache:
                 state.programs[kind] = _encode(module, x, recorded, out) if state.recordable else None
                 while len(state.programs) > _MOST_PROGRAMS:
                     del state.programs[next(iter(state.programs))]
+                for inner in state.modules:
+                    if isinstance(inner, CachesPrograms):
+                        inner._cache._is_inside(self)
                 self._state = state
         return out
+
+    def _is_inside(self, around: ProgramCache) -> None:
+        if all(reference() is not around for reference in self._around):
+            alive = (reference for reference in self._around if reference() is not None)
+            self._around = (*alive, weakref.ref(around))
 
 
 class CachesPrograms:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import OrderedDict
 from typing import Any, cast
@@ -311,12 +312,10 @@ class FusedGhostModule(CachesPrograms, nn.Module):
         groups = [batch_statistics.group_name(norm) for norm in norms]
         if groups[0] != groups[1] or isinstance(x, torch.fx.Proxy):
             return self._run_children(x, input_gate, residual, output_gate)
-        result = batch_statistics.ghost_module_training(
-            x, primary.weight, cheap.weight, group_name=groups[0], **options
-        )
-        batch_statistics.update_running_statistics(norms[0], result.primary_mean, result.primary_var, result.samples)
-        batch_statistics.update_running_statistics(norms[1], result.cheap_mean, result.cheap_var, result.samples)
-        return result.out
+        update = functools.partial(batch_statistics.update_both, norms)
+        return batch_statistics.ghost_module_training(
+            x, primary.weight, cheap.weight, group_name=groups[0], then=update, **options
+        ).out
 
     def _run_children(
         self, x: Tensor, input_gate: Tensor | None, residual: Tensor | None, output_gate: Tensor | None

@@ -24,6 +24,10 @@ _COUNTS = {op: len(tensor_names(args)) for op, args in OPS.items()}
 _RESIDUAL = TENSORS.index("residual")
 
 
+Then = Callable[[tuple[Tensor, ...]], None] | None
+"""What is done with the results of a training forward."""
+
+
 def _is_differentiated() -> bool:
     """Whether somebody differentiates or transforms the gradients that are being computed."""
     return not torch.compiler.is_compiling() and (torch.is_grad_enabled() or transformed() or batched_backward())
@@ -126,8 +130,10 @@ class BatchGhostFunction(torch.autograd.Function):
     """One Ghost module with the batch's statistics, which it returns too."""
 
     @staticmethod
-    def forward(ctx, backend: str, group_name: str, *fields) -> tuple[Tensor, ...]:
-        out, *statistics, count = below_autograd(training_op("train_forward", backend), *fields, group_name)
+    def forward(ctx, backend: str, group_name: str, then: Then, *fields) -> tuple[Tensor, ...]:
+        out, *statistics, count = results = below_autograd(training_op("train_forward", backend), *fields, group_name)
+        if then is not None:
+            then(results)
         a = train_args(fields)._replace(**dict(zip(STATISTICS, statistics, strict=True)))
         _save(ctx, a, backend, True, group_name)
         ctx.mark_non_differentiable(*statistics, count)
@@ -135,10 +141,16 @@ class BatchGhostFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output: Tensor, *_):
-        fields = iter(ctx.needs_input_grad[2:])
+        fields = iter(ctx.needs_input_grad[3:])
         needs_grad = [name not in STATISTICS and next(fields) for name in TENSORS]
         grads = zip(TENSORS, _backward(ctx, grad_output, needs_grad), strict=True)
-        return None, None, *(grad for name, grad in grads if name not in STATISTICS), *(None for _ in ctx.settings)
+        return (
+            None,
+            None,
+            None,
+            *(grad for name, grad in grads if name not in STATISTICS),
+            *(None for _ in ctx.settings),
+        )
 
 
 def _needs_grad(args: Args) -> bool:
@@ -156,9 +168,18 @@ def call(backend: str, args: Args) -> Tensor:
     return FusedFunction.apply(args.op, backend, *args)
 
 
-def call_with_batch_statistics(backend: str, args: GhostArgs, group_name: str) -> tuple[Tensor, ...]:
-    """(out, primary_mean, primary_var, cheap_mean, cheap_var, count) of ``args``, whose own statistics don't count."""
+def call_with_batch_statistics(backend: str, args: GhostArgs, group_name: str, then: Then = None) -> tuple[Tensor, ...]:
+    """(out, primary_mean, primary_var, cheap_mean, cheap_var, count) of ``args``, whose own statistics don't count.
+
+    ``then`` is called with them before anything is saved for backward: torch.utils.checkpoint ends a forward that it
+    repeats once all of that has been.
+    """
     fields = [getattr(args, name) for name in TRAIN_FIELDS]
+    within = _needs_grad(args) and not torch.compiler.is_compiling()  # a compiler takes no function as an argument
     if _needs_grad(args):
-        return BatchGhostFunction.apply(backend, group_name, *fields)
-    return below_autograd(training_op("train_forward", backend), *fields, group_name)
+        results = BatchGhostFunction.apply(backend, group_name, then if within else None, *fields)
+    else:
+        results = below_autograd(training_op("train_forward", backend), *fields, group_name)
+    if then is not None and not within:
+        then(results)
+    return results

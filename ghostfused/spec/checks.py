@@ -128,13 +128,13 @@ def _activation(args: Args, half: str) -> None:
 
 def validate_training(a: GhostArgs) -> None:
     """``validate`` of a Ghost module whose norms take the batch's statistics, so that it has none."""
-    dimensions(a)
+    _tensors(a)
     for half in ("primary", "cheap"):
         if getattr(a, f"{half}_mean") is not None or getattr(a, f"{half}_var") is not None:
             raise _expect(f"{half}_bn", "no mean and var, which are the batch's", "a tensor")
     # something of the right shape in place of them
     primary, cheap = (w[:, 0, 0, 0] if w.dim() == 4 and w.numel() else w for w in (a.primary_weight, a.cheap_weight))
-    validate(a._replace(primary_mean=primary, primary_var=primary, cheap_mean=cheap, cheap_var=cheap))
+    _ghost_module(a._replace(primary_mean=primary, primary_var=primary, cheap_mean=cheap, cheap_var=cheap))
 
 
 def validate_backward(args: Args, grad_output: Tensor, needs_grad: Sequence[bool]) -> None:

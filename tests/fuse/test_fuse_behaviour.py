@@ -15,6 +15,8 @@ from ghostfused import FusedGhostBottleneck, FusedGhostModule, fuse, unfuse
 from ghostfused.cli.verify import calibrate
 from ghostfused.models import paper
 from ghostfused.nn import cache
+from ghostfused.nn.cache import CachesPrograms
+from ghostfused.nn.sequential import FusedSequential
 
 pytestmark = needs_cpu_kernels
 
@@ -313,24 +315,46 @@ def test_patched_calls_of_all_modules_see_every_call(monkeypatch):
     assert seen.count(fused.blocks[0].ghost1) == 2
 
 
-def test_swapped_tensors():
+@pytest.fixture
+def swapping_tensors():
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(before)
+
+
+@torch.no_grad()
+def test_swapped_tensors(swapping_tensors):
     model = calibrate(Net(), torch.randn(4, 3, 21, 18))
     fused, x = fuse(model), torch.randn(2, 3, 21, 18)
-    with torch.no_grad():
-        fused(x)
-        before = torch.__future__.get_swap_module_params_on_conversion()
-        torch.__future__.set_swap_module_params_on_conversion(True)
-        try:
-            fused.load_state_dict({k: v * 0.5 for k, v in model.state_dict().items()})
-            model.load_state_dict({k: v * 0.5 for k, v in model.state_dict().items()})
-            for _ in range(2):
-                networks.assert_same(fused(x), model, x)
-            fused.to(torch.bfloat16)
-            model, x = model.to(torch.bfloat16), x.to(torch.bfloat16)
-            for _ in range(2):
-                networks.assert_same(fused(x), model, x)
-        finally:
-            torch.__future__.set_swap_module_params_on_conversion(before)
+    fused(x)
+    fused.load_state_dict({k: v * 0.5 for k, v in model.state_dict().items()})
+    model.load_state_dict({k: v * 0.5 for k, v in model.state_dict().items()})
+    for _ in range(2):
+        networks.assert_same(fused(x), model, x)
+    fused.to(torch.bfloat16)
+    model, x = model.to(torch.bfloat16), x.to(torch.bfloat16)
+    for _ in range(2):
+        networks.assert_same(fused(x), model, x)
+
+
+@torch.no_grad()
+def test_swapped_tensors_of_a_part(swapping_tensors):
+    """Each part that is ours, while the programs of all that is around it are kept."""
+    model = calibrate(Net(), torch.randn(4, 3, 21, 18))
+    fused, x = fuse(model), torch.randn(2, 3, 21, 18)
+    parts = [name for name, m in fused.named_modules() if isinstance(m, CachesPrograms)]
+    kinds = {type(fused.get_submodule(name)) for name in parts}
+    assert {FusedGhostModule, FusedGhostBottleneck, FusedSequential} <= kinds
+    for name in parts:
+        for _ in range(2):
+            networks.assert_same(fused(x), model, x)
+        for m in (fused, model):
+            part = m.get_submodule(name)
+            part.double().float()
+            m(x)
+            part.load_state_dict({k: v * 0.9 if v.is_floating_point() else v for k, v in part.state_dict().items()})
+    networks.assert_same(fused(x), model, x)
 
 
 @pytest.mark.parametrize("level", ["bottleneck", "network", None])

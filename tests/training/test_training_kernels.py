@@ -101,6 +101,15 @@ def test_odd_channels(check, channels):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("ratio", [2, 3])
+def test_one_primary_channel(check, ratio, layout):
+    """A map of one channel lies the same in both layouts, and says nothing of the others'."""
+    for batch_statistics in (False, True):
+        acts = {"act_primary": "silu", "act_cheap": "none"}
+        check(Case(out_channels=ratio, ratio=ratio, height=7, width=9, layout=layout, **acts), batch_statistics)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("batch_statistics", [False, True])
 def test_sliced_input(check, batch_statistics, layout):
     check(Case(sliced=True, layout=layout, height=6, width=7), batch_statistics)

@@ -121,16 +121,21 @@ def test_channels_last(ours):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_activation_checkpointing(reentrant):
+@pytest.mark.parametrize("parts", [slice(1, 2), slice(1, 3), slice(2, 3)], ids=str)
+def test_activation_checkpointing(reentrant, parts):
+    """As nn.BatchNorm2d's, the buffers see the batch twice: also the last layer's, where the forward that is repeated ends
+    as soon as all is there that backward asks for."""
     model = network()
-    twin, x = copy.deepcopy(model), torch.randn(4, 3, 8, 8)
-    maps = model[0](x)
-    maps = checkpoint(model[1:3], maps, use_reentrant=reentrant)
-    model[3:](maps).square().sum().backward()
-    twin(x).square().sum().backward()
-    assert_same_gradients(model, twin)
-    # as nn.BatchNorm2d's do, the buffers see the batch twice
-    assert int(model[1].primary_conv[1].num_batches_tracked) == 2
+    x = torch.randn(4, 3, 8, 8)
+    models = model, copy.deepcopy(model), children(model)
+    for m, checkpointed in zip(models, (True, False, True), strict=True):
+        maps = m[: parts.start](x)
+        maps = checkpoint(m[parts], maps, use_reentrant=reentrant) if checkpointed else m[parts](maps)
+        m[parts.stop :](maps).square().sum().backward()
+    assert_same_gradients(model, models[1])
+    assert_same_gradients(model, models[2], **CLOSE)
+    assert_same_buffers(model, models[2], **CLOSE)
+    assert int(model[1].primary_conv[1].num_batches_tracked) == 1 + (parts.start == 1)
 
 
 def test_gradient_accumulation():

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...spec import GhostArgs
+from ...spec import GhostArgs, memory_format
 from .. import triton
 from ..training import KERNELS, Kernels
 from .configs import PROGRAMS, blocks
@@ -32,7 +32,10 @@ def supports(a: GhostArgs) -> str | None:
 
 
 class _Launch:
-    """The arguments that all kernels share, and the grid."""
+    """The arguments that all kernels share, and the grid.
+
+    The layout is x's: a map of one channel, y1 say, lies the same in either, and tells nothing of the others.
+    """
 
     def __init__(self, a: GhostArgs, like: Tensor, channel_blocks: int, tile: int):
         n, _, h, w = like.shape
@@ -42,7 +45,7 @@ class _Launch:
         per_row = max(-(-tiles * channel_blocks // PROGRAMS), 1)
         self.rows = -(-tiles // per_row)
         self.grid = (self.rows * channel_blocks,)
-        self.shared = {"N": n, "HW": h * w, "W": w, "per_row": per_row, "NHWC": is_channels_last(like)}
+        self.shared = {"N": n, "HW": h * w, "W": w, "per_row": per_row, "NHWC": is_channels_last(a.x)}
 
     def __call__(self, kernel: Any, **arguments: Any) -> None:
         with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
@@ -80,9 +83,9 @@ def _gate(a: GhostArgs, like: Tensor) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _elementwise_blocks(a: GhostArgs, like: Tensor, most: int = 1024) -> dict[str, Any]:
+def _elementwise_blocks(a: GhostArgs, most: int = 1024) -> dict[str, Any]:
     """Pixels and channels of a tile, as for the forward kernel's depthwise conv, but of ``most`` elements at most."""
-    chosen = blocks(a, is_channels_last(like), primary=False, patches=False)
+    chosen = blocks(a, is_channels_last(a.x), primary=False, patches=False)
     chosen["BLOCK_P"] = min(chosen["BLOCK_P"], most // chosen["BLOCK_C"])
     return {name: chosen[name] for name in ("BLOCK_P", "BLOCK_C", "num_warps")}
 
@@ -106,7 +109,7 @@ def primary_statistics(a: GhostArgs, out: Tensor) -> tuple[Tensor, Tensor]:
     cp, (_, cin, h, w) = a.init_channels, a.x.shape
     if out.numel() == 0:
         return _empty_statistics(cp, out)
-    chosen = blocks(a, is_channels_last(out), cheap=False)
+    chosen = blocks(a, is_channels_last(a.x), cheap=False)
     names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "ONE_K", "num_warps", "num_stages")
     chosen["BLOCK_M"] = min(chosen["BLOCK_M"], _STATISTICS_TILE // chosen["BLOCK_N"])
     channel_blocks = -(-cp // chosen["BLOCK_N"])
@@ -128,7 +131,7 @@ def cheap_statistics(a: GhostArgs, out: Tensor) -> tuple[Tensor, Tensor]:
     new = a.cheap_weight.shape[0]
     if out.numel() == 0:
         return _empty_statistics(new, out)
-    chosen = _elementwise_blocks(a, out, _CONV_TILE)
+    chosen = _elementwise_blocks(a, _CONV_TILE)
     channel_blocks = -(-new // chosen["BLOCK_C"])
     launch = _Launch(a, out, channel_blocks, chosen["BLOCK_P"])
     arguments, mean, var = _statistics(new, launch, channel_blocks)
@@ -145,7 +148,7 @@ def normalize(a: GhostArgs, out: Tensor) -> None:
 
     if out.numel() == 0:
         return
-    chosen = _elementwise_blocks(a, out)
+    chosen = _elementwise_blocks(a)
     cp, block = a.init_channels, chosen["BLOCK_C"]
     sn, sc, sh, sw = a.residual.stride() if a.residual is not None else (0, 0, 0, 0)
     _Launch(a, out, -(-cp // block) + -(-(a.out_channels - cp) // block), chosen["BLOCK_P"])(
@@ -161,11 +164,11 @@ def cheap_backward(
     from .training_backward import cheap_backward_kernel
 
     new = a.cheap_weight.shape[0]
-    dz2 = _like(y1, new)
-    y2 = _like(y1, new) if batch_statistics else None
+    dz2 = _like(a, y1, new)
+    y2 = _like(a, y1, new) if batch_statistics else None
     if y1.numel() == 0:
         return dz2, y2, _zeros(y1, 3, new) if sums else None
-    chosen = _elementwise_blocks(a, y1, _CONV_TILE)
+    chosen = _elementwise_blocks(a, _CONV_TILE)
     launch = _Launch(a, y1, -(-new // chosen["BLOCK_C"]), chosen["BLOCK_P"])
     partial = launch.partial(3, new) if sums else None
     launch(
@@ -189,7 +192,7 @@ def primary_backward(
     if y1.numel() == 0:
         dw = torch.zeros_like(a.cheap_weight) if weight else None
         return dz1, _zeros(y1, 3, cp) if sums else None, dw
-    chosen = _elementwise_blocks(a, y1, _CONV_TILE)
+    chosen = _elementwise_blocks(a, _CONV_TILE)
     launch = _Launch(a, y1, -(-cp // chosen["BLOCK_C"]), chosen["BLOCK_P"])
     partial = launch.partial(3, cp) if sums else None
     weight_partial = launch.partial(per_channel, cp) if weight else None
@@ -209,18 +212,17 @@ def normalize_backward(a: GhostArgs, dz1: Tensor, y1: Tensor, means1: Tensor) ->
 
     if y1.numel() == 0:
         return
-    chosen = _elementwise_blocks(a, y1)
+    chosen = _elementwise_blocks(a)
     _Launch(a, y1, -(-a.init_channels // chosen["BLOCK_C"]), chosen["BLOCK_P"])(
         normalize_backward_kernel, **_half(a, "primary", slope=False), **chosen,
         dz1_ptr=dz1, y1_ptr=y1, means1_ptr=means1.contiguous(), Cp=a.init_channels,
     )  # fmt: skip
 
 
-def _like(y1: Tensor, channels: int) -> Tensor:
+def _like(a: GhostArgs, y1: Tensor, channels: int) -> Tensor:
     """Uninitialized maps beside y1."""
     shape = (y1.shape[0], channels, *y1.shape[2:])
-    memory_format = torch.channels_last if is_channels_last(y1) else torch.contiguous_format
-    return torch.empty(shape, dtype=y1.dtype, device=y1.device, memory_format=memory_format)
+    return torch.empty(shape, dtype=y1.dtype, device=y1.device, memory_format=memory_format(a.x))
 
 
 def _zeros(y1: Tensor, *shape: int) -> Tensor:
