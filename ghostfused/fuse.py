@@ -280,11 +280,8 @@ class _Surgery:
 
     def _ghost_module(self, module: nn.Module, adopted: ghost.Adopted) -> nn.Module | str:
         fused = FusedGhostModule.from_adopted(module, adopted, self.backend)
-        if not isinstance(fused, str):
-            example = _example(fused)
-            kernels = "cpu" if example.x.is_cpu and self.backend == "auto" else self.backend
-            if reason := form_refusal(example, TAKES.get(kernels, COMMON)):
-                return f"no kernel for {reason}"
+        if not isinstance(fused, str) and (reason := _form_refusal(_example(fused), self.backend)):
+            return f"no kernel for {reason}"
         return fused
 
     def _bottleneck(self, module: nn.Module) -> nn.Module | str:
@@ -314,6 +311,21 @@ class _Surgery:
         self.model = _replace(self.model, fqn, fused)
         ghost = next(m for m in fused.modules() if isinstance(m, FusedGhostModule))
         self.report.append(Swap(fqn, type(module).__name__, True, _backend(ghost)))
+
+
+def _form_refusal(example: GhostArgs, backend: str) -> str | None:
+    """Why no kernel that ``backend`` may choose takes the form of ``example``; None if one does."""
+    names = backends.AUTO.get(example.x.device.type, ()) if backend == "auto" else (backend,)
+    reasons: list[str] = []
+    for name in names or ("reference",):
+        reason = form_refusal(example, TAKES.get(name, COMMON))
+        if reason is None:
+            absent = backends.BACKENDS[name].unavailable() if reasons else None  # the first decides where there is none
+            if absent is None:
+                return None
+            reason = f"{name} would take it, but {absent}"
+        reasons.append(reason)
+    return "; ".join(dict.fromkeys(reasons))
 
 
 def _deploy_method(module: nn.Module) -> Callable[[], None] | None:

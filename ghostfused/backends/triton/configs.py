@@ -92,7 +92,7 @@ def blocks(
 
     In channels_last the depthwise conv goes by patches, unless there is a choice or ``patches`` says no.
     """
-    n, cin, h, w = args.x.shape
+    cin, (n, _, h, w) = args.x.shape[1], args.output_shape()
     cp, pixels, itemsize = args.init_channels, h * w, args.x.element_size()
     if choice is None:
         p = Primary(*tables()["primary"][primary_key(itemsize, nhwc, cin, cp)])
@@ -107,7 +107,7 @@ def blocks(
     common = dict(p._asdict(), BLOCK_N=block_n, ONE_K=cin <= p.BLOCK_K)
     if nhwc and cheap and choice is None and patches:
         m = plan_patches(
-            n, h, w, cin, cp, align(cp, args.out_channels), itemsize, args.dw_size, (p.BLOCK_M, block_n, p.BLOCK_K), primary
+            n, h, w, cin * args.kernel_size**2, cp, align(cp, args.out_channels), itemsize, args.dw_size, (p.BLOCK_M, block_n, p.BLOCK_K), primary
         )  # fmt: skip
         return common | dict(m._asdict(), run=m.rows * w, LANES=32 * m.num_warps, BLOCK_P=None, BLOCK_C=None)
     return common | {
