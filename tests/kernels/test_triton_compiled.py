@@ -15,6 +15,7 @@ from ghostfused import ghost_module
 from ghostfused.backends import triton
 from ghostfused.backends.triton.compile import compile_launch
 from ghostfused.backends.triton.kernels import ghost_kernel
+from ghostfused.spec import GhostArgs
 from ghostfused.testing import Case, judge, make_args
 
 TARGETS = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx942"]
@@ -33,6 +34,12 @@ def plans(case: Case, backend: str = "triton") -> list[dict]:
     args = make_args(case)
     out = args.new_output()
     return [triton.plan(args, out, triton.scratch(args, out), *steps) for steps in STEPS[backend]]
+
+
+def in_its_format(args: GhostArgs, layout: str) -> GhostArgs:
+    """``args`` with the primary conv's weight as a model of that layout has it."""
+    memory_format = torch.channels_last if layout == "nhwc" else torch.contiguous_format
+    return args._replace(primary_weight=args.primary_weight.to(memory_format=memory_format))
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -54,6 +61,25 @@ def test_compiles(case, target):
 def test_spills_nothing(in_channels, out_channels, size, dw_size, dtype, layout, target, tmp_path):
     (plan,) = plans(Case(1, in_channels, size, size, out_channels, dw_size=dw_size, dtype=dtype, layout=layout))
     assert spilled(compile_launch(plan, target).asm["cubin"], tmp_path) == 0
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("path", ["float16", "float32", "tf32"])
+@pytest.mark.parametrize(("in_channels", "out_channels", "size"), [(16, 32, 32), (64, 128, 20), (128, 256, 40)])
+def test_windows_spill_nothing(in_channels, out_channels, size, path, layout, target, tmp_path):
+    """YOLO's 3×3 primary convs at stride 2, with small maps and large ones."""
+    dtype = torch.float16 if path == "float16" else torch.float32
+    args = make_args(
+        Case(
+            1, in_channels, size, size, out_channels, kernel_size=3, stride=2, dw_size=5, act_primary="silu",
+            act_cheap="silu", dtype=dtype, layout=layout, allow_tf32=path == "tf32",
+        )
+    )  # fmt: skip
+    args, out = in_its_format(args, layout), args.new_output()
+    assert (
+        spilled(compile_launch(triton.plan(args, out, triton.scratch(args, out)), target).asm["cubin"], tmp_path) == 0
+    )
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
@@ -115,8 +141,7 @@ PTX_CASES = {
 def check_compiled(compiled_on_cpu, kernel, case: Case, backend: str = "triton", **own: int) -> None:  # noqa: F811
     """Judges the compiled ``kernel``, in short runs; ``own`` replaces values of its plan."""
     args = make_args(case)
-    if case.layout == "nhwc" and case.kernel_size > 1:  # as a model in channels_last has it
-        args = args._replace(primary_weight=args.primary_weight.to(memory_format=torch.channels_last))
+    args = in_its_format(args, case.layout)
     out = args.new_output().fill_(float("nan"))
     x1 = triton.scratch(args, out).fill_(float("nan"))
     for steps in STEPS[backend]:

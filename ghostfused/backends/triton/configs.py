@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from ...spec import GhostArgs
 from .launch import align
-from .patch_plan import plan_patches
+from .patch_plan import MULTIPROCESSORS, plan_patches
 
 PATH = Path(__file__).with_suffix(".json")
 NUM_WARPS = 4
@@ -84,6 +84,17 @@ def run_length(pixels: int, halo: int, units: int, step: int) -> int:
     return -(-min(wanted, max(8 * halo, 1024), pixels) // step) * step
 
 
+def window_run_length(pixels: int, halo: int, units: int, step: int) -> int:
+    """As ``run_length``, where a halo's pixel costs as many products as a window has taps: the length of least work for the
+    busiest multiprocessor, which should have two programs."""
+
+    def work(run: int) -> int:
+        waves = -(-units * -(-pixels // run) // MULTIPROCESSORS)
+        return max(waves, 2) * min(run + 2 * halo, pixels)
+
+    return min((-(-pixels // parts // step) * step for parts in range(1, -(-pixels // step) + 1)), key=work)
+
+
 def blocks(
     args: GhostArgs, nhwc: bool, primary: bool = True, cheap: bool = True, choice: tuple[Primary, Cheap] | None = None,
     patches: bool = True,
@@ -99,6 +110,9 @@ def blocks(
         c = cheap_blocks(itemsize, nhwc, args.dw_size, cp)
     else:
         p, c = choice
+    window = args.kernel_size > 1 or args.stride > 1
+    if window and itemsize == 4 and not args.allow_tf32:
+        p = p._replace(num_stages=1)  # a prefetched tile beside float32's products spills registers
     if pixels <= SMALL_IMAGE:
         p, c = p._replace(BLOCK_M=min(p.BLOCK_M, SMALL_IMAGE)), c._replace(BLOCK_P=min(c.BLOCK_P, SMALL_IMAGE))
     block_n = p.BLOCK_N if primary else c.BLOCK_C
@@ -110,8 +124,9 @@ def blocks(
             n, h, w, cin * args.kernel_size**2, cp, align(cp, args.out_channels), itemsize, args.dw_size, (p.BLOCK_M, block_n, p.BLOCK_K), primary
         )  # fmt: skip
         return common | dict(m._asdict(), run=m.rows * w, LANES=32 * m.num_warps, BLOCK_P=None, BLOCK_C=None)
+    length = window_run_length if window and halo else run_length
     return common | {
         "WIDTH": block_n, "BLOCK_P": c.BLOCK_P, "BLOCK_C": min(c.BLOCK_C, block_n), "num_warps": NUM_WARPS,
-        "run": run_length(pixels, halo, n * -(-cp // block_n), step),
+        "run": length(pixels, halo, n * -(-cp // block_n), step),
         "PATCH_H": None, "PATCH_W": None, "VECTOR": None, "LANES": None,
     }  # fmt: skip
