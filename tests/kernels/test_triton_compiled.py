@@ -38,7 +38,7 @@ def plans(case: Case, backend: str = "triton") -> list[dict]:
 
 def in_its_format(args: GhostArgs, layout: str) -> GhostArgs:
     """``args`` with the primary conv's weight as a model of that layout has it."""
-    memory_format = torch.channels_last if layout == "nhwc" else torch.contiguous_format
+    memory_format = torch.channels_last if layout == "nhwc" and args.kernel_size > 1 else torch.contiguous_format
     return args._replace(primary_weight=args.primary_weight.to(memory_format=memory_format))
 
 
