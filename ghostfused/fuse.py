@@ -23,7 +23,7 @@ from .numerics import relative_error
 from .recognize import ghost
 from .recognize.equivalence import SAME, substituted
 from .recognize.swap import original
-from .spec import GhostArgs
+from .spec import GhostArgs, memory_format
 from .spec.kernels import COMMON, TAKES, form_refusal
 
 LEVELS = ("auto", "module")
@@ -145,7 +145,7 @@ def _warn(fused: nn.Module, report: Report, backend: str) -> None:
         reasons = [
             f"{name}: {reason}"
             for name in backends.AUTO.get(example.x.device.type, ())
-            if (reason := backends.BACKENDS[name].supports(example))
+            if (reason := backends.BACKENDS[name].supports(example) or backends.declines(name, example))
         ]
         found = "; ".join(reasons) or f"no kernel takes tensors on {example.x.device}"
         warnings.warn(f"fuse: all fused modules run on the slow reference: {found}", stacklevel=3)
@@ -280,11 +280,8 @@ class _Surgery:
 
     def _ghost_module(self, module: nn.Module, adopted: ghost.Adopted) -> nn.Module | str:
         fused = FusedGhostModule.from_adopted(module, adopted, self.backend)
-        if not isinstance(fused, str):
-            example = _example(fused)
-            kernels = "cpu" if example.x.is_cpu and self.backend == "auto" else self.backend
-            if reason := form_refusal(example, TAKES.get(kernels, COMMON)):
-                return f"no kernel for {reason}"
+        if not isinstance(fused, str) and (reason := _form_refusal(_example(fused), self.backend)):
+            return f"no kernel for {reason}"
         return fused
 
     def _bottleneck(self, module: nn.Module) -> nn.Module | str:
@@ -314,6 +311,23 @@ class _Surgery:
         self.model = _replace(self.model, fqn, fused)
         ghost = next(m for m in fused.modules() if isinstance(m, FusedGhostModule))
         self.report.append(Swap(fqn, type(module).__name__, True, _backend(ghost)))
+
+
+def _form_refusal(example: GhostArgs, backend: str) -> str | None:
+    """Why no kernel that ``backend`` may choose takes the form of ``example``; None if one does."""
+    names = backends.AUTO.get(example.x.device.type, ()) if backend == "auto" else (backend,)
+    reasons: list[str] = []
+    for name in names or ("reference",):
+        reason = form_refusal(example, TAKES.get(name, COMMON))
+        if reason is None and backend == "auto":
+            reason = backends.declines(name, example)
+        if reason is None:
+            absent = backends.BACKENDS[name].unavailable() if reasons else None  # the first decides where there is none
+            if absent is None:
+                return None
+            reason = f"{name} would take it, but {absent}"
+        reasons.append(reason)
+    return "; ".join(dict.fromkeys(reasons))
 
 
 def _deploy_method(module: nn.Module) -> Callable[[], None] | None:
@@ -346,6 +360,8 @@ def _example(fused: FusedGhostModule) -> GhostArgs:
     assert not isinstance(cheap, str)
     conv, weight = primary.conv, primary.weight
     x = torch.empty(1, conv.in_channels, 8, 8, dtype=weight.dtype, device=weight.device)
+    if weight.shape[2] > 1:  # else its strides don't tell the model's layout
+        x = x.contiguous(memory_format=memory_format(weight))
     settings = fused._channels(primary, cheap), conv.stride[0], conv.dilation[0], conv.groups, False
     acts = 1e-5, int(primary.act), 0.0, 1e-5, int(cheap.act), 0.0
     none = [None] * 6

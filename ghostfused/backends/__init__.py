@@ -9,6 +9,9 @@ A backend is a module with three functions:
 ``forward(args) -> Tensor``
     Runs it. ``ops`` registers it.
 
+``declines(args) -> str | None``, where a backend has it
+    Why ``"auto"`` leaves a call that it can run to the next; None if it doesn't.
+
 and ``DEVICES``, the types of the devices whose tensors it takes, or None if it takes all.
 
 Training takes six more, which ``training.Kernels`` lists; the backends that have them register them there.
@@ -37,6 +40,12 @@ def unavailable_on(backend: str, device: str) -> str | None:
     return module.unavailable()
 
 
+def declines(name: str, args: Args) -> str | None:
+    """Why ``backend="auto"`` doesn't take the backend ``name`` for a call that it can run; None if it does."""
+    reason = getattr(BACKENDS[name], "declines", None)
+    return reason(args) if reason is not None else None
+
+
 def choose(args: Args, backend: str = "auto") -> str:
     """The name of the backend that will run ``args``.
 
@@ -46,7 +55,7 @@ def choose(args: Args, backend: str = "auto") -> str:
     """
     if backend == "auto":
         for name in AUTO.get(args.x.device.type, ()):
-            if BACKENDS[name].supports(args) is None:
+            if BACKENDS[name].supports(args) is None and declines(name, args) is None:
                 return name
         return "reference"
     if backend not in BACKENDS:

@@ -24,7 +24,7 @@ def constant_to_dynamo(function: Function) -> Function:
 class Takes(NamedTuple):
     """What the kernels of one backend take. The defaults are what all have in common."""
 
-    patch_channels: int = 0
+    patch_channels: float = 0
     """Most input channels of a primary conv of any odd kernel at any stride; 0: primary convs are 1×1 at stride 1."""
     dtypes: tuple[torch.dtype, ...] = DTYPES
     dw_sizes: tuple[int, ...] = (1, 3, 5, 7)
@@ -42,8 +42,8 @@ _NORMAL = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 """Triton's reciprocal square root takes float32's normal numbers, and a variance may be 0."""
 TAKES = {
     "cuda": Takes(),
-    "triton": Takes(eps=_NORMAL),
-    "triton_two_kernel": Takes(eps=_NORMAL),
+    "triton": Takes(patch_channels=math.inf, eps=_NORMAL),
+    "triton_two_kernel": Takes(patch_channels=math.inf, eps=_NORMAL),
     "cpu": Takes(patch_channels=16),  # csrc/common/parameters.h's
 }
 """By the backend's name. The reference takes everything."""

@@ -37,6 +37,7 @@ from ghostfused.ops import encoding
 from ghostfused.ops.schemas import TRAINING_OPS
 from ghostfused.spec import STEPS, Act, Step, tensor_names
 from ghostfused.spec.checks import absent_memory, validate
+from ghostfused.spec.kernels import COMMON, TAKES
 from ghostfused.testing import Case, DepthwiseCase, SqueezeExciteCase, convert, judge, make
 
 WORDS = {"code", "numbers", "tensors", "program", *(name for kind in STEPS.values() for name in kind.__annotations__)}
@@ -55,7 +56,7 @@ MEMORY = 12 << 30
 
 
 def _ghost(rng: random.Random, backend: str) -> Case:
-    conv = backend == "cpu" and rng.random() < 0.3
+    conv = bool(TAKES.get(backend, COMMON).patch_channels) and rng.random() < 0.3
     norms = ("bn", "bias", "bn+bias", "bn_no_affine", "none")
     acts = [act.name.lower() for act in Act]
     ratio = rng.choice((2, 2, 3))

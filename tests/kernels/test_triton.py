@@ -12,7 +12,7 @@ from triton_runtime import DEVICE, needs_triton
 
 from ghostfused.backends import triton
 from ghostfused.backends.triton import bottleneck as triton_bottleneck
-from ghostfused.backends.triton.configs import run_length
+from ghostfused.backends.triton.configs import run_length, window_run_length
 from ghostfused.ops import forward_op
 from ghostfused.testing import Case, DepthwiseCase, SqueezeExciteCase, judge, make, make_args, to_device
 
@@ -80,6 +80,19 @@ def test_run_length(pixels, halo, units):
     assert run < max(8 * halo, 1024) + step
     if run > max(halo, 1) + step:  # a shorter run would give more programs than are wanted
         assert -(-pixels // (run - step)) * units >= 528
+
+
+@pytest.mark.parametrize("units", [1, 2, 64, 5000])
+@pytest.mark.parametrize(("pixels", "halo"), [(25600, 322), (1600, 82), (100, 22), (1, 4)])
+def test_window_run_length(pixels, halo, units):
+    """A window's halo costs as much as its run: fewer runs than of a 1×1 conv, unless multiprocessors would be idle."""
+    run, step = window_run_length(pixels, halo, units, 64), 64
+    assert run % step == 0
+    assert run < pixels + step
+    if units >= 132:
+        assert run >= pixels
+    if units == 1 and pixels > 132 * step:
+        assert -(-pixels // run) > 100
 
 
 @each_layout

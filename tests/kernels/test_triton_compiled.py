@@ -15,6 +15,7 @@ from ghostfused import ghost_module
 from ghostfused.backends import triton
 from ghostfused.backends.triton.compile import compile_launch
 from ghostfused.backends.triton.kernels import ghost_kernel
+from ghostfused.spec import GhostArgs
 from ghostfused.testing import Case, judge, make_args
 
 TARGETS = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx942"]
@@ -33,6 +34,12 @@ def plans(case: Case, backend: str = "triton") -> list[dict]:
     args = make_args(case)
     out = args.new_output()
     return [triton.plan(args, out, triton.scratch(args, out), *steps) for steps in STEPS[backend]]
+
+
+def in_its_format(args: GhostArgs, layout: str) -> GhostArgs:
+    """``args`` with the primary conv's weight as a model of that layout has it."""
+    memory_format = torch.channels_last if layout == "nhwc" and args.kernel_size > 1 else torch.contiguous_format
+    return args._replace(primary_weight=args.primary_weight.to(memory_format=memory_format))
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -54,6 +61,25 @@ def test_compiles(case, target):
 def test_spills_nothing(in_channels, out_channels, size, dw_size, dtype, layout, target, tmp_path):
     (plan,) = plans(Case(1, in_channels, size, size, out_channels, dw_size=dw_size, dtype=dtype, layout=layout))
     assert spilled(compile_launch(plan, target).asm["cubin"], tmp_path) == 0
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("path", ["float16", "float32", "tf32"])
+@pytest.mark.parametrize(("in_channels", "out_channels", "size"), [(16, 32, 32), (64, 128, 20), (128, 256, 40)])
+def test_windows_spill_nothing(in_channels, out_channels, size, path, layout, target, tmp_path):
+    """YOLO's 3×3 primary convs at stride 2, with small maps and large ones."""
+    dtype = torch.float16 if path == "float16" else torch.float32
+    args = make_args(
+        Case(
+            1, in_channels, size, size, out_channels, kernel_size=3, stride=2, dw_size=5, act_primary="silu",
+            act_cheap="silu", dtype=dtype, layout=layout, allow_tf32=path == "tf32",
+        )
+    )  # fmt: skip
+    args, out = in_its_format(args, layout), args.new_output()
+    assert (
+        spilled(compile_launch(triton.plan(args, out, triton.scratch(args, out)), target).asm["cubin"], tmp_path) == 0
+    )
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
@@ -106,6 +132,8 @@ PTX_CASES = {
     "bf16 nchw": Case(batch=1, in_channels=70, height=14, width=14, out_channels=33, dtype=torch.bfloat16, dw_size=5),
     "tf32 nhwc": Case(batch=1, in_channels=24, height=9, width=15, layout="nhwc", allow_tf32=True),
     "all inputs": WITH_ALL_INPUTS,
+    "window nhwc": Case(2, 40, 9, 11, 24, kernel_size=3, stride=2, dw_size=5, dtype=torch.float16, layout="nhwc"),
+    "window nchw": Case(2, 24, 7, 13, 20, kernel_size=3, dilation=2, input_gate=True, residual=True),
     "sliced": Case(batch=2, in_channels=16, height=9, width=11, dtype=torch.float16, sliced=True),
 }
 
@@ -113,6 +141,7 @@ PTX_CASES = {
 def check_compiled(compiled_on_cpu, kernel, case: Case, backend: str = "triton", **own: int) -> None:  # noqa: F811
     """Judges the compiled ``kernel``, in short runs; ``own`` replaces values of its plan."""
     args = make_args(case)
+    args = in_its_format(args, case.layout)
     out = args.new_output().fill_(float("nan"))
     x1 = triton.scratch(args, out).fill_(float("nan"))
     for steps in STEPS[backend]:
@@ -148,14 +177,18 @@ def test_compiled_ptx(name, backend, compiled_on_cpu):  # noqa: F811
         ("nhwc", "patches", "h + (i - PAD) < H", "h + (i - PAD) <= H"),
         ("nhwc", "patches", "bottom - PATCH_H)", "bottom)"),
         ("nhwc", "patches", "W - PATCH_W)", "W)"),
+        ("window", "window", "(h < x_h)", "(h <= x_h)"),
+        ("window", "window", "(w >= 0)", "(w >= -1)"),
+        ("window", "window", "tap % KERNEL", "tap % (KERNEL + 1)"),
+        ("window", "window", "tap * TAP_STEP", "tap"),
     ],
 )
 def test_compiled_ptx_sees_faults(layout, file, right, wrong, compiled_on_cpu, tmp_path, monkeypatch):  # noqa: F811
     """The run above fails for kernels with a planted fault. Here runs and patches divide nothing."""
-    own = {} if layout == "nchw" else {"run": 4 * 15, "PATCH_H": 3, "PATCH_W": 4, "VECTOR": 2}
+    own = {} if layout != "nhwc" else {"run": 4 * 15, "PATCH_H": 3, "PATCH_W": 4, "VECTOR": 2}
     package = tmp_path / f"faulty_{re.sub('[^a-z0-9]', '_', str(tmp_path))}"
     package.mkdir()
-    for name in ("kernels", "patches"):
+    for name in ("kernels", "patches", "window"):
         source = Path(sys.modules[ghost_kernel.__module__].__file__).with_stem(name).read_text()
         if name == file:
             assert source.count(right) == 1
@@ -164,7 +197,6 @@ def test_compiled_ptx_sees_faults(layout, file, right, wrong, compiled_on_cpu, t
         (package / f"{name}.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
     module = importlib.import_module(f"{package.name}.kernels")
+    case = PTX_CASES[{"nchw": "fp32 nchw", "nhwc": "tf32 nhwc", "window": "window nhwc"}[layout]]
     with pytest.raises(AssertionError):
-        check_compiled(
-            compiled_on_cpu, module.ghost_kernel, PTX_CASES["fp32 nchw" if own == {} else "tf32 nhwc"], **own
-        )
+        check_compiled(compiled_on_cpu, module.ghost_kernel, case, **own)

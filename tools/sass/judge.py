@@ -100,7 +100,10 @@ def judge_config(config: dict[str, Any], options: argparse.Namespace) -> Row:
         from .training import judge_training_step
 
         return judge_training_step(case, name, count)
-    args = repeated(make_args(dataclasses.replace(case, batch=min(2, case.batch))), case.batch)
+    args = make_args(dataclasses.replace(case, batch=min(2, case.batch)))
+    if case.layout == "nhwc":  # a model in channels_last has its weights so too
+        args = args._replace(primary_weight=args.primary_weight.contiguous(memory_format=torch.channels_last))
+    args = repeated(args, case.batch)
     return judge_args(args, name, count, options.backend)
 
 

@@ -30,6 +30,8 @@ _PARAMETERS = ("weight", "bias", "mean", "var", "gamma", "beta", "slope")
 Choice = tuple[Primary, Cheap]
 _MIN_TILE = 32, 8
 """The smallest tile of one program, in pixels and init channels."""
+_MAX_WINDOW = 2**30
+"""Most pixels from end to end of a primary conv's window, whose coordinates have 32 bits."""
 
 
 def supports(args: Args) -> str | None:
@@ -39,10 +41,12 @@ def supports(args: Args) -> str | None:
         return reason
     if not args.x.is_cuda and not INTERPRETED:
         return f"x is on {args.x.device} and Triton needs a GPU ({INTERPRETER})"
-    n, _, h, w = args.x.shape
+    n, _, h, w = args.output_shape() if isinstance(args, GhostArgs) else args.x.shape
     channels = args.init_channels if isinstance(args, GhostArgs) else args.x.shape[1]
     if n * -(-h * w // _MIN_TILE[0]) * -(-channels // _MIN_TILE[1]) > MAX_PROGRAMS:
         return f"batch {n} at {h}×{w} may need more than {MAX_PROGRAMS} programs"
+    if isinstance(args, GhostArgs) and max(args.kernel_size * args.dilation, args.stride) > _MAX_WINDOW:
+        return f"a primary conv with stride {args.stride}, dilation {args.dilation}: more than {_MAX_WINDOW} pixels"
     return kernel_refusal(args, "triton")
 
 
@@ -73,18 +77,23 @@ def plan(
     choice: Choice | None = None,
 ) -> dict[str, Any]:
     """The arguments of ``ghost_kernel`` for a launch of both steps, or of one; ``choice`` replaces the table of blocks."""
-    a, (_, cin, h, w) = args, args.x.shape
+    a, (_, cin, x_h, x_w), (h, w) = args, args.x.shape, out.shape[2:]
+    window = a.kernel_size > 1 or a.stride > 1
+    weight = a.primary_weight
+    taps_first = window and not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
     cheap = cheap and has_ghosts(a)
     nhwc = is_channels_last(out)
     rs = a.residual.stride() if a.residual is not None else (0, 0, 0, 0)
     gs = a.output_gate.stride() if a.output_gate is not None else (0, 0, 0, 0)
     gate_h, gate_w = a.output_gate.shape[2:] if a.output_gate is not None else (1, 1)
     longest = max(*map(reach, (a.x, out, a.residual, a.output_gate)), a.primary_weight.numel(), a.cheap_weight.numel())
-    parameters = {f"{half}_{name}_ptr": None for half in ("primary", "cheap") for name in _PARAMETERS}
+    parameters: dict[str, Any] = {f"{half}_{name}_ptr": None for half in ("primary", "cheap") for name in _PARAMETERS}
     for half in ("primary",) * primary + ("cheap",) * cheap:
-        # contiguous already in any usual model: then no copy
+        # contiguous already in any usual model, or the primary conv's weight in channels_last: then no copy
         parameters |= {
-            f"{half}_{name}_ptr": t if (t := getattr(a, f"{half}_{name}")) is None else t.contiguous()
+            f"{half}_{name}_ptr": t
+            if (t := getattr(a, f"{half}_{name}")) is None or (taps_first and t is weight)
+            else t.contiguous()
             for name in _PARAMETERS
         }
     return dict(
@@ -94,11 +103,12 @@ def plan(
         primary_slope_stride=int(a.primary_slope is not None and a.primary_slope.numel() > 1),
         cheap_eps=a.cheap_eps, cheap_negative_slope=a.cheap_negative_slope,
         cheap_slope_stride=int(a.cheap_slope is not None and a.cheap_slope.numel() > 1),
-        H=h, W=w, Cin=cin, Cp=a.init_channels, out_channels=a.out_channels,
+        H=h, W=w, x_h=x_h if window else None, x_w=x_w if window else None, Cin=cin, Cp=a.init_channels, out_channels=a.out_channels,
         residual_sn=rs[0], residual_sc=rs[1], residual_sh=rs[2], residual_sw=rs[3],
         gate_h=gate_h, gate_w=gate_w, gate_scale_h=gate_h / h, gate_scale_w=gate_w / w,
         gate_sn=gs[0], gate_sc=gs[1], gate_sh=gs[2], gate_sw=gs[3],
-        PRIMARY=primary, CHEAP=cheap, RATIO=a.ratio, DW_SIZE=a.dw_size, PRIMARY_ACT=a.primary_act, CHEAP_ACT=a.cheap_act,
+        PRIMARY=primary, CHEAP=cheap, RATIO=a.ratio, DW_SIZE=a.dw_size,
+        KERNEL=a.kernel_size, STRIDE=a.stride, DILATION=a.dilation, TAPS_FIRST=taps_first, PRIMARY_ACT=a.primary_act, CHEAP_ACT=a.cheap_act,
         NHWC=nhwc, **x_strides(a.x), RESIDUAL_LIKE_OUT=a.residual is not None and rs == out.stride(),
         HW_ALIGN=align(h * w),
         INDEX_64=longest >= 2**31, PRECISION="tf32" if a.allow_tf32 else "ieee", **blocks(a, nhwc, primary, cheap, choice),
@@ -137,6 +147,15 @@ _FUNCTIONS: dict[type[Args], Any] = {
     DepthwiseArgs: bottleneck.depthwise,
     SqueezeExciteArgs: bottleneck.squeeze_excite,
 }
+
+
+def declines(args: Args) -> str | None:
+    """Windows in NCHW: each number under a tap is a load of its own, and by the counts of docs/counts.md that takes longer
+    than PyTorch's convolution would move its maps."""
+    if isinstance(args, GhostArgs) and (args.kernel_size > 1 or args.stride > 1) and not is_channels_last(args.x):
+        k = args.kernel_size
+        return f"a {k}×{k} primary conv with stride {args.stride} in NCHW is for backend='triton' alone; channels_last is not"
+    return None
 
 
 def forward(args: Args) -> Tensor:

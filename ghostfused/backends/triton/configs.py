@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from ...spec import GhostArgs
 from .launch import align
-from .patch_plan import plan_patches
+from .patch_plan import MULTIPROCESSORS, plan_patches
 
 PATH = Path(__file__).with_suffix(".json")
 NUM_WARPS = 4
@@ -84,6 +84,17 @@ def run_length(pixels: int, halo: int, units: int, step: int) -> int:
     return -(-min(wanted, max(8 * halo, 1024), pixels) // step) * step
 
 
+def window_run_length(pixels: int, halo: int, units: int, step: int) -> int:
+    """As ``run_length``, where a halo's pixel costs as many products as a window has taps: the length of least work for the
+    busiest multiprocessor, which should have two programs."""
+
+    def work(run: int) -> int:
+        waves = -(-units * -(-pixels // run) // MULTIPROCESSORS)
+        return max(waves, 2) * min(run + 2 * halo, pixels)
+
+    return min((-(-pixels // parts // step) * step for parts in range(1, -(-pixels // step) + 1)), key=work)
+
+
 def blocks(
     args: GhostArgs, nhwc: bool, primary: bool = True, cheap: bool = True, choice: tuple[Primary, Cheap] | None = None,
     patches: bool = True,
@@ -92,13 +103,16 @@ def blocks(
 
     In channels_last the depthwise conv goes by patches, unless there is a choice or ``patches`` says no.
     """
-    n, cin, h, w = args.x.shape
+    cin, (n, _, h, w) = args.x.shape[1], args.output_shape()
     cp, pixels, itemsize = args.init_channels, h * w, args.x.element_size()
     if choice is None:
         p = Primary(*tables()["primary"][primary_key(itemsize, nhwc, cin, cp)])
         c = cheap_blocks(itemsize, nhwc, args.dw_size, cp)
     else:
         p, c = choice
+    window = args.kernel_size > 1 or args.stride > 1
+    if window and itemsize == 4 and not args.allow_tf32:
+        p = p._replace(num_stages=1)  # a prefetched tile beside float32's products spills registers
     if pixels <= SMALL_IMAGE:
         p, c = p._replace(BLOCK_M=min(p.BLOCK_M, SMALL_IMAGE)), c._replace(BLOCK_P=min(c.BLOCK_P, SMALL_IMAGE))
     block_n = p.BLOCK_N if primary else c.BLOCK_C
@@ -107,11 +121,12 @@ def blocks(
     common = dict(p._asdict(), BLOCK_N=block_n, ONE_K=cin <= p.BLOCK_K)
     if nhwc and cheap and choice is None and patches:
         m = plan_patches(
-            n, h, w, cin, cp, align(cp, args.out_channels), itemsize, args.dw_size, (p.BLOCK_M, block_n, p.BLOCK_K), primary
+            n, h, w, cin * args.kernel_size**2, cp, align(cp, args.out_channels), itemsize, args.dw_size, (p.BLOCK_M, block_n, p.BLOCK_K), primary
         )  # fmt: skip
         return common | dict(m._asdict(), run=m.rows * w, LANES=32 * m.num_warps, BLOCK_P=None, BLOCK_C=None)
+    length = window_run_length if window and halo else run_length
     return common | {
         "WIDTH": block_n, "BLOCK_P": c.BLOCK_P, "BLOCK_C": min(c.BLOCK_C, block_n), "num_warps": NUM_WARPS,
-        "run": run_length(pixels, halo, n * -(-cp // block_n), step),
+        "run": length(pixels, halo, n * -(-cp // block_n), step),
         "PATCH_H": None, "PATCH_W": None, "VECTOR": None, "LANES": None,
     }  # fmt: skip

@@ -118,13 +118,15 @@ def _store(y, p, c, tile, offset, mask, W, residual, gate):
 
 
 @triton.jit
-def _dot(acc, x, x_pixel, p_mask, weight_row, c_mask, k, Cin, input_gate, PRECISION: tl.constexpr):
-    """acc + (x * input_gate) @ weight over the input channels k."""
+def _dot(
+    acc, x, x_pixel, p_mask, weight_row, c_mask, k, Cin, input_gate, PRECISION: tl.constexpr, WEIGHT_STEP: tl.constexpr = 1
+):  # fmt: skip
+    """acc + (x * input_gate) @ weight over the input channels k, whose weights lie WEIGHT_STEP apart."""
     x_ptr, stride_c = x
     k_mask = k < Cin
     x_tile = x_ptr + x_pixel[:, None] + (k * stride_c)[None, :]
     tile = tl.load(x_tile, mask=p_mask[:, None] & k_mask[None, :], other=0.0)
-    weight = tl.load(weight_row + k[:, None], mask=k_mask[:, None] & c_mask[None, :], other=0.0)
+    weight = tl.load(weight_row + (k * WEIGHT_STEP)[:, None], mask=k_mask[:, None] & c_mask[None, :], other=0.0)
     if input_gate is not None:  # into the weight and rounded, as training's backward has it: both see the same sums
         scale = tl.load(input_gate + k, mask=k_mask, other=0.0).to(tl.float32)
         weight = _round(weight.to(tl.float32) * scale[:, None], weight.dtype)

@@ -2,8 +2,8 @@
 
 A program owns one image, a run of consecutive pixels and WIDTH init channels. It goes in two steps.
 
-``_primary_run``: x1 = act(norm(1×1 conv of x)) for the run *and its halo*, the pixels that the depthwise conv
-reaches from the run, stored to global memory.
+``_primary_run``: x1 = act(norm(conv of x)) for the run *and its halo*, the pixels that the depthwise conv
+reaches from the run, stored to global memory. The conv is 1×1, or in window.py any other.
 After a barrier, x2 = act(norm(depthwise conv of x1)) for the run: in channels_last by ``_cheap_patches`` (patches.py), whose
 runs are whole rows, otherwise by ``_cheap_run``, from shifted loads of x1.
 
@@ -27,12 +27,14 @@ import triton.language as tl
 from .activations import _activate
 from .device import _dot, _multiple, _offset, _pixel_offset, _round, _scale_shift, _store, _wide
 from .patches import _cheap_patches
+from .window import _window_sums
 
 
 @triton.jit
 def _primary_run(
-    lo, hi, begin, end, c0, c1, x, x_pixels, input_gate, weight_ptr, Cin, norm, act, size, x1, out, residual, gate,
-    NHWC: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr, ONE_K: tl.constexpr,
+    lo, hi, begin, end, c0, c1, x, x_size, x_pixels, input_gate, weight_ptr, Cin, norm, act, size, x1, out, residual, gate,
+    NHWC: tl.constexpr, ACT: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
+    TAPS_FIRST: tl.constexpr, PRECISION: tl.constexpr, ONE_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """x1 for the pixels lo … hi and the channels c0 … c1, BLOCK_N at most; the final output too for begin … end if they differ."""
@@ -45,16 +47,24 @@ def _primary_run(
     for m in range(lo, hi, BLOCK_M):
         p = m + tl.arange(0, BLOCK_M)
         p_mask = p < hi
-        x_pixel = _pixel_offset(p, W, stride_h, stride_w)
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        # the weight is read transposed: (input channels, init channels)
-        weight_row = weight_ptr + (c * Cin)[None, :]
-        if ONE_K:  # no inner loop, so that the compiler can prefetch the next tile of x in this one
-            acc = _dot(acc, x, x_pixel, p_mask, weight_row, c_mask, tl.arange(0, BLOCK_K), Cin, input_gate, PRECISION)
+        if KERNEL > 1 or STRIDE > 1:
+            acc = _window_sums(
+                p, p_mask, c, c_mask, W, x, x_size, x_pixels, input_gate, weight_ptr, Cin,
+                KERNEL, STRIDE, DILATION, TAPS_FIRST, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
         else:
-            for k0 in range(0, Cin, BLOCK_K):
-                k = k0 + tl.arange(0, BLOCK_K)
-                acc = _dot(acc, x, x_pixel, p_mask, weight_row, c_mask, k, Cin, input_gate, PRECISION)
+            x_pixel = _pixel_offset(p, W, stride_h, stride_w)
+            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            # the weight is read transposed: (input channels, init channels)
+            weight_row = weight_ptr + (c * Cin)[None, :]
+            if ONE_K:  # no inner loop, so that the compiler can prefetch the next tile of x in this one
+                acc = _dot(
+                    acc, x, x_pixel, p_mask, weight_row, c_mask, tl.arange(0, BLOCK_K), Cin, input_gate, PRECISION
+                )  # fmt: skip
+            else:
+                for k0 in range(0, Cin, BLOCK_K):
+                    k = k0 + tl.arange(0, BLOCK_K)
+                    acc = _dot(acc, x, x_pixel, p_mask, weight_row, c_mask, k, Cin, input_gate, PRECISION)
         y = _activate(acc * scale[None, :] + shift[None, :], c, c_mask, act, ACT)
         mask = p_mask[:, None] & c_mask[None, :]
         if x1_ptr is not None:
@@ -107,7 +117,7 @@ def _cheap_run(
 
 SCALARS = """
 primary_eps primary_negative_slope primary_slope_stride cheap_eps cheap_negative_slope cheap_slope_stride
-gate_scale_h gate_scale_w H W run x_sn x_sc x_sh x_sw
+gate_scale_h gate_scale_w H W x_h x_w run x_sn x_sc x_sh x_sw
 residual_sn residual_sc residual_sh residual_sw gate_h gate_w gate_sn gate_sc gate_sh gate_sw
 """.split()  # noqa: SIM905
 
@@ -119,10 +129,11 @@ def ghost_kernel(
     primary_slope_ptr, cheap_weight_ptr, cheap_bias_ptr, cheap_mean_ptr, cheap_var_ptr, cheap_gamma_ptr, cheap_beta_ptr,
     cheap_slope_ptr, input_gate_ptr, residual_ptr, output_gate_ptr, x1_ptr, out_ptr,
     primary_eps, primary_negative_slope, primary_slope_stride, cheap_eps, cheap_negative_slope, cheap_slope_stride,
-    gate_scale_h, gate_scale_w, H, W, run, x_sn, x_sc, x_sh, x_sw,
+    gate_scale_h, gate_scale_w, H, W, x_h, x_w, run, x_sn, x_sc, x_sh, x_sw,
     residual_sn, residual_sc, residual_sh, residual_sw, gate_h, gate_w, gate_sn, gate_sc, gate_sh, gate_sw,
     Cin: tl.constexpr, Cp: tl.constexpr, out_channels: tl.constexpr,
     PRIMARY: tl.constexpr, CHEAP: tl.constexpr, RATIO: tl.constexpr, DW_SIZE: tl.constexpr,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, TAPS_FIRST: tl.constexpr,
     PRIMARY_ACT: tl.constexpr, CHEAP_ACT: tl.constexpr,
     NHWC: tl.constexpr, X_UNIT: tl.constexpr, X_FLAT: tl.constexpr, RESIDUAL_LIKE_OUT: tl.constexpr,
     X_ALIGN: tl.constexpr, HW_ALIGN: tl.constexpr, INDEX_64: tl.constexpr, PRECISION: tl.constexpr, ONE_K: tl.constexpr,
@@ -183,7 +194,7 @@ def ghost_kernel(
         if input_gate_ptr is not None:
             input_gate = input_gate_ptr + image * Cin
         x_pixels = (x_sh, x_sw)
-        if X_FLAT:
+        if X_FLAT and KERNEL == 1 and STRIDE == 1:
             x_pixels = (None, x_sw)
         if PATCH_H is None:
             halo = DW_SIZE // 2 * (W + 1) if CHEAP else 0
@@ -194,10 +205,11 @@ def ghost_kernel(
             lo = tl.maximum(begin - halo, 0)
             hi = tl.minimum(end + halo, HW)
         _primary_run(
-            lo, hi, begin, end, c0, c1, (x_ptr + image * x_sn, x_sc), x_pixels, input_gate, primary_weight_ptr, Cin,
+            lo, hi, begin, end, c0, c1, (x_ptr + image * x_sn, x_sc), (x_h, x_w), x_pixels, input_gate,
+            primary_weight_ptr, Cin,
             (primary_bias_ptr, primary_mean_ptr, primary_var_ptr, primary_gamma_ptr, primary_beta_ptr, primary_eps),
             (primary_slope_ptr, primary_slope_stride, primary_negative_slope), size, x1, out, residual, gate,
-            NHWC, PRIMARY_ACT, PRECISION, ONE_K, BLOCK_M, BLOCK_N, BLOCK_K,
+            NHWC, PRIMARY_ACT, KERNEL, STRIDE, DILATION, TAPS_FIRST, PRECISION, ONE_K, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     if PRIMARY and CHEAP:
         tl.debug_barrier()

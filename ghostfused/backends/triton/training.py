@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...spec import GhostArgs, memory_format
+from ...spec.kernels import COMMON, form_refusal
 from .. import triton
 from ..training import KERNELS, Kernels
 from .configs import PROGRAMS, blocks
@@ -22,7 +23,7 @@ _HALF = ("bias", "mean", "var", "gamma", "beta", "slope")
 
 def supports(a: GhostArgs) -> str | None:
     """Why the kernels can't train ``a``; None if they can."""
-    reason = triton.supports(a)
+    reason = triton.supports(a) or form_refusal(a, COMMON)  # of the windows that the forward takes, the 1×1 alone
     if reason is None and not torch.compiler.is_compiling():
         _, _, height, width = a.output_shape()
         channels = max(a.out_channels, a.init_channels, a.cheap_weight.shape[0])
