@@ -84,6 +84,7 @@ def run_length(pixels: int, halo: int, units: int, step: int) -> int:
     return -(-min(wanted, max(8 * halo, 1024), pixels) // step) * step
 
 
+@functools.lru_cache(maxsize=4096)
 def window_run_length(pixels: int, halo: int, units: int, step: int) -> int:
     """As ``run_length``, where a halo's pixel costs as many products as a window has taps: the length of least work for the
     busiest multiprocessor, which should have two programs."""
