@@ -175,8 +175,9 @@ def call_with_batch_statistics(backend: str, args: GhostArgs, group_name: str, t
     repeats once all of that has been.
     """
     fields = [getattr(args, name) for name in TRAIN_FIELDS]
-    within = _needs_grad(args) and not torch.compiler.is_compiling()  # a compiler takes no function as an argument
-    if _needs_grad(args):
+    differentiable = _needs_grad(args)
+    within = differentiable and not torch.compiler.is_compiling()  # a compiler takes no function as an argument
+    if differentiable:
         results = BatchGhostFunction.apply(backend, group_name, then if within else None, *fields)
     else:
         results = below_autograd(training_op("train_forward", backend), *fields, group_name)
