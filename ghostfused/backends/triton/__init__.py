@@ -10,7 +10,7 @@ from torch import Tensor
 from ...spec import Args, DepthwiseArgs, GhostArgs, SqueezeExciteArgs, memory_format
 from ...spec.kernels import kernel_refusal
 from . import bottleneck
-from .configs import Cheap, Primary, blocks
+from .configs import Cheap, Primary, blocks, has_window
 from .launch import (
     DEVICES,
     INTERPRETED,
@@ -78,7 +78,7 @@ def plan(
 ) -> dict[str, Any]:
     """The arguments of ``ghost_kernel`` for a launch of both steps, or of one; ``choice`` replaces the table of blocks."""
     a, (_, cin, x_h, x_w), (h, w) = args, args.x.shape, out.shape[2:]
-    window = a.kernel_size > 1 or a.stride > 1
+    window = has_window(a)
     weight = a.primary_weight
     taps_first = window and not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
     cheap = cheap and has_ghosts(a)
@@ -152,7 +152,7 @@ _FUNCTIONS: dict[type[Args], Any] = {
 def declines(args: Args) -> str | None:
     """Windows in NCHW: each number under a tap is a load of its own, and by the counts of docs/counts.md that takes longer
     than PyTorch's convolution would move its maps."""
-    if isinstance(args, GhostArgs) and (args.kernel_size > 1 or args.stride > 1) and not is_channels_last(args.x):
+    if isinstance(args, GhostArgs) and has_window(args) and not is_channels_last(args.x):
         k = args.kernel_size
         return f"a {k}×{k} primary conv with stride {args.stride} in NCHW is for backend='triton' alone; channels_last is not"
     return None

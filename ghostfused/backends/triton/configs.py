@@ -84,6 +84,11 @@ def run_length(pixels: int, halo: int, units: int, step: int) -> int:
     return -(-min(wanted, max(8 * halo, 1024), pixels) // step) * step
 
 
+def has_window(args: GhostArgs) -> bool:
+    """Whether the primary conv is another than the 1×1 at stride 1."""
+    return args.kernel_size > 1 or args.stride > 1
+
+
 @functools.lru_cache(maxsize=4096)
 def window_run_length(pixels: int, halo: int, units: int, step: int) -> int:
     """As ``run_length``, where a halo's pixel costs as many products as a window has taps: the length of least work for the
@@ -111,7 +116,7 @@ def blocks(
         c = cheap_blocks(itemsize, nhwc, args.dw_size, cp)
     else:
         p, c = choice
-    window = args.kernel_size > 1 or args.stride > 1
+    window = has_window(args)
     if window and itemsize == 4 and not args.allow_tf32:
         p = p._replace(num_stages=1)  # a prefetched tile beside float32's products spills registers
     if pixels <= SMALL_IMAGE:
