@@ -359,7 +359,8 @@ def _example(fused: FusedGhostModule) -> GhostArgs:
     assert not isinstance(primary, str)
     assert not isinstance(cheap, str)
     conv, weight = primary.conv, primary.weight
-    x = torch.empty(1, conv.in_channels, 8, 8, dtype=weight.dtype, device=weight.device)
+    side = 8 * conv.stride[0]
+    x = torch.empty(1, conv.in_channels, side, side, dtype=weight.dtype, device=weight.device)
     if weight.shape[2] > 1:  # else its strides don't tell the model's layout
         x = x.contiguous(memory_format=memory_format(weight))
     settings = fused._channels(primary, cheap), conv.stride[0], conv.dilation[0], conv.groups, False

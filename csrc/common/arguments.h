@@ -37,20 +37,20 @@ struct GhostOp {
     const auto x_sizes = x.sizes();
     const int64_t batch = x_sizes[0], cin = x_sizes[1], kernel = primary_weight.size(2);
     const int64_t cp = primary_weight.size(0), new_channels = cheap_weight.size(0), d = cheap_weight.size(2);
-    if (stride < 1 || groups != 1 || (stride > 1 && x.is_cuda())) {
+    if (stride < 1 || groups != 1 || (stride > 1 && x.is_cuda() && kernel == 1)) {
       fail("stride, groups: the kernel takes 1 and 1, got ", stride, " and ", groups);
     }
+    if (x.is_cuda() && kernel != 1 && kernel != 3) fail("primary_weight: the kernel takes 1×1 and 3×3, got ", kernel);
     if (cin < 1 || x_sizes[2] < 1 || x_sizes[3] < 1) fail("x: expected at least one channel, row and column");
     s.init_channels = channels32("primary_weight", cp);
     if (kernel % 2 == 0 || dilation < 1) fail("primary_weight, dilation: expected an odd kernel, and at least 1");
     a.kernel = bounded("primary_weight", "rows", kernel, 1, kMaxKernel);
     a.stride = size32("stride", stride);
     a.dilation = bounded("dilation", "beside this kernel", dilation, 1, kernel > 1 ? kMaxBorder / kernel : kMaxSize);
-    if (kernel > 1 && cin > kMaxPatchChannels) {
+    if (kernel > 1 && cin > kMaxPatchChannels && !x.is_cuda()) {
       fail("primary_weight: beyond 1×1 the kernel takes up to ", kMaxPatchChannels, " input channels, got ", cin);
     }
-    const int64_t side = x.is_cuda() ? 1 : kernel;
-    a.primary_weight = checker.check("primary_weight", primary_weight, {cp, cin, side, side});
+    a.primary_weight = checker.check("primary_weight", primary_weight, {cp, cin, kernel, kernel});
     const int64_t height = (x_sizes[2] - 1) / stride + 1, width = (x_sizes[3] - 1) / stride + 1;
     channels32("cheap_weight", new_channels);
     if (new_channels < cp || new_channels % cp != 0) {
@@ -72,6 +72,7 @@ struct GhostOp {
     s.ratio = static_cast<int>(new_channels / cp + 1);
     s.dw_size = static_cast<int>(d);
     s.input_gate = input_gate.has_value();
+    s.window_stride = kernel > 1 ? a.stride : 0;
     if (!countable(std::initializer_list<int64_t>{batch, out_channels, height, width})) {
       fail("x, out_channels: expected at most 2^40 elements of output");
     }

@@ -51,6 +51,7 @@ struct GhostShape {
   int batch, in_channels, height, width, init_channels, out_channels, ratio, dw_size;
   int sm_count, smem_per_block, smem_per_sm;  // of the device, in bytes
   bool full = false;                          // of a CUDA forward: needs_full_kernel()
+  int window_stride = 0;                      // of a 3×3 primary conv there; 0: it is 1×1 at stride 1
 
   bool operator==(const GhostShape&) const = default;
 };
@@ -60,8 +61,8 @@ constexpr int kMaxPatchChannels = 16;
 
 struct GhostForwardParams {
   GhostShape shape;
-  // The primary conv, padded by dilation * (kernel - 1) / 2; shape has the output's height and width. 1×1 at stride 1
-  // on a GPU, and x_height and x_width are the shape's.
+  // The primary conv, padded by dilation * (kernel - 1) / 2; shape has the output's height and width. On a GPU it is
+  // 1×1 at stride 1 or 3×3.
   int kernel, stride, dilation, x_height, x_width;
   Tensor4 x, out, residual, output_gate;  // data null: absent
   int gate_height, gate_width;            // of output_gate
@@ -174,10 +175,11 @@ struct NchwPlan {
   Path path;            // of the kernel: what TF32 has no kernel for is made in fp32
   int tiles;            // of 16 init channels that a warp multiplies: 1 … 4
   int tile_h, tiles_h;  // output rows of a block
+  int strip_h;          // and of a thread of the cheap conv
   int block_c, warp_c;  // init channels of a block, and of a warp: 7 × 7 puts warps side by side
   int channel_blocks;
   int warps, warps_k;          // warps that share the input channels: 7 × 7 only
-  int k_chunk;                 // input channels that shared memory has of x at a time: 7 × 7 only
+  int k_chunk;                 // input channels that shared memory has at a time: 7 × 7 of x, 3×3 of the weights
   int group_pitch;             // bytes between the weights of groups of channels there: IEEE fp32 only
   int row_chunks;              // vectors of pixels in a row
   int row_pitch, plane_pitch;  // bytes between x1's rows and channels in shared memory

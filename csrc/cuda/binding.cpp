@@ -20,9 +20,9 @@ namespace {
 struct ShapeHash {
   size_t operator()(const GhostShape& s) const {
     size_t h = 0;
-    for (const int v :
-         {static_cast<int>(s.path), int{s.channels_last}, int{s.input_gate}, int{s.full}, s.batch, s.in_channels,
-          s.height, s.width, s.init_channels, s.out_channels, s.ratio, s.dw_size, s.sm_count, s.smem_per_block}) {
+    for (const int v : {static_cast<int>(s.path), int{s.channels_last}, int{s.input_gate}, int{s.full}, s.window_stride,
+                        s.batch, s.in_channels, s.height, s.width, s.init_channels, s.out_channels, s.ratio, s.dw_size,
+                        s.sm_count, s.smem_per_block}) {
       h = h * 1000003 + static_cast<size_t>(v);
     }
     return h;

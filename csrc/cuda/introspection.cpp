@@ -92,6 +92,7 @@ void describe_plan(py::dict& r, const NchwPlan& p) {
   r["threads"] = 32 * p.warps;
   r["warps_k"] = p.warps_k;
   r["tile_h"] = p.tile_h;
+  r["strip_h"] = p.strip_h;
   r["block_c"] = p.block_c;
   r["warp_c"] = p.warp_c;
   r["tiles_h"] = p.tiles_h;
@@ -109,24 +110,26 @@ void describe_plan(py::dict& r, const NchwPlan& p) {
 // The plan for dense, aligned tensors, as a dict: of the family that the planner chooses, or of ``family``.
 py::dict plan(int batch, int in_channels, int height, int width, int init_channels, int out_channels, int ratio,
               int dw_size, const std::string& path, bool channels_last, bool input_gate, bool full, int sm_count,
-              int smem_per_block, int smem_per_sm, const std::string& family) {
+              int smem_per_block, int smem_per_sm, const std::string& family, int window_stride) {
   for (const int v : {batch, in_channels, height, width, init_channels, out_channels, ratio - 1, dw_size, sm_count}) {
     if (v < 1) throw py::value_error("plan: expected positive sizes and a ratio of at least 2");
   }
   GhostForwardParams a{};
   a.shape = {path_named(path), channels_last, input_gate, batch,   in_channels, height,         width,
              init_channels,    out_channels,  ratio,      dw_size, sm_count,    smem_per_block, smem_per_sm};
-  a.shape.full = full || (input_gate && !channels_last);
+  a.shape.window_stride = window_stride;  // the height and width are the output's
+  a.shape.full = full || window_stride > 0 || (input_gate && !channels_last);
   drop_unused_ghosts(a.shape);
   const ForwardPlan plans = plan_forward(a.shape);
   py::dict r;
-  if (plans.general.block_c == 0) return r;
+  if (plans.general.block_c == 0 && window_stride == 0) return r;
   a.x = dense(channels_last, in_channels, height, width);
   a.out = dense(channels_last, out_channels, height, width);
   a.primary_weight = a.x.data;
   a.primary_weight_stride_n = in_channels;
   a.primary_weight_stride_k = 1;
   const Family chosen = choose(a, plans);
+  if (window_stride > 0 && chosen == Family::kGeneral) return r;
   const std::string name = family.empty() ? kFamilyNames[static_cast<int>(chosen)] : family;
   r["family"] = name;
   if (name == "general") {
@@ -284,7 +287,7 @@ void bind_introspection(py::module_& m) {
         py::arg("init_channels"), py::arg("out_channels"), py::arg("ratio") = 2, py::arg("dw_size") = 3,
         py::arg("path") = "float16", py::arg("channels_last") = true, py::arg("input_gate") = false,
         py::arg("full") = false, py::arg("sm_count") = 132, py::arg("smem_per_block") = 232448,
-        py::arg("smem_per_sm") = 233472, py::arg("family") = "",
+        py::arg("smem_per_sm") = 233472, py::arg("family") = "", py::arg("window_stride") = 0,
         "The launch plan for dense tensors on a device (the default is an H100), of the family of kernels that the "
         "planner chooses or of the one that is named; empty if it takes no such module.");
   m.def("plan_depthwise", &plan_of_depthwise, py::kw_only(), py::arg("batch"), py::arg("channels"), py::arg("height"),

@@ -113,6 +113,7 @@ const char* kernel_params(const GhostForwardParams& params, const LaunchPlan& pl
 }
 
 static const char* launch_general(const GhostForwardParams& params, const LaunchPlan& plan, void* stream) {
+  if (params.shape.window_stride > 0) return "no kernel takes this 3×3 primary conv";
   KernelParams p;
   if (const char* error = kernel_params(params, plan, &p)) return error;
   const int index = kernel_index(params.shape);

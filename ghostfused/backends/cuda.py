@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..spec import Args, GhostArgs, SqueezeExciteArgs
-from ..spec.kernels import constant_to_dynamo, kernel_refusal, placement_refusal
+from ..spec.kernels import TAKES, constant_to_dynamo, kernel_refusal, placement_refusal, window_dtype_refusal
 from .extension import Extension, op
 
 extension = Extension("_C")
@@ -79,6 +79,11 @@ def supports(args: Args) -> str | None:
         or placement_refusal(args)
         or _stride_refusal(args)
     )
+
+
+def declines(args: Args) -> str | None:
+    """Windows of a dtype without kernels, so that ``fuse`` doesn't take a model in float32 for them."""
+    return window_dtype_refusal(args, TAKES["cuda"]) if isinstance(args, GhostArgs) else None
 
 
 def _stride_refusal(args: Args) -> str | None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..spec import GhostArgs, memory_format
+from ..spec.kernels import COMMON, form_refusal
 from . import cuda
 from .extension import op
 from .training import KERNELS, Kernels
@@ -18,7 +19,7 @@ _NORMS = [f"{half}_{name}" for half in ("primary", "cheap") for name in ("mean",
 
 def supports(a: GhostArgs) -> str | None:
     """Why the kernels can't train ``a``; None if they can."""
-    reason = cuda.supports(a)
+    reason = cuda.supports(a) or form_refusal(a, COMMON)  # of the windows that the forward takes, the 1×1 alone
     if reason is None and not torch.compiler.is_compiling():
         _, _, height, width = a.output_shape()
         if height * width > _MAX_PIXELS:

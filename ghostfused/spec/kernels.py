@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from .activations import WITHOUT_SLOPE, Act
-from .arguments import DTYPES, Args, DepthwiseArgs, GhostArgs, SqueezeExciteArgs, tensor_names
+from .arguments import DTYPES, Args, DepthwiseArgs, GhostArgs, SqueezeExciteArgs, memory_format, tensor_names
 
 Function = TypeVar("Function", bound=Callable)
 
@@ -26,6 +26,14 @@ class Takes(NamedTuple):
 
     patch_channels: float = 0
     """Most input channels of a primary conv of any odd kernel at any stride; 0: primary convs are 1×1 at stride 1."""
+    window_kernels: tuple[int, ...] = ()
+    """Of a primary conv that isn't 1×1 at stride 1; none named: any odd one."""
+    window_dw_sizes: tuple[int, ...] = (1, 3, 5, 7)
+    window_dtypes: tuple[torch.dtype, ...] = DTYPES
+    window_widths: tuple[float, float, int] = (1, math.inf, 1)
+    """Of the output: the least, the greatest, and what divides them."""
+    plain_windows: bool = False
+    """Such a conv comes in NCHW alone, with ratio 2 and ghosts, without gates and residual."""
     dtypes: tuple[torch.dtype, ...] = DTYPES
     dw_sizes: tuple[int, ...] = (1, 3, 5, 7)
     acts: tuple[Act, ...] = tuple(Act)
@@ -41,7 +49,14 @@ class Takes(NamedTuple):
 _NORMAL = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 """Triton's reciprocal square root takes float32's normal numbers, and a variance may be 0."""
 TAKES = {
-    "cuda": Takes(),
+    "cuda": Takes(
+        patch_channels=math.inf,
+        window_kernels=(3,),
+        window_dw_sizes=(3, 5),
+        window_dtypes=(torch.float16, torch.bfloat16),
+        window_widths=(8, 512, 4),  # csrc/cuda/ghost/nchw/plan.cpp's: the widest fit any GPU
+        plain_windows=True,
+    ),
     "triton": Takes(patch_channels=math.inf, eps=_NORMAL),
     "triton_two_kernel": Takes(patch_channels=math.inf, eps=_NORMAL),
     "cpu": Takes(patch_channels=16),  # csrc/common/parameters.h's
@@ -78,7 +93,7 @@ def kernel_refusal(args: Args, backend: str) -> str | None:
     if isinstance(args, DepthwiseArgs):
         reason = depthwise_form_refusal(tuple(args.weight.shape[2:]), args.stride, takes) or _eps_refusal(args, takes)
     else:
-        reason = form_refusal(args, takes)
+        reason = form_refusal(args, takes) or (_window_refusal(args, takes) if has_window(args) else None)
     if reason is None and norm_dtype(args) not in (args.x.dtype, torch.float32):
         reason = f"norm tensors of mixed dtypes (the kernels take all {args.x.dtype} or all float32)"
     return reason
@@ -93,11 +108,68 @@ def form_refusal(args: GhostArgs, takes: Takes) -> str | None:
         return f"a {k}×{k} primary conv of {args.x.shape[1]} channels (the kernels take {patches})"
     if args.groups != 1 or (args.stride != 1 and not patches):
         return f"a primary conv with stride {args.stride}, groups {args.groups} (the kernels take 1 and 1)"
+    if has_window(args) and (reason := _window_form_refusal(args, takes)):
+        return reason
     if args.dw_size not in takes.dw_sizes:
         return f"dw_size {args.dw_size} (the kernels take {takes.dw_sizes})"
     if args.out_channels < args.init_channels:
         return f"out_channels {args.out_channels} below init_channels {args.init_channels}"
     return _eps_refusal(args, takes)
+
+
+def has_window(args: GhostArgs) -> bool:
+    """Whether the primary conv is another than the 1×1 at stride 1."""
+    return args.kernel_size > 1 or args.stride > 1
+
+
+def _window(args: GhostArgs) -> str:
+    return f"a {args.kernel_size}×{args.kernel_size} primary conv"
+
+
+def _window_form_refusal(args: GhostArgs, takes: Takes) -> str | None:
+    if takes.window_kernels and args.kernel_size not in takes.window_kernels:
+        return (
+            f"{_window(args)} with stride {args.stride} (the kernels take 1×1 at stride 1 and {takes.window_kernels})"
+        )
+    if args.dw_size not in takes.window_dw_sizes:
+        return f"{_window(args)} with dw_size {args.dw_size} (the kernels take {takes.window_dw_sizes})"
+    if takes.plain_windows and (args.ratio != 2 or args.out_channels == args.init_channels):
+        return (
+            f"{_window(args)} with ratio {args.ratio}, {args.out_channels} channels (the kernels take 2, with ghosts)"
+        )
+    return None
+
+
+def window_dtype_refusal(args: GhostArgs, takes: Takes) -> str | None:
+    """Why the kernels have no primary conv of this dtype, other than the 1×1; None if they have, or it is one."""
+    if not has_window(args) or args.x.dtype in takes.window_dtypes:
+        return None
+    return f"{_window(args)} in {args.x.dtype} (the kernels take {', '.join(map(str, takes.window_dtypes))})"
+
+
+def _window_refusal(args: GhostArgs, takes: Takes) -> str | None:
+    if reason := window_dtype_refusal(args, takes):
+        return reason
+    if not takes.plain_windows:
+        return None
+    batch, channels, height, width = args.output_shape()
+    for name in ("input_gate", "residual", "output_gate"):
+        if getattr(args, name) is not None:
+            return f"{_window(args)} with {name} (the kernels take none)"
+    if memory_format(args.x) == torch.channels_last:
+        return f"{_window(args)} in channels_last (the kernels take NCHW)"
+    if torch.compiler.is_exporting():  # a program for all sizes must not depend on one
+        return f"{_window(args)} in an exported program (the kernels take some sizes)"
+    least, greatest, step = takes.window_widths
+    if width % step or not least <= width <= greatest:
+        return (
+            f"{_window(args)} to a width of {width} (the kernels take multiples of {step} from {least} to {greatest})"
+        )
+    if batch > 65535 or channels * height * width >= 2**30:
+        return (
+            f"{_window(args)} to {batch} × {channels}×{height}×{width} (the kernels take 65535 images of 2³⁰ numbers)"
+        )
+    return None
 
 
 def depthwise_form_refusal(kernel: tuple[int, ...], stride: int, takes: Takes) -> str | None:

@@ -40,7 +40,7 @@ def forms(kernel: str) -> set[str]:
 
     excite follows squeeze; a depthwise convolution whose channels don't fill half a vector takes the kernel for any;
     ``float32_training_dw3_nhwc`` stands for the six of a training step, as ``…_any_nchw`` does, with ``strips`` or ``masked``
-    for dw3 for the six of channels_last.
+    for dw3 for the six of channels_last. ``float16_nchw_window_dw3`` stands for the kernel that has 3×3 primary convs beside others.
     """
     path, _, *rest = kernel.split("_")
     names = {kernel}
@@ -49,7 +49,9 @@ def forms(kernel: str) -> set[str]:
     if "_depthwise_" in kernel:
         names.add(f"{path}_depthwise_any")
     names |= {kernel.replace("_nhwc_", f"_nhwc_t{tiles}_") for tiles in (1, 2, 3)}
-    if "_nchw_w" in kernel:
+    if "_nchw_window_" in kernel:
+        names.add(f"{path}_nchw_w4_t2_{rest[-1]}_any")
+    elif "_nchw_w" in kernel:
         width, *variant = rest
         names |= {f"{path}_nchw_{width}_t{tiles}_{'_'.join(variant)}" for tiles in (1, 2, 3, 4)}
     if "_training_" in kernel:

@@ -22,6 +22,7 @@ NCHW, NHWC, ANY, FP32 = "float16_dw3_nchw", "float16_any_nhwc", "float16_any_nch
 WIDE8, WIDE8_ANY = "float16_nchw_w8_dw3", "float16_nchw_w8_dw3_any"
 NCHW_FP32, SEVEN_FP32 = "float32_nchw_w4_dw3", "float32_nchw_w7_dw3"
 NCHW_TF32, SEVEN_TF32 = "tf32_nchw_w4_dw3", "tf32_nchw_w7_dw3"
+WINDOW = "float16_nchw_window_dw3"
 WIDE4, FOURTEEN, SEVEN = "float16_nchw_w4_dw3", "float16_nchw_w14_dw3", "float16_nchw_w7_dw3"
 NHWC_RELU, NHWC_ANY = ("float16_nhwc_dw3_relu",), ("float16_nhwc_dw3_any",)
 NHWC_CONV = ("float16_nhwc_dw1_any",)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from . import bottleneck, general, nchw, nhwc, training
+from . import bottleneck, general, nchw, nhwc, training, window
 from .mutant import Mutant
 
 MUTANTS: list[Mutant] = [
     *general.MUTANTS,
     *nhwc.MUTANTS,
     *nchw.MUTANTS,
+    *window.MUTANTS,
     *bottleneck.MUTANTS,
     *training.MUTANTS,
 ]

@@ -106,8 +106,8 @@ MUTANTS = [
     Mutant(
         "NCHW: the last 8 input channels are lost",
         "cuda/ghost/nchw/primary.cuh",
-        "if (has_tail) {\n        uint2 w",
-        "if (false) {\n        uint2 w",
+        "if (has_tail) {\n      uint2 w",
+        "if (false) {\n      uint2 w",
         (WIDE8,),
     ),
     Mutant(
@@ -176,7 +176,7 @@ MUTANTS = [
     Mutant(
         "NCHW: the input gate stays at the first channels",
         "cuda/ghost/nchw/primary.cuh",
-        "      step_gate += kSlots * C::kStep;\n",
+        "    step_gate += kSlots * C::kStep;\n",
         "",
         (WIDE8_ANY,),
     ),

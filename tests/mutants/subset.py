@@ -79,6 +79,13 @@ NCHW: dict[str, list[tuple[int, int, int, int, int]]] = {  # batch, Cin, H, W, C
     "w7": [(2, 160, 7, 7, 24), (1, 336, 7, 7, 80), (2, 32, 7, 7, 120)],
 }
 """For the NCHW kernel's maps."""
+WINDOWS: dict[str, dict[str, Any]] = {
+    "stride 2": {"in_channels": 10, "height": 19, "width": 24, "init_channels": 20, "stride": 2},
+    "stride 1": {"in_channels": 9, "height": 9, "width": 12, "init_channels": 18},
+    "dilation": {"in_channels": 6, "height": 9, "width": 8, "init_channels": 5, "dilation": 2},
+    "parts": {"in_channels": 150, "height": 10, "width": 16, "init_channels": 20, "stride": 2},
+}
+"""For its 3×3 primary convs."""
 DEPTHWISE = {
     "odd": {"channels": 20, "height": 7, "width": 9, "norm": "bn+bias"},
     "blocks": {"channels": 144, "height": 12, "width": 13, "batch": 2},
@@ -114,6 +121,12 @@ def cases(kernel: str) -> dict[str, Args]:
         gated = Case(**variant | gate | ({"init_channels": 40} if no_ghosts else {}))
         # in fp32 and TF32 a gate takes the kernel for everything
         return plain | ({"input gate": make_args(gated)} if rest != ["dw3"] else {})
+    if kind == "nchw" and rest[:1] == ["window"]:
+        form = {"batch": 1, "kernel_size": 3, "dtype": common["dtype"], "dw_size": int(rest[1].removeprefix("dw"))}
+        return {
+            name: make_args(Case(out_channels=2 * shape["init_channels"], **shape, **form))
+            for name, shape in WINDOWS.items()
+        }
     if kind == "nchw" and rest:
         name = "_".join(rest[1:])
         variant = VARIANTS["dw3_relu" if name == "dw3" else name]

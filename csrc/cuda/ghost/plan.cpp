@@ -230,14 +230,17 @@ LaunchPlan plan_general(const GhostShape& s) {
   return best;
 }
 
-ForwardPlan plan_forward(const GhostShape& s) { return {plan_general(s), plan_nhwc(s), plan_nchw(s)}; }
+// The general family has no 3×3 primary conv.
+ForwardPlan plan_forward(const GhostShape& s) {
+  return {s.window_stride > 0 ? LaunchPlan{} : plan_general(s), plan_nhwc(s), plan_nchw(s)};
+}
 
 bool needs_full_kernel(const GhostForwardParams& a) {
   const Act primary = a.primary.act, cheap = a.cheap.act;
   for (const Act act : {primary, cheap}) {
     if (act != Act::kNone && act != Act::kReLU) return true;
   }
-  return a.residual.data != nullptr || a.output_gate.data != nullptr ||
+  return a.shape.window_stride > 0 || a.residual.data != nullptr || a.output_gate.data != nullptr ||
          (a.shape.channels_last ? primary != cheap : a.input_gate != nullptr) ||
          (element_size(a.shape) == 4 && a.input_gate != nullptr);
 }

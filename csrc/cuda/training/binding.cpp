@@ -31,6 +31,7 @@ struct Step {
         out_channels(a.shape.out_channels),
         height(a.shape.height),
         width(a.shape.width) {
+    if (a.kernel != 1) fail("primary_weight: the kernel takes 1×1, got ", a.kernel);
     check_pixels(height, width);
     describe(a.shape, current_device(index), channels_last);
     a.shape.channels_last = channels_last;

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ...spec import Args, DepthwiseArgs, GhostArgs, SqueezeExciteArgs, memory_format
-from ...spec.kernels import kernel_refusal
+from ...spec.kernels import has_window, kernel_refusal
 from . import bottleneck
-from .configs import Cheap, Primary, blocks, has_window
+from .configs import Cheap, Primary, blocks
 from .launch import (
     DEVICES,
     INTERPRETED,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...spec import GhostArgs
+from ...spec.kernels import has_window
 from .launch import align
 from .patch_plan import MULTIPROCESSORS, plan_patches
 
@@ -82,11 +83,6 @@ def run_length(pixels: int, halo: int, units: int, step: int) -> int:
     """
     wanted = max(-(-pixels * units // PROGRAMS), halo, 1)
     return -(-min(wanted, max(8 * halo, 1024), pixels) // step) * step
-
-
-def has_window(args: GhostArgs) -> bool:
-    """Whether the primary conv is another than the 1×1 at stride 1."""
-    return args.kernel_size > 1 or args.stride > 1
 
 
 @functools.lru_cache(maxsize=4096)

@@ -60,20 +60,21 @@ template <class C>
 __device__ __forceinline__ void cheap_wide(const NchwParams& p, const NchwBlock& b, const unsigned char* smem) {
   using T = typename C::T;
   constexpr int kV = C::kV, kD = C::kD, kPad = C::kPad, kRows = C::kRows, kUnroll = C::kFull ? 1 : kRows + kD - 1;
-  const int columns = p.plan.row_chunks, strips = p.plan.tile_h / kRows, row_pitch = p.plan.row_pitch;
+  const int strip_h = C::kFull ? p.plan.strip_h : kRows;
+  const int columns = p.plan.row_chunks, strips = p.plan.tile_h / strip_h, row_pitch = p.plan.row_pitch;
 #pragma unroll 1
   for (int i = threadIdx.x; i < columns * strips * b.ghosts; i += blockDim.x) {
     const int rest = p.by_columns.divide(i), column = i - rest * columns;
     const int c = p.by_strips.divide(rest), strip = rest - c * strips;
     const CheapChannel<C> channel(smem + p.plan.cheap_offset + c * (4 * C::kCheapFloats));
-    const int h0 = b.h0 + strip * kRows, rows = b.h0 + b.rows - h0, ghost = p.args.shape.init_channels + b.c0 + c;
+    const int h0 = b.h0 + strip * strip_h, rows = b.h0 + b.rows - h0, ghost = p.args.shape.init_channels + b.c0 + c;
     const unsigned char* from =
-        smem + p.plan.x1_offset + c * p.plan.plane_pitch + strip * kRows * row_pitch + (column + 1) * C::kChunkBytes;
+        smem + p.plan.x1_offset + c * p.plan.plane_pitch + strip * strip_h * row_pitch + (column + 1) * C::kChunkBytes;
     unsigned char* to = static_cast<unsigned char*>(p.out.data) +
                         C::kBytes * (b.n * p.out.stride_n + offset_in_image(p.out, ghost, h0, column * kV));
     CheapSums<C> sums;
 #pragma unroll kUnroll
-    for (int r = 0; r < kRows + kD - 1; ++r) {
+    for (int r = 0; r < strip_h + kD - 1; ++r) {
       Vector<T, kPad> left, right;
       Vector<T, kV> middle;
       left.load(from - C::kBytes * kPad);

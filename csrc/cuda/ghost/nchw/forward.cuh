@@ -4,6 +4,7 @@
 //   load         norms, weights, gate → shared memory, while the first pixels of x are on their way    load.cuh
 //   primary      w1 * x by tensor cores                                               primary.cuh, primary_seven.cuh
 //                IEEE fp32: by multiply-adds                                                           primary_fma.cuh
+//                3×3, wide maps, fp16 and bf16: a window of x                                               window.cuh
 //   norm_affine  bias, norm, activation → x1 in shared memory, halo rows included; wide maps: and the output
 //   --- barrier ---
 //   cheap        depthwise conv of x1, norm, activation → x2                              cheap.cuh
@@ -37,7 +38,8 @@ __global__ void __launch_bounds__(C::kMaxThreads, C::kMinBlocks) ghost_nchw(cons
       primary<C>(p, b, smem, load_rest);
     }
     __syncthreads();  // x1 is complete
-    if constexpr (C::kFull) store_x1<C>(p, b, smem);
+    if constexpr (C::kFull)
+      if (!has_window<C>(p)) store_x1<C>(p, b, smem);
     cheap_wide<C>(p, b, smem);
   } else {
     constexpr bool kSeven = C::kMap == NchwMap::kSeven;

@@ -1,6 +1,8 @@
 // Queues the NCHW kernel (forward.cuh).
 #include <cuda_runtime_api.h>
 
+#include <cstdint>
+
 #include "cuda/ghost/nchw/nchw.h"
 
 namespace ghostfused {
@@ -21,6 +23,16 @@ int kernel_index(const GhostShape& s, const NchwPlan& p) {
   return path + 2 * map + many;
 }
 
+// Vectors of 8 or 4 numbers per row of a chunk, if all rows of x are made of them.
+WindowReads window_reads(const GhostForwardParams& a) {
+  if (a.shape.window_stride == 0) return WindowReads::kNone;
+  const int vector = a.stride == 2 ? 8 : 4;
+  bool vectors = a.stride <= 2 && a.dilation == 1 && a.x.stride_w == 1 && a.x_width % vector == 0 &&
+                 reinterpret_cast<uintptr_t>(a.x.data) % (2 * vector) == 0;
+  for (const int64_t stride : {a.x.stride_n, a.x.stride_c, a.x.stride_h}) vectors = vectors && stride % vector == 0;
+  return !vectors ? WindowReads::kNumbers : a.stride == 2 ? WindowReads::kVectors2 : WindowReads::kVectors1;
+}
+
 }  // namespace
 
 const Kernel& nchw_kernel(int index) {
@@ -37,7 +49,7 @@ const char* launch_nchw(const GhostForwardParams& args, const NchwPlan& plan, vo
   }
   const GhostShape& s = args.shape;
   p.by_columns = SmallDivisor(plan.row_chunks);
-  p.by_strips = SmallDivisor(plan.tile_h / nchw_strip_rows(plan.map, plan.tiles, s.dw_size));
+  p.by_strips = SmallDivisor(plan.tile_h / plan.strip_h);
   const uint32_t bytes = element_size(plan.path);
   for (int i = 0; i < 4; ++i) p.x_planes[i] = bytes * p.x.stride_c * (i < 3 ? i + 1 : nchw_step(plan.path));
   for (int i = 0; i < 8; ++i) p.out_halves[i] = bytes * p.out.stride_c * 8 * i;
@@ -46,6 +58,7 @@ const char* launch_nchw(const GhostForwardParams& args, const NchwPlan& plan, vo
   const uint32_t minus_infinity = bytes == 4 ? 0xff800000 : s.path == Path::kFloat16 ? 0xfc00fc00 : 0xff80ff80;
   p.primary_floor = args.primary.act == Act::kReLU ? 0 : minus_infinity;
   p.cheap_floor = args.cheap.act == Act::kReLU ? 0 : minus_infinity;
+  p.window_reads = window_reads(args);
   const int index = kernel_index(s, plan);
   const void* function = nchw_kernel(index).function;
   const int first = kGhostKernelCount + kStatisticsKernelCount + kNhwcKernelCount;

@@ -1,7 +1,7 @@
 // Load, of the NCHW kernel: what a block needs beside x, once, to shared memory.
 #pragma once
 
-#include "cuda/ghost/nchw/tile.cuh"
+#include "cuda/ghost/nchw/window.cuh"
 
 namespace ghostfused {
 
@@ -119,6 +119,12 @@ __device__ __forceinline__ void load(const NchwParams& p, const NchwBlock& b, un
   if constexpr (C::kMap != NchwMap::kSeven) {
     if constexpr (C::kPath == Path::kFloat32) {
       load_weight_groups(p, b, smem + p.plan.stage_offset, 0, p.args.shape.in_channels);
+    } else if (has_window<C>(p)) {
+      if constexpr (C::kWindows) {  // else chunk by chunk
+        if (window_steps(p) <= window_chunk(p)) {
+          load_window_weight<C>(p, b, smem + p.plan.stage_offset, 0, window_steps(p));
+        }
+      }
     } else {
       load_primary_weight<C>(p, b, smem + p.plan.stage_offset);
     }

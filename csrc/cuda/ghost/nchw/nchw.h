@@ -43,6 +43,9 @@ struct SmallDivisor {
 #endif
 };
 
+// How the window of a 3×3 primary conv is read: see window.cuh.
+enum class WindowReads : int { kNone, kVectors1, kVectors2, kNumbers };
+
 struct NchwParams {
   GhostForwardParams args;
   NchwPlan plan;
@@ -51,6 +54,7 @@ struct NchwParams {
   // Bytes of 1, 2, 3 channels and of a step of x; of 8 * i channels, of one and of a row of the output.
   uint32_t x_planes[4], out_halves[8], out_plane, out_row;
   uint32_t primary_floor, cheap_floor;  // a word of x's type: 0 for ReLU, -inf for no activation
+  WindowReads window_reads;             // kNone: a 1×1 conv
 };
 
 // The kernel's compiled forms. Of fp16 and bf16: plain 3×3, by map and m16 tiles of a warp, few or many; full 3×3 and

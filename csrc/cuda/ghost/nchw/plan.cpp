@@ -13,6 +13,8 @@ constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
 // Whether it takes the kernel with everything.
 bool is_full(const GhostShape& s) { return s.full || s.dw_size == 5; }
 
+bool has_window(const GhostShape& s) { return s.window_stride > 0; }
+
 constexpr bool is_wide(NchwMap map) { return map == NchwMap::kWide8 || map == NchwMap::kWide4; }
 
 // Channels that a block's output vectors come in: of maps stored as one run, whole 16 bytes.
@@ -47,8 +49,9 @@ void lay_out(const GhostShape& s, NchwPlan& p) {
   const int step = nchw_step(p.path), groups = ceil_div(p.block_c, kFmaChannels);
   // One number apart: lanes of two groups read them at once without bank conflicts.
   p.group_pitch = fma ? (p.k_chunk + 1) * 4 * kFmaChannels : 0;
-  const int weights =
-      fma ? groups * p.group_pitch : p.tiles * (512 * (s.in_channels / step) + (s.in_channels % step ? 256 : 0));
+  const int weights = has_window(s) ? p.tiles * 512 * 3 * (p.k_chunk / 4)
+                      : fma         ? groups * p.group_pitch
+                                    : p.tiles * (512 * (s.in_channels / step) + (s.in_channels % step ? 256 : 0));
   int stage = weights;
   if (p.map == NchwMap::kFourteen) stage = std::max(weights, p.block_c * p.plane_pitch);
   if (p.map == NchwMap::kSeven) {
@@ -63,14 +66,18 @@ void lay_out(const GhostShape& s, NchwPlan& p) {
 // Warp instructions of the busiest multiprocessor, from counts of the compiled kernels.
 double cost(const GhostShape& s, const NchwPlan& p) {
   const bool wide = is_wide(p.map), seven = p.map == NchwMap::kSeven;
-  const int v = nchw_chunk(p.map), d = s.dw_size, rows = nchw_strip_rows(p.map, p.tiles, d),
-            bytes = element_size(p.path);
+  const int v = nchw_chunk(p.map), d = s.dw_size, rows = p.strip_h, bytes = element_size(p.path);
   const int cols = wide ? v : s.width, halves = ceil_div(seven ? p.warp_c : p.block_c, 8);
   const double steps = static_cast<double>(s.in_channels) / nchw_step(p.path);
   const int halo_rows = std::min(p.tile_h + (wide ? d - 1 : 0), s.height);
   const int chunks = seven ? 7 : ceil_div(halo_rows * s.width, v);
   double primary = 0;
-  if (p.path == Path::kFloat32) {
+  if (has_window(s)) {
+    const int quads = ceil_div(s.in_channels, 4), passes = ceil_div(ceil_div(chunks, 8), p.warps);
+    const int loads = p.k_chunk / 4 < quads ? passes : 1;
+    primary = passes * p.warps * (quads * 3 * (12 + 5.0 * ceil_div(p.block_c, 16)) + 80 + halves * 2 * (2 * v + 8)) +
+              loads * (quads * p.tiles * 85.0 + p.warps * 40);
+  } else if (p.path == Path::kFloat32) {
     const int warps = seven ? p.warps : ceil_div(chunks * ceil_div(p.block_c, kFmaChannels), 32);
     const double product = seven ? 9 + 60.0 : 6 + 34, epilogue = seven ? 250 : 200;
     primary =
@@ -89,7 +96,9 @@ double cost(const GhostShape& s, const NchwPlan& p) {
   }
   const int positions = wide ? p.row_chunks * (p.tile_h / rows) * p.block_c : p.block_c * (s.height / rows);
   const double cheap =
-      ceil_div(positions, 32) * (rows * (cols * (d * d + 1.0) + 8) + (rows + d - 1) * (cols * 1.2 + 5) + 60);
+      has_window(s)
+          ? ceil_div(positions, 32) * ((rows + d - 1) * (cols * (d * d + 1.2) + 15) + rows * cols * 8 + 60)
+          : ceil_div(positions, 32) * (rows * (cols * (d * d + 1.0) + 8) + (rows + d - 1) * (cols * 1.2 + 5) + 60);
   const double store = wide ? 0 : p.block_c * s.height * s.width * bytes / 512.0 * 8;
   const double parameters = p.warps * 80 + ceil_div(p.block_c, 32) * (150 + 6 * d * d) + (wide ? p.block_c * 10 : 0);
   const int64_t blocks = int64_t{s.batch} * p.tiles_h * p.channel_blocks;
@@ -110,11 +119,14 @@ void count_traffic(const GhostShape& s, NchwPlan& p) {
     rows += std::min(h + p.tile_h + pad, s.height) - std::max(h - pad, 0);
   }
   const int64_t bytes = element_size(p.path);
-  const int64_t parameters = bytes * (int64_t{s.init_channels} * s.in_channels + ghosts * s.dw_size * s.dw_size);
+  const bool window = has_window(s);
+  const int64_t taps = window ? 9 : 1,
+                x_pixels = window ? int64_t{s.window_stride} * s.window_stride : 1;  // of x, for one
+  const int64_t parameters = bytes * (int64_t{s.init_channels} * s.in_channels * taps + ghosts * s.dw_size * s.dw_size);
   p.recompute = static_cast<double>(rows) / s.height;
-  p.dram_read = bytes * s.batch * image * s.in_channels + parameters;
+  p.dram_read = bytes * s.batch * image * x_pixels * s.in_channels + parameters;
   p.dram_write = bytes * s.batch * image * s.out_channels;
-  p.l2_read = s.batch * (bytes * rows * s.width * s.in_channels * p.channel_blocks + parameters * p.tiles_h);
+  p.l2_read = s.batch * (bytes * rows * s.width * x_pixels * s.in_channels * p.channel_blocks + parameters * p.tiles_h);
   const int by_registers = p.map == NchwMap::kSeven ? 1 : std::max(1, 2 * kNchwMaxThreads / 32 / p.warps);
   p.blocks_per_sm = std::max(1, std::min(by_registers, s.smem_per_sm / (p.smem_bytes + 1024)));
 }
@@ -144,6 +156,7 @@ struct Search {
         NchwPlan p{};
         p.map = map;
         p.path = path;
+        p.strip_h = strip;
         p.tiles = tiles;
         p.block_c = round_up(ceil_div(s.init_channels, blocks), step);
         if (p.block_c <= most) with_channels(p, strip, wide, seven);
@@ -177,7 +190,18 @@ struct Search {
       const int row_chunks = s.width / nchw_chunk(p.map), strips = p.tile_h / strip;
       const int64_t most_divided = int64_t{row_chunks} * std::max(p.tile_h + s.dw_size, strips * p.block_c);
       if (most_divided * row_chunks >= 1 << 20) break;  // SmallDivisor
-      for (p.warps = 4; p.warps <= kNchwMaxThreads / 32; ++p.warps) consider(p);
+      for (p.warps = 4; p.warps <= kNchwMaxThreads / 32; ++p.warps) {
+        if (!has_window(s)) {
+          consider(p);
+          continue;
+        }
+        p.strip_h = p.tile_h;
+        for (int steps = std::min(ceil_div(s.in_channels, 4), 128);; steps = ceil_div(steps, 2)) {
+          p.k_chunk = 4 * steps;
+          consider(p);
+          if (steps == 1) break;
+        }
+      }
     }
   }
 };
@@ -189,6 +213,10 @@ bool aligned(const void* data, int64_t bytes) { return reinterpret_cast<uintptr_
 bool nchw_takes(const GhostForwardParams& a, const NchwPlan& plan) {
   if (plan.block_c == 0) return false;
   const GhostShape& s = a.shape;
+  if (has_window(s)) {  // it reads x and the weights with any strides
+    return s.batch <= 65535 && int64_t{s.height} * s.width * s.out_channels < int64_t{1} << 30 &&
+           a.input_gate == nullptr && a.residual.data == nullptr && a.output_gate.data == nullptr;
+  }
   const bool wide = is_wide(plan.map);
   const int bytes = element_size(plan.path), step = channel_step(plan.map, bytes);
   if (s.in_channels % in_channel_step(plan.map, plan.path) != 0 || s.batch > 65535) return false;
@@ -218,6 +246,11 @@ NchwPlan plan_nchw(const GhostShape& s) {
   // Which are compiled: see nchw.h.
   const bool tf32 = s.path == Path::kTF32 && !full && s.in_channels % nchw_step(Path::kTF32) == 0, one = full || !half;
   Search search{s, half || tf32 ? s.path : Path::kFloat32};
+  if (has_window(s)) {
+    if (half && s.width % 4 == 0 && s.width > 4) search.map(NchwMap::kWide4, {2});
+    if (search.best.block_c > 0) count_traffic(s, search.best);
+    return search.best;
+  }
   if (s.width == 7 && s.height == 7) {
     search.map(NchwMap::kSeven, {search.path == Path::kFloat32 ? 2 : 3});
   } else if (s.width == 14 && s.height == 14) {

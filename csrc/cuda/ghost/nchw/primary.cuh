@@ -8,6 +8,7 @@
 #pragma once
 
 #include "cuda/ghost/nchw/store.cuh"
+#include "cuda/ghost/nchw/window.cuh"
 
 namespace ghostfused {
 
@@ -104,7 +105,7 @@ __device__ __forceinline__ void put_x1(const NchwParams& p, const float4& affine
   uint32_t v[C::kWords];
   activate_and_pack<C, C::kV>(v, sum, p.args.primary.act, affine.z, p.primary_floor);
   store_shared_words<C::kWords>(to, v);
-  if constexpr (C::kDirect) store_words<C::kWords>(to_out, v, stored);
+  if constexpr (C::kDirect || C::kWindows) store_words<C::kWords>(to_out, v, stored);
 }
 
 // Where a lane's part of x1 goes: channel g of each 8, by chunks.
@@ -136,6 +137,7 @@ struct NchwX1 {
       to[e] = planes + (chunk + row) * C::kChunkBytes;  // a row is one chunk longer there
       to_out[e] = advanced(out, chunk, C::kChunkBytes);
       stored[e] = static_cast<unsigned>(b.top + row - b.h0) < static_cast<unsigned>(b.rows);
+      if constexpr (!C::kDirect) stored[e] = stored[e] && has_window<C>(p);
     }
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
@@ -157,68 +159,87 @@ struct NchwX1 {
   }
 };
 
+// acc += w1 * x of a chunk, whose first steps are in registers.
+template <class C>
+__device__ __forceinline__ void add_products(float (&acc)[C::kTiles][C::kV][4], const NchwParams& p, NchwInput<C>& x,
+                                             const unsigned char* weights, const typename C::T* gate) {
+  using T = typename C::T;
+  constexpr int kV = C::kV, kTiles = C::kTiles, kSlots = C::kSlots;
+  const int lane = threadIdx.x % 32, q = lane % 4, cin = p.args.shape.in_channels, steps = cin / C::kStep;
+  const bool has_tail = C::kHalf && cin % C::kStep != 0, gated = C::kFull && p.args.input_gate != nullptr;
+  const unsigned char* weight = weights + lane * 16;
+  const unsigned char* tail_weight = weights + steps * kTiles * 512 + lane * 8;
+  if constexpr (C::kHalf)
+    if (has_tail) {
+      uint2 w[kTiles];
+#pragma unroll
+      for (int t = 0; t < kTiles; ++t) w[t] = *reinterpret_cast<const uint2*>(tail_weight + t * 256);
+#pragma unroll
+      for (int i = 0; i < kV; ++i) {
+        uint32_t b0 = x.pair(x.words[kSlots - 1][0], x.words[kSlots - 1][1], i);
+        if (gated) b0 = multiply_pairs<T>(b0, *reinterpret_cast<const uint32_t*>(gate + 16 * steps + 2 * q));
+#pragma unroll
+        for (int t = 0; t < kTiles; ++t) multiply_tiles8<T>(acc[t][i], w[t], b0);
+      }
+    }
+  const unsigned char* step_weight = weight;
+  const T* step_gate = gate + C::kLaneSteps * q;
+#pragma unroll 1
+  for (int s0 = 0; s0 < steps; s0 += kSlots) {
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot) {
+      if (slot > 0 && s0 + slot >= steps) break;
+      if (s0 + slot + kSlots - 1 < steps) x.load_step((slot + kSlots - 1) % kSlots);
+      uint4 w[kTiles];
+#pragma unroll
+      for (int t = 0; t < kTiles; ++t) {
+        w[t] = *reinterpret_cast<const uint4*>(step_weight + (slot * kTiles + t) * 512);
+      }
+#pragma unroll
+      for (int i = 0; i < kV; ++i) {
+        uint2 two{};
+        if (gated) two = *reinterpret_cast<const uint2*>(step_gate + C::kStep * slot);
+        const uint32_t b0 = x.operand(slot, 0, i, gated, two.x), b1 = x.operand(slot, 1, i, gated, two.y);
+#pragma unroll
+        for (int t = 0; t < kTiles; ++t) multiply_tiles<T, false>(acc[t][i], w[t], b0, b1);
+      }
+    }
+    step_weight += kSlots * kTiles * 512;
+    step_gate += kSlots * C::kStep;
+  }
+}
+
 template <class C, typename F>
 __device__ __forceinline__ void primary(const NchwParams& p, const NchwBlock& b, unsigned char* smem, F load_rest) {
   using T = typename C::T;
-  constexpr int kV = C::kV, kTiles = C::kTiles, kSlots = C::kSlots;
+  constexpr int kV = C::kV, kTiles = C::kTiles;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
   const int cin = p.args.shape.in_channels, steps = cin / C::kStep;
   const bool has_tail = C::kHalf && cin % C::kStep != 0;
   const NchwChunks<C> chunks(p, b, g, q);
   NchwInput<C> x(p, b, q);
-  x.begin(chunks.to_read(warp), steps, has_tail, q);
+  const bool windows = has_window<C>(p);
+  if (!windows) x.begin(chunks.to_read(warp), steps, has_tail, q);
   load_rest();
   __syncthreads();
 
-  const unsigned char* weight = smem + p.plan.stage_offset + lane * 16;
-  const unsigned char* tail_weight = smem + p.plan.stage_offset + steps * kTiles * 512 + lane * 8;
+  unsigned char* stage = smem + p.plan.stage_offset;
   const T* gate = reinterpret_cast<const T*>(smem + p.plan.gate_offset);
-  const bool gated = C::kFull && p.args.input_gate != nullptr;
   const NchwX1<C> x1(p, b, smem, g);
 
 #pragma unroll 1
-  for (int group = warp; group < chunks.groups; group += p.plan.warps) {
+  for (int first = 0; first < chunks.groups; first += p.plan.warps) {
+    const int group = first + warp;
+    const bool busy = group < chunks.groups;
+    if (!busy && !windows) break;
     float acc[kTiles][kV][4] = {};
-    if constexpr (C::kHalf)
-      if (has_tail) {
-        uint2 w[kTiles];
-#pragma unroll
-        for (int t = 0; t < kTiles; ++t) w[t] = *reinterpret_cast<const uint2*>(tail_weight + t * 256);
-#pragma unroll
-        for (int i = 0; i < kV; ++i) {
-          uint32_t b0 = x.pair(x.words[kSlots - 1][0], x.words[kSlots - 1][1], i);
-          if (gated) b0 = multiply_pairs<T>(b0, *reinterpret_cast<const uint32_t*>(gate + 16 * steps + 2 * q));
-#pragma unroll
-          for (int t = 0; t < kTiles; ++t) multiply_tiles8<T>(acc[t][i], w[t], b0);
-        }
-      }
-    const unsigned char* step_weight = weight;
-    const T* step_gate = gate + C::kLaneSteps * q;
-#pragma unroll 1
-    for (int s0 = 0; s0 < steps; s0 += kSlots) {
-#pragma unroll
-      for (int slot = 0; slot < kSlots; ++slot) {
-        if (slot > 0 && s0 + slot >= steps) break;
-        if (s0 + slot + kSlots - 1 < steps) x.load_step((slot + kSlots - 1) % kSlots);
-        uint4 w[kTiles];
-#pragma unroll
-        for (int t = 0; t < kTiles; ++t) {
-          w[t] = *reinterpret_cast<const uint4*>(step_weight + (slot * kTiles + t) * 512);
-        }
-#pragma unroll
-        for (int i = 0; i < kV; ++i) {
-          uint2 two{};
-          if (gated) two = *reinterpret_cast<const uint2*>(step_gate + C::kStep * slot);
-          const uint32_t b0 = x.operand(slot, 0, i, gated, two.x), b1 = x.operand(slot, 1, i, gated, two.y);
-#pragma unroll
-          for (int t = 0; t < kTiles; ++t) multiply_tiles<T, false>(acc[t][i], w[t], b0, b1);
-        }
-      }
-      step_weight += kSlots * kTiles * 512;
-      step_gate += kSlots * C::kStep;
+    if (windows) {
+      if constexpr (C::kWindows) add_windows<C>(acc, p, b, stage, chunks.to_read(group), busy, x.words);
+    } else {
+      add_products<C>(acc, p, x, stage, gate);
+      x.begin(chunks.to_read(group + p.plan.warps), steps, has_tail, q);  // clamped: at the end the last chunk again
     }
-    x.begin(chunks.to_read(group + p.plan.warps), steps, has_tail, q);  // clamped: at the end the last chunk again
-    x1.norm_affine(p, b, chunks, group, acc);
+    if (busy) x1.norm_affine(p, b, chunks, group, acc);
   }
 }
 

@@ -33,6 +33,8 @@ struct NchwConfig {
                                 : kTiles < 4              ? (kFourteen ? 6 : 3)
                                 : kFull                   ? 2
                                                           : 3;
+  // Whether the kernel has the 3×3 primary conv as well, beside the 1×1 one.
+  static constexpr bool kWindows = kFull && kHalf && kMap == NchwMap::kWide4;
   static constexpr int kMaxThreads = kNchwMaxThreads, kMinBlocks = kMap == NchwMap::kSeven ? 1 : 2;
 };
 

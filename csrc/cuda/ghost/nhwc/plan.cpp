@@ -30,8 +30,8 @@ bool takes(const GhostShape& s) {
   const bool form = has_ghosts(s) ? s.ratio == 2 && (s.dw_size == 3 || (s.dw_size == 5 && element(s) == 2)) &&
                                         s.width >= kThreadColumns && s.height >= s.dw_size - 1
                                   : element(s) == 2;
-  return form && s.channels_last && s.in_channels * element(s) % kLoadBytes == 0 && s.init_channels % 4 == 0 &&
-         s.out_channels % 4 == 0 && int64_t{s.height} * s.width >= kNhwcPixels;
+  return form && s.channels_last && s.window_stride == 0 && s.in_channels * element(s) % kLoadBytes == 0 &&
+         s.init_channels % 4 == 0 && s.out_channels % 4 == 0 && int64_t{s.height} * s.width >= kNhwcPixels;
 }
 
 // What follows from warp_tiles, threads, images, tile_h, block_c and strip_h. False if it doesn't fit.
