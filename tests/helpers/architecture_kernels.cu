@@ -15,6 +15,7 @@ const void* const kernels[] = {
     nchw_kernel<Path::kFloat16, NchwMap::kFourteen, 2, 3, false>(),
     nchw_kernel<Path::kTF32, NchwMap::kWide4, 2, 3, false>(),
     nchw_kernel<Path::kFloat32, NchwMap::kWide4, 2, 3, true>(),
+    nchw_kernel<Path::kFloat16, NchwMap::kWide4, 2, 5, true>(),  // with 3×3 primary convs
     depthwise_kernel<Path::kFloat16, 5, 2, true>(),
     excite_kernel<Path::kFloat16>(),
     reinterpret_cast<const void*>(&normalize_pixels<Path::kFloat16, 8>),

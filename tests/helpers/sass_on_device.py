@@ -57,6 +57,8 @@ OPS = {
         for cin, height, width in ((24, 9, 24), (48, 14, 14), (64, 7, 7))
         for tf32 in (True, False)
     },
+    "3x3 primary conv": Case(1, 6, 16, 24, 24, kernel_size=3, stride=2, dtype=torch.float16),
+    "3x3 primary conv, weights by parts": Case(1, 300, 6, 16, 24, kernel_size=3, stride=2, dtype=torch.float16),
     "depthwise": DepthwiseCase(1, kernel=(5, 5), dtype=torch.float16, layout="nhwc"),
     "depthwise of stride 1": DepthwiseCase(1, stride=1),
     "squeeze-excite": SqueezeExciteCase(2, dtype=torch.float16, layout="nhwc"),

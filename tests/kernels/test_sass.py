@@ -299,7 +299,7 @@ KERNELS = [
     "float16_dw3_nchw", *(f"{dtype}_{kernel}" for dtype in ("float16", "float32") for kernel in ("any_nchw", "any_nhwc")),
     "tf32_any_nchw", "tf32_any_nhwc",
     "float16_nhwc_dw3_none", "float16_nhwc_dw3_relu", "float16_nhwc_dw3_any", "float32_nhwc_dw3", "float32_nhwc_dw3_any",
-    "float16_nhwc_dw1_any", *(f"{dtype}_nchw_{map}_dw3" for dtype in ("tf32", "float32") for map in ("w4", "w14", "w7")),
+    "float16_nhwc_dw1_any", "float16_nchw_window_dw3", *(f"{dtype}_nchw_{map}_dw3" for dtype in ("tf32", "float32") for map in ("w4", "w14", "w7")),
     "float16_depthwise_w5_s2_nhwc", "float32_depthwise_w3_s1_nchw", "float16_squeeze_nhwc", "float32_squeeze_nchw",
     "float16_training_strips_nhwc", "float32_training_any_nchw",
 ]  # fmt: skip

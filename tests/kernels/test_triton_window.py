@@ -1,5 +1,5 @@
-"""Primary convs of more than one tap, or of another stride than 1, which of a GPU's kernels Triton's alone take: what they
-compute, and who chooses them."""
+"""Primary convs of more than one tap, or of another stride than 1, in Triton's kernels: what they compute, and who chooses
+them. test_cuda_window.py has CUDA's."""
 
 import dataclasses
 from pathlib import Path
@@ -119,9 +119,9 @@ def test_any_case(backend, case):
 
 
 @pytest.mark.parametrize(
-    ("settings", "reason"), [({"kernel_size": 3}, "3×3 primary conv"), ({"stride": 2}, "stride 2")]
+    ("settings", "reason"), [({"kernel_size": 3}, "3×3 primary conv in torch.float32"), ({"stride": 2}, "stride 2")]
 )
-def test_of_the_gpu_kernels_triton_alone_takes_them(settings, reason):
+def test_of_the_gpu_kernels_triton_alone_takes_these(settings, reason):
     args = make_args(Case(in_channels=300, **settings))
     assert reason in kernel_refusal(args, "cuda")
     assert kernel_refusal(args, "triton") is None
@@ -157,7 +157,7 @@ def test_fuse_takes_triton_where_it_is_installed(as_on_a_gpu, monkeypatch):
     x = torch.randn(2, 20, 9, 11, device=DEVICE)
     _, (swap,) = ghostfused.fuse_with_report(model)
     assert swap.reason == (
-        "no kernel for a 3×3 primary conv (the kernels take 1×1); "
+        "no kernel for a 3×3 primary conv in torch.float32 (the kernels take torch.float16, torch.bfloat16); "
         "a 3×3 primary conv with stride 2 in NCHW is for backend='triton' alone; channels_last is not"
     )
     assert ghostfused.fuse_with_report(model, backend="triton")[1][0].fused
@@ -169,7 +169,8 @@ def test_fuse_takes_triton_where_it_is_installed(as_on_a_gpu, monkeypatch):
     monkeypatch.setattr(triton, "unavailable", lambda: "triton is not installed")
     _, (swap,) = ghostfused.fuse_with_report(model)
     assert swap.reason == (
-        "no kernel for a 3×3 primary conv (the kernels take 1×1); triton would take it, but triton is not installed"
+        "no kernel for a 3×3 primary conv in torch.float32 (the kernels take torch.float16, torch.bfloat16); "
+        "triton would take it, but triton is not installed"
     )
 
 
