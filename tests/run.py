@@ -55,7 +55,9 @@ def main() -> int:
     runner = [f"{tool}/run-extension", str(extension)]
     translated = None
     if tool and extension and not gpu:
-        os.environ.setdefault("OPT", "-O0")  # of the PTX: more takes longer than all the tests
+        # of the PTX: to optimize the kernels too takes longer than all the tests
+        os.environ.setdefault("OPT", "-O1")
+        os.environ.setdefault("FLAGS", "-include tests/helpers/ptx_kernels.h")
         # It is cached. Beside the tests, with what they leave of the cores: its first quarter, and each stage's end, keep
         # one busy alone. nproc, by which the tool counts its compilers, is what OMP_NUM_THREADS says.
         every_core = os.environ | {"OMP_NUM_THREADS": str(os.cpu_count())}
