@@ -45,6 +45,7 @@ def main() -> int:
         os.environ.setdefault(
             "OMP_NUM_THREADS", "1"
         )  # two processes with threads for all cores would wait for each other
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # a hundred processes would compile the same files
     os.environ["PYTHON"] = sys.executable  # the one whose triton has the disassembler that run-extension needs
     tool = os.environ.get("PTX_ON_CPU")
     if tool:
