@@ -27,7 +27,7 @@ PYTHON312=${PYTHON312:-python3.12}
 export PYTHON=$FOLDER/venv/bin/python
 PTX_ON_CPU=$(cd "${PTX_ON_CPU:-../shared/tools/ptx-on-cpu}" 2>/dev/null && pwd) ||
   { echo "PTX_ON_CPU: expected the folder of ptx-on-cpu, got ${PTX_ON_CPU:-../shared/tools/ptx-on-cpu}" && exit 2; }
-export PTX_ON_CPU PTX_CPU_SM=90 OPT=${OPT:--O0} OMP_NUM_THREADS=1
+export PTX_ON_CPU PTX_CPU_SM=90 OPT=${OPT:--O1} FLAGS=${FLAGS:--include tests/helpers/ptx_kernels.h} OMP_NUM_THREADS=1
 export TORCH_CUDA_ARCH_LIST=9.0+PTX GHOSTFUSED_CUDA=1 GHOSTFUSED_CPU=1 MAX_JOBS=${MAX_JOBS:-$(nproc)}
 SOURCE=$PWD
 COPY=$FOLDER/tree

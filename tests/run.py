@@ -45,6 +45,7 @@ def main() -> int:
         os.environ.setdefault(
             "OMP_NUM_THREADS", "1"
         )  # two processes with threads for all cores would wait for each other
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # a hundred processes would compile the same files
     os.environ["PYTHON"] = sys.executable  # the one whose triton has the disassembler that run-extension needs
     tool = os.environ.get("PTX_ON_CPU")
     if tool:
@@ -55,7 +56,9 @@ def main() -> int:
     runner = [f"{tool}/run-extension", str(extension)]
     translated = None
     if tool and extension and not gpu:
-        os.environ.setdefault("OPT", "-O0")  # of the PTX: more takes longer than all the tests
+        # of the PTX: to optimize the kernels too takes longer than all the tests
+        os.environ.setdefault("OPT", "-O1")
+        os.environ.setdefault("FLAGS", "-include tests/helpers/ptx_kernels.h")
         # It is cached. Beside the tests, with what they leave of the cores: its first quarter, and each stage's end, keep
         # one busy alone. nproc, by which the tool counts its compilers, is what OMP_NUM_THREADS says.
         every_core = os.environ | {"OMP_NUM_THREADS": str(os.cpu_count())}

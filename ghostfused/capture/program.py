@@ -14,6 +14,7 @@ from . import proof
 from .frozen import Frozen
 from .lowering import Lowered, lower
 from .proof import Inputs
+from .writes import without_writes
 
 Key = tuple[tuple[torch.Size, torch.dtype], ...]
 
@@ -40,8 +41,7 @@ def export(model: nn.Module, inputs: Inputs, dynamic_batch: bool) -> torch.expor
         if all(shape is None for shape in shapes):
             raise ValueError("dynamic_batch: expected an input of at least one dimension, got none")
     try:
-        exported = torch.export.export(model, inputs, dynamic_shapes=shapes, strict=False)
-        return exported.run_decompositions({})
+        return without_writes(torch.export.export(model, inputs, dynamic_shapes=shapes, strict=False))
     except Exception as error:
         what = "for any batch, torch.export" if dynamic_batch else "torch.export"
         raise NotCaptured(f"{what} can't trace {type(model).__name__}: {type(error).__name__}: {error}") from error

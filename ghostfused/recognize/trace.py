@@ -6,6 +6,7 @@ is written to the module, which may serve other threads meanwhile, and nothing o
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from types import MethodType
 from typing import Any, NamedTuple
@@ -39,7 +40,7 @@ def shadow(module: nn.Module, tensors: Tensors | None = None) -> nn.Module:
     """
     kind = type(module)
     twin = object.__new__(kind)
-    for name in {name for base in kind.__mro__ for name in _slots(base)}:
+    for name in _all_slots(kind):
         if hasattr(module, name):
             object.__setattr__(twin, name, getattr(module, name))
     state = twin.__dict__
@@ -59,6 +60,16 @@ def shadow(module: nn.Module, tensors: Tensors | None = None) -> nn.Module:
 def _slots(kind: type) -> tuple[str, ...]:
     slots = vars(kind).get("__slots__", ())
     return tuple(n for n in ([slots] if isinstance(slots, str) else slots) if n not in ("__dict__", "__weakref__"))
+
+
+def _all_slots(kind: type) -> set[str]:
+    """Its own and its bases'."""
+    if kind not in _KNOWN_SLOTS:
+        _KNOWN_SLOTS[kind] = {name for base in kind.__mro__ for name in _slots(base)}
+    return _KNOWN_SLOTS[kind]
+
+
+_KNOWN_SLOTS: weakref.WeakKeyDictionary[type, set[str]] = weakref.WeakKeyDictionary()
 
 
 def is_fused(module: nn.Module) -> bool:

@@ -99,7 +99,10 @@ def compiled_on_cpu(tmp_path_factory) -> Iterator[Callable]:
     if not folder:
         pytest.skip("set PTX_ON_CPU to a ptx-on-cpu folder to run the compiled PTX on the CPU")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FLAGS", f"-include {_headers(Path(folder), tmp_path_factory.mktemp('headers'))}")
+        kept, helpers = tmp_path_factory.mktemp("kept"), Path(__file__).parent
+        patch.setenv("FLAGS", f"-include {_headers(Path(folder), kept)} -include {helpers / 'ptx_kernels.h'}")
+        patch.setenv("KEPT_RUNTIME", str(kept / "runtime.o"))
+        patch.setenv("PATH", f"{helpers / 'compiler'}{os.pathsep}{os.environ['PATH']}")
         patch.syspath_prepend(folder)
         from triton_ptx import CompiledOnCPU
 

@@ -278,7 +278,8 @@ def run_subset(extension: Path, kernels: Iterable[str], order: str) -> tuple[boo
     """
     environment = os.environ | {
         "PTX_ON_CPU_CACHE": str(extension.parents[1] / "ptx"),
-        "OPT": "-O0",  # most of the time goes into compiling the translated kernels, not into running them
+        "OPT": "-O1",
+        "FLAGS": f"-include {ROOT / 'tests' / 'helpers' / 'ptx_kernels.h'}",
         "PYTHON": sys.executable,
         "PYTHONPATH": os.pathsep.join(map(str, (extension.parents[1], ROOT / "tests" / "helpers"))),
         "SHIM_ORDER": order,
