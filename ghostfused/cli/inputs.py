@@ -222,8 +222,9 @@ def run_once(name: str, model: nn.Module, x: Tensor) -> None:
     if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(out)):
         raise BadInput(f"model: expected {name} to give a tensor, got {type(out).__name__}")
     result = first_tensor(out)
-    if result.numel() == 0 or not result.isfinite().all():
-        what = "an empty one" if result.numel() == 0 else "others"
+    odd_dtype = result.is_complex() or result.dtype == torch.bool
+    if odd_dtype or result.numel() == 0 or not result.isfinite().all():
+        what = str(result.dtype) if odd_dtype else "an empty one" if result.numel() == 0 else "others"
         raise BadInput(f"model: expected {given} to give a tensor of finite numbers, got {what}")
 
 
@@ -253,4 +254,7 @@ def seed(text: str) -> int:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]
+    try:
+        return str(error).strip().partition("\n")[0]
+    except Exception:  # somebody's class of errors
+        return "an error without a text"
