@@ -63,8 +63,8 @@ def main(options: argparse.Namespace) -> int:
         print(f"nothing to fuse in {options.model}")
         return 2
 
-    name = f"{options.model} in {options.dtype}"
-    verdict = inputs.run(name, lambda: network_verdict(model, fused, x, dtype, options.dtype == "tf32"))
+    name, image = f"{options.model} in {options.dtype}", x
+    verdict = inputs.run(name, lambda: network_verdict(model, fused, image, dtype, options.dtype == "tf32"))
     print(
         f"error against float64, relative to the largest output: {verdict.error:.2e} fused, "
         f"{verdict.torch_error:.2e} unfused, limit {verdict.limit:.2e}: {word_of(verdict)}"
