@@ -194,7 +194,8 @@ def network(name: str) -> nn.Module:
     kind, _, width = name.partition(":")
     if kind == "paper":
         return inputs.run(name, lambda: GhostNet(width=inputs.amount(width or "1")).eval())
-    return load_model(name)[0].eval()
+    model = load_model(name)[0]
+    return inputs.run(f"{name} in eval mode", model.eval)
 
 
 def networks(names: str, size: int) -> dict[str, nn.Module]:

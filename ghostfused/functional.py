@@ -245,7 +245,7 @@ def run(args: Args, backend: str = "auto") -> Tensor:
     if torch.compiler.is_compiling():
         chosen: Any = {name: operator.index(getattr(args, name)) for name in args._fields if name in _CHOICES}
         args = args._replace(**chosen)
-    if runs_plain(backend):
+    if runs_plain(backend, *args.tensors):
         validate(args)
         return reference.run(args)
     refused = False

@@ -60,26 +60,32 @@ __device__ __forceinline__ bool arrives_last(unsigned* counter, int rows, int* l
   return *last;
 }
 
-// Mean and M2 = Σ (y - mean)² of a thread's numbers, by sums of y - shift with the first number as the shift:
-// (shift - mean)² is at most n times the variance, so at most n ulps are lost.
+// A thread's numbers: how many, and sums of y - shift and of its square, with the first number as the shift.
 template <int kV>
 struct Moments {
   float n = 0.f, shift[kV] = {}, s[kV] = {}, q[kV] = {};
 
-  __device__ __forceinline__ void add(float count, const float (&mean)[kV], const float (&m2)[kV]) {
+  __device__ __forceinline__ void add(const float (&y)[kV]) {
 #pragma unroll
     for (int e = 0; e < kV; ++e) {
-      if (n == 0.f) shift[e] = mean[e];
-      const float d = mean[e] - shift[e];
-      s[e] += count * d;
-      q[e] += m2[e] + count * d * d;
+      if (n == 0.f) shift[e] = y[e];
+      const float d = y[e] - shift[e];
+      s[e] += d;
+      q[e] += d * d;
     }
-    n += count;
+    n += 1.f;
   }
 
   __device__ __forceinline__ float mean(int e) const { return n > 0.f ? shift[e] + s[e] / n : 0.f; }
-  __device__ __forceinline__ float m2(int e) const { return n > 0.f ? fmaxf(q[e] - s[e] * s[e] / n, 0.f) : 0.f; }
+  // Σ (y - center)²
+  __device__ __forceinline__ float about(float center, int e) const {
+    const float d = n > 0.f ? shift[e] - center : 0.f;
+    return q[e] + d * (2.f * s[e] + n * d);
+  }
 };
+
+// What is negative by rounding is 0; NaN stays NaN, which fmaxf would make 0.
+__device__ __forceinline__ float not_negative(float m2) { return m2 < 0.f ? 0.f : m2; }
 
 // A block's part in combining the rows of a grid: its row, and the channels [first, end) of all ``channels``.
 struct RowCombination {
@@ -120,20 +126,31 @@ __device__ __forceinline__ RowCombination row_combination(const TrainingParams& 
           min(first + plan.block_c, channels)};
 }
 
-// The rows have (n, mean, M2) of each channel; emit(value, c, v) gets those of all.
+// The rows have (n, mean, M2) of each channel; emit(value, c, v) gets those of all. In two passes, for M2 is taken
+// about the mean of all: about a row's, which may lie far off (a map's first row has most of its border), digits
+// cancel.
 template <typename Emit>
 __device__ __forceinline__ void combine_moments(const RowCombination& t, int* last, Emit emit) {
   const auto combine = [&](int begin, int count, auto store) {
     for (int c = t.first + threadIdx.x; c < t.end; c += blockDim.x) {
-      Moments<1> all;
+      const auto read = [&](int r, int value) { return __ldcg(t.at<3>(r, value, c)); };  // past L1: others wrote them
+      const float shift = read(begin, 1);
+      float n = 0.f, sum = 0.f, m2 = 0.f;
 #pragma unroll 8
-      for (int r = begin; r < begin + count; ++r) {  // past L1: other blocks wrote them
-        const float mean[1] = {__ldcg(t.at<3>(r, 1, c))}, m2[1] = {__ldcg(t.at<3>(r, 2, c))};
-        all.add(__ldcg(t.at<3>(r, 0, c)), mean, m2);
+      for (int r = begin; r < begin + count; ++r) {
+        const float own = read(r, 0);
+        n += own;
+        sum += own * (read(r, 1) - shift);
       }
-      store(0, c, all.n);
-      store(1, c, all.mean(0));
-      store(2, c, all.m2(0));
+      const float mean = shift + sum / n;
+#pragma unroll 8
+      for (int r = begin; r < begin + count; ++r) {
+        const float d = read(r, 1) - mean;
+        m2 += read(r, 2) + read(r, 0) * d * d;
+      }
+      store(0, c, n);
+      store(1, c, mean);
+      store(2, c, m2);
     }
   };
   t.run<3>(last, combine, emit);
@@ -168,34 +185,46 @@ __device__ __forceinline__ int* flag_behind(float* scratch) {
   return reinterpret_cast<int*>(scratch + 4 * kMaxThreads);
 }
 
-// Combines the moments of all threads and rows; the last block writes mean and variance.
+// Combines the moments of all threads and rows; the last block writes mean and variance. The block's mean comes first,
+// and then M2 about it: about one thread's mean, who may have a corner's pixels alone, digits cancel.
 template <int kThreads, int kV>
 __device__ __forceinline__ void finish_statistics(Moments<kV> own, const Channels<kV>& c, const BlockShare& t,
                                                   const RowCombination& rows, float* mean, float* var, float* scratch) {
-  __syncthreads();  // the scratch is free
+  float* const common = scratch + (t.idle() ? 0 : t.lane);  // of position 0, which has a number in every block
+  const auto tell = [&](const float (&v)[kV]) {
+    __syncthreads();  // the scratch is free
 #pragma unroll
-  for (int e = 0; e < kV; ++e) {
-    if (t.position == 0) scratch[e * kThreads + t.lane] = own.mean(e);
-  }
-  __syncthreads();
-  // to sums about one shift: the mean of position 0, which has a number in every block
-  float shift[kV], sums[1 + 2 * kV];
+    for (int e = 0; e < kV; ++e) {
+      if (t.position == 0) common[e * kThreads] = v[e];
+    }
+    __syncthreads();
+  };
+  float center[kV], sums[1 + kV], squares[kV];
+#pragma unroll
+  for (int e = 0; e < kV; ++e) center[e] = own.mean(e);
+  tell(center);
   sums[0] = own.n;
 #pragma unroll
   for (int e = 0; e < kV; ++e) {
-    shift[e] = scratch[e * kThreads + t.lane];
-    const float d = own.n > 0.f ? own.shift[e] - shift[e] : 0.f;
-    sums[1 + e] = own.s[e] + own.n * d;
-    sums[1 + kV + e] = own.q[e] + d * (2.f * own.s[e] + own.n * d);
+    center[e] = common[e * kThreads];
+    sums[1 + e] = own.n > 0.f ? own.s[e] + own.n * (own.shift[e] - center[e]) : 0.f;
   }
   block_sum<kThreads>(sums, t, scratch);
 #pragma unroll
+  for (int e = 0; e < kV; ++e) center[e] += sums[1 + e] / sums[0];
+  tell(center);
+#pragma unroll
+  for (int e = 0; e < kV; ++e) {
+    center[e] = common[e * kThreads];
+    squares[e] = own.about(center[e], e);
+  }
+  block_sum<kThreads>(squares, t, scratch);
+#pragma unroll
   for (int e = 0; e < kV; ++e) {
     if (t.position != 0 || !c.kept[e]) continue;
-    const float n = sums[0], s = sums[1 + e], q = sums[1 + kV + e];
-    *rows.at<3>(rows.row, 0, c.at[e]) = n;
-    *rows.at<3>(rows.row, 1, c.at[e]) = shift[e] + s / n;
-    *rows.at<3>(rows.row, 2, c.at[e]) = fmaxf(q - s * s / n, 0.f);
+    *rows.at<3>(rows.row, 0, c.at[e]) = sums[0];
+    *rows.at<3>(rows.row, 1, c.at[e]) = center[e];
+    *rows.at<3>(rows.row, 2, c.at[e]) = not_negative(squares[e]);
   }
   write_statistics(rows, mean, var, flag_behind(scratch));
 }

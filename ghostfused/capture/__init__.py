@@ -20,6 +20,7 @@ from ..backends import cpu
 from ..fuse import fuse
 from ..ops.transforms import transformed
 from ..spec.checks import ArgumentError
+from ..spec.subclasses import takes_operations
 from . import proof
 from .frozen import Frozen
 from .given import Given
@@ -163,6 +164,10 @@ class Captured:
             if x.device != self._device or x.layout != torch.strided:
                 raise ArgumentError(
                     f"input {i}: expected a dense tensor on {self._device}, got {x.layout} on {x.device}"
+                )
+            if takes_operations(x):
+                raise ArgumentError(
+                    f"input {i}: expected a plain tensor, as x.as_subclass(torch.Tensor), got a {type(x).__name__}"
                 )
             if x.requires_grad and torch.is_grad_enabled():
                 raise ArgumentError(f"input {i}: expected one that asks for no gradient, got requires_grad=True")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,10 @@ class NotCaptured(ValueError):
     """The model does something that no program of our kernels stands for; the message names the op and the module."""
 
 
+_exporting = threading.RLock()
+"""One at a time: ``torch.export`` keeps what it traces in variables of the process."""
+
+
 def key_of(inputs: Inputs, dynamic_batch: bool = False) -> Key:
     return tuple([(x.shape[1:] if dynamic_batch else x.shape, x.dtype) for x in inputs])
 
@@ -41,7 +46,8 @@ def export(model: nn.Module, inputs: Inputs, dynamic_batch: bool) -> torch.expor
         if all(shape is None for shape in shapes):
             raise ValueError("dynamic_batch: expected an input of at least one dimension, got none")
     try:
-        return without_writes(torch.export.export(model, inputs, dynamic_shapes=shapes, strict=False))
+        with _exporting:
+            return without_writes(torch.export.export(model, inputs, dynamic_shapes=shapes, strict=False))
     except Exception as error:
         what = "for any batch, torch.export" if dynamic_batch else "torch.export"
         raise NotCaptured(f"{what} can't trace {type(model).__name__}: {type(error).__name__}: {error}") from error

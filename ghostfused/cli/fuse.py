@@ -63,7 +63,8 @@ def main(options: argparse.Namespace) -> int:
         print(f"nothing to fuse in {options.model}")
         return 2
 
-    verdict = network_verdict(model, fused, x, dtype, options.dtype == "tf32")
+    name, image = f"{options.model} in {options.dtype}", x
+    verdict = inputs.run(name, lambda: network_verdict(model, fused, image, dtype, options.dtype == "tf32"))
     print(
         f"error against float64, relative to the largest output: {verdict.error:.2e} fused, "
         f"{verdict.torch_error:.2e} unfused, limit {verdict.limit:.2e}: {word_of(verdict)}"
@@ -72,7 +73,8 @@ def main(options: argparse.Namespace) -> int:
         print(f"unfused, {options.dtype} is so far off, or overflows, that the limit decides nothing about fused")
     model, fused, x = model.to(dtype), fused.to(dtype), inputs.cast(x, dtype)
     with torch.inference_mode():
-        times = time_interleaved({"unfused": partial(model, x), "fused": partial(fused, x)}, options.rounds, device)
+        calls: dict[str, Callable[[], object]] = {"unfused": partial(model, x), "fused": partial(fused, x)}
+        times = inputs.run(name, lambda: time_interleaved(calls, options.rounds, device))
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
     threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
     print(f"{tuple(x.shape)} {options.dtype} on {where}{threads}; medians of {options.rounds}, quartiles in brackets:")

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import math
 import os
+import select
 import sys
 import traceback
 from collections.abc import Callable, Collection, Iterator
@@ -29,12 +30,30 @@ class BadInput(SystemExit):
 
 
 def in_one_line(command: str, main: Callable[[], int]) -> int:
-    """``main()``, the exit code of ``command``; bad input is a line on stderr and exit code 2."""
+    """``main()``, the exit code of ``command``; bad input is a line on stderr and exit code 2. If nobody reads what is printed,
+    as after ``| head``, it is 1."""
     try:
-        return main()
+        code = main()
+        sys.stdout.flush()
+        return code
     except BadInput as error:
         print(f"{command}: error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        if not _nobody_reads():  # it was another pipe
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at exit
+        return 1
+
+
+def _nobody_reads() -> bool:
+    """Whether the output is a pipe whose reader has gone."""
+    try:
+        output = select.poll()
+        output.register(sys.stdout, 0)
+        return any(event & select.POLLERR for _, event in output.poll(0))
+    except (OSError, ValueError):  # it is no file
+        return False
 
 
 def positive(text: str) -> int:
@@ -222,8 +241,9 @@ def run_once(name: str, model: nn.Module, x: Tensor) -> None:
     if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(out)):
         raise BadInput(f"model: expected {name} to give a tensor, got {type(out).__name__}")
     result = first_tensor(out)
-    if result.numel() == 0 or not result.isfinite().all():
-        what = "an empty one" if result.numel() == 0 else "others"
+    odd_dtype = result.is_complex() or result.dtype == torch.bool
+    if odd_dtype or result.numel() == 0 or not result.isfinite().all():
+        what = str(result.dtype) if odd_dtype else "an empty one" if result.numel() == 0 else "others"
         raise BadInput(f"model: expected {given} to give a tensor of finite numbers, got {what}")
 
 
@@ -253,4 +273,7 @@ def seed(text: str) -> int:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]
+    try:
+        return str(error).strip().partition("\n")[0]
+    except Exception:  # somebody's class of errors
+        return "an error without a text"

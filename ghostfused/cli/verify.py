@@ -230,7 +230,8 @@ def _network(options: argparse.Namespace, device: str) -> Iterator[tuple[str, Ve
     x = x.to(device).contiguous(memory_format=memory_format)
     if options.dtype == "tf32":
         torch.set_float32_matmul_precision("high")
-    verdict = network_verdict(model, fused, x, DTYPES[options.dtype], options.dtype == "tf32")
+    dtype, tf32 = DTYPES[options.dtype], options.dtype == "tf32"
+    verdict = inputs.run(f"{options.model} in {options.dtype}", lambda: network_verdict(model, fused, x, dtype, tf32))
     yield (
         f"{options.model} {tuple(x.shape)} {options.dtype}",
         verdict,

@@ -58,7 +58,7 @@ class FusedAttentionGhostModule(FusedGhostModule):
         """
         if output_gate is not None and not isinstance(output_gate, fx.Proxy):  # torch.fx can't say that it is None
             raise ValueError("output_gate: expected None, since this module makes its own, got a tensor")
-        if self._is_changed() or runs_plain(self.backend):  # its own forward makes the gate as well
+        if self._is_changed() or runs_plain(self.backend, x):  # its own forward makes the gate as well
             return self._run_children(x, input_gate, residual, None)
         if input_gate is not None:
             x = _gated(x, input_gate)

@@ -83,7 +83,7 @@ class _FusedTwin(cache.CachesPrograms, nn.Module):
 
     def _run(self, x: Tensor) -> Tensor:
         """As ``forward``, read afresh."""
-        if self._is_observed() or runs_plain(self.backend):
+        if self._is_observed() or runs_plain(self.backend, x):
             note_others()
             return original(self).forward(x)  # type: ignore[union-attr]
         return self._steps(x)

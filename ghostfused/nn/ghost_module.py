@@ -265,7 +265,7 @@ class FusedGhostModule(CachesPrograms, nn.Module):
         order = self.__dict__["_order"]
         if (
             isinstance(halves, str)
-            or runs_plain(self.backend)
+            or runs_plain(self.backend, x)
             or (order and math.prod(order) != self._channels(*halves))
         ):
             module = cast(nn.Module, original(self))
@@ -284,7 +284,7 @@ class FusedGhostModule(CachesPrograms, nn.Module):
     ) -> Tensor:
         """As ``forward``, read afresh."""
         halves = self._read()
-        if isinstance(halves, str) or runs_plain(self.backend):
+        if isinstance(halves, str) or runs_plain(self.backend, x):
             return self._run_children(x, input_gate, residual, output_gate)
         primary, cheap = halves
         conv = primary.conv
@@ -326,7 +326,7 @@ class FusedGhostModule(CachesPrograms, nn.Module):
             x = _gated(x, input_gate)
         primary, cheap = self._halves
         named = isinstance(primary, str) and isinstance(cheap, str)
-        module = original(self) if self._is_changed() or not named or runs_plain(self.backend) else None
+        module = original(self) if self._is_changed() or not named or runs_plain(self.backend, x) else None
         if module is not None:
             out = module.forward(x)
         else:

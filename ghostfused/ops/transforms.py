@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch.overrides import _get_current_function_mode_stack
@@ -9,6 +11,7 @@ from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from ..spec.kernels import constant_to_dynamo
+from ..spec.subclasses import OWN_KINDS, takes_operations
 
 # looked up once: they are on every call's way
 _interpreter = torch._C._functorch.peek_interpreter_stack
@@ -46,9 +49,10 @@ def _has_user_function_mode() -> bool:
     return _has_function_mode() and any(type(m) is not DeviceContext for m in _get_current_function_mode_stack())
 
 
-def runs_plain(backend: str = "auto") -> bool:
+def runs_plain(backend: str = "auto", *tensors: Any) -> bool:
     """Whether PyTorch's operations are to run and no op of ours: under ``transformed``, TorchScript's tracer, the ONNX
-    exporter, or a user's mode. Those of PyTorch's compilers and their fake tensors take our ops.
+    exporter, or a user's mode, or if one of ``tensors`` takes operations. Those of PyTorch's compilers and their fake
+    tensors take our ops.
 
     A ``backend`` that was asked for by name runs, or says why it can't.
     """
@@ -64,6 +68,7 @@ def runs_plain(backend: str = "auto") -> bool:
         transformed()
         or _has_user_function_mode()
         or (_dispatch_modes() > 0 and not all(m.is_infra_mode() for m in _get_current_dispatch_mode_stack()))
+        or (not OWN_KINDS.issuperset(map(type, tensors)) and any(map(takes_operations, tensors)))
     )
 
 

@@ -15,7 +15,7 @@ from .trace import is_fused, is_layer, more_than_one_tensor, shadow, trace
 from .watch import Absent, Path, Watched, is_immutable
 
 _OF_NUMBERS = {getattr(call, "__name__", call) for call in BY_CALL} | {
-    "hardtanh", "hardtanh_", "clamp", "clamp_", "clip", "sigmoid", "sigmoid_", "hardsigmoid", "tanh", "softplus", "exp", "erf",
+    "hardtanh", "hardtanh_", "clamp", "clamp_", "clip", "sigmoid", "sigmoid_", "hardsigmoid", "tanh", "softplus", "exp", "erf", "log", "log1p",
     "add", "add_", "iadd", "sub", "mul", "mul_", "imul", "div", "div_", "truediv", "itruediv", "pow",
 }  # fmt: skip
 _LAYERS_OF_NUMBERS = (
@@ -60,7 +60,7 @@ class Activations(NamedTuple):
 
     def _add(self, module: nn.Module, path: Path) -> None:
         for name, child in module._modules.items():
-            if child is None or is_layer(child) or is_fused(child):
+            if child is None or is_fused(child) or (is_layer(child) and type(child) is not nn.Hardtanh):
                 continue
             at = (*path, name)
             if type(child) is not nn.Sequential and (read := _read(child)) is not None:

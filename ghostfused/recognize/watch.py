@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..spec.kernels import constant_to_dynamo
+from ..spec.subclasses import takes_operations
 
 Path = tuple[str, ...]
 
@@ -46,8 +47,9 @@ def hides_any(module: nn.Module, names: frozenset[str]) -> bool:
 
 
 def is_wrapper(t: Any) -> bool:
-    """Whether ``t`` stands for other tensors, such as quantized ones, and knows what to do of the layers of PyTorch alone."""
-    return type(t) is not nn.Parameter and is_traceable_wrapper_subclass(t)
+    """Whether ``t`` stands for other tensors, such as quantized ones, or is of another class that knows what to do of PyTorch's
+    operations alone."""
+    return type(t) is not nn.Parameter and (is_traceable_wrapper_subclass(t) or takes_operations(t))
 
 
 class Absent:

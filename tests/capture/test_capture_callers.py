@@ -3,17 +3,20 @@
 import ctypes
 import gc
 import itertools
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from capture_network import made
 from spies import needs_cpu_kernels
+from torch import nn
 
 from bench import results
 from bench.__main__ import main
 from bench.callers import check, mixed, seconds
 from ghostfused import capture
+from ghostfused.models import paper
 
 pytestmark = needs_cpu_kernels
 CALLERS = 8
@@ -48,6 +51,24 @@ def test_each_gets_what_one_caller_gets(captured, threads):
     with ThreadPoolExecutor(CALLERS) as pool:
         for got in pool.map(calls, range(CALLERS)):
             assert all(torch.equal(out, alone[i]) for i, out in got)
+
+
+def test_networks_captured_at_once(monkeypatch):
+    """By two threads: torch.export isn't made for that, so that they take turns."""
+    model, x = nn.Sequential(paper.GhostModule(3, 4)).eval(), torch.randn(1, 3, 5, 6)
+    expected, inside = capture(model, x)(x), []
+
+    def export(*args, real=torch.export.export, **options):
+        inside.append(args)
+        time.sleep(0.1)
+        exported = real(*args, **options)
+        assert inside.pop() is args
+        assert not inside
+        return exported
+
+    monkeypatch.setattr(torch.export, "export", export)
+    with ThreadPoolExecutor(2) as pool:
+        assert all(torch.equal(each(x), expected) for each in pool.map(lambda _: capture(model, x), range(2)))
 
 
 class Mallinfo2(ctypes.Structure):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ import tools.sass.__main__
 import tools.triton_configs.__main__
 from bench import timing
 from bench.results import Writer
+from ghostfused.cli.inputs import in_one_line
 
 PROGRAMS: dict[str, Callable[[list[str]], object]] = {
     "ghostfused": ghostfused.__main__.main,
@@ -92,6 +94,24 @@ OTHERS = [
     "bench predicted {predicted} {results} --peer nobody", "bench report {results} --output {results}",
     "bench suite --output {results}", "bench profile {folder}", "bench profile {new} --device cpu", "tools.sass", "tests.fuzz --no-such",
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize("length", [1, 100_000])
+def test_output_that_nobody_reads(length, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stdout:
+        monkeypatch.setattr("sys.stdout", stdout)
+        assert in_one_line("python -m ghostfused info", lambda: print("x" * length) or 0) == 1
+        monkeypatch.undo()
+
+
+def test_another_pipe_that_is_broken():
+    def main() -> int:
+        raise BrokenPipeError("mine")
+
+    with pytest.raises(BrokenPipeError, match="mine"):
+        in_one_line("python -m ghostfused info", main)
 
 
 @pytest.fixture

@@ -263,6 +263,9 @@ BAD_MODELS = {
     "{net}:on_meta": "to have values, got tensors on the meta device",
     "{net}:empty": "to give a tensor of finite numbers, got an empty one",
     "{net}:nan": "to give a tensor of finite numbers, got others",
+    "{net}:bool": "to give a tensor of finite numbers, got torch.bool",
+    "{net}:no_text": "raised NoText .*: an error without a text",
+    "{net}:tires": "in float32 raised RuntimeError .*: tired",
     "{net}:only_eval": "in train mode raised RuntimeError .*: only eval",
     "{net}:only_float32": "in float64 raised RuntimeError",
     "{net}:half": "to have parameters in float32, got torch.float16",
@@ -290,6 +293,14 @@ def test_bad_models_are_named(tmp_path, capsys, command, model):
             "import torch\nclass Own(nn.Sequential):\n    def forward(self, x):\n"
             "        if self.training:\n            raise RuntimeError('only eval')\n        return super().forward(x)\n"
             "class Float(nn.Sequential):\n    def forward(self, x):\n        return super().forward(x.float())\n"
+            "class Bool(nn.Sequential):\n    def forward(self, x):\n        return super().forward(x) > 0\n"
+            "def bool():\n    return Bool(nn.Conv2d(3, 4, 1))\n"
+            "class NoText(Exception):\n    def __str__(self):\n        raise RuntimeError\n"
+            "def no_text():\n    raise NoText\n"
+            "class Tires(nn.Sequential):\n    left = [6]\n    def forward(self, x):\n"
+            "        self.left[0] -= 1\n        if self.left[0] < 0:\n            raise RuntimeError('tired')\n"
+            "        return super().forward(x)\n"
+            "def tires():\n    from ghostfused.models.paper import GhostModule\n    return Tires(GhostModule(3, 4))\n"
             "def empty():\n    return nn.Conv2d(3, 4, 1), torch.zeros(0, 3, 4, 4)\n"
             "def nan():\n    return nn.Conv2d(3, 4, 1), torch.full((1, 3, 4, 4), torch.nan)\n"
             "def only_eval():\n    return Own(nn.Conv2d(3, 4, 1))\n"

@@ -43,6 +43,11 @@ class OwnMish(nn.Module):
         return x.mul(F.softplus(x).tanh())
 
 
+class MishOfLogs(nn.Module):
+    def forward(self, x):
+        return x * torch.tanh(torch.log(1 + torch.exp(x)))
+
+
 class FromF(nn.Module):
     def forward(self, x):
         return F.gelu(x, approximate="tanh")
@@ -73,6 +78,7 @@ FORMS = {
     "cubic": (Cubic, Act.GELU_TANH),
     "F.gelu of the tanh form": (FromF, Act.GELU_TANH),
     "own Mish": (OwnMish, Act.MISH),
+    "own Mish of logs": (MishOfLogs, Act.MISH),
     "timm's GELU": (timms("GELU"), Act.GELU),
     "timm's GELUTanh": (timms("GELUTanh"), Act.GELU_TANH),
     "timm's Mish": (timms("Mish"), Act.MISH),

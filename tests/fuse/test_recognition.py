@@ -60,6 +60,7 @@ LAYERS = [
     HSwish,
     HSwishOfLayers,
     MyReLU,
+    lambda: nn.Hardtanh(0, 6),  # ReLU6
 ]
 FUNCTIONS = [torch.relu, F.relu, F.relu6, F.silu, F.hardswish, lambda x: x.relu()]
 

@@ -12,7 +12,7 @@ from torch.func import functional_call, grad, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 # ---- modes
@@ -41,6 +41,53 @@ class DoublesOps(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         self.seen.append(str(func))
         return out * 2 if func is torch.ops.aten.convolution.default else out
+
+
+class Doubled(torch.Tensor):
+    """Does so to what a convolution makes of it."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        out = super().__torch_function__(func, types, args, kwargs or {})
+        return out * 2 if func is torch.conv2d else out
+
+
+class Wrapped(torch.Tensor):
+    """As ``Doubled``, of operations."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, inner.stride(), dtype=inner.dtype)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        args, kwargs = tree_map_only(Wrapped, lambda t: t.inner, (args, kwargs or {}))
+        out = func(*args, **kwargs)
+        out = out * 2 if func is torch.ops.aten.convolution.default else out
+        return tree_map_only(torch.Tensor, Wrapped, out)
+
+
+def input_of_another_class(model, x):
+    results = []
+    for grads in (True, False, False):
+        with torch.set_grad_enabled(grads):
+            doubled, wrapped = model(x.as_subclass(Doubled)), model(Wrapped(x))
+        results += [type(doubled), doubled.as_subclass(torch.Tensor), type(wrapped), wrapped.inner]
+    return results
+
+
+def weights_of_another_class(model, x):
+    replayed(model, x)
+    for m in model.modules():
+        if isinstance(m, torch.nn.Conv2d):
+            m.weight = torch.nn.Parameter(m.weight.detach().as_subclass(Doubled))
+    outs = [model(x), *replayed(model, x)]
+    return [[type(y) for y in outs], [y.as_subclass(torch.Tensor) for y in outs]]
 
 
 def function_mode(model, x):
@@ -215,7 +262,7 @@ MODES = [
     function_mode, dispatch_mode, dispatch_mode_around_training, flops, device_mode, device_mode_elsewhere, fake,
     fake_without_leave, fake_model, functional_tensors, functional_mode, made_by_make_fx, made_by_make_fx_of_gradients,
     made_by_make_fx_of_fakes, autocast, autocast_around_backward, autocast_around_second_backward, on_meta,
-    negative_bit, negative_bit_of_what_is_kept, empty_batch, settings,
+    negative_bit, negative_bit_of_what_is_kept, empty_batch, settings, input_of_another_class, weights_of_another_class,
 ]  # fmt: skip
 SLOW = [fake, made_by_make_fx_of_gradients]
 

@@ -71,3 +71,16 @@ def test_triton_refuses_an_eps_out_of_its_range_and_nothing_else(backend):
                 args._replace(**{f"{half}eps": eps, f"{half}var": getattr(args, f"{half}var") * math.inf})
             )
             assert BACKENDS[backend.name].supports(there) is None
+
+
+@on("cpu", "triton", "triton_two_kernel")  # PyTorch's own norms, and CUDA's kernels, make infinity of the sum
+@pytest.mark.parametrize(("var", "eps"), [(3e38, 3e38), (1.0, FLOAT32.max), (FLOAT32.max, 1e38)])
+def test_a_variance_and_an_eps_whose_sum_is_beyond_float32(backend, var, eps):
+    """Of maps that are as large, which come out as numbers near 1."""
+    for make_case in (Case(1, 8, 5, 6, 16, act_primary="none"), DepthwiseCase(1, 8, 6, 6)):
+        args = make(make_case)
+        halves = ("primary_", "cheap_") if isinstance(args, GhostArgs) else ("",)
+        for half in halves:
+            args = with_norm(args, half, var, eps)
+        args.x.mul_(1e19)
+        assert judge(backend.run(args), args).error < 1e-6

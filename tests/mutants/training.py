@@ -29,8 +29,8 @@ MUTANTS = [
     Mutant(
         "rows of partial statistics count alike, whatever their length",
         "cuda/reduce.cuh",
-        "all.add(__ldcg(t.at<3>(r, 0, c)), mean, m2);",
-        "all.add(1.f, mean, m2);",
+        "sum += own * (read(r, 1) - shift);",
+        "sum += read(r, 1) - shift;",
         TRAINING,
     ),
     Mutant(
@@ -44,7 +44,7 @@ MUTANTS = [
     Mutant(
         "moments are combined as if all threads had the same shift",
         "cuda/reduce.cuh",
-        "const float d = own.n > 0.f ? own.shift[e] - shift[e] : 0.f;",
+        "const float d = n > 0.f ? shift[e] - center : 0.f;",
         "const float d = 0.f;",
         TRAINING,
     ),
@@ -160,7 +160,7 @@ MUTANTS = [
     Mutant(
         "no barrier before the fragments give way to sums",
         "cuda/training/primary_nhwc.cuh",
-        "  // To moments about the block's first y, and over the lanes and warps that share a channel.\n  __syncthreads();\n",
+        "  // Over the lanes and warps that share a channel: first the block's mean, then M2 about it.\n  __syncthreads();\n",
         "",
         STRIPS,
         "desc",

@@ -249,6 +249,9 @@ def test_a_captured_model_refuses_what_it_has_no_rule_for():
     ):
         with torch.no_grad(), pytest.raises(ValueError, match="expected no transform"):
             transform()
+    for other in (x.as_subclass(modes.Doubled), modes.Wrapped(x)):
+        with pytest.raises(ValueError, match=f"input 0: expected a plain tensor, .* got a {type(other).__name__}"):
+            captured(other)
     with FlopCounterMode(display=False) as ours, torch.no_grad():
         captured(x)
     with FlopCounterMode(display=False) as theirs:

@@ -44,3 +44,15 @@ def test_forward_is_three_kernels(monkeypatch):
     a = to_device(make_args(Case(**ALL_INPUTS)), DEVICE)
     training.train_forward(training.KERNELS["triton"], a, "")
     assert launched == ["primary_statistics_kernel", "cheap_statistics_kernel", "normalize_kernel"]
+
+
+@pytest.mark.parametrize("half", ["primary", "cheap"])
+def test_an_eps_with_which_a_sum_may_be_beyond_float32_is_named(half):
+    """Also where the statistics are the batch's."""
+    a = to_device(make_args(Case()), DEVICE)._replace(**dict.fromkeys(ops.STATISTICS))
+    largest = torch.finfo(torch.float32).max
+    for eps in (0.0, 1e-41, 0.51 * largest, largest, 1e300):
+        reason = triton_training.supports(a._replace(**{f"{half}_eps": eps}))
+        assert reason.startswith(f"{half}_eps {eps} "), reason
+    for eps in (torch.finfo(torch.float32).tiny, 0.49 * largest):
+        assert triton_training.supports(a._replace(**{f"{half}_eps": eps})) is None

@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kTrainingThreads, 2) cheap_statistics(const __
         float one[kV];
 #pragma unroll
         for (int e = 0; e < kV; ++e) one[e] = y[i * kV + e];
-        moments.add(1.f, one, {});
+        moments.add(one);
       }
     });
   }

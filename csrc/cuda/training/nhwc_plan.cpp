@@ -237,7 +237,7 @@ TrainingPlan plan_primary(const TrainingParams& params, int sm_count) {
         plan.row_pixels = static_cast<int>(times * together);
         p.block_c = 16 * all;
         p.channel_blocks = static_cast<int>(blocks);
-        const int sums = 4 * (p.block_c * (1 + 2 * kPrimaryWarps / warps_n) + kPrimaryWarps + 1);
+        const int sums = 4 * (p.block_c * (1 + kPrimaryWarps / warps_n) + kPrimaryWarps + 1);
         p.smem_bytes = std::max(fragments, sums);
       }
     }

@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks)
       for (int pixel = share.position; pixel < t.pixels; pixel += share.positions) {
         float y[1];
         load_x1<T>(y, x1 + pixel * p.plan.x1_pitch + share.lane * sizeof(T));
-        sums.add(1.f, y, {});
+        sums.add(y);
       }
       moments = sums;
     }

@@ -212,46 +212,52 @@ __global__ void __launch_bounds__(kPrimaryThreads, kPrimaryBlocksPerSm[kTiles - 
     y += int64_t{step} * out_pixel;
   }
 
-  // To moments about the block's first y, and over the lanes and warps that share a channel.
+  // Over the lanes and warps that share a channel: first the block's mean, then M2 about it.
   __syncthreads();
   const int block_c = p.plan.block_c;
-  float* common = reinterpret_cast<float*>(smem);  // [channel]
+  float* common = reinterpret_cast<float*>(smem);  // [channel]: the block's first y, then its mean
   float* counts = common + block_c;                // [warp_m]
-  float* partial = counts + kPrimaryWarps;         // [sum, square][warp_m][channel]
-  int* last = reinterpret_cast<int*>(partial + 2 * t.warps_m * block_c);
+  float* partial = counts + kPrimaryWarps;         // [warp_m][channel]: sums, then squares
+  int* last = reinterpret_cast<int*>(partial + t.warps_m * block_c);
   const auto channel = [&](int i) { return 16 * kTiles * t.warp_n + channel_in_warp<kTiles>(i / 2, t.group, i % 2); };
-  if (t.warp_m == 0 && t.quad == 0) {
-#pragma unroll
-    for (int i = 0; i < 2 * kTiles; ++i) common[channel(i)] = shift[i];
-  }
   const auto over_quad = [](float v) {
     v += __shfl_xor_sync(~0u, v, 1);
     return v + __shfl_xor_sync(~0u, v, 2);
   };
+  const auto over_warps = [&](const float* of_warp, int stride) {
+    float all = 0.f;
+    for (int m = 0; m < t.warps_m; ++m) all += of_warp[m * stride];
+    return all;
+  };
+  if (t.warp_m == 0 && t.quad == 0) {
+#pragma unroll
+    for (int i = 0; i < 2 * kTiles; ++i) common[channel(i)] = shift[i];
+  }
   const float own = static_cast<float>(n), of_quad = over_quad(own);
   if (t.warp_n == 0 && lane == 0) counts[t.warp_m] = of_quad;
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < 2 * kTiles; ++i) {
+    const float s = over_quad(n > 0 ? sums[i] + own * (shift[i] - common[channel(i)]) : 0.f);
+    if (t.quad == 0) partial[t.warp_m * block_c + channel(i)] = s;
+  }
+  __syncthreads();
+  for (int c = threadIdx.x; c < t.live; c += kPrimaryThreads) {
+    common[c] += over_warps(partial + c, block_c) / over_warps(counts, 1);
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < 2 * kTiles; ++i) {
     const float d = n > 0 ? shift[i] - common[channel(i)] : 0.f;
-    const float s = over_quad(sums[i] + own * d), q = over_quad(squares[i] + d * (2.f * sums[i] + own * d));
-    if (t.quad != 0) continue;
-    partial[t.warp_m * block_c + channel(i)] = s;
-    partial[(t.warps_m + t.warp_m) * block_c + channel(i)] = q;
+    const float q = over_quad(squares[i] + d * (2.f * sums[i] + own * d));
+    if (t.quad == 0) partial[t.warp_m * block_c + channel(i)] = q;
   }
   __syncthreads();
   const RowCombination rows = row_combination<3>(p, 0, t.block, t.row, p.args.shape.init_channels, kZeroWords);
   for (int c = threadIdx.x; c < t.live; c += kPrimaryThreads) {
-    float count = 0.f, s = 0.f, q = 0.f;
-    for (int m = 0; m < t.warps_m; ++m) {
-      count += counts[m];
-      s += partial[m * block_c + c];
-      q += partial[(t.warps_m + m) * block_c + c];
-    }
-    const float mean = s / count;
-    *rows.at<3>(t.row, 0, t.begin + c) = count;
-    *rows.at<3>(t.row, 1, t.begin + c) = common[c] + mean;
-    *rows.at<3>(t.row, 2, t.begin + c) = fmaxf(q - mean * s, 0.f);
+    *rows.at<3>(t.row, 0, t.begin + c) = over_warps(counts, 1);
+    *rows.at<3>(t.row, 1, t.begin + c) = common[c];
+    *rows.at<3>(t.row, 2, t.begin + c) = not_negative(over_warps(partial + c, block_c));
   }
   write_statistics(rows, p.mean, p.var, last);
 }

@@ -55,14 +55,21 @@ def _rsqrt(x):
 
 
 @triton.jit
+def _rstd(var, eps):
+    """One over the root of var + eps, of which a quarter is taken where the sum may be beyond float32."""
+    quarter = eps > 1.0  # else it isn't, and a quarter may be below the normal numbers
+    part = tl.where(quarter, 0.25, 1.0)
+    return _rsqrt(var * part + eps * part) * tl.where(quarter, 0.5, 1.0)
+
+
+@triton.jit
 def _scale_shift(norm, channel, mask):
     """(scale, shift) with norm(y + bias) = y * scale + shift, from the raw parameters: nothing cached, nothing stale."""
     bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps = norm
     scale = tl.full(channel.shape, 1.0, tl.float32)
     shift = tl.zeros(channel.shape, tl.float32)
     if mean_ptr is not None:
-        var = tl.load(var_ptr + channel, mask=mask, other=1.0).to(tl.float32) + eps
-        scale = _rsqrt(var)
+        scale = _rstd(tl.load(var_ptr + channel, mask=mask, other=1.0).to(tl.float32), eps)
         if gamma_ptr is not None:
             scale *= tl.load(gamma_ptr + channel, mask=mask, other=0.0).to(tl.float32)
         shift -= tl.load(mean_ptr + channel, mask=mask, other=0.0).to(tl.float32) * scale

@@ -21,9 +21,16 @@ _STATISTICS_TILE = 2048
 _HALF = ("bias", "mean", "var", "gamma", "beta", "slope")
 
 
+_EPS = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max / 2
+"""The least and the greatest: a batch's variance, which comes of a sum over its pixels, is at most as large, and added to it."""
+
+
 def supports(a: GhostArgs) -> str | None:
     """Why the kernels can't train ``a``; None if they can."""
     reason = triton.supports(a) or form_refusal(a, COMMON)  # of the windows that the forward takes, the 1×1 alone
+    for name in ("primary_eps", "cheap_eps"):
+        if reason is None and not _EPS[0] <= getattr(a, name) <= _EPS[1]:
+            reason = f"{name} {getattr(a, name)} (the kernels take {_EPS[0]:.3g} to {_EPS[1]:.3g})"
     if reason is None and not torch.compiler.is_compiling():
         _, _, height, width = a.output_shape()
         channels = max(a.out_channels, a.init_channels, a.cheap_weight.shape[0])

@@ -68,7 +68,8 @@ def _finish_statistics(n, shift, s, q, block, row, rows, c, mask, C, partial_ptr
     at = partial_ptr + row * 3 * C + c
     tl.store(at, tl.full(c.shape, 1.0, tl.float32) * n, mask=mask)
     tl.store(at + C, shift + s / n, mask=mask)
-    tl.store(at + 2 * C, tl.maximum(q - s * s / n, 0.0), mask=mask)
+    m2 = q - s * s / n
+    tl.store(at + 2 * C, tl.where(m2 < 0.0, 0.0, m2), mask=mask)  # NaN stays NaN, of which maximum would make 0
     tl.debug_barrier()
     arrived = tl.atomic_add(counter_ptr + block, 1, sem="acq_rel")
     if arrived == rows - 1:
