@@ -136,14 +136,14 @@ __device__ __forceinline__ void combine_moments(const RowCombination& t, int* la
       const auto read = [&](int r, int value) { return __ldcg(t.at<3>(r, value, c)); };  // past L1: others wrote them
       const float shift = read(begin, 1);
       float n = 0.f, sum = 0.f, m2 = 0.f;
-#pragma unroll 8
+#pragma unroll 4
       for (int r = begin; r < begin + count; ++r) {
         const float own = read(r, 0);
         n += own;
         sum += own * (read(r, 1) - shift);
       }
       const float mean = shift + sum / n;
-#pragma unroll 8
+#pragma unroll 4
       for (int r = begin; r < begin + count; ++r) {
         const float d = read(r, 1) - mean;
         m2 += read(r, 2) + read(r, 0) * d * d;
