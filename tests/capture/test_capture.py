@@ -96,7 +96,7 @@ def test_whole_networks(name, fused):
 PARTS = {
     "ghostnetv2": {"aten.avg_pool2d", "aten.sigmoid"},
     "ghostnetv3": {"aten.avg_pool2d", "aten.sigmoid"},
-    "seed": {"aten.conv2d", "aten._native_batch_norm_legit_no_training", "aten.hardtanh"},
+    "seed": {"aten.conv2d", "aten.batch_norm", "aten.hardtanh"},
     "yolov8n-ghost": None,
 }
 
