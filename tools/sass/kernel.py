@@ -122,17 +122,13 @@ def split_operands(text: str) -> list[str]:
     return [operand.replace(".reuse", "") for operand in out]
 
 
-def _source_lines(listing: str, name: str) -> dict[int, tuple[tuple[str, int], ...]]:
-    """The source of each address of a function, from nvdisasm's listing."""
+def _source_lines(listing: str) -> dict[int, tuple[tuple[str, int], ...]]:
+    """The source of each address of a function, from nvdisasm's listing of it."""
     lines: dict[int, tuple[tuple[str, int], ...]] = {}
     chain: tuple[tuple[str, int], ...] = ()
-    inside, fresh = False, True
+    fresh = True
     for line in listing.splitlines():
-        if line.startswith(".text."):
-            inside, chain, fresh = line == f".text.{name}:", (), True
-        elif not inside:
-            continue
-        elif match := _SOURCE.search(line):
+        if match := _SOURCE.search(line):
             item = (match[1], int(match[2]))
             chain = (item,) if fresh else (*chain, item)
             fresh = False
@@ -143,16 +139,20 @@ def _source_lines(listing: str, name: str) -> dict[int, tuple[tuple[str, int], .
 
 
 @functools.cache
-def _listing(cubin: Path) -> str:
-    return _run("nvdisasm", "-c", "-gi", str(cubin))
+def _by_function(cubin: Path, tool: str, *options: str, head: str) -> dict[str, str]:
+    """What a tool says of each function of a file, after the line that ``head`` matches and names it by its group. All at once:
+    a run for each of them takes most of its time to read the file."""
+    parts = re.split(head, _run(tool, *options, str(cubin)), flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
 @functools.cache
 def load(cubin: Path, name: str) -> Kernel:
     data = sections(cubin.read_bytes())
-    lines = _source_lines(_listing(cubin), name)
+    lines = _source_lines(_by_function(cubin, "nvdisasm", "-c", "-gi", head=r"^\.text\.(.+):$").get(name, ""))
+    code = _by_function(cubin, "cuobjdump", "-sass", head=r"^\s*Function : (\S+)$").get(name, "")
     instructions = {}
-    for line in _run("cuobjdump", "-sass", "-fun", name, str(cubin)).splitlines():
+    for line in code.splitlines():
         if match := _LINE.match(line):
             pc, guard, opcode, rest = int(match[1], 16), (match[2] or "").strip(), match[3], match[4]
             head, *modifiers = opcode.split(".")
@@ -165,8 +165,8 @@ def load(cubin: Path, name: str) -> Kernel:
     for section, raw in data.items():
         if match := re.fullmatch(r"\.nv\.constant(\d+)\." + re.escape(name), section):
             banks[int(match[1])] = raw
-    usage = _run("cuobjdump", "-res-usage", "-fun", name, str(cubin))
-    match = re.search(re.escape(name) + r":\s*\n\s*REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)
+    usage = _by_function(cubin, "cuobjdump", "-res-usage", head=r"^\s*Function (\S+):\s*$").get(name, "")
+    match = re.match(r"\s*REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)
     if match is None:
         raise RuntimeError(f"no resource usage of {name} in {cubin}")
     layout = parameters(data[f".nv.info.{name}"])
