@@ -57,7 +57,7 @@ def _strided(rng: random.Random, t: Tensor) -> Tensor:
     strides, step = [0] * t.dim(), rng.choice((1, 2))
     for d in order:
         strides[d] = rng.choice((2**62, 2**40, 0)) if t.shape[d] == 1 else step
-        step *= max(t.shape[d], 1)
+        step *= t.shape[d] if t.numel() else 1  # beside a size of 0 another may be more than memory holds
     buffer = torch.zeros(step + 5, dtype=t.dtype)
     return buffer.as_strided(t.shape, strides, rng.randint(0, 4)).copy_(t)
 
