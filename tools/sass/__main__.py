@@ -45,6 +45,16 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="JSON lines instead of a table")
     parser.add_argument("--backend", default="cuda", choices=("cuda", "triton"), help="of modules, forward")
     parser.add_argument("--race", action="store_true", help="instead, look for races for shared memory")
+    parser.add_argument(
+        "--latency",
+        action="store_true",
+        help="of modules, forward: also the time by a model of one SM, which no GPU has checked",
+    )
+    parser.add_argument(
+        "--general",
+        action="store_true",
+        help="of modules, forward: the general kernels, by weights that lie between vectors",
+    )
     parser.add_argument("--jobs", type=inputs.positive, default=1, help="processes")
     return parser.parse_args(argv)
 

@@ -21,6 +21,7 @@ from ghostfused.testing import Case, convert, judge, make_args, to_device
 
 from .costs import DRAM, TIMES, LaunchCost, cost_of
 from .device import device
+from .latency import microseconds
 from .machine import Launch, execute
 from .race import check_races
 from .triton_launches import intercepted
@@ -59,6 +60,8 @@ class Row:
     """Numbers that were checked, in images."""
     parts: dict[str, float]
     launches: list[dict[str, Any]]
+    latency_us: float | None = None
+    """The timing model's, where it was asked for (latency.py)."""
 
     @property
     def ok(self) -> bool:
@@ -104,7 +107,15 @@ def judge_config(config: dict[str, Any], options: argparse.Namespace) -> Row:
     if case.layout == "nhwc":  # a model in channels_last has its weights so too
         args = args._replace(primary_weight=args.primary_weight.contiguous(memory_format=torch.channels_last))
     args = repeated(args, case.batch)
-    return judge_args(args, name, count, options.backend)
+    if options.general:
+        args = args._replace(primary_weight=displaced(args.primary_weight))
+    return judge_args(args, name, count, options.backend, options.latency)
+
+
+def displaced(t: Tensor) -> Tensor:
+    """``t`` an element beyond where vectors begin, which the general kernels alone take."""
+    storage = t.new_empty(t.numel() + 1)
+    return torch.as_strided(storage, t.shape, t.stride(), 1).copy_(t)
 
 
 def repeated(args: GhostArgs, batch: int) -> GhostArgs:
@@ -125,15 +136,18 @@ def memory_format(t: Tensor) -> torch.memory_format:
     return torch.channels_last if nhwc else torch.contiguous_format
 
 
-def judge_args(args: Args, name: str, count: int = 1, backend: str = "cuda") -> Row:
+def judge_args(args: Args, name: str, count: int = 1, backend: str = "cuda", latency: bool = False) -> Row:
     """Judges one call of an op whose kernel fills the output's images each by blocks of its own."""
     dev, batch = device(), args.x.shape[0]
     costs: list[LaunchCost] = []
+    times: list[float] = []
 
     def on_launch(launch: Launch) -> None:
         dev.memory.forget()
         counts = execute(launch, sample(launch, batch), dev.memory)
         costs.append(cost_of(launch, counts, dev.memory))
+        if latency:
+            times.append(microseconds(launch, dev.memory))
 
     there = to_device(args, "cuda")
     with dev.launching(on_launch), intercepted(dev) if backend == "triton" else contextlib.nullcontext():
@@ -141,14 +155,16 @@ def judge_args(args: Args, name: str, count: int = 1, backend: str = "cuda") -> 
     written = dev.memory.written.get(out.data_ptr())
     error, limit, checked = check(args, out, written)
     moved = nbytes(args.tensors) + nbytes([out])
-    return row(name, count, costs, moved / DRAM * 1e6, error, limit, checked)
+    judged = row(name, count, costs, moved / DRAM * 1e6, error, limit, checked)
+    return dataclasses.replace(judged, latency_us=sum(times)) if latency else judged
 
 
 def line_of(row: Row, config: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     """A line of JSON: what was judged, as bench's files of measurements describe it, and the judgement."""
     mode = "inference" if options.mode == "forward" else "training_step"
     setting = {"dtype": options.dtype, "layout": options.layout, "batch": options.batch, "mode": mode}
-    return {"kind": "counted", **config, **setting, **dataclasses.asdict(row), "ok": row.ok}
+    values = {name: value for name, value in dataclasses.asdict(row).items() if value is not None}
+    return {"kind": "counted", **config, **setting, **values, "ok": row.ok}
 
 
 def races(config: dict[str, Any], options: argparse.Namespace) -> list[str]:
@@ -249,6 +265,8 @@ def one_image(args: Args, n: int) -> Args:
 def totals(rows: list[Row]) -> dict[str, Any]:
     """Sums over the modules, each as often as it occurs."""
     sums: dict[str, Any] = {name: sum(r.count * getattr(r, name) for r in rows) for name in TIMES}
+    if all(r.latency_us is not None for r in rows):
+        sums["latency_us"] = sum(r.count * (r.latency_us or 0) for r in rows)
     slowest = [max(r.issue_us, r.shared_us, r.dram_us) for r in rows]
     return {
         "modules": sum(r.count for r in rows),

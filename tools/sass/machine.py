@@ -18,7 +18,8 @@ from .kernel import PARAMETERS_AT, Instruction, Kernel
 from .memory import Array, Fault, Memory
 
 if TYPE_CHECKING:
-    from .race import RaceCheck  # which imports this
+    from .latency import Trace  # which import this
+    from .race import RaceCheck
 
 Action = Callable[["Gang", Array], object]
 """Executes an instruction for the lanes of a mask."""
@@ -78,6 +79,7 @@ class Gang:
         kernel = launch.kernel
         self.launch, self.kernel, self.memory = launch, kernel, memory
         self.race: RaceCheck | None = None
+        self.trace: Trace | None = None
         self.blocks = np.array(list(blocks), np.int64)
         per_block = (launch.threads + 31) // 32
         self.warps_per_block = per_block
@@ -118,6 +120,7 @@ class Gang:
         self.issued = np.zeros(warps, np.int64)
         self.shared_clocks = np.zeros(warps, np.int64)
         self.tensor_clocks = np.zeros(warps, np.int64)
+        self.sectors = np.zeros(warps, np.int64)
         self.convergence = np.zeros((16, warps, 32), bool)
         """The lanes that each of a warp's barrier registers names (BSSY)."""
         self.meeting: dict[int, tuple[Array, Array]] = {}
@@ -228,7 +231,7 @@ class Gang:
             pc = min(groups)
             mask = groups.pop(pc)
             next_pc = min(groups, default=_END)
-            active = mask.any(axis=1)
+            active: Array = np.any(mask, axis=1)
             warps, steps = int(active.sum()), 0
             going = True
             while going:
@@ -237,9 +240,12 @@ class Gang:
                 self.count_instructions[pc] += warps
                 taken = guarded(self, instruction.guard, mask)
                 self.count_lanes[pc] += int(np.count_nonzero(taken))
+                self.pc = pc
+                before = (self.shared_clocks.copy(), self.sectors.copy()) if self.trace else None
                 if taken is mask or taken.any():
-                    self.pc = pc
                     action(self, taken)
+                if self.trace and before:
+                    self.trace.note(self, active, *before)
                 pc += 16
                 if instruction.name in CONTROL:
                     self.go_on(pc, mask & ~taken)

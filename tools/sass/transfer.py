@@ -134,6 +134,7 @@ def count_sectors(g: Gang, at: Array, m: Array, size: int) -> None:
         sectors = pattern[warps, lanes].astype(np.int64) // 32
         keys = np.unique(warps << 32 | sectors)
         found = _remember(_sectors, key, np.bincount(keys >> 32, minlength=pattern.shape[0]))
+    g.sectors += found
     g.count_sectors[g.pc] += int(found.sum())
 
 
