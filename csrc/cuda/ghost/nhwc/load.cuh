@@ -70,14 +70,7 @@ __device__ __forceinline__ void load_primary_weight(const NhwcParams& p, const N
     const unsigned char *row_a = row(c), *row_b = row(c + 1);
     unsigned char* to = fragments + (warp_n * blocks + row_of_warps) * 2 * kTiles * 512;
     to += kPath == Path::kFloat32 ? ((q * kTiles + i) * 16 + g) * 16 : i * 512 + lane * 16;
-#pragma unroll 1
-    for (int block = row_of_warps; block < blocks; block += rows_of_warps) {
-      uint4 a, b;
-      if (block + 1 < blocks || whole) {
-        a = load_global16(row_a), b = load_global16(row_b);
-      } else {
-        a = load_global16_or_zero(inside, row_a), b = load_global16_or_zero(inside, row_b);
-      }
+    const auto store = [&](uint4 a, uint4 b) {
       if constexpr (kPath == Path::kFloat32) {
         *reinterpret_cast<uint4*>(to) = a;
         *reinterpret_cast<uint4*>(to + 128) = b;
@@ -86,38 +79,62 @@ __device__ __forceinline__ void load_primary_weight(const NhwcParams& p, const N
         *reinterpret_cast<uint4*>(to) = uint4{a.x, b.x, a.y, b.y};
         *reinterpret_cast<uint4*>(to + kTiles * 512) = uint4{a.z, b.z, a.w, b.w};
       }
-      row_a += rows_of_warps * 64;
-      row_b += rows_of_warps * 64;
       to += rows_of_warps * 2 * kTiles * 512;
+    };
+    int block = row_of_warps;
+    // Several loads are under way at a time.
+    constexpr int kAhead = 4;
+    const int loaded = whole ? blocks : blocks - 1;  // blocks without zeros
+#pragma unroll 1
+    for (; block + (kAhead - 1) * rows_of_warps < loaded; block += kAhead * rows_of_warps) {
+      uint4 a[kAhead], b[kAhead];
+#pragma unroll
+      for (int k = 0; k < kAhead; ++k, row_a += rows_of_warps * 64, row_b += rows_of_warps * 64) {
+        a[k] = load_global16(row_a), b[k] = load_global16(row_b);
+      }
+#pragma unroll
+      for (int k = 0; k < kAhead; ++k) store(a[k], b[k]);
+    }
+#pragma unroll 1
+    for (; block < blocks; block += rows_of_warps, row_a += rows_of_warps * 64, row_b += rows_of_warps * 64) {
+      const bool here = block < loaded || inside;
+      store(load_global16_or_zero(here, row_a), load_global16_or_zero(here, row_b));
     }
   }
 }
 
 // [scale | shift | slope] of the primary conv; of the cheap one [taps | shift | slope], its weights already multiplied
-// by the norm's scale. Rows of ``channels``, zero beyond the block's.
+// by the norm's scale. Rows of ``channels``, zero beyond the block's. One loop, which has the code of affine() once.
 template <typename T, int kD>
 __device__ __forceinline__ void norm_affine(const NhwcParams& p, const NhwcTile& t, int channels, float* primary,
                                             float* cheap) {
   const GhostForwardParams& a = p.args;
-  for (int c = threadIdx.x; c < channels; c += blockDim.x) {
-    Affine first{0.f, 0.f, 0.f};
+#pragma unroll 1
+  for (int i = threadIdx.x; i < (kD > 1 ? 2 : 1) * channels; i += blockDim.x) {
+    const bool is_cheap = kD > 1 && i >= channels;
+    const int c = is_cheap ? i - channels : i;
+    float* to = is_cheap ? cheap + (kD * kD - 1) * channels : primary;
+    T taps[kD * kD];
+    Affine norm{0.f, 0.f, 0.f};
     if (c < p.plan.block_c) {
-      first = affine<T>(a.primary, t.c0 + c);
-      if constexpr (kD > 1) {
-        const Affine second = affine<T>(a.cheap, t.c0 + c);
+      const NormAct& act = is_cheap ? a.cheap : a.primary;
+      const RawAffine raw = load_affine<T>(act, t.c0 + c);
+      if (is_cheap) {
         const T* weight = static_cast<const T*>(a.cheap_weight) + (t.c0 + c) * a.cheap_weight_stride_c;
 #pragma unroll
         for (int tap = 0; tap < kD * kD; ++tap) {
-          const T w = weight[tap / kD * a.cheap_weight_stride_h + tap % kD * a.cheap_weight_stride_w];
-          cheap[tap * channels + c] = to_float(w) * second.scale;
+          taps[tap] = weight[tap / kD * a.cheap_weight_stride_h + tap % kD * a.cheap_weight_stride_w];
         }
-        cheap[kD * kD * channels + c] = second.shift;
-        cheap[(kD * kD + 1) * channels + c] = second.slope;
+      }
+      norm = affine<T>(act, raw);
+      if (is_cheap) {
+#pragma unroll
+        for (int tap = 0; tap < kD * kD; ++tap) cheap[tap * channels + c] = to_float(taps[tap]) * norm.scale;
       }
     }
-    primary[c] = first.scale;
-    primary[channels + c] = first.shift;
-    primary[2 * channels + c] = first.slope;
+    if (!is_cheap) to[c] = norm.scale;
+    to[channels + c] = norm.shift;
+    to[2 * channels + c] = norm.slope;
   }
 }
 

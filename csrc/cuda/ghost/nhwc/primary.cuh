@@ -17,7 +17,8 @@ namespace ghostfused {
 template <typename T, int kTiles>
 struct Products {
   static constexpr int kSlots = kNhwcPixels / 8;
-  uint4 x[2][kSlots];
+  static constexpr int kDepth = kTiles == 1 ? 4 : 2;  // blocks of input channels at hand or under way
+  uint4 x[kDepth][kSlots];
   float sums[kTiles][kSlots][4];
 
   // load(j, address) for each slot of a lane.
@@ -324,21 +325,29 @@ __device__ __forceinline__ void primary(const NhwcParams& p, const NhwcTile& t, 
       const unsigned char* fragments = weights + k * 2 * kTiles * 512;
       return [=](int i) { return *reinterpret_cast<const uint4*>(fragments + i * 512); };
     };
+    constexpr int kDepth = Products<T, kTiles>::kDepth;
 #pragma unroll 1
     for (; pixel < pixels; pixel += step) {
-      fetch(b[1], from, 1);
+#pragma unroll
+      for (int k = 1; k < kDepth; ++k) {
+        if (k < blocks) fetch(b[k], from, k);
+      }
       multiply(std::true_type(), b[0], 0, weight(0));
+      // Buffer 0 is free. Round by round, each buffer gets what comes kDepth blocks after what it had.
       int k = 1;
 #pragma unroll 1
-      for (; k + 2 <= blocks; k += 2) {
-        fetch(b[0], from, k + 1);
-        multiply(std::false_type(), b[1], k, weight(k));
-        if (k + 2 < blocks) fetch(b[1], from, k + 2);
-        multiply(std::false_type(), b[0], k + 1, weight(k + 1));
+      for (; k + kDepth <= blocks; k += kDepth) {
+#pragma unroll
+        for (int i = 0; i < kDepth; ++i) {
+          const int next = k + i + kDepth - 1;
+          if (i == 0 || next < blocks) fetch(b[i], from, next);
+          multiply(std::false_type(), b[(i + 1) % kDepth], k + i, weight(k + i));
+        }
       }
       from = at(pixel + step);
-      if (k < blocks) {
-        multiply(std::false_type(), b[1], k, weight(k));
+#pragma unroll
+      for (int i = 1; i < kDepth; ++i) {
+        if (k + i - 1 < blocks) multiply(std::false_type(), b[i], k + i - 1, weight(k + i - 1));
       }
       fetch(b[0], from, 0);
       store(pixel);
