@@ -171,7 +171,22 @@ MUTANTS = [
         (ANY,),
     ),
     # parameters
-    Mutant("no eps", "cuda/norm.cuh", "sqrtf(var + p.eps)", "sqrtf(var)", (FP32,)),
+    Mutant("no eps", "cuda/norm.cuh", "sqrtf(number(raw.var) + p.eps)", "sqrtf(number(raw.var))", (FP32,)),
+    Mutant("a norm's numbers are taken for halves", "cuda/norm.cuh", "(four ? 4 : 2);", "2;", (NCHW,)),
+    Mutant(
+        "a norm without weights multiplies by zero",
+        "cuda/norm.cuh",
+        "(p.gamma.data == nullptr ? 1.f : number(raw.gamma))",
+        "number(raw.gamma)",
+        (NCHW,),
+    ),
+    Mutant(
+        "a slope is taken from where a bias is",
+        "cuda/norm.cuh",
+        "number_of<T>(raw.slope, false)",
+        "number_of<T>(raw.bias, false)",
+        (NCHW,),
+    ),
     Mutant(
         "norm parameters are taken for x's type",
         "common/checker.h",

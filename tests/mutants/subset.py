@@ -61,7 +61,11 @@ NHWC: dict[str, dict[str, Any]] = {
     "images": {"batch": 5, "in_channels": 24, "height": 9, "width": 11, "out_channels": 40},
     "warps": {"in_channels": 24, "height": 14, "width": 14, "out_channels": 240},
     "long K": {"in_channels": 136, "height": 7, "width": 7, "out_channels": 40},
-}
+    "longer K": {
+        "in_channels": 520, "height": 8, "width": 8, "out_channels": 24,
+        "norm_dtype": torch.float32, "primary_norm": "bn+bias",
+    },
+}  # fmt: skip
 """For the channels_last kernel's variants."""
 VARIANTS: dict[str, dict[str, Any]] = {
     "dw3_none": {"act_primary": "none", "act_cheap": "none"},
