@@ -7,14 +7,15 @@ python=$1
 shift
 settings=("$@")
 if [[ $# -eq 0 ]]; then
-  settings=({float16,float32,tf32}_{nhwc,nchw}_forward float16_{nhwc,nchw}_training float32_nhwc_training float16_{nhwc,nchw}_triton)
+  settings=({float16,float32,tf32}_{nhwc,nchw}_forward float16_{nhwc,nchw}_training float32_nhwc_training float16_{nhwc,nchw}_{triton,latency})
 fi
 for setting in "${settings[@]}"; do
   IFS=_ read -r dtype layout mode <<<"$setting"
   out=bench/results/sass_$setting.jsonl
-  what=(--mode "$mode")
-  [[ $mode != triton ]] || what=(--backend triton)
-  "$python" -m tools.sass --configs tests/data/ghost_configs.jsonl --source timm/ghostnet_100@224 --batch 64 \
+  what=(--batch 64 --mode "$mode")
+  [[ $mode != triton ]] || what=(--batch 64 --backend triton)
+  [[ $mode != latency ]] || what=(--batch 1 --latency)
+  "$python" -m tools.sass --configs tests/data/ghost_configs.jsonl --source timm/ghostnet_100@224 \
     --dtype "$dtype" --layout "$layout" "${what[@]}" --json >"$out.part"
   mv "$out.part" "$out"
   tail -n 1 "$out"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ def files() -> list[Path]:
         dtype, layout, mode = path.stem.removeprefix("sass_").split("_")
         return [order.index(mode), order.index(dtype), order.index(layout)]
 
-    return sorted(RESULTS.glob("sass_*_*_*.jsonl"), key=place)
+    found = RESULTS.glob("sass_*_*_*.jsonl")
+    return sorted((path for path in found if not path.stem.endswith("_latency")), key=place)
 
 
 def sums_table() -> str:
@@ -79,9 +81,29 @@ def network_table(path: Path) -> str:
     return "\n".join(lines)
 
 
+def latency_table() -> str:
+    """A line for each module at batch 1, in both layouts: what the timing model says of the general kernel, and of the one that runs."""
+    heads = [f"{layout}, {what}" for layout in ("nhwc", "nchw") for what in ("general", "now", "blocks")]
+    lines = [f"| module | × | {' | '.join(heads)} |", "|---|---|" + "---|" * len(heads)]
+    results = [
+        read(folder / f"sass_float16_{layout}_latency.jsonl")
+        for layout in ("nhwc", "nchw")
+        for folder in (BASELINE, RESULTS)
+    ]
+    for rows in zip(*(rows for rows, _ in results), strict=True):
+        cells = [rows[0]["module"], str(rows[0]["count"])]
+        for general, now in (rows[:2], rows[2:]):
+            blocks = max(math.prod(launch["grid"]) for launch in now["launches"])
+            cells += [f"{general['latency_us']:.1f}", f"{now['latency_us']:.1f}", str(blocks)]
+        lines.append(f"| {' | '.join(cells)} |")
+    sums = [f"{s['latency_us']:.0f}" for _, s in results]
+    lines.append(f"| all | {results[0][1]['modules']} | {sums[0]} | {sums[1]} | | {sums[2]} | {sums[3]} | |")
+    return "\n".join(lines)
+
+
 def tables() -> list[str]:
     modules = modules_table(RESULTS / "sass_float16_nhwc_forward.jsonl")
-    return [sums_table(), modules, network_table(RESULTS / "sass_network.jsonl")]
+    return [sums_table(), modules, network_table(RESULTS / "sass_network.jsonl"), latency_table()]
 
 
 def written(page: str) -> str:
