@@ -23,9 +23,8 @@ from ..backends import BACKENDS
 from ..ops import KeptProgram, encoding
 from ..ops.recording import Recording, is_recording, recording
 from ..ops.transforms import undisturbed
-from ..recognize import ghost
 from ..recognize.swap import is_ours, original
-from ..recognize.watch import Absent, Watched, any_changed, same
+from ..recognize.watch import CALLED, Absent, Watched, any_changed, has_hooks, same
 from ..spec.kernels import COMMON
 
 
@@ -52,7 +51,7 @@ class _State:
         self.sizes = [p.numel() for p in self.weights]
         self.seen = [d.copy() for d in self.states]  # the guard borrows what is in them
         self.guard = extension.Guard(module, self.states, self.modules, list(self.shared.values()), Absent)
-        watched = any(ghost.has_hooks(m) or "forward" in m.__dict__ for m in modules[1:])
+        watched = any(has_hooks(m) or not CALLED.isdisjoint(m.__dict__) for m in modules[1:])
         self.recordable = not watched and is_recordable(module)
         self.programs: dict[tuple, KeptProgram | None] = {}
 
