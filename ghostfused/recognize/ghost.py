@@ -159,11 +159,12 @@ def read_layers(layers: Iterable[nn.Module | Known | None]) -> Half | str:
                 if type(slope) is not float and type(slope) is not int:
                     return f"LeakyReLU, whose slope is a {type(slope).__name__}"
             elif kind is nn.PReLU:
-                if "weight" not in child._parameters:
-                    return "PReLU, whose weight is no parameter of it"
-                slope = child._parameters["weight"]
+                slope = child._parameters.get("weight")
+                if slope is None or slope.dim() != 1:  # PyTorch takes a single number as well
+                    return "PReLU, whose weight is no vector among its parameters"
             elif act is None:
-                return f"GELU with approximate={child.approximate!r}"
+                names = ("approximate",) if kind is nn.GELU else ("min_val", "max_val")
+                return f"{kind.__name__} with {', '.join(f'{n}={getattr(child, n)!r}' for n in names)}"
         elif kind is not nn.Identity and (kind is not nn.Sequential or child._modules):
             known = kind is nn.Conv2d or kind in NORMS or kind in BY_MODULE
             return f"{kind.__name__} {_misplaced(conv, act) if known else 'is no layer that a kernel computes'}"

@@ -1,6 +1,9 @@
 """What layers hold in another way than PyTorch's constructors make it: settings as ints and lists, tensors that are no parameters
 or buffers, another call on the instance or in a subclass of Sequential. Fused or not, it computes what it did."""
 
+import copy
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -46,6 +49,15 @@ def holding(how: str, kind: type, *names: str):
     return change
 
 
+def clamping(**bounds):
+    def change(model):
+        for half in (model[0].ghost2.primary_conv, model[1].cheap_operation):
+            half[2] = nn.ReLU6()
+            vars(half[2]).update(bounds)
+
+    return change
+
+
 def in_squeeze_excite(how: str, *names: str):
     return lambda model: [held_as(how, m, *names) for m in (model[0].se.conv_reduce, model[0].se.conv_expand)]
 
@@ -69,6 +81,11 @@ CHANGES = {
     "a norm's weight as buffer": holding("buffer", nn.BatchNorm2d, "weight", "bias"),
     "a slope as buffer": holding("buffer", nn.PReLU, "weight"),
     "a slope as attribute": holding("attribute", nn.PReLU, "weight"),
+    "a slope as a number": lambda model: setattr(
+        model[0].ghost1.primary_conv[2], "weight", nn.Parameter(torch.tensor(0.3))
+    ),
+    "ReLU6 up to another number": clamping(max_val=0.5),
+    "ReLU6 from another number": clamping(min_val=-1.0),
     "a conv's weight as attribute": holding("attribute", nn.Conv2d, "weight"),
     "a conv's weight as buffer": holding("buffer", nn.Conv2d, "weight", "bias"),
     "a gate's weights as buffers": in_squeeze_excite("buffer", "weight", "bias"),
@@ -77,19 +94,26 @@ CHANGES = {
 }
 
 
-def network() -> nn.Module:
+@functools.cache
+def _pair() -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
     block = paper.GhostBottleneck(6, 13, 10, stride=2, se_ratio=0.25)
     block.ghost1.primary_conv[2] = nn.PReLU(7)
     model = nn.Sequential(block, paper.GhostModule(10, 12))
-    return calibrate(model, torch.randn(4, 6, 9, 8))
+    calibrate(model, torch.randn(4, 6, 9, 8))
+    fused = fuse(nn.Sequential(model))[0]
+    assert [type(m) for m in fused] == [FusedGhostBottleneck, FusedGhostModule]
+    return model, fused
+
+
+def pair() -> tuple[nn.Module, nn.Module]:
+    """A model and its fused twin; fresh at every call."""
+    return copy.deepcopy(_pair())
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_a_layer_holds_in_another_way(change):
-    torch.manual_seed(0)
-    model, x = network(), torch.randn(2, 6, 9, 8)
-    fused = fuse(model)
-    assert [type(m) for m in fused] == [FusedGhostBottleneck, FusedGhostModule]
+    (model, fused), x = pair(), torch.randn(2, 6, 9, 8)
     with torch.no_grad():
         for _ in range(2):
             fused(x)
@@ -119,13 +143,11 @@ PLACES = ("0.ghost1.primary_conv", "0.ghost1.primary_conv.0", "0.ghost2.cheap_op
 @pytest.mark.parametrize("place", PLACES)
 def test_another_call_on_the_instance(place, name):
     """``_compiled_call_impl`` is what ``Module.compile`` sets: its backend may compute anything."""
-    torch.manual_seed(0)
-    model, x = nn.Sequential(network()).eval(), torch.randn(2, 6, 9, 8)
-    fused = fuse(model)
+    (model, fused), x = pair(), torch.randn(2, 6, 9, 8)
     with torch.no_grad():
         before = [fused(x) for _ in range(2)][1]
         for each in (model, fused):
-            doubled(each.get_submodule(f"0.{place}"), name)
+            doubled(each.get_submodule(place), name)
         expected = model(x)
         for _ in range(3):
             torch.testing.assert_close(fused(x), expected, rtol=1e-3, atol=1e-4)
@@ -151,9 +173,7 @@ class CalledBelow(nn.Sequential):
 @pytest.mark.parametrize("how", ["replaced", "of another class"])
 @pytest.mark.parametrize("place", ["0.ghost1.primary_conv", "1.primary_conv", "0.shortcut"])
 def test_a_subclass_of_sequential_in_place_of_one(kind, how, place):
-    torch.manual_seed(0)
-    model, x = network(), torch.randn(2, 6, 9, 8)
-    fused = fuse(model)
+    (model, fused), x = pair(), torch.randn(2, 6, 9, 8)
     with torch.no_grad():
         before = [fused(x) for _ in range(2)][1]
         for each in (model, fused):
@@ -165,4 +185,4 @@ def test_a_subclass_of_sequential_in_place_of_one(kind, how, place):
         expected = model(x)
         for _ in range(3):
             torch.testing.assert_close(fused(x), expected, rtol=1e-3, atol=1e-4)
-    assert place == "0.shortcut" and kind is Iterated or not torch.allclose(before, expected, rtol=1e-3)
+    assert (place == "0.shortcut" and kind is Iterated) or not torch.allclose(before, expected, rtol=1e-3)
