@@ -308,3 +308,45 @@ def test_one_more_child_of_a_ghost_module(child):
         for _ in range(2):
             assert_same(fused(x), model, x)
     assert_same(fused(x), model, x)
+
+
+class Scaled(nn.Dropout):
+    scale = 1.0
+
+    def forward(self, x):
+        return super().forward(x) if self.training else x * self.scale
+
+
+class Always(nn.Dropout2d):
+    """Monte Carlo dropout, by a flag."""
+
+    drops = False
+
+    def forward(self, x):
+        return nn.functional.dropout2d(x, self.p, True) if self.drops else super().forward(x)
+
+
+class Ends(Bottleneck):
+    def __init__(self, last):
+        super().__init__()
+        self.last = last
+
+    def forward(self, x):
+        return self.last(self.body(x)) + x
+
+
+@pytest.mark.parametrize(("kind", "name", "value"), [(Scaled, "scale", 3.0), (Always, "drops", True)])
+def test_a_subclass_of_dropout_does_what_its_forward_says(kind, name, value):
+    model = calibrate(nn.Sequential(Ends(kind(0.3))), torch.randn(4, 6, 9, 8))
+    fused, x = fuse(model), torch.randn(2, 6, 9, 8)
+    with torch.no_grad():
+        for each in (model, fused):
+            before = [each(x) for _ in range(2)][1]
+            setattr(each[0].last, name, value)
+        outs = []
+        for each in (model, fused, fused):
+            torch.manual_seed(5)
+            outs.append(each(x))
+    for out in outs[1:]:
+        torch.testing.assert_close(out, outs[0], rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(before, outs[0], rtol=1e-2)
