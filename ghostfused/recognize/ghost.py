@@ -176,6 +176,8 @@ def read_layers(layers: Iterable[nn.Module | Known | None]) -> Half | str:
     if not _is_pair(conv.stride) or not _is_pair(conv.dilation):
         return f"Conv2d, whose stride or dilation, {conv.stride} and {conv.dilation}, is no pair of ints"
     weight: Tensor = parameters["weight"]  # type: ignore[assignment]
+    if weight is None or weight.dim() != 4:
+        return "Conv2d, whose weight has not four dimensions"
     if is_wrapper(weight):
         return f"Conv2d, whose weight is a {type(weight).__name__}"
     return Half(conv, weight, parameters["bias"], norm, Act.NONE if act is None else act, slope, batch_norm)

@@ -127,6 +127,21 @@ def test_what_a_layer_holds_in_another_way(change):
     torch.testing.assert_close(fused(x), model(x), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("place", ["0.ghost1.primary_conv.0", "0.conv_dw", "1.cheap_operation.0"])
+@pytest.mark.parametrize("form", [lambda t: t.flatten(), lambda t: t[None], lambda t: t[0], lambda t: None])
+def test_a_weight_of_other_dimensions_is_pytorchs_error(place, form):
+    (model, fused), x = pair(), torch.randn(2, 6, 9, 8)
+    errors = []
+    for each in (model, fused):
+        conv = each.get_submodule(place)
+        weight = form(conv.weight.detach())
+        conv.weight = None if weight is None else nn.Parameter(weight)
+        with pytest.raises((RuntimeError, TypeError)) as caught:
+            each(x)
+        errors.append((type(caught.value), str(caught.value)))
+    assert errors[0] == errors[1]
+
+
 # ---- another call
 
 
