@@ -309,7 +309,7 @@ def read(module: nn.Module) -> Adopted | str:
     if attention is not None and not (isinstance(primary, str) and isinstance(cheap, str)):
         return f"{_name(primary)}, {_name(cheap)}: beside attention each half has to be one child"
     channels = one.weight.shape[0], two.weight.shape[0]
-    if cut is not None and not channels[0] <= cut <= sum(channels):
+    if cut is not None and cut < channels[0]:  # it may be more than there are, after pruning
         return f"it returns {cut} channels, no concatenation of {channels[0]} and {channels[1]}"
     form = "pooled first" if attention is None else gate_form(traced, attention)
     return Adopted(primary, cheap, one.conv.in_channels, cut, traced.watched, attention, form, shuffled)
