@@ -91,6 +91,14 @@ def by_chance(self, x):
     return self.body(x) + x if random.random() < 2 * self.times else self.body(x)
 
 
+def looks_inside(self, x):
+    return self.body(x) + x if len(self.ghost1.primary_conv) == 3 else self.body(x)
+
+
+def looks_at_a_layer(self, x):
+    return self.body(x) + x if isinstance(self.ghost1.primary_conv[2], nn.ReLU) else self.body(x)
+
+
 decorated = keeps(flag)
 
 
@@ -151,6 +159,16 @@ UNFUSED = {
     "a list": (collects, lambda m: None, "reads its attribute log, a list"),
     "a counter": (counts, lambda m: setattr(m, "calls", 2000), "changes calls"),
     "chance": (by_chance, lambda m: setattr(m, "times", 0), "uses the module random"),
+    "the length of a half": (
+        looks_inside,
+        lambda m: m.ghost1.primary_conv.append(nn.Identity()),
+        "looks into self.ghost1",
+    ),
+    "a layer's kind": (
+        looks_at_a_layer,
+        lambda m: m.ghost1.primary_conv.__setitem__(2, nn.SiLU()),
+        "looks into self.ghost1",
+    ),
     "a decorator's": (decorated, lambda m: TABLE.update(scale=3.0), "reads the global TABLE"),
 }
 
