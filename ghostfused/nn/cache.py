@@ -11,6 +11,7 @@ Only forwards of this package are recorded, of which that copy is all they depen
 from __future__ import annotations
 
 import contextlib
+import inspect
 import warnings
 import weakref
 from collections.abc import Callable
@@ -204,6 +205,15 @@ class CachesPrograms:
     def unfused(self) -> nn.Module:
         """The plain module of the same children, where this was made from none."""
         raise NotImplementedError
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        made_from = self.__dict__.get("_original")
+        # a property that can be set is one of the class that this was made from
+        descriptor = None if made_from is None else inspect.getattr_static(made_from.kind, name, None)
+        if hasattr(type(descriptor), "__set__"):
+            descriptor.__set__(self, value)  # type: ignore[union-attr]
+        else:
+            super().__setattr__(name, value)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self._cache.forget()

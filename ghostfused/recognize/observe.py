@@ -240,6 +240,7 @@ class Observer:
             value = state[name]
             function = value.__func__ if isinstance(value, MethodType) and value.__self__ is module else value
             self.watched.attribute(path, name, function)
+            self.watched.of(kind, name)  # a property that comes later hides it
             if isinstance(value, torch.Tensor):
                 self.refuse(f"reads {what}, a tensor whose values may change")
             if not is_immutable(function):

@@ -102,10 +102,12 @@ def same(a: Any, b: Any) -> bool:
         return False
     if type(a) is tuple:
         return len(a) == len(b) and all(map(same, a, b))
+    if type(a) in (float, complex):  # 0.0 is equal to -0.0
+        return repr(a) == repr(b)
     return type(a) in _COMPARED and bool(a == b)
 
 
-_COMPARED = {int, float, complex, str, bytes, MethodType, torch.device, torch.Size}
+_COMPARED = {int, str, bytes, MethodType, torch.device, torch.Size}
 """Kinds of equal values that need not be one object."""
 
 

@@ -1,6 +1,7 @@
 """Forwards that depend on more than tensors and children: fused or not, they compute what they did, also after a change."""
 
 import copy
+import math
 import random
 
 import pytest
@@ -65,6 +66,10 @@ def number(self, x):
     return y
 
 
+def signed(self, x):
+    return self.body(x) + x if math.copysign(1, self.times) > 0 else self.body(x)
+
+
 def content(self, x):
     return self.body(x) + x if self.table["on"] else self.body(x)
 
@@ -109,6 +114,10 @@ class Kind(Bottleneck):
     def on(self):
         return self.skip
 
+    @on.setter
+    def on(self, value):
+        self.skip = value
+
     def helped(self, x):
         return x if self.skip else -x
 
@@ -148,6 +157,10 @@ WATCHED = {
     "a number": (number, lambda m: setattr(m, "times", 2)),
     "one is not True": (number, lambda m: setattr(m, "times", True)),
     "a property": (a_property, lambda m: setattr(m, "skip", 0)),
+    "a property that is set": (a_property, lambda m: setattr(m, "on", False)),
+    "an attribute by a property": (flag, lambda m: setattr(m, "on", False)),
+    "hidden by a property": (number, lambda m: setattr(Kind, "times", property(lambda self: 2))),
+    "a zero of another sign": (signed, lambda m: setattr(m, "times", -0.0)),
     "a method": (a_method, lambda m: setattr(m, "skip", False)),
     "a global": (a_global, lambda m: set_flag(False)),
     "a function's global": (through_a_function, lambda m: set_flag(False)),
@@ -179,11 +192,16 @@ def globals_as_they_were():
     set_flag(True)
     TABLE["scale"] = 1.0
     Kind.keep = True
+    if "times" in vars(Kind):
+        del Kind.times
 
 
 def made(how) -> nn.Module:
     kind = type("Made", (Inherits if how is inherited else Kind,), {"forward": how})
-    return calibrate(nn.Sequential(kind()), torch.randn(4, 6, 9, 8))
+    module = kind()
+    if how is signed:
+        module.times = 0.0
+    return calibrate(nn.Sequential(module), torch.randn(4, 6, 9, 8))
 
 
 def check_change(model: nn.Module, fused: nn.Module, change, x: torch.Tensor) -> None:
