@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 import ghostfused
+from ghostfused.cli.inputs import dtype
 from ghostfused.cli.verify import calibrate
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
@@ -49,7 +50,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", type=int, help="height and width of the input; default: the model's own")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--workers", type=int, default=4, help="processes that decode images, for each device")
-    parser.add_argument("--dtype", default="float32", choices=list(DTYPES))
+    parser.add_argument("--dtype", type=dtype, default="float32", choices=list(DTYPES))
     parser.add_argument("--top", type=int, default=5, help="classes in a row")
     parser.add_argument("--device", help="default: this process's GPU if there is one, else cpu")
     parser.add_argument("--ray", type=int, metavar="N", help="replicas under Ray Data")

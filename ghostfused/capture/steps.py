@@ -166,7 +166,7 @@ class Steps:
 
     def _activation(self, node: fx.Node, act: Act, a: dict[str, Any]) -> bool:
         conv = self._conv_before(node)
-        if conv is None or (a.get("min_val", 0), a.get("max_val", 6)) != (0, 6):
+        if conv is None:
             return False
         return self._extend(node, conv, act=int(act), negative_slope=float(a.get("negative_slope", 0.0)))
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ..ops.transforms import runs_plain
-from ..recognize import ghost
+from ..recognize.watch import forward_replaced, has_hooks
 from . import layers
 from .ghost_module import FusedGhostModule, _gated
 
@@ -64,7 +64,7 @@ class FusedAttentionGhostModule(FusedGhostModule):
             x = _gated(x, input_gate)
         gate = F.avg_pool2d(x, 2) if self._gate_form == "pooled first" else x
         block = self._modules[self._attention]
-        if not self._runs or ghost.has_hooks(block) or ghost.forward_replaced(block):  # type: ignore[arg-type]
+        if not self._runs or has_hooks(block) or forward_replaced(block):  # type: ignore[arg-type]
             gate = block(gate)  # type: ignore[misc]
         else:
             for run in self._runs:

@@ -11,6 +11,7 @@ Only forwards of this package are recorded, of which that copy is all they depen
 from __future__ import annotations
 
 import contextlib
+import inspect
 import warnings
 import weakref
 from collections.abc import Callable
@@ -23,9 +24,8 @@ from ..backends import BACKENDS
 from ..ops import KeptProgram, encoding
 from ..ops.recording import Recording, is_recording, recording
 from ..ops.transforms import undisturbed
-from ..recognize import ghost
 from ..recognize.swap import is_ours, original
-from ..recognize.watch import Absent, Watched, any_changed, same
+from ..recognize.watch import CALLED, Absent, Watched, any_changed, has_hooks, same
 from ..spec.kernels import COMMON
 
 
@@ -52,7 +52,7 @@ class _State:
         self.sizes = [p.numel() for p in self.weights]
         self.seen = [d.copy() for d in self.states]  # the guard borrows what is in them
         self.guard = extension.Guard(module, self.states, self.modules, list(self.shared.values()), Absent)
-        watched = any(ghost.has_hooks(m) or "forward" in m.__dict__ for m in modules[1:])
+        watched = any(has_hooks(m) or not CALLED.isdisjoint(m.__dict__) for m in modules[1:])
         self.recordable = not watched and is_recordable(module)
         self.programs: dict[tuple, KeptProgram | None] = {}
 
@@ -205,6 +205,15 @@ class CachesPrograms:
     def unfused(self) -> nn.Module:
         """The plain module of the same children, where this was made from none."""
         raise NotImplementedError
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        made_from = self.__dict__.get("_original")
+        # a property that can be set is one of the class that this was made from
+        descriptor = None if made_from is None else inspect.getattr_static(made_from.kind, name, None)
+        if hasattr(type(descriptor), "__set__"):
+            descriptor.__set__(self, value)  # type: ignore[union-attr]
+        else:
+            super().__setattr__(name, value)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self._cache.forget()

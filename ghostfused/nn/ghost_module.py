@@ -221,7 +221,7 @@ class FusedGhostModule(CachesPrograms, nn.Module):
     def _is_foreign(self, name: str) -> bool:
         """Whether the child of that name has a forward that may do anything: it isn't the kind that it was."""
         kind = type(self.__dict__["_modules"].get(name))
-        if getattr(kind, "forward", None) is nn.Sequential.forward:
+        if kind is nn.Sequential or kind is ConvNormAct:
             return False
         layout: Layout | None = self.__dict__.get("_layout")
         return layout is None or layout.kinds[()].get(name) is not kind

@@ -18,7 +18,7 @@ from ..recognize import ghost
 from ..recognize.activations import Known, watch_settings
 from ..recognize.equivalence import substituted
 from ..recognize.trace import Traced, is_fused, is_look, trace
-from ..recognize.watch import Path, Watched, get, is_wrapper
+from ..recognize.watch import Path, Watched, forward_replaced, get, has_hooks, is_wrapper
 from ..spec import Act, Gate, SqueezeExciteArgs
 from ..spec.activations import of_layer
 from ..spec.kernels import COMMON, depthwise_form_refusal
@@ -54,7 +54,7 @@ class Layout(NamedTuple):
                 kind = kinds.get(name)
                 if type(child) is not kind and not (type(child) is nn.Identity and kind in ghost.NORMS):
                     return False
-                if child is not None and (ghost.has_hooks(child) or ghost.forward_replaced(child)):
+                if child is not None and (has_hooks(child) or forward_replaced(child)):
                     return False
             for name, kind in kinds.items():
                 if name not in children and kind not in ghost.NORMS and name not in free:
@@ -147,21 +147,20 @@ class SqueezeExcite(NamedTuple):
 
     def __call__(self, root: nn.Module, x: Tensor, backend: str) -> Tensor:
         """The gate, (N, C)."""
-        reduce, expand = (get(root, path)._parameters for path in (self.reduce, self.expand))
-        if is_wrapper(reduce["weight"]) or is_wrapper(expand["weight"]):
+        (reduce, reduce_bias), (expand, expand_bias) = (_held(get(root, path)) for path in self.paths)
+        if is_wrapper(reduce) or is_wrapper(expand):
             note_others()
-            matrices = reduce["weight"], reduce["bias"], expand["weight"], expand["bias"]
-            return reference.run(SqueezeExciteArgs(x, *matrices, self.act, self.gate))  # type: ignore[arg-type]
-        return squeeze_excite(
-            x,
-            reduce["weight"],  # type: ignore[arg-type]
-            expand["weight"],  # type: ignore[arg-type]
-            reduce_bias=reduce["bias"],
-            expand_bias=expand["bias"],
-            act=self.act,
-            gate=self.gate,
-            backend=backend,
-        )
+            return reference.run(
+                SqueezeExciteArgs(x, reduce, reduce_bias, expand, expand_bias, self.act, self.gate)  # type: ignore[arg-type]
+            )
+        biases = {"reduce_bias": reduce_bias, "expand_bias": expand_bias}
+        return squeeze_excite(x, reduce, expand, **biases, act=self.act, gate=self.gate, backend=backend)  # type: ignore[arg-type]
+
+
+def _held(layer: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    """Its weight and bias: parameters, or else buffers or attributes, as in DataParallel's replicas."""
+    held = layer._parameters
+    return (held["weight"], held["bias"]) if "weight" in held and "bias" in held else (layer.weight, layer.bias)  # type: ignore[return-value]
 
 
 def _matrices(block: nn.Module) -> list[tuple[Path, nn.Module]]:
@@ -191,7 +190,7 @@ def read_squeeze_excite(block: nn.Module, path: Path) -> tuple[SqueezeExcite, Wa
     numbers; which of the gates these are is tried on random numbers.
     """
     matrices = _matrices(block)
-    if not matrices or ghost.unusual(block) or any(ghost.has_hooks(m) for m in block.modules()):
+    if not matrices or ghost.unusual(block) or any(has_hooks(m) for m in block.modules()):
         return None
     traced = trace(block)
     (reduce, first), (expand, _) = matrices

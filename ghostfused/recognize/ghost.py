@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator
-from types import MethodType
 from typing import NamedTuple, cast
 
 from torch import Tensor, nn
@@ -20,15 +19,14 @@ from .activations import Activations, Known
 from .graph import Layer, gate_form, halves_of
 from .swap import PACKAGE
 from .trace import is_fused, is_layer, scripted, trace
-from .watch import Path, Watched, get, hides_any, is_wrapper
+from .watch import CALLED, Path, Watched, forward_replaced, get, has_hooks, hides_any, is_wrapper
 
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 _HIDDEN = {
-    kind: frozenset(n for base in kind.__mro__ for n, value in vars(base).items() if inspect.isfunction(value))
+    kind: CALLED.union(n for base in kind.__mro__ for n, value in vars(base).items() if inspect.isfunction(value))
     for kind in (nn.Conv2d, *NORMS, *BY_MODULE)
 }
 """Names that, on an instance, hide a method of its class, such as ``_conv_forward``, which people replace."""
-_FORWARD = frozenset({"forward"})
 
 
 class Half(NamedTuple):
@@ -96,25 +94,6 @@ class Adopted(NamedTuple):
         return channels if self.cut is None else min(self.cut, channels)
 
 
-def has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
-
-
-def forward_replaced(block: nn.Module) -> bool:
-    """Whether a block's forward is no method of its class but one put on the instance, as offloading tools do.
-
-    ultralytics switches to another method of its class, ``forward_fuse``, when it folds norms into convolutions.
-    """
-    forward = block.__dict__.get("forward")
-    return forward is not None and not (
-        type(block).__module__.partition(".")[0] == "ultralytics"
-        and isinstance(forward, MethodType)
-        and getattr(type(block), forward.__name__, None) is forward.__func__
-    )
-
-
 def read_place(root: nn.Module, place: Place) -> Half | str:
     """The half of ``root`` at ``place``."""
     if isinstance(place, str):
@@ -156,7 +135,7 @@ def read_layers(layers: Iterable[nn.Module | Known | None]) -> Half | str:
             act = child.act
             continue
         kind = type(child)
-        if has_hooks(child) or hides_any(child, _HIDDEN.get(kind, _FORWARD)):
+        if has_hooks(child) or hides_any(child, _HIDDEN.get(kind, CALLED)):
             return f"{kind.__name__} has hooks or another forward"
         if kind is nn.Conv2d and conv is None:
             conv = child  # type: ignore[assignment]
@@ -167,6 +146,8 @@ def read_layers(layers: Iterable[nn.Module | Known | None]) -> Half | str:
                 return f"{kind.__name__}, whose weight or bias is no parameter of it"
             if type(child.eps) is not float and type(child.eps) is not int:
                 return f"{kind.__name__}, whose eps is a {type(child.eps).__name__}"
+            if "running_mean" not in buffers or "running_var" not in buffers:
+                return f"{kind.__name__}, whose statistics are no buffers of it"
             mean, var = buffers["running_mean"], buffers["running_var"]
             if child.training or mean is None or var is None:
                 batch_norm, mean, var = child, None, None
@@ -178,9 +159,12 @@ def read_layers(layers: Iterable[nn.Module | Known | None]) -> Half | str:
                 if type(slope) is not float and type(slope) is not int:
                     return f"LeakyReLU, whose slope is a {type(slope).__name__}"
             elif kind is nn.PReLU:
-                slope = child._parameters["weight"]
+                slope = child._parameters.get("weight")
+                if slope is None or slope.dim() != 1:  # PyTorch takes a single number as well
+                    return "PReLU, whose weight is no vector among its parameters"
             elif act is None:
-                return f"GELU with approximate={child.approximate!r}"
+                names = ("approximate",) if kind is nn.GELU else ("min_val", "max_val")
+                return f"{kind.__name__} with {', '.join(f'{n}={getattr(child, n)!r}' for n in names)}"
         elif kind is not nn.Identity and (kind is not nn.Sequential or child._modules):
             known = kind is nn.Conv2d or kind in NORMS or kind in BY_MODULE
             return f"{kind.__name__} {_misplaced(conv, act) if known else 'is no layer that a kernel computes'}"
@@ -189,10 +173,19 @@ def read_layers(layers: Iterable[nn.Module | Known | None]) -> Half | str:
     parameters = conv._parameters
     if "weight" not in parameters or "bias" not in parameters:  # torch.nn.utils.weight_norm, DataParallel's replicas
         return "Conv2d, whose weight or bias is no parameter of it"
+    if not _is_pair(conv.stride) or not _is_pair(conv.dilation):
+        return f"Conv2d, whose stride or dilation, {conv.stride} and {conv.dilation}, is no pair of ints"
     weight: Tensor = parameters["weight"]  # type: ignore[assignment]
+    if weight is None or weight.dim() != 4:
+        return "Conv2d, whose weight has not four dimensions"
     if is_wrapper(weight):
         return f"Conv2d, whose weight is a {type(weight).__name__}"
     return Half(conv, weight, parameters["bias"], norm, Act.NONE if act is None else act, slope, batch_norm)
+
+
+def _is_pair(value: object) -> bool:
+    """Whether a convolution's setting is what Conv2d makes of it; PyTorch takes an int or a list as well."""
+    return type(value) is tuple and len(value) == 2 and type(value[0]) is type(value[1]) is int
 
 
 def _misplaced(conv: nn.Module | None, act: Act | None) -> str:
@@ -316,7 +309,7 @@ def read(module: nn.Module) -> Adopted | str:
     if attention is not None and not (isinstance(primary, str) and isinstance(cheap, str)):
         return f"{_name(primary)}, {_name(cheap)}: beside attention each half has to be one child"
     channels = one.weight.shape[0], two.weight.shape[0]
-    if cut is not None and not channels[0] <= cut <= sum(channels):
+    if cut is not None and cut < channels[0]:  # it may be more than there are, after pruning
         return f"it returns {cut} channels, no concatenation of {channels[0]} and {channels[1]}"
     form = "pooled first" if attention is None else gate_form(traced, attention)
     return Adopted(primary, cheap, one.conv.in_channels, cut, traced.watched, attention, form, shuffled)

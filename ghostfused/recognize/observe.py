@@ -191,6 +191,8 @@ class Observer:
         if isinstance(top, nn.Module):
             if id(top) not in self.paths:
                 self.refuse(f"uses {text.rpartition('.')[0]}, a module that is none of its children")
+            if isinstance(top.__dict__.get("forward"), Step) and name in top._modules:
+                self.refuse(f"looks into {text.rpartition('.')[0]}, which may change inside")
             return self._of_module(top, name)
         if isinstance(top, ModuleType):
             return self._of_python_module(top, name, text)
@@ -238,6 +240,7 @@ class Observer:
             value = state[name]
             function = value.__func__ if isinstance(value, MethodType) and value.__self__ is module else value
             self.watched.attribute(path, name, function)
+            self.watched.of(kind, name)  # a property that comes later hides it
             if isinstance(value, torch.Tensor):
                 self.refuse(f"reads {what}, a tensor whose values may change")
             if not is_immutable(function):

@@ -113,7 +113,7 @@ def trace(module: nn.Module, is_leaf: IsLeaf = lambda module, path: is_layer(mod
 
 def idle_in_eval(module: nn.Module) -> Watched | None:
     """What the forward of ``module`` reads, if in eval mode it returns its input, as DropPath does; else None."""
-    if isinstance(module, nn.modules.dropout._DropoutNd):
+    if isinstance(module, nn.modules.dropout._DropoutNd) and is_layer(module):  # a subclass of somebody's may do more
         return Watched()
     if is_layer(module) or hidden(module) or any(True for _ in (*module.parameters(), *module.buffers())):
         return None

@@ -46,6 +46,32 @@ def hides_any(module: nn.Module, names: frozenset[str]) -> bool:
     return not names.isdisjoint(module.__dict__)
 
 
+CALLED = frozenset({"forward", "_call_impl", "_compiled_call_impl"})
+"""Names that, on an instance, make its call another: by hand, by offloading tools, by ``Module.compile``."""
+
+
+def has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def forward_replaced(block: nn.Module) -> bool:
+    """Whether what runs when a block is called is no method of its class but one put on the instance, as offloading tools do.
+
+    ultralytics switches to another method of its class, ``forward_fuse``, when it folds norms into convolutions.
+    """
+    if not hides_any(block, CALLED):
+        return False
+    forward = block.__dict__.get("forward")
+    return not (
+        type(block).__module__.partition(".")[0] == "ultralytics"
+        and not hides_any(block, CALLED - {"forward"})
+        and isinstance(forward, MethodType)
+        and getattr(type(block), forward.__name__, None) is forward.__func__
+    )
+
+
 def is_wrapper(t: Any) -> bool:
     """Whether ``t`` stands for other tensors, such as quantized ones, or is of another class that knows what to do of PyTorch's
     operations alone."""
@@ -76,10 +102,12 @@ def same(a: Any, b: Any) -> bool:
         return False
     if type(a) is tuple:
         return len(a) == len(b) and all(map(same, a, b))
+    if type(a) in (float, complex):  # 0.0 is equal to -0.0
+        return repr(a) == repr(b)
     return type(a) in _COMPARED and bool(a == b)
 
 
-_COMPARED = {int, float, complex, str, bytes, MethodType, torch.device, torch.Size}
+_COMPARED = {int, str, bytes, MethodType, torch.device, torch.Size}
 """Kinds of equal values that need not be one object."""
 
 

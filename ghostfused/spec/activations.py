@@ -70,9 +70,11 @@ BY_CALL: dict[Any, Act] = {call: act for act, activation in TABLE.items() for ca
 
 def with_settings(act: Act | None, settings: Mapping[str, Any]) -> Act | None:
     """The activation of these attributes or arguments, of a class, function or op that one of the tables has as ``act``."""
-    if act is not Act.GELU:
-        return act
-    return {"none": Act.GELU, "tanh": Act.GELU_TANH}.get(settings.get("approximate", "none"))
+    if act is Act.GELU:
+        return {"none": Act.GELU, "tanh": Act.GELU_TANH}.get(settings.get("approximate", "none"))
+    if act is Act.RELU6 and (settings.get("min_val", 0), settings.get("max_val", 6)) != (0, 6):
+        return None  # nn.ReLU6 is an nn.Hardtanh
+    return act
 
 
 def of_layer(layer: nn.Module) -> Act | None:

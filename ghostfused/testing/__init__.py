@@ -17,6 +17,8 @@ from ..backends import reference
 from ..numerics import TOLERANCES, relative_error
 from ..spec import Act, Args, DepthwiseArgs, Gate, GhostArgs, SqueezeExciteArgs
 
+_FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -72,7 +74,7 @@ def make_args(case: Case) -> GhostArgs:
         return torch.randn(shape, generator=gen, dtype=torch.float64) * scale
 
     def layout(t: Tensor) -> Tensor:
-        return t.to(dtype).to(memory_format=torch.channels_last if c.layout == "nhwc" else torch.contiguous_format)
+        return t.to(dtype).to(memory_format=_FORMATS[c.layout])
 
     def norm(kind: str, channels: int) -> list[Tensor | None]:
         """bias, mean, var, gamma, beta"""

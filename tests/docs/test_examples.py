@@ -247,3 +247,13 @@ def test_batch_inference_names_what_is_wrong(folder, capsys):
         with pytest.raises(SystemExit):
             main(arguments)
         assert message in capsys.readouterr().err
+
+
+def test_batch_inference_takes_pytorchs_words(folder, capsys):
+    pytest.importorskip("timm"), pytest.importorskip("rich")
+    arguments = load("batch_inference").arguments
+    for word in ("torch.float16", "half", "float16"):
+        assert arguments([str(folder), "predictions.csv", "--dtype", word]).dtype == "float16"
+    with pytest.raises(SystemExit):
+        arguments([str(folder), "predictions.csv", "--dtype", "torch.int8"])
+    assert "argument --dtype: invalid choice: 'int8'" in capsys.readouterr().err

@@ -7,7 +7,7 @@ import torch
 from networks import first, fused_inside, network
 from torch import nn
 
-from ghostfused import FusedGhostBottleneck, fuse
+from ghostfused import FusedGhostBottleneck, fuse, fuse_with_report
 from ghostfused.cli.verify import calibrate
 from ghostfused.models import paper
 
@@ -87,6 +87,24 @@ def test_torch_pruning_makes_layers_smaller():
         return [*outs, m.conv_stem.weight.grad, torch.tensor([t.numel() for t in m.parameters()])]
 
     assert_alike(tool, network("ghostnet_100"))
+
+
+def test_a_pruned_network_is_fused():
+    """torch-pruning leaves ``out_channels`` as it was, beyond which the forward cuts nothing off."""
+    pruning = pytest.importorskip("torch_pruning")
+    blocks = paper.GhostBottleneck(8, 16, 12, stride=2), paper.GhostBottleneck(12, 24, 12)
+    model, x = nn.Sequential(paper.ConvBnAct(3, 8), *blocks, nn.Conv2d(12, 5, 1)), torch.randn(2, 3, 9, 8)
+    importance = pruning.importance.MagnitudeImportance(p=2)
+    pruner = pruning.pruner.MagnitudePruner
+    pruner(model, x[:1], importance=importance, pruning_ratio=0.5, ignored_layers=[model[3]]).step()
+    ghost = blocks[1].ghost1
+    assert ghost.out_channels == 24 > 2 * ghost.primary_conv[0].out_channels
+    calibrate(model, torch.randn(4, 3, 9, 8))
+    fused, report = fuse_with_report(model)
+    assert all(swap.fused for swap in report if not swap.fqn.startswith("0")), report
+    for grad in (False, False, True):
+        with torch.set_grad_enabled(grad):
+            torch.testing.assert_close(fused(x), model(x), rtol=1e-3, atol=1e-4)
 
 
 def test_timms_surgery():

@@ -1,6 +1,7 @@
 """Forwards that depend on more than tensors and children: fused or not, they compute what they did, also after a change."""
 
 import copy
+import math
 import random
 
 import pytest
@@ -65,6 +66,10 @@ def number(self, x):
     return y
 
 
+def signed(self, x):
+    return self.body(x) + x if math.copysign(1, self.times) > 0 else self.body(x)
+
+
 def content(self, x):
     return self.body(x) + x if self.table["on"] else self.body(x)
 
@@ -91,6 +96,14 @@ def by_chance(self, x):
     return self.body(x) + x if random.random() < 2 * self.times else self.body(x)
 
 
+def looks_inside(self, x):
+    return self.body(x) + x if len(self.ghost1.primary_conv) == 3 else self.body(x)
+
+
+def looks_at_a_layer(self, x):
+    return self.body(x) + x if isinstance(self.ghost1.primary_conv[2], nn.ReLU) else self.body(x)
+
+
 decorated = keeps(flag)
 
 
@@ -100,6 +113,10 @@ class Kind(Bottleneck):
     @property
     def on(self):
         return self.skip
+
+    @on.setter
+    def on(self, value):
+        self.skip = value
 
     def helped(self, x):
         return x if self.skip else -x
@@ -140,6 +157,10 @@ WATCHED = {
     "a number": (number, lambda m: setattr(m, "times", 2)),
     "one is not True": (number, lambda m: setattr(m, "times", True)),
     "a property": (a_property, lambda m: setattr(m, "skip", 0)),
+    "a property that is set": (a_property, lambda m: setattr(m, "on", False)),
+    "an attribute by a property": (flag, lambda m: setattr(m, "on", False)),
+    "hidden by a property": (number, lambda m: setattr(Kind, "times", property(lambda self: 2))),
+    "a zero of another sign": (signed, lambda m: setattr(m, "times", -0.0)),
     "a method": (a_method, lambda m: setattr(m, "skip", False)),
     "a global": (a_global, lambda m: set_flag(False)),
     "a function's global": (through_a_function, lambda m: set_flag(False)),
@@ -151,6 +172,16 @@ UNFUSED = {
     "a list": (collects, lambda m: None, "reads its attribute log, a list"),
     "a counter": (counts, lambda m: setattr(m, "calls", 2000), "changes calls"),
     "chance": (by_chance, lambda m: setattr(m, "times", 0), "uses the module random"),
+    "the length of a half": (
+        looks_inside,
+        lambda m: m.ghost1.primary_conv.append(nn.Identity()),
+        "looks into self.ghost1",
+    ),
+    "a layer's kind": (
+        looks_at_a_layer,
+        lambda m: m.ghost1.primary_conv.__setitem__(2, nn.SiLU()),
+        "looks into self.ghost1",
+    ),
     "a decorator's": (decorated, lambda m: TABLE.update(scale=3.0), "reads the global TABLE"),
 }
 
@@ -161,11 +192,16 @@ def globals_as_they_were():
     set_flag(True)
     TABLE["scale"] = 1.0
     Kind.keep = True
+    if "times" in vars(Kind):
+        del Kind.times
 
 
 def made(how) -> nn.Module:
     kind = type("Made", (Inherits if how is inherited else Kind,), {"forward": how})
-    return calibrate(nn.Sequential(kind()), torch.randn(4, 6, 9, 8))
+    module = kind()
+    if how is signed:
+        module.times = 0.0
+    return calibrate(nn.Sequential(module), torch.randn(4, 6, 9, 8))
 
 
 def check_change(model: nn.Module, fused: nn.Module, change, x: torch.Tensor) -> None:
@@ -308,3 +344,45 @@ def test_one_more_child_of_a_ghost_module(child):
         for _ in range(2):
             assert_same(fused(x), model, x)
     assert_same(fused(x), model, x)
+
+
+class Scaled(nn.Dropout):
+    scale = 1.0
+
+    def forward(self, x):
+        return super().forward(x) if self.training else x * self.scale
+
+
+class Always(nn.Dropout2d):
+    """Monte Carlo dropout, by a flag."""
+
+    drops = False
+
+    def forward(self, x):
+        return nn.functional.dropout2d(x, self.p, True) if self.drops else super().forward(x)
+
+
+class Ends(Bottleneck):
+    def __init__(self, last):
+        super().__init__()
+        self.last = last
+
+    def forward(self, x):
+        return self.last(self.body(x)) + x
+
+
+@pytest.mark.parametrize(("kind", "name", "value"), [(Scaled, "scale", 3.0), (Always, "drops", True)])
+def test_a_subclass_of_dropout_does_what_its_forward_says(kind, name, value):
+    model = calibrate(nn.Sequential(Ends(kind(0.3))), torch.randn(4, 6, 9, 8))
+    fused, x = fuse(model), torch.randn(2, 6, 9, 8)
+    with torch.no_grad():
+        for each in (model, fused):
+            before = [each(x) for _ in range(2)][1]
+            setattr(each[0].last, name, value)
+        outs = []
+        for each in (model, fused, fused):
+            torch.manual_seed(5)
+            outs.append(each(x))
+    for out in outs[1:]:
+        torch.testing.assert_close(out, outs[0], rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(before, outs[0], rtol=1e-2)
