@@ -15,6 +15,7 @@ import inspect
 import warnings
 import weakref
 from collections.abc import Callable
+from types import MemberDescriptorType
 from typing import Any
 
 import torch
@@ -208,9 +209,9 @@ class CachesPrograms:
 
     def __setattr__(self, name: str, value: Any) -> None:
         made_from = self.__dict__.get("_original")
-        # a property that can be set is one of the class that this was made from
+        # a property that can be set is one of the class that this was made from; what lies in slots is that class's alone
         descriptor = None if made_from is None else inspect.getattr_static(made_from.kind, name, None)
-        if hasattr(type(descriptor), "__set__"):
+        if hasattr(type(descriptor), "__set__") and not isinstance(descriptor, MemberDescriptorType):
             descriptor.__set__(self, value)  # type: ignore[union-attr]
         else:
             super().__setattr__(name, value)
