@@ -23,18 +23,10 @@ LATENCY = {
     "alu": 5, "fma": 4, "wide": 5, "half": 6, "convert": 6, "special": 20, "tensor": 33, "uniform": 8,
     "shared": 28, "matrix": 32, "constant": 30, "lanes": 24, "l2": 260, "barrier": 10, "control": 1,
 }  # fmt: skip
-"""Clocks until a result can be used. Those of this table and the next are rounded from publications about GPUs of this kind."""
+"""Clocks until a result can be used. All numbers of this file but an SM's sizes are assumptions."""
 INTERVAL = {
-    "alu": 2,
-    "fma": 1,
-    "wide": 2,
-    "half": 1,
-    "convert": 2,
-    "special": 8,
-    "tensor": 8,
-    "uniform": 2,
-    "memory": 2,
-}
+    "alu": 2, "fma": 1, "wide": 2, "half": 1, "convert": 2, "special": 8, "tensor": 8, "uniform": 2, "memory": 2,
+}  # fmt: skip
 """Clocks between two instructions of one kind on a scheduler."""
 L2_BYTES, STORE_BYTES, BLOCK_START = 40.0, 40.0, 100
 """Bytes a clock of one SM, and clocks until a block takes another one's place."""
@@ -45,20 +37,8 @@ _FLOATS = {"FFMA", "FADD", "FMUL"}
 _HALVES = {"HFMA2", "HMUL2", "HADD2", "HMNMX2"}
 _SPECIAL = {"MUFU", "I2F", "F2I", "F2F"}
 _CONTROL = {
-    "BRA",
-    "BSSY",
-    "BSYNC",
-    "WARPSYNC",
-    "NOP",
-    "DEPBAR",
-    "LDGDEPBAR",
-    "BAR",
-    "EXIT",
-    "CALL",
-    "RET",
-    "BRX",
-    "MEMBAR",
-}
+    "BRA", "BSSY", "BSYNC", "WARPSYNC", "NOP", "DEPBAR", "LDGDEPBAR", "BAR", "EXIT", "CALL", "RET", "BRX", "MEMBAR",
+}  # fmt: skip
 _STORES = {"STS", "STG", "ST", "STL", "STSM"}
 _GLOBAL_LOADS = {"LDG", "LD", "LDGSTS"}
 _MEMORY = {"LDS", "LDSM", "LDC", "LDL", "SHFL", "S2R", "S2UR", "MOVM", "ATOMS", "RED", *_STORES, *_GLOBAL_LOADS}
@@ -114,20 +94,21 @@ def _names(operand: str, count: int = 1) -> list[str]:
     return found
 
 
+def _count(i: Instruction) -> int:
+    """Registers that a lane loads or stores: of LDSM and STSM one for each matrix."""
+    if i.name in ("LDSM", "STSM"):
+        return int(i.modifiers[-1]) if i.modifiers[-1].isdigit() else 1
+    return max(1, access_size(i) // 4)
+
+
 def registers_of(i: Instruction) -> tuple[list[str], list[str]]:
     """The registers and predicates that it writes, and those that it reads."""
     written: list[str] = []
     read = _names(i.guard)
     operands = list(i.operands)
     if i.name in _STORES or i.name == "RED":
-        value = (
-            max(1, access_size(i) // 4)
-            if i.name != "STSM"
-            else int(i.modifiers[-1])
-            if i.modifiers[-1].isdigit()
-            else 1
-        )
-        return written, read + _names(operands[0]) + [r for o in operands[1:] for r in _names(o, value)]
+        values = [r for o in operands[1:] for r in _names(o, _count(i))]
+        return written, read + _names(operands[0]) + values
     if i.name in _CONTROL or i.name == "LDGSTS" or not operands:
         return written, read + [r for o in operands for r in _names(o)]
     counts = [1] * len(operands)
@@ -135,10 +116,8 @@ def registers_of(i: Instruction) -> tuple[list[str], list[str]]:
         counts[:4] = [4, *((4, 2) if i.modifiers[0].startswith("16816") else (2, 1)), 4]
         if i.modifiers[0] == "1688" and "TF32" in i.modifiers:
             counts[1:3] = [4, 2]
-    elif i.name in ("LDG", "LDS", "LD", "LDL"):
-        counts[0] = max(1, access_size(i) // 4)
-    elif i.name == "LDSM":
-        counts[0] = int(i.modifiers[-1]) if i.modifiers[-1].isdigit() else 1
+    elif i.name in ("LDG", "LDS", "LD", "LDL", "LDSM"):
+        counts[0] = _count(i)
     elif "WIDE" in i.modifiers:
         counts[0] = 2
         counts[-1] = 2 if operands[-1].startswith("R") else 1
