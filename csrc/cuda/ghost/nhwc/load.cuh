@@ -97,8 +97,11 @@ __device__ __forceinline__ void load_primary_weight(const NhwcParams& p, const N
     }
 #pragma unroll 1
     for (; block < blocks; block += rows_of_warps, row_a += rows_of_warps * 64, row_b += rows_of_warps * 64) {
-      const bool here = block < loaded || inside;
-      store(load_global16_or_zero(here, row_a), load_global16_or_zero(here, row_b));
+      if (block < loaded) {
+        store(load_global16(row_a), load_global16(row_b));
+      } else {
+        store(load_global16_or_zero(inside, row_a), load_global16_or_zero(inside, row_b));
+      }
     }
   }
 }
@@ -113,7 +116,7 @@ __device__ __forceinline__ void norm_affine(const NhwcParams& p, const NhwcTile&
   for (int i = threadIdx.x; i < (kD > 1 ? 2 : 1) * channels; i += blockDim.x) {
     const bool is_cheap = kD > 1 && i >= channels;
     const int c = is_cheap ? i - channels : i;
-    float* to = is_cheap ? cheap + (kD * kD - 1) * channels : primary;
+    float* to = is_cheap ? cheap + (kD * kD - 1) * channels : primary;  // a row before the shift
     T taps[kD * kD];
     Affine norm{0.f, 0.f, 0.f};
     if (c < p.plan.block_c) {
