@@ -30,9 +30,8 @@ def config(changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def options(**given: Any) -> argparse.Namespace:
-    return argparse.Namespace(
-        **{"batch": 1, "dtype": "float16", "layout": "nhwc", "mode": "forward", "backend": "cuda"} | given
-    )
+    rest = {"mode": "forward", "backend": "cuda", "latency": False, "general": False}
+    return argparse.Namespace(**{"batch": 1, "dtype": "float16", "layout": "nhwc"} | rest | given)
 
 
 @pytest.mark.parametrize("layout", ["nhwc", "nchw"])
@@ -87,6 +86,18 @@ def test_costs(mode):
     assert row.images_checked == 1
     assert 0 < row.issue_mean_us <= row.issue_us
     assert len(row.launches) == (1 if mode == "forward" else 6)
+
+
+def test_latency():
+    """Of the kernel of the layout and, by its weights' address, of the general one; without the option there is none."""
+    own, general = (judge.judge_config(config({}), options(latency=True, general=general)) for general in (False, True))
+    assert own.ok
+    assert general.ok
+    assert own.launches[0]["kernel"].startswith("nhwc_forward")
+    assert general.launches[0]["kernel"].startswith("ghost_forward")
+    assert 0 < own.issue_us < own.latency_us < general.latency_us
+    assert judge.totals([own])["latency_us"] == own.latency_us
+    assert judge.judge_config(config({}), options()).latency_us is None
 
 
 @pytest.mark.parametrize("layout", ["nhwc", "nchw"])
