@@ -48,7 +48,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     "one slope": {
         "in_channels": 12, "height": 6, "width": 5, "out_channels": 20,
-        "act_primary": "prelu", "act_cheap": "prelu",
+        "act_primary": "prelu", "act_cheap": "prelu", "cheap_norm": "bn_no_affine",
     },
     "unaligned": {"batch": 2, "in_channels": 16, "height": 8, "width": 8, "out_channels": 32, "residual": True},
 }  # fmt: skip
