@@ -26,7 +26,7 @@ from ..ops import KeptProgram, encoding
 from ..ops.recording import Recording, is_recording, recording
 from ..ops.transforms import undisturbed
 from ..recognize.swap import is_ours, original
-from ..recognize.watch import CALLED, Absent, Watched, any_changed, has_hooks, same
+from ..recognize.watch import CALLED, Absent, Watched, any_changed, has_hooks, hides_any, same
 from ..spec.kernels import COMMON
 
 
@@ -53,7 +53,7 @@ class _State:
         self.sizes = [p.numel() for p in self.weights]
         self.seen = [d.copy() for d in self.states]  # the guard borrows what is in them
         self.guard = extension.Guard(module, self.states, self.modules, list(self.shared.values()), Absent)
-        watched = any(has_hooks(m) or not CALLED.isdisjoint(m.__dict__) for m in modules[1:])
+        watched = any(has_hooks(m) or hides_any(m, CALLED) for m in modules[1:])
         self.recordable = not watched and is_recordable(module)
         self.programs: dict[tuple, KeptProgram | None] = {}
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from .costs import CLOCK, SCHEDULERS, SMS
 from .kernel import Instruction, Kernel
-from .machine import Gang, Launch, compiled
+from .machine import CONTROL, Gang, Launch, compiled
 from .memory import Array, Memory
 from .transfer import access_size
 
@@ -36,12 +36,10 @@ REGISTERS, WARPS, SHARED = 65536, 64, 233472
 _FLOATS = {"FFMA", "FADD", "FMUL"}
 _HALVES = {"HFMA2", "HMUL2", "HADD2", "HMNMX2"}
 _SPECIAL = {"MUFU", "I2F", "F2I", "F2F"}
-_CONTROL = {
-    "BRA", "BSSY", "BSYNC", "WARPSYNC", "NOP", "DEPBAR", "LDGDEPBAR", "BAR", "EXIT", "CALL", "RET", "BRX", "MEMBAR",
-}  # fmt: skip
+_CONTROL = CONTROL | {"BSSY", "NOP", "DEPBAR", "LDGDEPBAR", "MEMBAR"}
 _STORES = {"STS", "STG", "ST", "STL", "STSM"}
-_GLOBAL_LOADS = {"LDG", "LD", "LDGSTS"}
-_MEMORY = {"LDS", "LDSM", "LDC", "LDL", "SHFL", "S2R", "S2UR", "MOVM", "ATOMS", "RED", *_STORES, *_GLOBAL_LOADS}
+_LOADS = {"LDG", "LDS", "LD", "LDL", "LDSM"}
+_MEMORY = _STORES | _LOADS | {"LDGSTS", "LDC", "SHFL", "S2R", "S2UR", "MOVM", "ATOMS", "RED"}
 
 
 class Static(NamedTuple):
@@ -113,10 +111,9 @@ def registers_of(i: Instruction) -> tuple[list[str], list[str]]:
         return written, read + [r for o in operands for r in _names(o)]
     counts = [1] * len(operands)
     if i.name == "HMMA":
-        counts[:4] = [4, *((4, 2) if i.modifiers[0].startswith("16816") else (2, 1)), 4]
-        if i.modifiers[0] == "1688" and "TF32" in i.modifiers:
-            counts[1:3] = [4, 2]
-    elif i.name in ("LDG", "LDS", "LD", "LDL", "LDSM"):
+        whole = i.modifiers[0].startswith("16816") or (i.modifiers[0] == "1688" and "TF32" in i.modifiers)
+        counts[:4] = [4, *((4, 2) if whole else (2, 1)), 4]
+    elif i.name in _LOADS:
         counts[0] = _count(i)
     elif "WIDE" in i.modifiers:
         counts[0] = 2
@@ -191,7 +188,6 @@ class _Warp:
 
 @dataclasses.dataclass(eq=False)
 class _Block:
-    warps: list[_Warp] = dataclasses.field(default_factory=list)
     waiting: list[_Warp] = dataclasses.field(default_factory=list)
     alive: int = 0
 
@@ -214,7 +210,6 @@ class Sm:
         block = _Block(alive=len(self.trace.steps))
         for steps in self.trace.steps:
             warp = _Warp(steps, block)
-            block.warps.append(warp)
             self.schedulers[self.dealt % SCHEDULERS].append(warp)
             self.dealt += 1
             warp.ready = self.ready(warp, now + 20)
