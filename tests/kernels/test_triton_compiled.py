@@ -56,7 +56,7 @@ def test_compiles(case, target):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize(
     ("in_channels", "out_channels", "size", "dw_size"),
-    [(16, 16, 112, 3), (160, 960, 7, 3), (61, 59, 28, 5), (64, 128, 20, 7)],
+    [(16, 16, 112, 3), (160, 960, 7, 3), (672, 112, 14, 3), (61, 59, 28, 5), (64, 128, 20, 7)],
 )
 def test_spills_nothing(in_channels, out_channels, size, dw_size, dtype, layout, target, tmp_path):
     (plan,) = plans(Case(1, in_channels, size, size, out_channels, dw_size=dw_size, dtype=dtype, layout=layout))
@@ -129,6 +129,8 @@ def test_import_without_triton():
 PTX_CASES = {
     "fp16 nhwc": Case(batch=2, in_channels=40, height=12, width=20, dtype=torch.float16, layout="nhwc"),
     "fp32 nchw": Case(batch=1, in_channels=24, height=5, width=48),
+    # one chain of products over all of Cin rounds away too much
+    "long sums": Case(1, 1920, 7, 7, 32, layout="nhwc", act_primary="none", act_cheap="none"),
     "bf16 nchw": Case(batch=1, in_channels=70, height=14, width=14, out_channels=33, dtype=torch.bfloat16, dw_size=5),
     "tf32 nhwc": Case(batch=1, in_channels=24, height=9, width=15, layout="nhwc", allow_tf32=True),
     "all inputs": WITH_ALL_INPUTS,

@@ -54,7 +54,7 @@ def launches(case: Case, batch_statistics: bool) -> list[tuple]:
 
 SHAPES = {
     "wide": Case(1, 16, 112, 112, 16),
-    "deep": Case(1, 160, 7, 7, 960),
+    "deep": Case(1, 320, 7, 7, 960),  # and sums by blocks of channels
     "wide, all inputs": Case(1, 16, 112, 112, 16, **ALL_INPUTS),
     "deep, all inputs": Case(1, 160, 7, 7, 960, ratio=3, **ALL_INPUTS),
     "dw 5, all inputs": Case(1, 61, 28, 28, 59, dw_size=5, **ALL_INPUTS),

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...spec import Args, DepthwiseArgs, GhostArgs, SqueezeExciteArgs, memory_format
 from ...spec.kernels import has_window, kernel_refusal
 from . import bottleneck
-from .configs import Cheap, Primary, blocks
+from .configs import Cheap, Primary, blocks, precision
 from .launch import (
     DEVICES,
     INTERPRETED,
@@ -111,7 +111,7 @@ def plan(
         KERNEL=a.kernel_size, STRIDE=a.stride, DILATION=a.dilation, TAPS_FIRST=taps_first, PRIMARY_ACT=a.primary_act, CHEAP_ACT=a.cheap_act,
         NHWC=nhwc, **x_strides(a.x), RESIDUAL_LIKE_OUT=a.residual is not None and rs == out.stride(),
         HW_ALIGN=align(h * w),
-        INDEX_64=longest >= 2**31, PRECISION="tf32" if a.allow_tf32 else "ieee", **blocks(a, nhwc, primary, cheap, choice),
+        INDEX_64=longest >= 2**31, PRECISION=precision(a), **blocks(a, nhwc, primary, cheap, choice),
     )  # fmt: skip
 
 

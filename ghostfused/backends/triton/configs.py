@@ -11,6 +11,8 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from ...spec import GhostArgs
 from ...spec.kernels import has_window
 from .launch import align
@@ -25,6 +27,9 @@ SECTOR = 32
 """Bytes that memory moves at once."""
 SMALL_IMAGE = 64
 """Pixels up to which a block need not be longer than this."""
+
+LONG_SUM = 256
+"""Products of float32 from which on one chain of them rounds away more than PyTorch's sums do."""
 
 CIN_CLASSES = (16, 32, 64, 65)
 CP_CLASSES = (8, 16, 32, 33)
@@ -60,6 +65,14 @@ def primary_key(itemsize: int, nhwc: bool, cin: int, cp: int) -> str:
 def cheap_key(itemsize: int, nhwc: bool, dw_size: int, cp: int) -> str:
     layout = "nhwc" if nhwc else "nchw"
     return f"{layout} bytes={itemsize} dw={_class(dw_size, DW_CLASSES)} cp={_class(cp, CP_CLASSES)}"
+
+
+def precision(args: GhostArgs) -> str:
+    """How the primary conv sums: "tf32", "ieee", or "blocks", which is IEEE with a sum of its own for each BLOCK_K channels."""
+    if args.allow_tf32:
+        return "tf32"
+    is_long = args.x.dtype == torch.float32 and args.x.shape[1] * args.kernel_size**2 >= LONG_SUM
+    return "blocks" if is_long else "ieee"
 
 
 @functools.cache
@@ -115,6 +128,8 @@ def blocks(
     window = has_window(args)
     if window and itemsize == 4 and not args.allow_tf32:
         p = p._replace(num_stages=1)  # a prefetched tile beside float32's products spills registers
+    elif nhwc and precision(args) == "blocks":
+        p = p._replace(BLOCK_K=32)  # 16 spill registers
     if pixels <= SMALL_IMAGE:
         p, c = p._replace(BLOCK_M=min(p.BLOCK_M, SMALL_IMAGE)), c._replace(BLOCK_P=min(c.BLOCK_P, SMALL_IMAGE))
     block_n = p.BLOCK_N if primary else c.BLOCK_C

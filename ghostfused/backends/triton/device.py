@@ -139,4 +139,7 @@ def _dot(
         weight = _round(weight.to(tl.float32) * scale[:, None], weight.dtype)
     if INTERPRETED:  # whose tl.dot takes bfloat16's bits for integers
         tile, weight = tile.to(tl.float32), weight.to(tl.float32)
-    return tl.dot(tile, weight, acc, input_precision=PRECISION)
+    if PRECISION == "blocks":  # by fma: of a plain addition the compiler makes one chain over all channels again
+        return tl.fma(tl.dot(tile, weight, input_precision="ieee"), 1.0, acc)
+    else:
+        return tl.dot(tile, weight, acc, input_precision=PRECISION)

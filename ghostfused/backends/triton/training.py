@@ -12,7 +12,7 @@ from ...spec import GhostArgs, memory_format
 from ...spec.kernels import COMMON, form_refusal
 from .. import triton
 from ..training import KERNELS, Kernels
-from .configs import PROGRAMS, blocks
+from .configs import PROGRAMS, blocks, precision
 from .launch import is_channels_last, reach
 
 _CONV_TILE = 256
@@ -128,7 +128,7 @@ def primary_statistics(a: GhostArgs, out: Tensor) -> tuple[Tensor, Tensor]:
         primary_statistics_kernel, **arguments, x_ptr=a.x, weight_ptr=a.primary_weight.contiguous(),
         input_gate_ptr=_contiguous(a.input_gate), out_ptr=out, Cin=cin, Cp=cp, out_channels=a.out_channels,
         x_sn=sn, x_sc=sc, x_sh=sh, x_sw=sw, rows=launch.rows, X_FLAT=h == 1 or sh == w * sw,
-        PRECISION="tf32" if a.allow_tf32 else "ieee", **{name: chosen[name] for name in names},
+        PRECISION=precision(a), **{name: chosen[name] for name in names},
     )  # fmt: skip
     return mean, var
 
