@@ -115,8 +115,7 @@ const char* kernel_params(const GhostForwardParams& params, const LaunchPlan& pl
 static const char* launch_general(const GhostForwardParams& params, const LaunchPlan& plan, void* stream) {
   if (params.shape.window_stride > 0) {
     return "primary_weight: expected 1×1, or 3×3 for float16 or bfloat16 in NCHW, of ratio 2, to a width of 8 or "
-           "another "
-           "multiple of 4 up to 512, without gates and residual; got another 3×3";
+           "another multiple of 4 up to 512, without gates and residual; got another 3×3";
   }
   KernelParams p;
   if (const char* error = kernel_params(params, plan, &p)) return error;

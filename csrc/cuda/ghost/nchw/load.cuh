@@ -17,15 +17,29 @@ __device__ __forceinline__ void load_primary_weight(const NchwParams& p, const N
   const T* weight = static_cast<const T*>(p.args.primary_weight) + b.c0 * p.args.primary_weight_stride_n;
   const uint32_t stride = p.args.primary_weight_stride_n;
   const auto row = [&](int channel) { return weight + uint64_t{stride} * min(channel, b.channels - 1); };
-#pragma unroll 4
-  for (int i = warp; i < steps * kTiles; i += p.plan.warps) {
+  const auto load = [&](int i) {
     const int k = i / kTiles * C::kStep + C::kLaneSteps * q, channel = i % kTiles * 16 + g;
     uint2 upper, lower;
     load_words<2>(&upper.x, row(channel) + k);
     load_words<2>(&lower.x, row(channel + 8) + k);
-    const uint4 fragment{upper.x, lower.x, upper.y, lower.y};
+    return uint4{upper.x, lower.x, upper.y, lower.y};
+  };
+  const auto store = [&](int i, const uint4& fragment) {
     *reinterpret_cast<uint4*>(to + i * 512 + lane * 16) = C::kHalf ? fragment : to_tf32(fragment);
+  };
+  constexpr int kAhead = 4;  // under way together
+  const int warps = p.plan.warps, count = steps * kTiles;
+  int i = warp;
+#pragma unroll 1
+  for (; i + (kAhead - 1) * warps < count; i += kAhead * warps) {
+    uint4 fragments[kAhead];
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) fragments[k] = load(i + k * warps);
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) store(i + k * warps, fragments[k]);
   }
+#pragma unroll 1
+  for (; i < count; i += warps) store(i, load(i));
   if (C::kHalf && cin % 16 != 0 && warp < kTiles) {
     for (int tile = warp; tile < kTiles; tile += p.plan.warps) {
       uint2 v;
@@ -67,19 +81,29 @@ __device__ __forceinline__ void load_channels(const NchwParams& p, const NchwBlo
   for (int i = threadIdx.x; i < primaries + b.ghosts; i += blockDim.x) {
     const bool cheap = i >= primaries;
     const int c = cheap ? i - primaries : min(i, b.channels - 1);
-    const Affine norm = affine<T>(cheap ? a.cheap : a.primary, b.c0 + c);
+    const NormAct& act = cheap ? a.cheap : a.primary;
+    const RawAffine raw = load_affine<T>(act, b.c0 + c);
+    constexpr int kTaps = kD == 5 ? kD : kD * kD;  // under way together: 5×5 would have too many instructions
+    T taps[kTaps];
+    const T* weight = static_cast<const T*>(a.cheap_weight) + (b.c0 + c) * a.cheap_weight_stride_c;
+    const auto load_taps = [&](int first) {
+#pragma unroll
+      for (int i = 0; i < kTaps; ++i) {
+        taps[i] = weight[(first + i / kD) * a.cheap_weight_stride_h + i % kD * a.cheap_weight_stride_w];
+      }
+    };
+    if (cheap && kTaps == kD * kD) load_taps(0);
+    const Affine norm = affine<T>(act, raw);
     if (!cheap) {
       reinterpret_cast<float4*>(smem)[i] = float4{norm.scale, norm.shift, norm.slope, 0.f};
       continue;
     }
-    const T* weight = static_cast<const T*>(a.cheap_weight) + (b.c0 + c) * a.cheap_weight_stride_c;
     float* w = reinterpret_cast<float*>(smem + p.plan.cheap_offset) + c * C::kCheapFloats;
-#pragma unroll(kD == 5 ? 1 : kD)
-    for (int kh = 0; kh < kD; ++kh) {
+#pragma unroll 1
+    for (int first = 0; first < kD * kD; first += kTaps) {
+      if (kTaps < kD * kD) load_taps(first / kD);
 #pragma unroll
-      for (int kw = 0; kw < kD; ++kw) {
-        w[kh * kD + kw] = to_float(weight[kh * a.cheap_weight_stride_h + kw * a.cheap_weight_stride_w]) * norm.scale;
-      }
+      for (int i = 0; i < kTaps; ++i) w[first + i] = to_float(taps[i]) * norm.scale;
     }
     w[kD * kD] = norm.shift;
     w[kD * kD + 1] = norm.slope;
