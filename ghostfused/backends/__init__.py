@@ -27,7 +27,8 @@ from .triton import two_kernel as triton_two_kernel
 BACKENDS = {"cuda": cuda, "cpu": cpu, "triton": triton, "triton_two_kernel": triton_two_kernel, "reference": reference}
 _ = cuda_training, reference_training, triton_training  # imported to be registered
 AUTO = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
-"""The kernels that ``backend="auto"`` tries in this order before the reference, by the type of x's device."""
+"""The kernels that ``backend="auto"`` tries in this order before the reference, by the type of x's device. A GPU's by what their
+launches count (docs/counts.md), not by timings, of which there are none."""
 
 _CALLS = {"forward": "Ghost module", "depthwise": "depthwise convolution", "squeeze_excite": "squeeze-and-excite"}
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from mutants import harness
 
+from ghostfused.backends import AUTO
 from tools.sass import build, costs, device, kernel, machine, race, tables
 from tools.sass.memory import Arena, Fault
 
@@ -290,6 +291,14 @@ def test_all_counts_are_of_right_results():
         assert sums["ok"]
         assert all(r["ok"] and r["images_checked"] >= 1 for r in rows)
         assert sums["issue_us"] == pytest.approx(sum(r["count"] * r["issue_us"] for r in rows))
+
+
+def test_auto_tries_the_backend_that_counts_less():
+    lines = tables.auto_table().splitlines()[2:]
+    assert {"float16 nhwc", "float16 nchw", "float32 nhwc", "float32 nchw"} <= {
+        line.split(" | ")[0].strip("| ") for line in lines
+    }
+    assert {line.split(" | ")[-1].strip("| ") for line in lines} == {AUTO["cuda"][0]}
 
 
 # The kernels of the extension

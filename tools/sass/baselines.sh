@@ -7,7 +7,7 @@ python=$1
 shift
 settings=("$@")
 if [[ $# -eq 0 ]]; then
-  settings=({float16,float32,tf32}_{nhwc,nchw}_forward float16_{nhwc,nchw}_training float32_nhwc_training float16_{nhwc,nchw}_{triton,latency})
+  settings=({float16,float32,tf32}_{nhwc,nchw}_forward float16_{nhwc,nchw}_training float32_nhwc_training {float16,float32}_{nhwc,nchw}_triton float16_{nhwc,nchw}_latency)
 fi
 for setting in "${settings[@]}"; do
   IFS=_ read -r dtype layout mode <<<"$setting"

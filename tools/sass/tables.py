@@ -45,9 +45,21 @@ def sums_table() -> str:
         rows, s = read(path)
         dtype, layout, mode = path.stem.removeprefix("sass_").split("_")
         values = (s[name] for name in ("issue_us", "issue_mean_us", "shared_us", "hmma_us", "dram_us", "slowest_us"))
-        before = read(BASELINE / path.name)[1]["issue_us"]
-        cells = [f"{NAMES[mode]}, {dtype}, {layout}", *(f"{v:.0f}" for v in (before, *values))]
+        baseline = BASELINE / path.name
+        before = f"{read(baseline)[1]['issue_us']:.0f}" if baseline.exists() else "–"
+        cells = [f"{NAMES[mode]}, {dtype}, {layout}", before, *(f"{v:.0f}" for v in values)]
         lines.append(f"| {' | '.join(cells)} | ≤ {max(r['store_sector_ratio'] for r in rows):.2f} | {s['commit']} |")
+    return "\n".join(lines)
+
+
+def auto_table() -> str:
+    """A line for each dtype and layout in which both backends of a GPU are counted: the sums that decide ``backend="auto"``."""
+    lines = ["| dtype, layout | CUDA, Σ largest | Triton, Σ largest | `auto` tries first |", "|---|---|---|---|"]
+    for path in (each for each in files() if each.stem.endswith("_triton")):
+        sums = {"cuda": path.with_name(path.name.replace("triton", "forward")), "triton": path}
+        us = {name: read(each)[1]["slowest_us"] for name, each in sums.items()}
+        setting = " ".join(path.stem.split("_")[1:3])
+        lines.append(f"| {setting} | {us['cuda']:.0f} | {us['triton']:.0f} | {min(us, key=us.__getitem__)} |")
     return "\n".join(lines)
 
 
@@ -103,7 +115,7 @@ def latency_table() -> str:
 
 def tables() -> list[str]:
     modules = modules_table(RESULTS / "sass_float16_nhwc_forward.jsonl")
-    return [sums_table(), modules, network_table(RESULTS / "sass_network.jsonl"), latency_table()]
+    return [sums_table(), auto_table(), modules, network_table(RESULTS / "sass_network.jsonl"), latency_table()]
 
 
 def written(page: str) -> str:
