@@ -94,11 +94,18 @@ def test_a_kink(units):
     assert _across_a_kink(infer, model, x, [out], [2**-22]) == (units == 1)
 
 
+class Gated(nn.Module):
+    def forward(self, x):
+        return x * x.mean((2, 3), keepdim=True).sigmoid()
+
+
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("affine", [False, True])
-def test_sums_in_another_order_are_of_the_same_numbers(training, affine):
+@pytest.mark.parametrize("between", [nn.Identity, Gated, lambda: nn.Sequential(Gated(), nn.ReLU(inplace=True))])
+def test_sums_in_another_order_are_of_the_same_numbers(training, affine, between):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 5, 1), nn.BatchNorm2d(5, affine=affine), nn.ReLU()).train(training)
+    layers = [between(), nn.Conv2d(3, 5, 1), nn.BatchNorm2d(5, affine=affine), nn.ReLU()]
+    model = nn.Sequential(*layers).train(training)
     x = torch.randn(4, 3, 9, 8)
     expected = step(model, x)
     with _OtherSums():
@@ -107,6 +114,8 @@ def test_sums_in_another_order_are_of_the_same_numbers(training, affine):
         assert relative_error(_vector(part), _vector(right)) < 1e-5
 
 
-def test_a_gradient_that_sums_in_another_order_is_not_wrong():
-    """PyTorch sums that of a norm's bias in double precision."""
-    assert trial("bottlenecks", 20261129, 712, "cpu") == "fused"
+@pytest.mark.parametrize(("seed", "number"), [(20261129, 712), (2027, 637)])
+def test_a_gradient_that_sums_in_another_order_is_not_wrong(seed, number):
+    """PyTorch sums that of a norm's bias in double precision; and multiplies the maps by a gate before it sums that of a weight,
+    where a kernel sums first."""
+    assert trial("bottlenecks", seed, number, "cpu") == "fused"

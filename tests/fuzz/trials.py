@@ -28,23 +28,42 @@ Forward = Callable[[Any, Tensor], list]
 
 
 class _OtherSums(TorchFunctionMode):
-    """Computes 1×1 convolutions by PyTorch's matrix products, and norms with stored statistics by its products and sums of
-    tensors: what these, and their derivatives, sum is in another order."""
+    """Computes 1×1 convolutions by PyTorch's matrix products, with a gate over their input's channels in the weights, and norms
+    with stored statistics by its products and sums of tensors: what these, and their derivatives, sum is in another order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gated: dict[int, tuple[Tensor, int, Tensor, Tensor]] = {}
+        """Products of maps and a gate, by their ids, and what they are of. They are held, so that no id comes again."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is F.batch_norm:
             return _norm(*args, **(kwargs or {}))
-        x, weight, bias, stride, padding, _, groups = (*args, *[None] * 7)[:7]
-        if (
-            func is not torch.conv2d
-            or kwargs
-            or weight.shape[2:] != (1, 1)
-            or groups != 1
-            or {*stride} != {1}
-            or {*padding} != {0}
-        ):
-            return func(*args, **(kwargs or {}))
-        return F.linear(x.permute(0, 2, 3, 1), weight[:, :, 0, 0], bias).permute(0, 3, 1, 2)
+        if func is torch.conv2d and not kwargs and _is_matrix_product(args):
+            return self._product(*args[:3])
+        out = func(*args, **(kwargs or {}))
+        if func in _MULTIPLY and not kwargs and isinstance(args[1], Tensor) and _shape_of_a_gate(*args):
+            self.gated[id(out)] = out, out._version, *args
+        return out
+
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        out, version, maps, gate = self.gated.get(id(x), (None, 0, x, x))
+        if out is None or out._version != version:
+            return F.linear(x.permute(0, 2, 3, 1), weight[:, :, 0, 0], bias).permute(0, 3, 1, 2)
+        y = torch.matmul(weight[:, :, 0, 0] * gate[:, None, :, 0, 0], maps.flatten(2)).unflatten(2, maps.shape[2:])
+        return y if bias is None else y + bias[:, None, None]
+
+
+_MULTIPLY = (torch.mul, Tensor.mul, Tensor.__mul__)
+
+
+def _shape_of_a_gate(x: Tensor, gate: Tensor) -> bool:
+    return x.dim() == gate.dim() == 4 and gate.shape == (*x.shape[:2], 1, 1) != x.shape
+
+
+def _is_matrix_product(args: tuple) -> bool:
+    _, weight, _, stride, padding, _, groups = (*args, *[None] * 7)[:7]
+    return weight.shape[2:] == (1, 1) and groups == 1 and {*stride} == {1} and {*padding} == {0}
 
 
 def _norm(
