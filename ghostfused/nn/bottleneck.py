@@ -70,7 +70,8 @@ class _FusedTwin(cache.CachesPrograms, nn.Module):
     @classmethod
     def _prove(cls, module: nn.Module, in_channels: int, backend: str, found: _Found, **attributes: Any) -> Self | str:
         """The twin of ``module``; or how they differ."""
-        attributes |= {"_layout": layers.Layout.of(module, found.beside), "_watched": found.watched}
+        layout = layers.Layout.of(module, found.beside, (), found.watched.looks)
+        attributes |= {"_layout": layout, "_watched": found.watched}
         attributes |= {"_idle": found.idle, "backend": "reference", "_cache": cache.ProgramCache()}
         fused = make_twin(cls, module, **attributes)
         reason = prove(module, fused, in_channels, untraced=bool(found.idle or found.beside))

@@ -175,7 +175,7 @@ class FusedGhostModule(CachesPrograms, nn.Module):
             "_cache": ProgramCache(),
             "_cut": adopted.cut,
             "_watched": adopted.watched,
-            "_layout": Layout.of(module, read_afresh=adopted.read_afresh),
+            "_layout": Layout.of(module, (), adopted.read_afresh, adopted.watched.looks),
         }
         if "out_channels" not in module.__dict__:  # else it is the module's own, which its forward may read
             attributes["out_channels"] = adopted.out_channels(module)

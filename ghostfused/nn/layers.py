@@ -33,12 +33,17 @@ class Layout(NamedTuple):
     kinds: dict[Path, dict[str, type]]
     read_afresh: tuple[str, ...]
     """Children of the root that aren't leapt over."""
+    exact: bool
+    """Whether the forward sees each child and its class: then not even a norm may go."""
 
     @classmethod
-    def of(cls, module: nn.Module, beside: Collection[Path] = (), read_afresh: Collection[str] = ()) -> Layout:
+    def of(
+        cls, module: nn.Module, beside: Collection[Path] = (), read_afresh: Collection[str] = (), exact: bool = False
+    ) -> Layout:
         """That of ``module``, but what is inside fused modules and at the paths ``beside``, which run themselves, and in the
         children ``read_afresh``."""
-        return cls(_kinds(module, (), {*beside, *((name,) for name in read_afresh)}), tuple(read_afresh))
+        kinds = _kinds(module, (), {*beside, *((name,) for name in read_afresh)}, exact)
+        return cls(kinds, tuple(read_afresh), exact)
 
     def holds(self, root: nn.Module) -> bool:
         """Whether nothing has been added, removed or replaced by another kind, and nobody looks on by hooks. Only norms may
@@ -52,23 +57,26 @@ class Layout(NamedTuple):
                 if name in free:
                     continue
                 kind = kinds.get(name)
-                if type(child) is not kind and not (type(child) is nn.Identity and kind in ghost.NORMS):
+                gone = type(child) is nn.Identity and kind in ghost.NORMS and not self.exact
+                if type(child) is not kind and not gone:
                     return False
                 if child is not None and (has_hooks(child) or forward_replaced(child)):
                     return False
+            if self.exact and list(children) != list(kinds):
+                return False
             for name, kind in kinds.items():
                 if name not in children and kind not in ghost.NORMS and name not in free:
                     return False
         return True
 
 
-def _kinds(module: nn.Module, path: Path, beside: Collection[Path]) -> dict[Path, dict[str, type]]:
-    if is_fused(module) or not module._modules or path in beside:
+def _kinds(module: nn.Module, path: Path, beside: Collection[Path], leaves: bool) -> dict[Path, dict[str, type]]:
+    if is_fused(module) or (not module._modules and not leaves) or path in beside:
         return {}
     found: dict[Path, dict[str, type]] = {path: {name: type(m) for name, m in module._modules.items()}}
     for name, child in module._modules.items():
         if child is not None:
-            found |= _kinds(child, (*path, name), beside)
+            found |= _kinds(child, (*path, name), beside, leaves)
     return found
 
 

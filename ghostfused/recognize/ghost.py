@@ -80,7 +80,10 @@ class Adopted(NamedTuple):
 
     @property
     def read_afresh(self) -> tuple[str, ...]:
-        """The children of which a fused module reads at each call what they are: its halves, and what makes the gate."""
+        """The children of which a fused module reads at each call what they are: its halves, and what makes the gate. None where
+        the forward does something else for another layer in them."""
+        if self.watched.looks:
+            return ()
         names = tuple(place for place in (self.primary, self.cheap) if isinstance(place, str))
         return (*(names if len(names) == 2 else ()), *((self.attention,) if self.attention else ()))
 

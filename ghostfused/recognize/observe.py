@@ -37,7 +37,8 @@ from .allowed import (
     root_of,
 )
 from .instructions import MONITORING, Instructions, instructions_of
-from .watch import Absent, Level, Path, Present, Watched, cell_of, is_immutable
+from .looks import KINDS, Children
+from .watch import Absent, Level, Path, Present, Watched, cell_of, has_own, in_class, is_immutable
 
 _UNKNOWN = object()
 
@@ -56,6 +57,8 @@ class Observer:
     def __init__(self, paths: Mapping[int, Path], modules: list[nn.Module]):
         self.paths, self.modules = paths, modules
         self.watched = Watched()
+        self.modes: set[Path] = set()
+        """Of the modules of which it reads whether they train."""
         self.reason: str | None = None
         self.known: set[CodeType] = set()
         self.functions: set[int] = set()
@@ -110,6 +113,8 @@ class Observer:
     def _step(self, frame: FrameType, event: str, argument: Any) -> Any:
         if event == "opcode":
             self._before(frame)
+        elif event == "exception" and argument[0] is GeneratorExit:  # none of its instructions needs to run any more
+            self.tops.setdefault(frame, (_UNKNOWN, "…"))
         elif event == "return" and self.tops.pop(frame, None) is None:
             self.refuse(f"runs {frame.f_code.co_name} without being seen by sys.settrace")
         return self._step
@@ -147,6 +152,8 @@ class Observer:
             return sys.modules[root_of(argument)], root_of(argument)
         if name == "STORE_DEREF" and argument in frame.f_code.co_freevars:
             self.refuse(f"changes {argument}, a variable of the function around it")
+        if name in ("IS_OP", "COMPARE_OP") and isinstance(top, nn.Module):
+            self.refuse(f"compares {text}, a module, with something")
         if name in ("MATCH_CLASS", "LOAD_BUILD_CLASS", "LOAD_LOCALS", "IMPORT_STAR"):
             self.refuse(f"contains {name}")
         if instruction.opcode in dis.hasname:
@@ -159,6 +166,7 @@ class Observer:
             self._value(value, f"the global {name}")
             return value
         value = getattr(builtins, name, _UNKNOWN)
+        self.watched.looks |= name in KINDS
         self.watched.of(frame.f_globals, name)  # it may hide the builtin later
         if name in BY_NAME or name == "type":
             self._by_name(frame, name, following)
@@ -186,13 +194,24 @@ class Observer:
 
     # ---- attributes
 
+    def tells_children(self, module: nn.Module) -> None:
+        """From now on it is told where the forward looks at which children ``module`` has."""
+
+        def looked(how: str) -> None:
+            self.watched.looks = True
+            if how == "prints" or (module._modules and isinstance(module.__dict__.get("forward"), Step)):
+                self.refuse(f"{how} {'.'.join(self.paths[id(module)]) or 'itself'}, which may change inside")
+
+        module.__dict__["_modules"] = Children(module._modules, looked)
+
     def _attribute(self, top: Any, name: str, text: str) -> Any:
         """The attribute of ``top``, where that is known without running anything."""
+        self.watched.looks |= name == "__class__" or (top is builtins and name in KINDS)
         if isinstance(top, nn.Module):
             if id(top) not in self.paths:
                 self.refuse(f"uses {text.rpartition('.')[0]}, a module that is none of its children")
             if isinstance(top.__dict__.get("forward"), Step) and name in top._modules:
-                self.refuse(f"looks into {text.rpartition('.')[0]}, which may change inside")
+                self.refuse(f"looks into {'.'.join(self.paths[id(top)])}, which may change inside")
             return self._of_module(top, name)
         if isinstance(top, ModuleType):
             return self._of_python_module(top, name, text)
@@ -214,7 +233,7 @@ class Observer:
             if name in vars(nn.Module) and name not in MODULE_METHODS and not hasattr(torch.Tensor, name):
                 self.refuse(f"calls {name} of a module")
             for module in self.modules:
-                if _has(module, name):
+                if has_own(module, name):
                     self._of_module(module, name)
         elif isinstance(top, torch.Tensor):
             self.refuse(f"reads {text}, of a tensor that is not computed from its input")
@@ -227,10 +246,12 @@ class Observer:
             return _UNKNOWN
         if name == "__class__":
             return kind
-        of_class = _in_class(kind, name)
+        of_class = in_class(kind, name)
         if name in OF_EVERY_MODULE:
             if name not in ("training", "_modules"):
                 self.refuse(f"reads its {name}")
+            if name == "training":
+                self.modes.add(path)
             return _UNKNOWN
         if isinstance(of_class, property):
             self.watched.of(kind, name)
@@ -293,7 +314,7 @@ class Observer:
     def _of_class(self, kind: type, name: str, text: str) -> Any:
         if name in CONSTANTS_OF_CLASSES:
             return _UNKNOWN
-        value = _in_class(kind, name)
+        value = in_class(kind, name)
         if root_of(kind.__module__) == "torch" or kind.__module__ == "builtins":
             if value not in on_tensors() and name not in MODULE_METHODS:
                 self.refuse(f"reads {text}")
@@ -370,17 +391,3 @@ class Observer:
             self.known.add(each)
             self.instructions.of(each)
             codes += [constant for constant in each.co_consts if isinstance(constant, CodeType)]
-
-
-def _in_class(kind: type, name: str) -> Any:
-    """The attribute of the class, as its dictionary has it."""
-    return next((vars(base)[name] for base in kind.__mro__ if name in vars(base)), Absent)
-
-
-def _has(module: nn.Module, name: str) -> bool:
-    """Whether the module has an attribute of that name that PyTorch didn't give it."""
-    if name in module.__dict__ or name in module._modules or name in module._parameters or name in module._buffers:
-        return True
-    return any(
-        name in vars(base) and root_of(base.__module__) not in ("torch", "builtins") for base in type(module).__mro__
-    )

@@ -154,6 +154,8 @@ def _trace(module: nn.Module, is_leaf: IsLeaf, training: bool) -> Traced | str:
         if path and is_leaf(m, path):
             m.__dict__["forward"] = _Call(recorder, ".".join(path))
     observer = recorder.observer = Observer(paths, [m for _, m in _inside(root, ())])
+    for m in observer.modules:
+        observer.tells_children(m)
     name = f"{type(module).__name__}.forward"
     start = recorder.graph.placeholder("x")
 
@@ -168,6 +170,7 @@ def _trace(module: nn.Module, is_leaf: IsLeaf, training: bool) -> Traced | str:
     except Exception as error:
         return f"{name} can't be traced: {type(error).__name__}: {error}"
     result = out.node if isinstance(out, fx.Proxy) else out
+    observer.watched.modes = [tuple(sorted(observer.modes))] if len(observer.modes) > 1 else []
     for _, m in _inside(root, ()):
         if isinstance(m.__dict__.get("forward"), Step) or isinstance(m, nn.Sequential):
             for method in ("forward", "_conv_forward"):  # of its class, which somebody may replace later

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..spec.kernels import constant_to_dynamo
 from ..spec.subclasses import takes_operations
+from .allowed import root_of
 
 Path = tuple[str, ...]
 
@@ -125,6 +126,10 @@ class Watched:
         """By the path of each module: its attributes."""
         self.shared: dict[tuple[int, str], tuple[Any, str, Any]] = {}
         """What belongs to no module: owner (a class, function, cell, or the dictionary of globals), name and value."""
+        self.looks = False
+        """Whether it also looks at which children there are, or of which classes."""
+        self.modes: list[tuple[Path, ...]] = []
+        """Modules of which it reads whether they train: those of each entry are in one mode."""
 
     def attribute(self, path: Path, name: str, value: Any) -> None:
         self.attributes.setdefault(path, {})[name] = value
@@ -140,6 +145,8 @@ class Watched:
         for inner, values in other.attributes.items():
             self.attributes.setdefault(path + inner, {}).update(values)
         self.shared.update(other.shared)
+        self.looks |= other.looks
+        self.modes += [tuple(path + inner for inner in paths) for paths in other.modes]
 
     def changed(self, root: nn.Module) -> bool:
         """Whether anything isn't as it was."""
@@ -148,6 +155,10 @@ class Watched:
             for name, value in values.items():
                 if not _still(module, name, value):
                     return True
+        for first, *others in self.modes:
+            training = get(root, first).training
+            if any(get(root, path).training != training for path in others):
+                return True
         return shared_changed(self.name)
 
     def __deepcopy__(self, memo: dict) -> Watched:
@@ -159,13 +170,18 @@ class Watched:
             for owner, name, value in self.shared.values()
             if (where := _address(owner)) is not None
         ]
-        return _load, (self.attributes, shared)
+        return _load, (self.attributes, shared, self.looks, self.modes)
 
 
-def _load(attributes: dict[Path, dict[str, Any]], shared: list[tuple[str, tuple[str, str], Any]]) -> Watched:
+def _load(
+    attributes: dict[Path, dict[str, Any]],
+    shared: list[tuple[str, tuple[str, str], Any]],
+    looks: bool = False,
+    modes: list[tuple[Path, ...]] | None = None,
+) -> Watched:
     """Functions and classes are, as in every pickle, those that bear the names here and now."""
     watched = Watched()
-    watched.attributes = attributes
+    watched.attributes, watched.looks, watched.modes = attributes, looks, modes or []
     for name, (module, qualified), value in shared:
         try:
             owner: Any = importlib.import_module(module)
@@ -244,3 +260,17 @@ class Level:
 
 def cell_of(cell: CellType) -> Any:
     return _now(cell, "cell_contents")
+
+
+def in_class(kind: type, name: str) -> Any:
+    """The attribute of the class, as its dictionary has it."""
+    return next((vars(base)[name] for base in kind.__mro__ if name in vars(base)), Absent)
+
+
+def has_own(module: nn.Module, name: str) -> bool:
+    """Whether the module has an attribute of that name that PyTorch didn't give it."""
+    if name in module.__dict__ or name in module._modules or name in module._parameters or name in module._buffers:
+        return True
+    return any(
+        name in vars(base) and root_of(base.__module__) not in ("torch", "builtins") for base in type(module).__mro__
+    )

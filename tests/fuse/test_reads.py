@@ -175,12 +175,12 @@ UNFUSED = {
     "the length of a half": (
         looks_inside,
         lambda m: m.ghost1.primary_conv.append(nn.Identity()),
-        "looks into self.ghost1",
+        "looks into ghost1",
     ),
     "a layer's kind": (
         looks_at_a_layer,
         lambda m: m.ghost1.primary_conv.__setitem__(2, nn.SiLU()),
-        "looks into self.ghost1",
+        "looks into ghost1",
     ),
     "a decorator's": (decorated, lambda m: TABLE.update(scale=3.0), "reads the global TABLE"),
 }
