@@ -18,6 +18,7 @@ from ..ops.recording import note_others
 from ..ops.transforms import runs_plain
 from ..recognize import ghost, graph
 from ..recognize.activations import Activations, Known
+from ..recognize.classes import call
 from ..recognize.equivalence import prove
 from ..recognize.swap import make_twin, original
 from ..recognize.trace import Traced, idle_in_eval, is_fused, is_layer, is_look, more_than_one_tensor, scripted, trace
@@ -71,8 +72,8 @@ class _FusedTwin(cache.CachesPrograms, nn.Module):
     def _prove(cls, module: nn.Module, in_channels: int, backend: str, found: _Found, **attributes: Any) -> Self | str:
         """The twin of ``module``; or how they differ."""
         layout = layers.Layout.of(module, found.beside, (), found.watched.looks)
-        attributes |= {"_layout": layout, "_watched": found.watched}
-        attributes |= {"_idle": found.idle, "backend": "reference", "_cache": cache.ProgramCache()}
+        attributes |= {"_layout": layout, "_watched": found.watched, "_idle": found.idle}
+        attributes |= {"backend": "reference", "_cache": cache.ProgramCache()}
         fused = make_twin(cls, module, **attributes)
         reason = prove(module, fused, in_channels, untraced=bool(found.idle or found.beside))
         fused.backend = backend
@@ -86,7 +87,7 @@ class _FusedTwin(cache.CachesPrograms, nn.Module):
         """As ``forward``, read afresh."""
         if self._is_observed() or runs_plain(self.backend, x):
             note_others()
-            return original(self).forward(x)  # type: ignore[union-attr]
+            return call(original(self), x)  # type: ignore[arg-type]
         return self._steps(x)
 
     def _steps(self, x: Tensor) -> Tensor:
@@ -345,12 +346,8 @@ def _read(module: nn.Module, whole: bool = False) -> _Found | str:
         return found
     traced, steps = found
     total = traced.result
-    if (
-        not isinstance(total, fx.Node)
-        or total.target not in (*_ADD, "add", "add_")
-        or len(total.args) != 2
-        or total.kwargs
-    ):
+    adds = isinstance(total, fx.Node) and total.target in (*_ADD, "add", "add_")
+    if not adds or len(total.args) != 2 or total.kwargs:
         return "its output is not the sum of a branch and a shortcut"
     branches = [_branch(node, traced.start, steps, module) for node in total.args]
     if errors := [branch for branch in branches if isinstance(branch, str)]:

@@ -25,9 +25,11 @@ from ..backends import BACKENDS
 from ..ops import KeptProgram, encoding
 from ..ops.recording import Recording, is_recording, recording
 from ..ops.transforms import undisturbed
+from ..recognize.classes import Own
 from ..recognize.swap import is_ours, original
 from ..recognize.watch import CALLED, Absent, Watched, any_changed, has_hooks, hides_any, same
 from ..spec.kernels import COMMON
+from ..spec.subclasses import OWN_KINDS
 
 
 class _State:
@@ -49,12 +51,18 @@ class _State:
         for m in modules:
             if isinstance(watched_by_it := m.__dict__.get("_watched"), Watched):
                 self.shared.update(watched_by_it.shared)
+        owns = {key: owner for key, (owner, _, _) in self.shared.items() if isinstance(owner, Own)}
+        for key, own in owns.items():  # as dictionaries these cost next to nothing
+            del self.shared[key]
+            self.states.append(own.dictionary())
         self.weights = [p for m in modules for p in m._parameters.values() if p is not None and p.dim() == 4]
         self.sizes = [p.numel() for p in self.weights]
         self.seen = [d.copy() for d in self.states]  # the guard borrows what is in them
         self.guard = extension.Guard(module, self.states, self.modules, list(self.shared.values()), Absent)
         watched = any(has_hooks(m) or hides_any(m, CALLED) for m in modules[1:])
-        self.recordable = not watched and is_recordable(module)
+        # a class of somebody's tensors may take operations later
+        theirs = any(type(t) not in OWN_KINDS for m in modules for d in (m._parameters, m._buffers) for t in d.values())
+        self.recordable = not watched and not theirs and is_recordable(module)
         self.programs: dict[tuple, KeptProgram | None] = {}
 
     def holds(self, module: nn.Module) -> bool:

@@ -15,6 +15,7 @@ from ..functional import ghost_module
 from ..ops.recording import note_others
 from ..ops.transforms import runs_plain
 from ..recognize import ghost
+from ..recognize.classes import call
 from ..recognize.equivalence import prove
 from ..recognize.swap import make_twin, original
 from ..spec import Act
@@ -269,7 +270,7 @@ class FusedGhostModule(CachesPrograms, nn.Module):
             or (order and math.prod(order) != self._channels(*halves))
         ):
             module = cast(nn.Module, original(self))
-            out = module.forward(x if input_gate is None else _gated(x, input_gate))
+            out = call(module, x if input_gate is None else _gated(x, input_gate))
         else:
             out = self._run(x, input_gate)
             out = out.unflatten(1, order).transpose(1, 2).flatten(1, 2) if order else out.contiguous()
@@ -328,7 +329,7 @@ class FusedGhostModule(CachesPrograms, nn.Module):
         named = isinstance(primary, str) and isinstance(cheap, str)
         module = original(self) if self._is_changed() or not named or runs_plain(self.backend, x) else None
         if module is not None:
-            out = module.forward(x)
+            out = call(module, x)
         else:
             x1 = cast(nn.Module, self._modules[cast(str, primary)])(x)
             x2 = cast(nn.Module, self._modules[cast(str, cheap)])(x1)

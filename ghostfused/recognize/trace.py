@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from .allowed import root_of
+from .classes import Own, of_bases
 from .observe import Observer, Refused, Step
 from .swap import PACKAGE
 from .watch import Path, Watched
@@ -171,11 +172,14 @@ def _trace(module: nn.Module, is_leaf: IsLeaf, training: bool) -> Traced | str:
         return f"{name} can't be traced: {type(error).__name__}: {error}"
     result = out.node if isinstance(out, fx.Proxy) else out
     observer.watched.modes = [tuple(sorted(observer.modes))] if len(observer.modes) > 1 else []
-    for _, m in _inside(root, ()):
-        if isinstance(m.__dict__.get("forward"), Step) or isinstance(m, nn.Sequential):
-            for method in ("forward", "_conv_forward"):  # of its class, which somebody may replace later
+    for _, m in _inside(root, ()):  # their classes, of which somebody may replace a method later
+        step = isinstance(m.__dict__.get("forward"), Step)
+        if step or isinstance(m, nn.Sequential):
+            for method in ("forward", "_conv_forward", *(() if step else ("__iter__",))):
                 if hasattr(type(m), method):
                     observer.watched.of(type(m), method)
+        for own in of_bases(type(m), () if step else m._modules):
+            observer.watched.of(own, Own.NAME)
     return Traced(start, result, list(recorder.graph.nodes), observer.watched)
 
 

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ..spec.kernels import constant_to_dynamo
 from ..spec.subclasses import takes_operations
 from .allowed import root_of
+from .classes import Own, of_bases
 
 Path = tuple[str, ...]
 
@@ -190,6 +191,8 @@ def _load(
             owner = {}
             watched.shared[id(owner), name] = owner, name, Present
             continue
+        if name == Own.NAME and isinstance(owner, type):
+            owner = next(iter(of_bases(owner)))
         found = watched.of(owner, name)
         if value is not Present:
             watched.shared[id(owner), name] = owner, name, value
@@ -200,6 +203,8 @@ def _load(
 
 def _address(owner: Any) -> tuple[str, str] | None:
     """Where another process finds ``owner``; None for what is part of a function."""
+    if isinstance(owner, Own):
+        owner = owner.kind
     if isinstance(owner, type):
         return owner.__module__, owner.__qualname__
     return (owner.get("__name__", ""), "") if type(owner) is dict else None

@@ -24,6 +24,8 @@ PATCHES = [
     (nn.Conv2d, "forward", doubled), (nn.Conv2d, "_conv_forward", doubled), (nn.BatchNorm2d, "forward", doubled),
     (nn.modules.batchnorm._BatchNorm, "forward", doubled), (nn.ReLU, "forward", doubled), (nn.Sequential, "forward", doubled),
     (nn.Sequential, "__iter__", without_activations), (nn.Module, "_call_impl", doubled),
+    (nn.Conv2d, "__call__", doubled), (nn.BatchNorm2d, "_call_impl", doubled), (nn.modules.conv._ConvNd, "__call__", doubled),
+    (nn.ReLU, "_wrapped_call_impl", doubled), (nn.Sequential, "__call__", doubled),
 ]  # fmt: skip
 
 
