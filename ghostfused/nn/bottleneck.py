@@ -36,9 +36,9 @@ class Ghost(NamedTuple):
 
     def __call__(self, root: nn.Module, x: Tensor, gate: Tensor | None, residual: Tensor | None) -> Tensor:
         module = get(root, self.path)
-        if isinstance(module, FusedGhostModule):
+        if isinstance(module, FusedGhostModule) and module.takes_gates():
             return module(x, input_gate=gate, residual=residual)
-        return Whole(self.path)(root, x, gate, residual)  # another thread has just put the plain one back
+        return Whole(self.path)(root, x, gate, residual)  # or another thread has just put the plain one back
 
 
 class Whole(NamedTuple):
@@ -74,7 +74,10 @@ class _FusedTwin(cache.CachesPrograms, nn.Module):
         layout = layers.Layout.of(module, found.beside, (), found.watched.looks)
         attributes |= {"_layout": layout, "_watched": found.watched, "_idle": found.idle}
         attributes |= {"backend": "reference", "_cache": cache.ProgramCache()}
-        fused = make_twin(cls, module, **attributes)
+        from .called import called_as  # its classes derive from these
+
+        kind, arguments = called_as(module, cls)
+        fused = make_twin(kind, module, **attributes, **arguments)
         reason = prove(module, fused, in_channels, untraced=bool(found.idle or found.beside))
         fused.backend = backend
         return fused if reason is None else reason

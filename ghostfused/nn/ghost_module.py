@@ -185,15 +185,18 @@ class FusedGhostModule(CachesPrograms, nn.Module):
 
             kind = FusedAttentionGhostModule
             attributes |= FusedAttentionGhostModule.attributes(module, adopted.attention, adopted.gate_form)
-        reason: str | None = ""
+        from .called import called_as  # so do its classes
+
+        kind, arguments = called_as(module, kind)
+        reason: str | None = None
         for order in _orders(adopted.out_channels(module)) if adopted.shuffled else (None,):
-            fused = make_twin(kind, module, **attributes, _order=order)
+            fused = make_twin(kind, module, **attributes, **arguments, _order=order)
             reason = prove(module, fused, adopted.in_channels)
             if reason is None:
                 fused.backend = backend
                 return fused
-        assert reason is not None
-        return f"it gives out its maps in an order that no fused module has: {reason}" if adopted.shuffled else reason
+        other_order = "it gives out its maps in an order that no fused module has: " if adopted.shuffled else ""
+        return f"{other_order}{reason}"
 
     def _read(self) -> tuple[ghost.Half, ghost.Half] | str:
         """Both halves as they are now; or why the fused function can't stand for them."""
@@ -256,6 +259,9 @@ class FusedGhostModule(CachesPrograms, nn.Module):
         if input_gate is None and residual is None and output_gate is None and may_replay(x):
             return self._cache(self, x, self._run)
         return self._run(x, input_gate, residual, output_gate)
+
+    def takes_gates(self) -> bool:
+        return True  # subclasses say whether these mean something else to the original
 
     def _run_shuffled(
         self, x: Tensor, input_gate: Tensor | None, residual: Tensor | None, output_gate: Tensor | None

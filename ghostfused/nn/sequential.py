@@ -23,9 +23,9 @@ class FusedSequential(CachesPrograms, nn.Sequential):
         """The twin of ``sequential``, with its very children."""
         return make_twin(cls, sequential, _cache=ProgramCache())
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The modules of x, one after the other."""
-        return self._cache(self, x, super().forward) if may_replay(x) else super().forward(x)
+    def forward(self, input: Tensor) -> Tensor:
+        """The modules of the input, one after the other."""
+        return self._cache(self, input, super().forward) if may_replay(input) else super().forward(input)
 
     def __getitem__(self, index: Any) -> Any:
         """A member, or those of a slice in a plain ``nn.Sequential``."""

@@ -60,11 +60,11 @@ def calls_by_itself(kind: type[nn.Module]) -> bool:
     return any(name in vars(base) for base in kind.__mro__ if base not in nn.Module.__mro__ for name in CALLS)
 
 
-def call(module: nn.Module, *args: Any) -> Any:
+def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """``module.forward``, or where its class has another call that, without hooks, which run around this."""
     if not calls_by_itself(type(module)):
-        return module.forward(*args)
+        return module.forward(*args, **kwargs)
     for name, value in module.__dict__.items():
         if "hooks" in name and isinstance(value, dict):
             module.__dict__[name] = type(value)()
-    return module(*args)
+    return module(*args, **kwargs)

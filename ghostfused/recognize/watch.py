@@ -167,7 +167,7 @@ class Watched:
 
     def __reduce__(self) -> tuple:
         shared = [
-            (name, where, value if _is_plain(value) else Present)
+            (name, where, value if is_plain(value) else Present)
             for owner, name, value in self.shared.values()
             if (where := _address(owner)) is not None
         ]
@@ -210,9 +210,9 @@ def _address(owner: Any) -> tuple[str, str] | None:
     return (owner.get("__name__", ""), "") if type(owner) is dict else None
 
 
-def _is_plain(value: Any) -> bool:
+def is_plain(value: Any) -> bool:
     if type(value) is tuple:
-        return all(map(_is_plain, value))
+        return all(map(is_plain, value))
     return is_immutable(value) and not isinstance(value, type | enum.Enum | FunctionType | BuiltinFunctionType)
 
 
