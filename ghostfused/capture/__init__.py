@@ -21,6 +21,7 @@ from ..fuse import fuse
 from ..ops.transforms import transformed
 from ..spec.checks import ArgumentError
 from ..spec.subclasses import takes_operations
+from ..spec.words import dtype_of
 from . import proof
 from .frozen import Frozen
 from .given import Given
@@ -118,9 +119,7 @@ def _coarser(name: str, given: torch.dtype | str | None, freeze: bool, *known: t
     """The type that the argument ``name`` stands for."""
     if given is None:
         return None
-    found = getattr(
-        torch, {"bf16": "bfloat16", "fp16": "float16"}.get(word := str(given).removeprefix("torch."), word), None
-    )
+    found = dtype_of(given)
     if found not in known:
         raise ValueError(f"{name}: expected {', '.join(map(str, (None, *known[:-1])))} or {known[-1]}, got {given!r}")
     if not freeze:
@@ -161,10 +160,9 @@ class Captured:
         for i, x in enumerate(inputs):
             if not isinstance(x, Tensor):
                 raise TypeError(f"input {i}: expected a tensor on {self._device}, got {type(x).__name__}")
-            if x.device != self._device or x.layout != torch.strided:
-                raise ArgumentError(
-                    f"input {i}: expected a dense tensor on {self._device}, got {x.layout} on {x.device}"
-                )
+            if x.device != self._device or x.layout != torch.strided or x.is_nested:
+                what = "a nested one" if x.is_nested else x.layout
+                raise ArgumentError(f"input {i}: expected a dense tensor on {self._device}, got {what} on {x.device}")
             if takes_operations(x):
                 raise ArgumentError(
                     f"input {i}: expected a plain tensor, as x.as_subclass(torch.Tensor), got a {type(x).__name__}"

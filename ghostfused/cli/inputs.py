@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import errno
 import importlib.util
 import json
 import math
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .. import backends
+from ..spec import words
 
 BACKEND = "what the fused modules run on (default auto)"
 """The help of each command's --backend."""
@@ -31,10 +33,11 @@ class BadInput(SystemExit):
 
 def in_one_line(command: str, main: Callable[[], int]) -> int:
     """``main()``, the exit code of ``command``; bad input is a line on stderr and exit code 2. If nobody reads what is printed,
-    as after ``| head``, it is 1."""
+    as after ``| head``, it is 1; and a line too where a disk is full, that of the output or another."""
     try:
         code = main()
-        sys.stdout.flush()
+        if sys.stdout is not None:  # as after ``>&-``
+            sys.stdout.flush()
         return code
     except BadInput as error:
         print(f"{command}: error: {error}", file=sys.stderr)
@@ -42,8 +45,25 @@ def in_one_line(command: str, main: Callable[[], int]) -> int:
     except BrokenPipeError:
         if not _nobody_reads():  # it was another pipe
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at exit
+        _print_no_more()
         return 1
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        _print_no_more()
+        print(f"{command}: error: {error}", file=sys.stderr)
+        return 1
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def _print_no_more() -> None:
+    """What is left to print goes nowhere: Python flushes once more at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _nobody_reads() -> bool:
@@ -128,20 +148,14 @@ def _writable(text: str, folder: bool) -> Path:
 
 
 def dtype(text: str) -> str:
-    """An ``argparse`` type: the name of a dtype in any of PyTorch's words, such as ``torch.half``."""
-    word = text.removeprefix("torch.")
-    found = getattr(torch, word, None)
-    return str(found).removeprefix("torch.") if isinstance(found, torch.dtype) else word
-
-
-LAYOUTS = {"contiguous_format": "nchw", "channels_last": "nhwc"}
-"""PyTorch's words, and ours."""
+    """An ``argparse`` type: the name of a dtype in any of the words for it, such as ``torch.half`` or ``fp16``."""
+    found = words.dtype_of(text)
+    return text.removeprefix("torch.") if found is None else str(found).removeprefix("torch.")
 
 
 def layout(text: str) -> str:
     """An ``argparse`` type: "nchw" or "nhwc", also in PyTorch's words, such as ``torch.channels_last``."""
-    word = text.removeprefix("torch.")
-    return LAYOUTS.get(word, word)
+    return words.layout_of(text)
 
 
 def device(name: str | None) -> torch.device:

@@ -44,9 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--model", metavar="seed|paper|timm:NAME|file.py:function", help="check a whole network")
     parser.add_argument("--backend", default="auto", choices=["auto", *backends.BACKENDS], help=inputs.BACKEND)
     parser.add_argument("--dtype", type=inputs.dtype, default="float32", choices=list(DTYPES), help="default float32")
-    parser.add_argument(
-        "--layout", type=inputs.layout, default="nchw", choices=list(inputs.LAYOUTS.values()), help="default nchw"
-    )
+    parser.add_argument("--layout", type=inputs.layout, default="nchw", choices=["nchw", "nhwc"], help="default nchw")
     parser.add_argument("--batch", type=positive, default=2, help="images of an input (default 2)")
     parser.add_argument("--max-size", type=positive, help="cut height and width to this, keeping odd sizes odd")
     parser.add_argument(

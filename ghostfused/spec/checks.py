@@ -162,8 +162,14 @@ def dimensions(args: Step) -> None:
         t = getattr(args, name)
         if not isinstance(t, Tensor):
             raise TypeError(f"{name}: expected a Tensor, got {type(t).__name__}")
+        _not_nested(name, t)  # which has no shape to show
         if ndim is not None and t.dim() != ndim:
             raise _expect(name, f"{ndim} dimensions", f"{t.dim()} (shape {tuple(t.shape)})")
+
+
+def _not_nested(name: str, t: Tensor) -> None:
+    if t.is_nested:
+        raise _expect(name, "a dense tensor", "a nested one")
 
 
 def _tensors(args: Step) -> None:
@@ -177,6 +183,7 @@ def _tensors(args: Step) -> None:
             continue
         if not isinstance(t, Tensor):
             raise TypeError(f"{name}: expected a Tensor or None, got {type(t).__name__}")
+        _not_nested(name, t)
         if t.device != x.device:
             raise _expect(name, f"x's device {x.device}", t.device)
         if t.dtype != x.dtype and not (t.dtype == torch.float32 and name.endswith(("mean", "var", "gamma", "beta"))):

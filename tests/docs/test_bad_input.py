@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -104,6 +106,22 @@ def test_output_that_nobody_reads(length, monkeypatch):
         monkeypatch.setattr("sys.stdout", stdout)
         assert in_one_line("python -m ghostfused info", lambda: print("x" * length) or 0) == 1
         monkeypatch.undo()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+@pytest.mark.parametrize("unbuffered", [[], ["-u"]], ids=str)
+@pytest.mark.parametrize("command", ["info", "info --json"])
+def test_output_that_no_disk_takes(command, unbuffered):
+    with open("/dev/full", "w") as full:
+        words = [sys.executable, *unbuffered, "-m", "ghostfused", *command.split()]
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "python -m ghostfused info: error: [Errno 28] No space left on device\n"
+
+
+def test_no_output_at_all(monkeypatch):
+    monkeypatch.setattr("sys.stdout", None)
+    assert in_one_line("python -m ghostfused info", lambda: print("x") or 0) == 0
 
 
 def test_another_pipe_that_is_broken():
@@ -229,6 +247,7 @@ def test_pytorchs_words_are_taken(monkeypatch, capsys):
 
     ours = options("--dtype", "float16,bfloat16", "--layout", "nhwc,nchw")
     assert options("--dtype", "torch.half,torch.bfloat16", "--layout", "channels_last,torch.contiguous_format") == ours
+    assert options("--dtype", "fp16,bf16", "--layout", "NHWC,contiguous") == ours
     words = ["--network", "paper", "--dtype", "torch.float16", "--layout", "torch.channels_last"]
     assert tools.sass.__main__.arguments(words) == tools.sass.__main__.arguments(words[:2])
 

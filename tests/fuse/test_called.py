@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from ghostfused import FusedGhostBottleneck, FusedGhostModule, fuse, unfuse
+from ghostfused import FusedGhostBottleneck, FusedGhostModule, capture, fuse, unfuse
 from ghostfused.models import paper
 
 SOURCE = """
@@ -166,3 +166,30 @@ def test_a_fused_sequential_takes_what_a_sequential_takes():
     torch.testing.assert_close(fused[0](input=x), model[0](input=x), rtol=1e-4, atol=1e-5)
     with pytest.raises(TypeError, match="'x'"):
         fused[0](x=x)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_what_is_no_tensor_that_a_kernel_takes_is_named(grad):
+    model = nn.Sequential(
+        paper.GhostBottleneck(6, 12, 6),
+        paper.GhostModule(6, 12),
+        nn.Sequential(paper.GhostModule(12, 6), paper.GhostModule(6, 6)),
+    )
+    fused, x = fuse(model.eval()), torch.randn(2, 6, 8, 8)
+    given = {
+        "a nested one": torch.nested.nested_tensor([*x]),
+        "list": [x],
+        "dict": {"x": x},
+        "ndarray": x.numpy(),
+        "NoneType": None,
+    }
+    for module in fused:
+        for what, each in given.items():
+            with (
+                torch.set_grad_enabled(grad),
+                pytest.raises((TypeError, RuntimeError), match=f"^x: expected a (dense t|T)ensor, got {what}$"),
+            ):
+                module(each)
+    for what in ("a nested one on cpu", "list"):
+        with pytest.raises((TypeError, RuntimeError), match=f"^input 0: expected a .*tensor on cpu, got {what}$"):
+            capture(model, x)(given[what.removesuffix(" on cpu")])
