@@ -21,6 +21,7 @@ from .nn.ghost_module import FusedGhostModule
 from .nn.sequential import FusedSequential
 from .numerics import relative_error
 from .recognize import ghost
+from .recognize.disturbed import Disturbed, undisturbed
 from .recognize.equivalence import SAME, substituted
 from .recognize.swap import original
 from .spec import GhostArgs, memory_format
@@ -84,6 +85,7 @@ def fuse(
     Raises:
         ValueError: under ``strict``, with the modules left and the reasons, and ``model`` is as it was; or ``level`` or
             ``backend`` is unknown.
+        RuntimeError: another thread traces by torch.fx all the while, which nobody can call a module beside.
 
     Modules in a training form of several branches (GhostNetV3) are re-parameterized first, by their own method: in a
     copy and in eval mode only, since their state_dict changes.
@@ -117,10 +119,14 @@ def fuse_with_report(
         model = copy.deepcopy(model)
     surgery = _Surgery(model, not inplace, filter_fn or (lambda fqn, module: True), backend)
     order = {fqn: i for i, (fqn, _) in enumerate(_occurrences(model))}
-    surgery.ghost_modules()
-    if level != "module":
-        surgery.bottlenecks()
-        surgery.sequences()
+    try:
+        surgery.ghost_modules()
+        if level != "module":
+            surgery.bottlenecks()
+            surgery.sequences()
+    except Disturbed as disturbed:
+        unfuse(surgery.model, inplace=True)
+        raise RuntimeError(f"fuse: {disturbed}") from disturbed
     surgery.report.sort(key=lambda swap: order[swap.fqn])
     if strict:
         unfused = [(s.fqn or "(root)", s.reason or "") for s in surgery.report if not s.fused and s.reason != _FILTERED]
@@ -341,9 +347,9 @@ def _deployed(module: nn.Module) -> nn.Module | None:
         return None
     try:
         with substituted(module, conv.in_channels, training=False) as (twin, x):
-            expected = twin.forward(x)
+            expected = undisturbed(twin.forward)(x)
             _deploy_method(twin)()  # type: ignore[misc]
-            if relative_error(twin.forward(x), expected) >= SAME:
+            if relative_error(undisturbed(twin.forward)(x), expected) >= SAME:
                 return None
         twin = copy.deepcopy(module)
         with torch.no_grad():

@@ -36,7 +36,7 @@ class Ghost(NamedTuple):
 
     def __call__(self, root: nn.Module, x: Tensor, gate: Tensor | None, residual: Tensor | None) -> Tensor:
         module = get(root, self.path)
-        if isinstance(module, FusedGhostModule) and module.takes_gates():
+        if isinstance(module, FusedGhostModule) and module.takes_gates:
             return module(x, input_gate=gate, residual=residual)
         return Whole(self.path)(root, x, gate, residual)  # or another thread has just put the plain one back
 

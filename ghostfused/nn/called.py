@@ -61,6 +61,7 @@ class CalledAsOriginal:
             return call(cast(nn.Module, original(cast(nn.Module, self))), *args, **kwargs)
         return fused.forward(given[0])
 
+    @property
     def takes_gates(self) -> bool:
         """Whether what the fused module multiplies and adds can be given by its name, which means nothing else here."""
         return not self._takes(_GATES)
@@ -89,11 +90,11 @@ class CalledAsOriginal:
         return next(kind for kind, other in _KINDS.items() if other is type(self)).__name__
 
 
-class _GhostModule(CalledAsOriginal, FusedGhostModule):
+class _GhostModule(CalledAsOriginal, FusedGhostModule):  # type: ignore[override]
     """A FusedGhostModule that is called as the original is."""
 
 
-class _AttentionGhostModule(CalledAsOriginal, FusedAttentionGhostModule):
+class _AttentionGhostModule(CalledAsOriginal, FusedAttentionGhostModule):  # type: ignore[override]
     """A FusedAttentionGhostModule that is called as the original is."""
 
 

@@ -16,6 +16,7 @@ from ..ops.recording import note_others
 from ..ops.transforms import runs_plain
 from ..recognize import ghost
 from ..recognize.classes import call
+from ..recognize.disturbed import named
 from ..recognize.equivalence import prove
 from ..recognize.swap import make_twin, original
 from ..spec import Act
@@ -64,6 +65,8 @@ class FusedGhostModule(CachesPrograms, nn.Module):
     Raises:
         ValueError, TypeError: an argument doesn't fit; the message names it, what was expected and what came.
     """
+
+    takes_gates = True  # subclasses say whether their names mean something else to the original
 
     def __init__(
         self,
@@ -160,8 +163,9 @@ class FusedGhostModule(CachesPrograms, nn.Module):
         if not isinstance(module, nn.Module):
             raise TypeError(f"module: expected an nn.Module, got {type(module).__name__}")
         check_backend(backend)
-        adopted = ghost.read(module)
-        fused = adopted if isinstance(adopted, str) else cls.from_adopted(module, adopted, backend)
+        with named("from_module"):
+            adopted = ghost.read(module)
+            fused = adopted if isinstance(adopted, str) else cls.from_adopted(module, adopted, backend)
         if isinstance(fused, str):
             raise ValueError(f"module: expected a Ghost module that can be fused, got {type(module).__name__}: {fused}")
         return fused
@@ -260,9 +264,6 @@ class FusedGhostModule(CachesPrograms, nn.Module):
             return self._cache(self, x, self._run)
         return self._run(x, input_gate, residual, output_gate)
 
-    def takes_gates(self) -> bool:
-        return True  # subclasses say whether these mean something else to the original
-
     def _run_shuffled(
         self, x: Tensor, input_gate: Tensor | None, residual: Tensor | None, output_gate: Tensor | None
     ) -> Tensor:
@@ -308,11 +309,9 @@ class FusedGhostModule(CachesPrograms, nn.Module):
             "stride": conv.stride[0],
             "dilation": conv.dilation[0],
             "groups": conv.groups,
-            "input_gate": input_gate,
-            "residual": residual,
-            "output_gate": output_gate,
             "backend": self.backend,
         }
+        options |= {"input_gate": input_gate, "residual": residual, "output_gate": output_gate}
         if primary.batch_norm is None or cheap.batch_norm is None:
             return ghost_module(x, primary.weight, cheap.weight, **options)
         norms = primary.batch_norm, cheap.batch_norm

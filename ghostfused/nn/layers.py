@@ -16,6 +16,7 @@ from ..functional import conv1x1, depthwise, squeeze_excite
 from ..ops.recording import note_others
 from ..recognize import ghost
 from ..recognize.activations import Known, watch_settings
+from ..recognize.disturbed import undisturbed
 from ..recognize.equivalence import substituted
 from ..recognize.trace import Traced, is_fused, is_look, trace
 from ..recognize.watch import Path, Watched, forward_replaced, get, has_hooks, is_wrapper
@@ -208,7 +209,7 @@ def read_squeeze_excite(block: nn.Module, path: Path) -> tuple[SqueezeExcite, Wa
     acts = {act for m in block.modules() if (act := of_layer(m)) is not None} or {Act.RELU}
     try:
         with substituted(block, channels, training=False, draws=False) as (twin, x):
-            expected = twin.forward(x)
+            expected = undisturbed(twin.forward)(x)
             for act, gate in itertools.product(acts.intersection(COMMON.gate_acts), Gate):
                 found = SqueezeExcite(reduce, expand, act, gate)
                 out = x * found(twin, x, "reference")[:, :, None, None]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..numerics import relative_error
+from .disturbed import undisturbed
 from .draws import OwnNumbers
 from .trace import is_fused, shadow
 
@@ -102,6 +103,7 @@ def _has_gate_of_its_own(module: nn.Module) -> bool:
     return state.get("_attention") is not None and not state["_runs"]
 
 
+@undisturbed
 def _run(
     module: nn.Module,
     in_channels: int,

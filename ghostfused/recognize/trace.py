@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 
 from .allowed import root_of
 from .classes import Own, of_bases
+from .disturbed import refuse_another_tracer, undisturbed
 from .observe import Observer, Refused, Step
 from .swap import PACKAGE
 from .watch import Path, Watched
@@ -145,6 +146,7 @@ def scripted(module: nn.Module) -> str | None:
     return None
 
 
+@undisturbed
 def _trace(module: nn.Module, is_leaf: IsLeaf, training: bool) -> Traced | str:
     root = shadow(module)
     paths: dict[int, Path] = {}
@@ -169,6 +171,7 @@ def _trace(module: nn.Module, is_leaf: IsLeaf, training: bool) -> Traced | str:
     except Refused as refusal:
         return f"{name} {refusal}"
     except Exception as error:
+        refuse_another_tracer(error)
         return f"{name} can't be traced: {type(error).__name__}: {error}"
     result = out.node if isinstance(out, fx.Proxy) else out
     observer.watched.modes = [tuple(sorted(observer.modes))] if len(observer.modes) > 1 else []

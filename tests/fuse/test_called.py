@@ -125,7 +125,7 @@ def test_fused_even_so(space):
     fused = fuse(nn.Sequential(space.Bottleneck().eval()))
     assert isinstance(fused[0], FusedGhostBottleneck)
     assert isinstance(fused[0].ghost1, FusedGhostModule)
-    assert fused[0].ghost2.takes_gates() == (
+    assert fused[0].ghost2.takes_gates == (
         space.taken not in ("x, residual=None", "x, input_gate=None", "x, **kwargs", "*args, **kwargs")
     )
     with torch.no_grad():
