@@ -30,6 +30,7 @@ class FusedAttentionGhostModule(FusedGhostModule):
     _attention: str
     _gate_form: str
     _runs: tuple[layers.Run, ...]
+    _gate_names: tuple[str, ...]
 
     def runs_our_ops(self) -> bool:
         return False  # pooling, and the gate's sigmoid
@@ -41,7 +42,13 @@ class FusedAttentionGhostModule(FusedGhostModule):
         leaves: list[tuple[layers.Path, nn.Module]] = [((attention, name), m) for name, m in block.named_children()]  # type: ignore[union-attr]
         sequential = type(block) is nn.Sequential
         runs = tuple(layers.split(leaves)) if sequential else ()
-        return {"_attention": attention, "_gate_form": gate_form, "_runs": runs}
+        return {"_attention": attention, "_gate_form": gate_form, "_runs": runs, "_gate_names": tuple(block._modules)}  # type: ignore[union-attr]
+
+    def _is_changed_inside(self, block: nn.Module) -> bool:
+        """Whether it isn't the Sequential of children of these names any more, or somebody looks on."""
+        if type(block) is not nn.Sequential or tuple(block._modules) != self._gate_names:
+            return True
+        return None in block._modules.values() or has_hooks(block) or forward_replaced(block)
 
     def forward(
         self,
@@ -64,7 +71,7 @@ class FusedAttentionGhostModule(FusedGhostModule):
             x = _gated(x, input_gate)
         gate = F.avg_pool2d(x, 2) if self._gate_form == "pooled first" else x
         block = self._modules[self._attention]
-        if not self._runs or has_hooks(block) or forward_replaced(block):  # type: ignore[arg-type]
+        if not self._runs or self._is_changed_inside(block):  # type: ignore[arg-type]
             gate = block(gate)  # type: ignore[misc]
         else:
             for run in self._runs:

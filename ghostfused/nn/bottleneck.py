@@ -27,30 +27,7 @@ from ..spec import Act
 from . import cache, layers
 from .ghost_module import FusedGhostModule
 from .layers import Run, SqueezeExcite
-
-
-class Ghost(NamedTuple):
-    """Where a fused Ghost module is."""
-
-    path: Path
-
-    def __call__(self, root: nn.Module, x: Tensor, gate: Tensor | None, residual: Tensor | None) -> Tensor:
-        module = get(root, self.path)
-        if isinstance(module, FusedGhostModule) and module.takes_gates:
-            return module(x, input_gate=gate, residual=residual)
-        return Whole(self.path)(root, x, gate, residual)  # or another thread has just put the plain one back
-
-
-class Whole(NamedTuple):
-    """Where a module is that has a fused Ghost module inside, and does more than run it: a gate around it, say."""
-
-    path: Path
-
-    def __call__(self, root: nn.Module, x: Tensor, gate: Tensor | None, residual: Tensor | None) -> Tensor:
-        note_others()
-        out = get(root, self.path)(x if gate is None else x * gate[:, :, None, None])
-        return out if residual is None else out + residual
-
+from .steps import Ghost, Whole
 
 Step = Ghost | Whole | Run | SqueezeExcite
 
@@ -124,6 +101,8 @@ class FusedGhostBottleneck(_FusedTwin):
 
     _main: tuple[Step, ...]
     _shortcut: tuple[Run, ...]
+    _main_first: bool
+    """Whether the original runs the main branch first: whichever does may write into x, once a layer in it is another."""
 
     @classmethod
     def from_module(cls, module: nn.Module, backend: str = "auto") -> FusedGhostBottleneck:
@@ -148,7 +127,8 @@ class FusedGhostBottleneck(_FusedTwin):
             return found
         main, shortcut = found.branches
         channels = _in_channels(module, (*shortcut, *main))
-        return cls._prove(module, channels, backend, found, _main=main, _shortcut=shortcut)
+        steps = {"_main": main, "_shortcut": shortcut, "_main_first": found.main_first}
+        return cls._prove(module, channels, backend, found, **steps)
 
     def runs(self) -> tuple[Run, ...]:
         return (*self._shortcut, *(step for step in self._main if isinstance(step, Run)))
@@ -157,22 +137,30 @@ class FusedGhostBottleneck(_FusedTwin):
         return super().runs_our_ops() and not any(isinstance(step, Whole) for step in self._main)
 
     def _steps(self, x: Tensor) -> Tensor:
-        residual = x
-        for run in self._shortcut:
-            residual = run(self, residual, self.backend)
-        gate = None
-        last = self._main[-1]
-        for step in self._main:
+        *before, last = self._main
+        if not self._main_first:
+            residual = self._run_shortcut(x)
+        out, gate = x, None
+        for step in before:
             if isinstance(step, SqueezeExcite):
-                gate = step(self, x, self.backend)
-                continue
-            # the Ghost module's input gate and epilogue are where a gate and the residual go
-            rest = residual if step is last else None
-            if isinstance(step, Ghost | Whole):
-                x = step(self, x, gate, rest)
+                gate = step(self, out, self.backend)
             else:
-                x = step(self, x, self.backend, gate, rest)
-            gate = None
+                out, gate = self._step(step, out, gate, None), None
+        if self._main_first:
+            if not before:
+                return self._step(last, out, gate, None) + self._run_shortcut(x)
+            residual = self._run_shortcut(x)
+        return self._step(last, out, gate, residual)
+
+    def _step(self, step: Step, x: Tensor, gate: Tensor | None, residual: Tensor | None) -> Tensor:
+        """``step`` of x. A Ghost module's input gate and epilogue are where a gate and the residual go."""
+        if isinstance(step, Ghost | Whole):
+            return step(self, x, gate, residual)
+        return step(self, x, self.backend, gate, residual)  # type: ignore[call-arg]
+
+    def _run_shortcut(self, x: Tensor) -> Tensor:
+        for run in self._shortcut:
+            x = run(self, x, self.backend)
         return x
 
 
@@ -235,6 +223,8 @@ class _Found(NamedTuple):
     """Modules that run themselves, as one step."""
     idle: tuple[Path, ...]
     """Modules that return their input in eval mode."""
+    main_first: bool = True
+    """Whether the first branch's first step comes before the second's."""
 
 
 class _Steps:
@@ -359,7 +349,10 @@ def _read(module: nn.Module, whole: bool = False) -> _Found | str:
     without = [branch for branch in branches if all(isinstance(step, Run) for step in branch)]
     if not with_ghosts or not without:
         return "not one branch that ends in a Ghost module and one without any"
-    return steps.found((tuple(with_ghosts[0]), tuple(without[0])), traced)  # type: ignore[arg-type]
+    found_steps = steps.found((tuple(with_ghosts[0]), tuple(without[0])), traced)  # type: ignore[arg-type]
+    main, shortcut = total.args if branches[0] is with_ghosts[0] else total.args[::-1]
+    first, other = (traced.nodes.index([*graph.chain(node, traced.start), total][0]) for node in (main, shortcut))  # type: ignore[list-item]
+    return found_steps._replace(main_first=first < other)
 
 
 def _trace(module: nn.Module, whole: bool = False) -> tuple[Traced, _Steps] | str:

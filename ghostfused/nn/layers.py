@@ -65,6 +65,9 @@ class Layout(NamedTuple):
                     return False
             if self.exact and list(children) != list(kinds):
                 return False
+            there = [name for name in kinds if name in children and name not in free]
+            if there != [name for name in children if name not in free]:  # a Sequential runs them in this order
+                return False
             for name, kind in kinds.items():
                 if name not in children and kind not in ghost.NORMS and name not in free:
                     return False
@@ -118,7 +121,13 @@ def _kind(half: ghost.Half) -> str | None:
     conv = half.conv
     channels, per_group, kh, kw = half.weight.shape
     padding = (kh // 2, kw // 2)
-    if conv.padding_mode != "zeros" or kh % 2 == 0 or kw % 2 == 0 or conv.stride[0] != conv.stride[1]:
+    if (
+        conv.padding_mode != "zeros"
+        or min(conv.dilation) < 1
+        or kh % 2 == 0
+        or kw % 2 == 0
+        or conv.stride[0] != conv.stride[1]
+    ):
         return None
     if conv.padding != padding and not (conv.padding == "same" and conv.stride[0] == 1):
         return None

@@ -38,7 +38,7 @@ from .allowed import (
 )
 from .instructions import MONITORING, Instructions, instructions_of
 from .looks import KINDS, Children
-from .watch import Absent, Level, Path, Present, Watched, cell_of, has_own, in_class, is_immutable
+from .watch import Absent, Foldable, Level, Path, Present, Watched, cell_of, has_own, in_class, is_immutable
 
 _UNKNOWN = object()
 
@@ -279,10 +279,7 @@ class Observer:
         if child is None:
             self.watched.attribute(path, name, None)
         elif child is not Absent:
-            if isinstance(child, NORM):  # it may go, folded into its convolution
-                del self.watched.attributes[path][name]
-            else:
-                self.watched.attribute(path, name, Present)
+            self.watched.attribute(path, name, Foldable if isinstance(child, NORM) else Present)
         return _UNKNOWN if child is Absent else child
 
     def _of_its_class(self, module: nn.Module, name: str, value: Any, what: str) -> Any:

@@ -88,6 +88,10 @@ class Present:
     """In place of a child: some module, which is looked at elsewhere."""
 
 
+class Foldable:
+    """In place of a norm: some module, or none once it is folded into its convolution and another forward runs."""
+
+
 IMMUTABLE = (type(None), bool, int, float, complex, str, bytes, type, enum.Enum, torch.dtype, torch.device, torch.Size,
              torch.memory_format, FunctionType, BuiltinFunctionType)  # fmt: skip
 
@@ -223,8 +227,8 @@ def _still(module: nn.Module, name: str, value: Any) -> bool:
         now = state["_modules"].get(name, Absent)
     if now is value:
         return True
-    if value is Present:
-        return isinstance(now, nn.Module)
+    if value is Present or value is Foldable:
+        return isinstance(now, nn.Module) or (value is Foldable and now is Absent and "forward" in state)
     return same(now.__func__ if type(now) is MethodType else now, value)
 
 
