@@ -117,7 +117,14 @@ def prove(program: Program, model: nn.Module, inputs: Inputs, dynamic_batch: boo
             except RuntimeError as error:  # a kernel refuses
                 raise NotCaptured(f"the program doesn't run on {text}: {error}") from error
 
-        if not proof.computes_the_same(run, model, call, program.rounds_to):
+        def run_model(*inputs: Tensor, text: str = shown(key_of(call))) -> Any:
+            try:
+                return model(*inputs)
+            except Exception as error:  # it takes another batch than the example's, say, only by its looks
+                name = type(model).__name__
+                raise NotCaptured(f"{name} itself doesn't run on {text}: {type(error).__name__}: {error}") from error
+
+        if not proof.computes_the_same(run, run_model, call, program.rounds_to):
             raise NotCaptured(
                 f"the program computes something else than {type(model).__name__} for {shown(key_of(call))}: its forward may "
                 "depend on more than its tensors, or draw random numbers"

@@ -64,8 +64,7 @@ def test_stems_and_shapes(kernel):
 def test_any_batch():
     model, x = made()
     captured = capture(model, x[:1], dynamic_batch=True)
-    for batch in (1, 2, 3, 16):
-        x = torch.randn(batch, 3, 21, 18)
+    for x in (torch.randn(batch, 3, 21, 18) for batch in (1, 2, 3, 16)):
         networks.assert_same(captured(x), model, x)
     with pytest.raises(ValueError, match=r"expected \(batch, 3, 21, 18\) torch.float32, got \(2, 3, 21, 19\)"):
         captured(torch.randn(2, 3, 21, 19))
@@ -75,6 +74,11 @@ def test_any_batch():
     with pytest.raises(NotCaptured):
         capture(fixed, x, dynamic_batch=True)
     networks.assert_same(capture(fixed, x)(x), fixed, x)
+    two, x = made(lambda self, x: x.topk(2, 0)[0], act=nn.Identity)
+    with pytest.raises(
+        NotCaptured, match=r"itself doesn't run on \(1, 3, 21, 18\) torch.float32: RuntimeError: selected"
+    ):
+        capture(two, x, partial=True, dynamic_batch=True)
 
 
 @pytest.mark.parametrize(
