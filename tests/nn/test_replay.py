@@ -212,7 +212,7 @@ def test_a_wrong_input_is_named():
     module, x = bottlenecks()[0], torch.randn(2, 6, 9, 8)
     with torch.no_grad():
         module(x)
-        with pytest.raises(ValueError, match=r"weight: expected shape .* with C = 5"):
+        with pytest.raises(ValueError, match=r"primary_weight: expected shape .* with in_channels = 5"):
             module(x[:, :5])
         with pytest.raises(ValueError, match="x: expected 4 dimensions"):
             module(x[0])
