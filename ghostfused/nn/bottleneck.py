@@ -147,7 +147,7 @@ class FusedGhostBottleneck(_FusedTwin):
             else:
                 out, gate = self._step(step, out, gate, None), None
         if self._main_first:
-            if not before:
+            if not before and self._shortcut:
                 return self._step(last, out, gate, None) + self._run_shortcut(x)
             residual = self._run_shortcut(x)
         return self._step(last, out, gate, residual)
