@@ -174,6 +174,27 @@ MUTANTS = [
         (WIDE8,),
     ),
     Mutant(
+        "NCHW: weights that are under way together are one fragment",
+        "cuda/ghost/nchw/load.cuh",
+        "fragments[k] = load(i + k * warps);",
+        "fragments[k] = load(i);",
+        (FOURTEEN,),
+    ),
+    Mutant(
+        "NCHW: the last fragments of the weights are left out",
+        "cuda/ghost/nchw/load.cuh",
+        "for (; i < count; i += warps) store(i, load(i));",
+        "",
+        (WIDE8,),
+    ),
+    Mutant(
+        "NCHW: every row of 5×5 weights is the first",
+        "cuda/ghost/nchw/load.cuh",
+        "load_taps(first / kD);",
+        "load_taps(0);",
+        ("float16_nchw_w8_dw5_any",),
+    ),
+    Mutant(
         "NCHW: the input gate stays at the first channels",
         "cuda/ghost/nchw/primary.cuh",
         "    step_gate += kSlots * C::kStep;\n",

@@ -79,7 +79,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 NCHW: dict[str, list[tuple[int, int, int, int, int]]] = {  # batch, Cin, H, W, Cp
     "w8": [(1, 16, 16, 16, 3), (1, 24, 15, 56, 20), (2, 72, 9, 24, 36)],
     "w4": [(1, 40, 21, 28, 20), (2, 80, 8, 12, 60)],
-    "w14": [(1, 48, 14, 14, 20), (2, 24, 14, 14, 46)],
+    "w14": [(1, 240, 14, 14, 20), (2, 24, 14, 14, 46)],
     "w7": [(2, 160, 7, 7, 24), (1, 336, 7, 7, 80), (2, 32, 7, 7, 120)],
 }
 """For the NCHW kernel's maps."""
@@ -168,12 +168,14 @@ TRAINING: dict[str, dict[str, Any]] = {
     "inputs": {"height": 7, "width": 9, "out_channels": 13, "input_gate": True, "residual": True, "output_gate": True},
     "rows": {"batch": 3, "in_channels": 5, "height": 17, "width": 16, "out_channels": 10},
     "ratio": {"height": 5, "width": 6, "out_channels": 13, "ratio": 3},
+    "no weights": {"height": 5, "width": 6, "out_channels": 13, "primary_norm": "bn_no_affine"},
 }
 
 STRIPS: dict[str, dict[str, Any]] = {
     "tails": {"in_channels": 40, "height": 20, "width": 14, "out_channels": 24},
     "images": {"batch": 10, "in_channels": 72, "height": 2, "width": 7, "out_channels": 48},
     "channel blocks": {"in_channels": 8, "height": 3, "width": 7, "out_channels": 536},
+    "float32 norm": {"in_channels": 8, "height": 6, "width": 7, "out_channels": 24, "norm_dtype": torch.float32},
 }
 MASKED: dict[str, dict[str, Any]] = {
     "rows": {"batch": 3, "in_channels": 8, "height": 9, "width": 9, "out_channels": 24},

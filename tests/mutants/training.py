@@ -55,6 +55,20 @@ MUTANTS = [
         "const int count = groups.group_rows;",
         TRAINING,
     ),
+    Mutant(
+        "a norm without weights multiplies by none",
+        "cuda/training/cell.cuh",
+        "p.gamma.data == nullptr ? h.rstd[e] :",
+        "",
+        TRAINING,
+    ),
+    Mutant(
+        "a training norm's numbers are taken for halves",
+        "cuda/training/cell.cuh",
+        "number_of<T>(bits, p.norm_is_float32)",
+        "number_of<T>(bits, false)",
+        STRIPS,
+    ),
     # training in channels_last
     Mutant(
         "no barrier after a block's numbers per channel",
