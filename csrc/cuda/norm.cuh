@@ -6,6 +6,13 @@
 
 namespace ghostfused {
 
+template <typename T>
+__device__ __forceinline__ float channel_value(const ChannelVector& v, int64_t c, float absent, bool is_float32) {
+  if (v.data == nullptr) return absent;
+  return is_float32 ? static_cast<const float*>(v.data)[c * v.stride]
+                    : to_float(static_cast<const T*>(v.data)[c * v.stride]);
+}
+
 // Bias and norm as y = x * scale + shift, and the slope of the activation below zero.
 struct Affine {
   float scale, shift, slope;

@@ -58,15 +58,15 @@ MUTANTS = [
     Mutant(
         "a norm without weights multiplies by none",
         "cuda/training/cell.cuh",
-        "p.gamma.data == nullptr ? h.rstd[e] :",
-        "",
+        "value(p.gamma, 1.f)",
+        "value(p.gamma, 0.f)",
         TRAINING,
     ),
     Mutant(
         "a training norm's numbers are taken for halves",
         "cuda/training/cell.cuh",
-        "number_of<T>(bits, p.norm_is_float32)",
-        "number_of<T>(bits, false)",
+        "channel_value<T>(v, c.at[e], absent, p.norm_is_float32)",
+        "channel_value<T>(v, c.at[e], absent, false)",
         STRIPS,
     ),
     # training in channels_last

@@ -199,18 +199,17 @@ struct Half {
 
   template <typename T>
   __device__ __forceinline__ static Half of(const NormAct& p, const Channels<kV>& c) {
-    RawAffine raw[kV];
-#pragma unroll
-    for (int e = 0; e < kV; ++e) raw[e] = load_affine<T>(p, c.at[e]);
-    const auto number = [&](uint32_t bits) { return number_of<T>(bits, p.norm_is_float32); };
     Half h;
 #pragma unroll
     for (int e = 0; e < kV; ++e) {
-      h.rstd[e] = p.mean.data == nullptr ? 1.f : 1.f / sqrtf(number(raw[e].var) + p.eps);
-      h.center[e] = number(raw[e].mean) - number_of<T>(raw[e].bias, false);
-      h.scale[e] = p.gamma.data == nullptr ? h.rstd[e] : h.rstd[e] * number(raw[e].gamma);
-      h.shift[e] = number(raw[e].beta);
-      h.slope[e] = slope_of(p, number_of<T>(raw[e].slope, false));
+      const auto value = [&](const ChannelVector& v, float absent) {
+        return channel_value<T>(v, c.at[e], absent, p.norm_is_float32);
+      };
+      h.rstd[e] = p.mean.data == nullptr ? 1.f : 1.f / sqrtf(value(p.var, 1.f) + p.eps);
+      h.center[e] = value(p.mean, 0.f) - channel_value<T>(p.bias, c.at[e], 0.f, false);
+      h.scale[e] = h.rstd[e] * value(p.gamma, 1.f);
+      h.shift[e] = value(p.beta, 0.f);
+      h.slope[e] = slope_of(p, channel_value<T>(p.slope, c.at[e], 0.f, false));
     }
     return h;
   }
