@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from ..ops.recording import note_others
 from ..recognize.classes import call
 from ..recognize.swap import Fused, original
-from ..recognize.watch import Absent, is_plain, same
+from ..recognize.watch import Absent, Watched, is_plain, same
 from .attention import FusedAttentionGhostModule
 from .bottleneck import FusedConvNormAct, FusedGhostBottleneck
 from .ghost_module import FusedGhostModule
@@ -28,8 +28,9 @@ class _Argument(NamedTuple):
     """``Absent`` where there is none that may be told from others."""
 
 
-_NAMED, _ALL_BY_NAME = int(inspect.Parameter.POSITIONAL_OR_KEYWORD), int(inspect.Parameter.VAR_KEYWORD)
-_VARIABLE = (int(inspect.Parameter.VAR_POSITIONAL), _ALL_BY_NAME)
+_ALL_BY_NAME = int(inspect.Parameter.VAR_KEYWORD)
+_BY_PLACE = (int(inspect.Parameter.POSITIONAL_ONLY), int(inspect.Parameter.POSITIONAL_OR_KEYWORD))
+_BY_NAME = (int(inspect.Parameter.POSITIONAL_OR_KEYWORD), int(inspect.Parameter.KEYWORD_ONLY))
 
 
 def called_as(module: nn.Module, kind: type[Fused]) -> tuple[type[Fused], dict[str, Any]]:
@@ -48,6 +49,7 @@ class CalledAsOriginal:
     by default. The original's forward runs of any others."""
 
     _arguments: tuple[_Argument, ...]
+    _watched: Watched
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         fused: Any = super()
@@ -72,18 +74,16 @@ class CalledAsOriginal:
     def _input_alone(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Any] | None:
         """The input, if nothing else is given that isn't there by default."""
         first, *others = self._arguments
-        names = [argument.name for argument in self._arguments if argument.kind not in _VARIABLE]
-        if first.kind in _VARIABLE or len(args) > len(names) or (not args and first.kind != _NAMED):
+        by_place = [argument.name for argument in self._arguments if argument.kind in _BY_PLACE]
+        by_name = {argument.name for argument in self._arguments if argument.kind in _BY_NAME}
+        given = dict(zip(by_place, args, strict=False))
+        if len(args) > len(by_place) or not kwargs.keys() <= by_name - given.keys():
             return None
-        given = dict(zip(names, args, strict=False))
-        defaults = {argument.name: argument.default for argument in others if argument.kind not in _VARIABLE}
-        for name, value in kwargs.items():
-            if name in given or (name != first.name and name not in defaults):
-                return None
-            given[name] = value
-        for name, default in defaults.items():
-            if name in given and not same(given[name], default):
-                return None
+        given.update(kwargs)
+        if any(argument.name in given and not same(given[argument.name], argument.default) for argument in others):
+            return None
+        if self._watched.changed(cast(nn.Module, self)):  # the defaults may be others by now
+            return None
         return (given[first.name],) if first.name in given else None
 
     def _get_name(self) -> str:

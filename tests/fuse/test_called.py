@@ -49,10 +49,12 @@ TAKEN = {
     "*args, **kwargs": ("x = args[0] if args else kwargs['inp']", "x"), "x, y=None": ("if y is not None: x = x + y", "x"),
     "x, *, gate=None": ("if gate is not None: x = x * gate", "x"), "x, residual=None": ("if residual is not None: x = x * residual", "x"),
     "x, input_gate=None": ("if input_gate is not None: x = x - input_gate", "x"), "x, *further": ("if further: x = x * len(further)", "x"),
+    "x, flag=False, /": ("if flag: x = -x", "x"), "x, flag=False, /, **kwargs": ("if flag or kwargs: x = -x", "x"),
+    "x, *further, flag=False": ("if flag or further: x = -x", "x"), "x, *, flag=False": ("if flag: x = -x", "x"),
 }  # fmt: skip
 CALLS = {
     "f(x)": lambda m, x: m(x), "f(x=x)": lambda m, x: m(x=x), "f(inp=x)": lambda m, x: m(inp=x), "f(input=x)": lambda m, x: m(input=x),
-    "f(x, scale=2)": lambda m, x: m(x, scale=2.0), "f(x, 2)": lambda m, x: m(x, 2.0), "f(x, True)": lambda m, x: m(x, True),
+    "f(x, scale=2)": lambda m, x: m(x, scale=2.0), "f(x, 2)": lambda m, x: m(x, 2.0), "f(x, True)": lambda m, x: m(x, True), "f(x, False)": lambda m, x: m(x, False),
     "f(x, flag=True)": lambda m, x: m(x, flag=True), "f(x, flag=False)": lambda m, x: m(x, flag=False), "f()": lambda m, x: m(),
     "f(x, y=x)": lambda m, x: m(x, y=x), "f(x, y=None)": lambda m, x: m(x, y=None), "f(x, gate=2)": lambda m, x: m(x, gate=2.0),
     "f(x, residual=2)": lambda m, x: m(x, residual=2.0), "f(x, residual=y)": lambda m, x: m(x, residual=x.flip(0)),
@@ -126,11 +128,20 @@ def test_fused_even_so(space):
     assert isinstance(fused[0], FusedGhostBottleneck)
     assert isinstance(fused[0].ghost1, FusedGhostModule)
     assert fused[0].ghost2.takes_gates == (
-        space.taken not in ("x, residual=None", "x, input_gate=None", "x, **kwargs", "*args, **kwargs")
+        "**kwargs" not in space.taken and space.taken not in ("x, residual=None", "x, input_gate=None")
     )
     with torch.no_grad():
         for _ in range(2):
             fused(torch.randn(1, 12, 5, 5))
+
+
+@pytest.mark.parametrize("kind", ["Ghost", "Bottleneck"])
+@pytest.mark.parametrize("space", ["inp, flag=False"], indirect=True)
+def test_a_default_that_is_another_later(kind, space):
+    module, x = getattr(space, kind)().eval(), torch.randn(2, 12, 9, 8)
+    fused = fuse(nn.Sequential(module))[0]
+    module.forward.__func__.__defaults__ = (True,)
+    check_same(space, module, fused, x)
 
 
 class Asks(nn.Module):
