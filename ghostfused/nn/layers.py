@@ -35,7 +35,7 @@ class Layout(NamedTuple):
     read_afresh: tuple[str, ...]
     """Children of the root that aren't leapt over."""
     exact: bool
-    """Whether the forward sees each child and its class: then not even a norm may go."""
+    """Whether the forward sees each child and its class: then not even a norm may go, nor one child take another's place."""
 
     @classmethod
     def of(
@@ -51,6 +51,7 @@ class Layout(NamedTuple):
         have gone, folded into their convolutions."""
         if nn.modules.module._has_any_global_hook():
             return False
+        seen: list[nn.Module] = []
         for path, kinds in self.kinds.items():
             free = () if path else self.read_afresh
             children: dict[str, nn.Module | None] = get(root, path).__dict__["_modules"]
@@ -63,8 +64,11 @@ class Layout(NamedTuple):
                     return False
                 if child is not None and (has_hooks(child) or forward_replaced(child)):
                     return False
-            if self.exact and list(children) != list(kinds):
-                return False
+            if self.exact:
+                found = [child for child in children.values() if child is not None]
+                if list(children) != list(kinds) or any(a is b for i, a in enumerate(found) for b in seen + found[:i]):
+                    return False
+                seen += found
             there = [name for name in kinds if name in children and name not in free]
             if there != [name for name in children if name not in free]:  # a Sequential runs them in this order
                 return False

@@ -12,8 +12,25 @@ from torch import nn
 from .allowed import is_strangers, root_of
 from .swap import PACKAGE
 
-KINDS = {"isinstance", "issubclass", "type"}
-"""Builtins that tell one class from another."""
+TELLING = {"isinstance", "issubclass", "type", "set", "frozenset", "dict"}
+"""Builtins that tell one class from another, or one module from another."""
+COMPARING = {
+    "is_",
+    "is_not",
+    "eq",
+    "ne",
+    "contains",
+    "countOf",
+    "indexOf",
+    "index",
+    "count",
+    "remove",
+    "__contains__",
+    "Counter",
+}
+"""And functions and methods, of operator, lists, tuples and collections."""
+COMPARISONS = {"IS_OP", "COMPARE_OP", "CONTAINS_OP", "BUILD_SET", "BUILD_MAP", "SET_ADD", "MAP_ADD", "SET_UPDATE"}
+"""And instructions."""
 _GETATTR = getattr(nn.Module.__getattr__, "__code__", None)
 
 

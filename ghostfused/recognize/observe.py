@@ -37,10 +37,11 @@ from .allowed import (
     root_of,
 )
 from .instructions import MONITORING, Instructions, instructions_of
-from .looks import KINDS, Children
+from .looks import COMPARING, COMPARISONS, TELLING, Children
 from .watch import Absent, Foldable, Level, Path, Present, Watched, cell_of, has_own, in_class, is_immutable
 
 _UNKNOWN = object()
+_CONSTANT = ("LOAD_CONST", "LOAD_SMALL_INT")
 
 
 class Refused(BaseException):
@@ -154,6 +155,9 @@ class Observer:
             self.refuse(f"changes {argument}, a variable of the function around it")
         if name in ("IS_OP", "COMPARE_OP") and isinstance(top, nn.Module):
             self.refuse(f"compares {text}, a module, with something")
+        constant = name.endswith("_OP") and instructions[place - 1].opname.startswith(_CONSTANT)
+        if name in COMPARISONS and not constant and (top is _UNKNOWN or not name.endswith("_OP")):
+            self.watched.looks = True  # what it compares may be modules
         if name in ("MATCH_CLASS", "LOAD_BUILD_CLASS", "LOAD_LOCALS", "IMPORT_STAR"):
             self.refuse(f"contains {name}")
         if instruction.opcode in dis.hasname:
@@ -163,10 +167,11 @@ class Observer:
     def _global(self, frame: FrameType, name: str, following: list[dis.Instruction]) -> Any:
         if name in frame.f_globals:
             value = self.watched.of(frame.f_globals, name)
+            self.watched.looks |= getattr(value, "__name__", None) in COMPARING
             self._value(value, f"the global {name}")
             return value
         value = getattr(builtins, name, _UNKNOWN)
-        self.watched.looks |= name in KINDS
+        self.watched.looks |= name in TELLING
         self.watched.of(frame.f_globals, name)  # it may hide the builtin later
         if name in BY_NAME or name == "type":
             self._by_name(frame, name, following)
@@ -206,7 +211,7 @@ class Observer:
 
     def _attribute(self, top: Any, name: str, text: str) -> Any:
         """The attribute of ``top``, where that is known without running anything."""
-        self.watched.looks |= name == "__class__" or (top is builtins and name in KINDS)
+        self.watched.looks |= name == "__class__" or name in COMPARING or (top is builtins and name in TELLING)
         if isinstance(top, nn.Module):
             if id(top) not in self.paths:
                 self.refuse(f"uses {text.rpartition('.')[0]}, a module that is none of its children")

@@ -108,9 +108,21 @@ def trace(module: nn.Module, is_leaf: IsLeaf = lambda module, path: is_layer(mod
     if _form(both[0]) != _form(both[1]):
         return f"{type(module).__name__}.forward does something else in train mode than in eval mode"
     both[0].watched.update(both[1].watched)
+    if both[0].watched.looks and (twice := _twice(module)):
+        return f"{type(module).__name__}.forward may compare its modules, and {twice} is there under two names"
     for owner, name in _BELOW:
         both[0].watched.of(owner, name)
     return both[0]
+
+
+def _twice(module: nn.Module) -> str | None:
+    """The second name of a module inside that has two: a shadow has two modules there."""
+    seen: set[nn.Module] = set()
+    for name, m in module.named_modules(remove_duplicate=False):
+        if m in seen:
+            return name
+        seen.add(m)
+    return None
 
 
 def idle_in_eval(module: nn.Module) -> Watched | None:

@@ -151,3 +151,33 @@ def test_what_cannot_be_watched_is_left(condition, capsys):
     assert REFUSED.get(condition, "looks into ghost1, which may change inside") in reason
     check_same(model, fused, x, "as it is")
     assert not capsys.readouterr().err
+
+
+WHICH = [
+    "self.one[2] is not self.two[2]", "self.one[2] != self.two[2]", "(self.one[2],) != (self.two[2],)", "self.one[2] not in [self.two[2]]",
+    "self.one[2] not in list(self.two)", "len({self.one[2], self.two[2]}) == 2", "len({m for m in (self.one[2], self.two[2])}) == 2",
+    "len({self.one[2]: 1, self.two[2]: 2}) == 2", "len(set(self.one) | set(self.two)) == 6", "[self.one[2]].count(self.two[2]) == 0",
+    "not operator.is_(self.one[2], self.two[2])", "len({*self.one, *self.two}) == 6",
+]  # fmt: skip
+BY_ATTRIBUTE = [
+    condition.replace("self.one[2]", "getattr(self.one, '2')").replace("self.two[2]", "getattr(self.two, '2')")
+    for condition in WHICH
+    if "[2]" in condition and " != self" not in condition
+]
+
+
+@pytest.mark.parametrize("condition", [*WHICH, *BY_ATTRIBUTE, "len(list(self.modules())) == 9"])
+def test_a_module_under_two_names(condition):
+    """A forward that may tell one module from another sees that they are one, later or from the start."""
+    model, x = made("Ghost", condition), torch.randn(2, 6, 9, 8)
+    fused, _ = fuse_with_report(model)
+    check_same(model, fused, x, "as it is")
+    pair = copy.deepcopy(model), copy.deepcopy(fused)
+    outcome(pair[1], x, False)
+    for each in pair:
+        each[0].two[2] = each[0].one[2]
+    check_same(*pair, x, "shared later")
+    model[0].two[2] = model[0].one[2]
+    fused, report = fuse_with_report(model)
+    check_same(model, fused, x, "shared from the start")
+    assert "two.2 is there under two names" in (report[-1].reason or "") or "compares" in (report[-1].reason or "")
