@@ -93,7 +93,9 @@ class Observer:
 
     def refuse(self, reason: str) -> typing.NoReturn:
         self.reason = self.reason or reason
-        raise Refused(reason)
+        raise Refused(
+            self.reason
+        )  # the first one: what a refusal ends is refused in turn, where Python tells of its end
 
     # ---- frames and instructions
 

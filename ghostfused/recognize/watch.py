@@ -180,14 +180,14 @@ class Watched:
 
 def _load(
     attributes: dict[Path, dict[str, Any]],
-    shared: list[tuple[str, tuple[str, str], Any]],
+    shared: list[tuple[str, tuple[str, ...], Any]],
     looks: bool = False,
     modes: list[tuple[Path, ...]] | None = None,
 ) -> Watched:
     """Functions and classes are, as in every pickle, those that bear the names here and now."""
     watched = Watched()
     watched.attributes, watched.looks, watched.modes = attributes, looks, modes or []
-    for name, (module, qualified), value in shared:
+    for name, (module, qualified, *names), value in shared:
         try:
             owner: Any = importlib.import_module(module)
             owner = functools.reduce(getattr, qualified.split("."), owner) if qualified else vars(owner)
@@ -196,7 +196,7 @@ def _load(
             watched.shared[id(owner), name] = owner, name, Present
             continue
         if name == Own.NAME and isinstance(owner, type):
-            owner = next(iter(of_bases(owner)))
+            owner = next(iter(of_bases(owner, names)))
         found = watched.of(owner, name)
         if value is not Present:
             watched.shared[id(owner), name] = owner, name, value
@@ -205,10 +205,11 @@ def _load(
     return watched
 
 
-def _address(owner: Any) -> tuple[str, str] | None:
-    """Where another process finds ``owner``; None for what is part of a function."""
+def _address(owner: Any) -> tuple[str, ...] | None:
+    """Where another process finds ``owner``, and of a class the names that are watched; None for what is part of a function."""
     if isinstance(owner, Own):
-        owner = owner.kind
+        where = _address(owner.kind)
+        return None if where is None else (*where, *owner.names)
     if isinstance(owner, type):
         return owner.__module__, owner.__qualname__
     return (owner.get("__name__", ""), "") if type(owner) is dict else None

@@ -116,14 +116,18 @@ def test_a_class_of_somebodys_is_patched(name, kind, ran, fused_pair):
     check_same(model, fused)
 
 
-@pytest.mark.parametrize("name", ["__call__", "__getattr__"])
-def test_copies_and_pickles_see_it_too(name, fused_pair):
+@pytest.mark.parametrize(
+    ("name", "kind"), [("__call__", "Chain"), ("__getattr__", "Chain"), ("one", "Ghost"), ("shortcut", "Bottleneck")]
+)
+def test_copies_and_pickles_see_it_too(name, kind, fused_pair, monkeypatch):
     space, model, fused = fused_pair
-    pickled = pickle.load(io.BytesIO(pickle.dumps(fused)))
+    pickled = pickle.dumps(fused)
+    monkeypatch.setattr(classes, "_OF", weakref.WeakKeyDictionary())  # as in another process
+    pickled = pickle.load(io.BytesIO(pickled))
     copied = copy.deepcopy(fused)
     for each in (pickled, copied):
         check_same(model, each)
-    PATCHES[name](space.Chain)
+    PATCHES[name](getattr(space, kind))
     for each in (pickled, copied):
         check_same(model, each)
 
