@@ -93,9 +93,8 @@ class Observer:
 
     def refuse(self, reason: str) -> typing.NoReturn:
         self.reason = self.reason or reason
-        raise Refused(
-            self.reason
-        )  # the first one: what a refusal ends is refused in turn, where Python tells of its end
+        # the first: what a refusal ends is refused in turn, where Python tells of its end
+        raise Refused(self.reason)
 
     # ---- frames and instructions
 
