@@ -51,7 +51,8 @@ class _OtherSums(TorchFunctionMode):
         if out is None or out._version != version:
             return F.linear(x.permute(0, 2, 3, 1), weight[:, :, 0, 0], bias).permute(0, 3, 1, 2)
         y = torch.matmul(weight[:, :, 0, 0] * gate[:, None, :, 0, 0], maps.flatten(2)).unflatten(2, maps.shape[2:])
-        return y if bias is None else y + bias[:, None, None]
+        y = y if bias is None else y + bias[:, None, None]
+        return y.contiguous(memory_format=torch.channels_last)  # as above: a norm's own sums are less exact there
 
 
 _MULTIPLY = (torch.mul, Tensor.mul, Tensor.__mul__)
