@@ -21,7 +21,7 @@ from .nn.ghost_module import FusedGhostModule
 from .nn.sequential import FusedSequential
 from .numerics import relative_error
 from .recognize import ghost
-from .recognize.disturbed import Disturbed, undisturbed
+from .recognize.disturbed import Disturbed, named, undisturbed
 from .recognize.equivalence import SAME, substituted
 from .recognize.swap import original
 from .spec import GhostArgs, memory_format
@@ -119,14 +119,15 @@ def fuse_with_report(
         model = copy.deepcopy(model)
     surgery = _Surgery(model, not inplace, filter_fn or (lambda fqn, module: True), backend)
     order = {fqn: i for i, (fqn, _) in enumerate(_occurrences(model))}
-    try:
-        surgery.ghost_modules()
-        if level != "module":
-            surgery.bottlenecks()
-            surgery.sequences()
-    except Disturbed as disturbed:
-        unfuse(surgery.model, inplace=True)
-        raise RuntimeError(f"fuse: {disturbed}") from disturbed
+    with named("fuse"):
+        try:
+            surgery.ghost_modules()
+            if level != "module":
+                surgery.bottlenecks()
+                surgery.sequences()
+        except Disturbed:
+            unfuse(surgery.model, inplace=True)
+            raise
     surgery.report.sort(key=lambda swap: order[swap.fqn])
     if strict:
         unfused = [(s.fqn or "(root)", s.reason or "") for s in surgery.report if not s.fused and s.reason != _FILTERED]

@@ -51,7 +51,7 @@ class Layout(NamedTuple):
         have gone, folded into their convolutions."""
         if nn.modules.module._has_any_global_hook():
             return False
-        seen: list[nn.Module] = []
+        seen: set[int] = set()
         for path, kinds in self.kinds.items():
             free = () if path else self.read_afresh
             children: dict[str, nn.Module | None] = get(root, path).__dict__["_modules"]
@@ -65,10 +65,10 @@ class Layout(NamedTuple):
                 if child is not None and (has_hooks(child) or forward_replaced(child)):
                     return False
             if self.exact:
-                found = [child for child in children.values() if child is not None]
-                if list(children) != list(kinds) or any(a is b for i, a in enumerate(found) for b in seen + found[:i]):
+                found = [id(child) for child in children.values() if child is not None]
+                if list(children) != list(kinds) or len({*found}) < len(found) or not seen.isdisjoint(found):
                     return False
-                seen += found
+                seen.update(found)
             there = [name for name in kinds if name in children and name not in free]
             if there != [name for name in children if name not in free]:  # a Sequential runs them in this order
                 return False
