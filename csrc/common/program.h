@@ -24,7 +24,21 @@ struct Program {
   bool per_image = true;    // it makes the same of an image whatever others are in the batch: ProgramChecker's proof
   std::vector<bool> alone;  // per step: whether later steps read its result and nothing else that was there before
   std::vector<int64_t> elements;  // of each tensor when the program was kept: ``.data`` may give it others
+  int64_t number = 0;             // the kept program's own
 };
+
+// A weight of another kernel size may be right for its step and not for what the step was made of. The tensors have
+// left the caches since the last call.
+inline void check_elements(const Program& program) {
+  constexpr size_t kAhead = 8;
+  const auto& [tensors, elements] = std::tie(program.tensors, program.elements);
+  for (size_t i = 0; i < elements.size(); ++i) {
+    if (i + kAhead < tensors.size()) __builtin_prefetch(tensors[i + kAhead].get());
+    if (tensors[i].numel() == elements[i]) continue;
+    fail("tensors[", i, "]: expected ", elements[i], " elements as when the program was made, got ",
+         tensors[i].numel());
+  }
+}
 
 // An op as a step; ``names_`` are its own and its arguments'.
 template <auto run, const auto& names_>
@@ -191,6 +205,7 @@ class ProgramReader {
 
 template <typename... Steps>
 Tensor run_program(Tensor x, const Program& program) {
+  check_elements(program);
   ProgramReader<Steps...> reader(std::move(x), program);
   while (!reader.at_end()) reader.step();
   return reader.take_last();
@@ -212,7 +227,8 @@ class Programs {
     program->packs = packs;
     for (const Tensor& tensor : program->tensors) program->elements.push_back(tensor.numel());
     const std::lock_guard lock(table().mutex);
-    table().programs.emplace(++table().last, std::move(program));
+    program->number = ++table().last;
+    table().programs.emplace(table().last, std::move(program));
     return table().last;
   }
 
@@ -224,7 +240,6 @@ class Programs {
       if (found == table().programs.end()) fail("program: there is none of number ", number);
       program = found->second;
     }
-    check_elements(*program);
     return run(std::move(x), *program);
   }
 
@@ -242,19 +257,6 @@ class Programs {
     Program program{std::move(tensors), std::move(code), std::move(numbers)};
     ProgramChecker(program).template run<Steps...>();
     return program;
-  }
-
-  // A weight of another kernel size may be right for its step and not for what the step was made of. The tensors have
-  // left the caches since the last call.
-  static void check_elements(const Program& program) {
-    constexpr size_t kAhead = 8;
-    const auto& [tensors, elements] = std::tie(program.tensors, program.elements);
-    for (size_t i = 0; i < tensors.size(); ++i) {
-      if (i + kAhead < tensors.size()) __builtin_prefetch(tensors[i + kAhead].get());
-      if (tensors[i].numel() == elements[i]) continue;
-      fail("tensors[", i, "]: expected ", elements[i], " elements as when the program was made, got ",
-           tensors[i].numel());
-    }
   }
 
   struct Table {

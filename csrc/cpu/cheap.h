@@ -11,8 +11,10 @@ namespace ghostfused::cpu::GHOSTFUSED_ISA {
 template <typename T, bool kChannelsLast>
 class Cheap {
  public:
-  Cheap(const GhostForwardParams& p, const Plan& plan, const Scratch& at, float* scratch, const Output<T>& output)
-      : p(p), s(p.shape), plan(plan), at(at), scratch(scratch), output(output) {
+  // ``prepared``: the parameters' place, wherever they are made.
+  Cheap(const GhostForwardParams& p, const Plan& plan, const Scratch& at, float* scratch, const float* prepared,
+        const Output<T>& output)
+      : p(p), s(p.shape), plan(plan), at(at), scratch(scratch), prepared(prepared), output(output) {
     if (kChannelsLast || !plan.ghosts) return;
     // per vector of a row and column of taps: the lanes inside the image
     float* to = scratch + at.masks;
@@ -25,37 +27,19 @@ class Cheap {
     }
   }
 
-  // The norms and weights of a block's channels; channels_last: (tap, channel), else (channel, tap).
-  void prepare(int64_t c0, int64_t channels, float* parameters) const {
-    const int64_t padded = plan.padded_block, d = s.dw_size, per_channel = s.ratio - 1;
-    const Taps taps{
-        p.cheap_weight, p.cheap_weight_stride_c, p.cheap_weight_stride_h, p.cheap_weight_stride_w, s.dw_size,
-        s.dw_size};
-    float* norm = parameters + at.block_norms + 3 * padded;
-    zero(norm, per_channel * 3 * padded);
-    if (kChannelsLast) zero(parameters + at.block_cheap, per_channel * d * d * padded);
-    for (int64_t j = 0; j < per_channel; ++j, norm += 3 * padded) {
-      prepare_norm<T>(p.cheap, c0 * per_channel + j, per_channel, channels, norm, padded);
-      if (plan.pack_taps) {  // as the walk meets them
-        prepare_taps<T>(taps, kChannelsLast, c0 * per_channel + j, per_channel, channels,
-                        parameters + at.block_cheap + j * d * d * padded, kChannelsLast ? 1 : d * d,
-                        kChannelsLast ? padded : 1);
-      }
-    }
-  }
-
   // x2 of the image rows begin … end - 1 and the channels from c0 on. x1 begins pad rows above them.
-  void run(int64_t begin, int64_t end, int64_t c0, int64_t channels, const float* parameters) const {
+  void run(int64_t begin, int64_t end, int64_t c0, int64_t channels) const {
     const int64_t d = s.dw_size, per_channel = s.ratio - 1;
     Strip<T> strip{};
     strip.act = p.cheap.act;
-    strip.norm_step = plan.padded_block;
+    strip.norm_step = parameters.step;
     for (int64_t j = 0; j < per_channel; ++j) {
-      const float* norm = parameters + at.block_norms + (1 + j) * 3 * plan.padded_block;
+      const float* norm = prepared + parameters.norms + (1 + j) * 3 * parameters.step + c0;
       // channels whose ghost is not cut off
       const int64_t room = s.out_channels - s.init_channels - j;
       const int64_t valid = min_of(channels, div_up(max_of<int64_t>(room, 0), per_channel) - c0);
-      const float* weight = parameters + at.block_cheap + j * d * d * plan.padded_block;
+      const float* weight =
+          prepared + parameters.cheap + j * d * d * parameters.step + (kChannelsLast ? c0 : c0 * d * d);
       if constexpr (kChannelsLast) {
         for (int64_t v = 0; v < valid; v += kLanes) {
           int64_t lanes = min_of<int64_t>(valid - v, kLanes);
@@ -70,8 +54,8 @@ class Cheap {
         for (int64_t c = 0; c < valid; ++c) {
           const int64_t index = (c0 + c) * per_channel + j;
           strip.norm = norm + c;
-          strip.weight = plan.pack_taps ? weight + c * d * d
-                                        : static_cast<const float*>(p.cheap_weight) + index * p.cheap_weight_stride_c;
+          strip.weight = packs_taps(p) ? weight + c * d * d
+                                       : static_cast<const float*>(p.cheap_weight) + index * p.cheap_weight_stride_c;
           strip.x1 = scratch + at.x1 + c * at.x1_channel - plan.pad;
           // what a vector writes past the end of the plane, the next channel overwrites
           const bool next_follows = begin == 0 && end == s.height && per_channel == 1 && c + 1 < valid &&
@@ -83,8 +67,6 @@ class Cheap {
   }
 
  private:
-  static void zero(float* p, int64_t count) { __builtin_memset(p, 0, count * sizeof(float)); }
-
   // Where the vector for the columns from w on begins: at a row's end it goes back, unless the row is shorter than it.
   int64_t first_of(int64_t w) const { return max_of<int64_t>(min_of<int64_t>(w, s.width - kLanes), 0); }
 
@@ -119,9 +101,11 @@ class Cheap {
 
   // channels_last: rows begin … end - 1 of the vector of ``lanes`` channels from c on.
   void run_rows(Strip<T>& strip, int64_t lanes, int64_t c, int64_t begin, int64_t end) const {
-    strip.walk = strip.weight_step = plan.padded_block;
+    strip.walk = plan.padded_block;
+    strip.weight_step = parameters.step;
     strip.cross = at.x1_row;
-    if (output.plain && s.ratio == 2 && lanes == kLanes) {
+    if (output.plain && s.ratio == 2 && (kMasks || lanes == kLanes)) {
+      strip.lanes = static_cast<int>(lanes);
       strip.out = output.at(c, begin, 0);
       strip.out_walk = p.out.stride_w;
       strip.out_cross = p.out.stride_h;
@@ -157,7 +141,8 @@ class Cheap {
                         0,
                         0,
                         strip.width,
-                        strip.masks};
+                        strip.masks,
+                        kLanes};
     depthwise_kernel<float, !kChannelsLast>(s.dw_size)(staged);
     return staged.out;
   }
@@ -166,7 +151,9 @@ class Cheap {
   const GhostShape& s;
   const Plan& plan;
   const Scratch& at;
+  const Parameters parameters{s};
   float* const scratch;
+  const float* const prepared;
   const Output<T>& output;
 };
 

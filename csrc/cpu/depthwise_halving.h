@@ -2,8 +2,7 @@
 // and odd columns come apart in registers.
 #pragma once
 
-#include "cpu/parallel.h"
-#include "cpu/parameters.h"
+#include "cpu/depthwise_plan.h"
 
 namespace ghostfused::cpu::GHOSTFUSED_ISA {
 
@@ -33,7 +32,7 @@ GHOSTFUSED_INLINE void load_split(const Float16* p, uint32_t mask, Vec& even, Ve
   odd = widen(low_halves(pairs >> 16), Float16{});
 }
 
-// A unit is one plane.
+// A unit is one tile of a plane.
 template <typename T, int kSize>
 class HalvingWorker {
   // the pairs of columns that the taps of an output lie in: the first begins kFirst pairs from the output's own
@@ -46,12 +45,13 @@ class HalvingWorker {
     return p.stride == 2 && p.kernel_h == kSize && p.kernel_w == kSize && p.x.stride_w == 1;
   }
 
-  explicit HalvingWorker(const DepthwiseParams& p) : p(p) {
+  HalvingWorker(const DepthwiseParams& p, const DepthwisePlan& plan) : p(p), plan(plan) {
     const int64_t vecs = div_up(p.out_width, kLanes), margin = 2 * kLanes;
     const int64_t row = (2 * vecs * kLanes + 2 * margin) * sizeof(T) / sizeof(float);
-    norm = thread_scratch((3 + kTaps) * int64_t{p.channels} + vecs * kPairs + row);
-    weight = norm + 3 * int64_t{p.channels};
-    masks = reinterpret_cast<uint32_t*>(weight + kTaps * int64_t{p.channels});
+    float* scratch = thread_scratch((plan.prepared ? 0 : plan.size) + vecs * kPairs + row);
+    masks = reinterpret_cast<uint32_t*>(scratch + (plan.prepared ? 0 : plan.size));
+    own = plan.prepared ? nullptr : scratch;
+    parameters = plan.prepared ? plan.prepared : scratch;
     T* zero_row = reinterpret_cast<T*>(masks + vecs * kPairs);
     __builtin_memset(zero_row, 0, row * sizeof(float));
     zeros = zero_row + margin;
@@ -67,36 +67,31 @@ class HalvingWorker {
 
   // The parameters of units begin … end - 1.
   void prepare(int64_t begin, int64_t end) {
-    const Taps from{p.weight, p.weight_stride_c, p.weight_stride_h, p.weight_stride_w, kSize, kSize};
-    const int64_t all = min_of<int64_t>(end - begin, p.channels);
-    for (int64_t done = 0; done < all;) {
-      const int64_t c = (begin + done) % p.channels, count = min_of(p.channels - c, all - done);
-      prepare_norm<T>(p.norm, c, 1, count, norm + c, p.channels);
-      prepare_taps<T>(from, false, c, 1, count, weight + c * kTaps, kTaps, 1);
-      done += count;
-    }
+    if (own) prepare_planes<T>(p, plan, begin, end, own);
   }
 
   void run(int64_t unit) const {
-    const int64_t n = unit / p.channels, c = unit % p.channels;
+    const DepthwisePlan::Unit at(plan, unit);
+    const int64_t n = at.n, c = at.column;
     const T* x = static_cast<const T*>(p.x.data) + n * p.x.stride_n + c * p.x.stride_c;
     T* out = static_cast<T*>(p.out.data) + n * p.out.stride_n + c * p.out.stride_c;
-    const Finish finish(norm + c, p.channels, p.norm.act, Finish::kNumbers);
-    const float* taps = weight + c * kTaps;
-    int64_t h = 0;
-    for (; h + 4 <= p.out_height; h += 4) strip<4>(x, out, taps, h, finish);
-    const int64_t left = p.out_height - h;
-    if (left == 3) strip<3>(x, out, taps, h, finish);
-    if (left == 2) strip<2>(x, out, taps, h, finish);
-    if (left == 1) strip<1>(x, out, taps, h, finish);
+    const Finish finish(parameters + c, plan.step, p.norm.act, Finish::kNumbers);
+    const float* taps = parameters + plan.taps + c * kTaps;
+    const T* end = out + at.h1 * p.out_width;
+    int64_t h = at.h0;
+    for (; h + 4 <= at.h1; h += 4) strip<4>(x, out, end, taps, h, finish);
+    const int64_t left = at.h1 - h;
+    if (left == 3) strip<3>(x, out, end, taps, h, finish);
+    if (left == 2) strip<2>(x, out, end, taps, h, finish);
+    if (left == 1) strip<1>(x, out, end, taps, h, finish);
   }
 
  private:
   int64_t first_of(int64_t w) const { return max_of<int64_t>(min_of<int64_t>(w, p.out_width - kLanes), 0); }
 
-  // Output rows h … h + kRows - 1.
+  // Output rows h … h + kRows - 1, of a tile that ends at ``end``.
   template <int kRows>
-  void strip(const T* x, T* out, const float* taps, int64_t h, const Finish& finish) const {
+  void strip(const T* x, T* out, const T* end, const float* taps, int64_t h, const Finish& finish) const {
     constexpr int kIn = 2 * (kRows - 1) + kSize;
     const T* rows[kIn];
     for (int i = 0; i < kIn; ++i) {
@@ -106,7 +101,6 @@ class HalvingWorker {
     Vec held[kHeld ? kTaps : 1];
 #pragma GCC unroll 16
     for (int i = 0; kHeld && i < kTaps; ++i) held[i] = splat(taps[i]);
-    const T* end = out + int64_t{p.out_height} * p.out_width;
     const uint32_t* mask = masks;
     for (int64_t w = 0; w < p.out_width; w += kLanes, mask += kPairs) {
       const int64_t first = first_of(w), left = 2 * (first + kFirst);
@@ -128,7 +122,7 @@ class HalvingWorker {
           for (int j = 0; j < kSize; ++j) {
             const int tap = k * kSize + j;
             const Vec product = column[j - kPad - 2 * kFirst] * (kHeld ? held[kHeld ? tap : 0] : splat(taps[tap]));
-            part = j == 0 ? product : part + product;
+            part = j == 0 ? rounded(product) : part + product;
           }
           sum[o] = k == 0 ? part : sum[o] + part;
         }
@@ -148,9 +142,11 @@ class HalvingWorker {
   }
 
   const DepthwiseParams& p;
-  float *norm, *weight;  // (3, channel) and (channel, tap)
-  uint32_t* masks;       // per vector of a row and pair of columns
-  const T* zeros;        // a row of them, and a margin before it
+  const DepthwisePlan& plan;
+  float* own;               // where the parameters are made, or null
+  const float* parameters;  // all channels'
+  uint32_t* masks;          // per vector of a row and pair of columns
+  const T* zeros;           // a row of them, and a margin before it
 };
 
 #endif  // GHOSTFUSED_X86_MASKS

@@ -25,20 +25,25 @@ struct CastParams {
   void* to;
 };
 
-// A weight as a kernel reads it, made once by ``pack_weight``; null: the kernel makes it from the tensor at each call.
+// A weight as a kernel reads it, made once by ``pack_weight``, and the norms and depthwise weights, made by
+// ``pack_parameters``; null: the kernel makes them from the tensors at each call.
 struct Packed {
   const void* data = nullptr;
   bool bfloat16 = false;  // in half the bytes, of float32 numbers that bfloat16 holds exactly
+  const float* parameters = nullptr;
 };
 
 // One compilation of the kernels. ``threads``: at most so many work on a call, the calling one among them.
 struct Kernels {
   void (*forward)(const GhostForwardParams& params, const Packed& weight, int threads);
-  void (*depthwise)(const DepthwiseParams& params, int threads);
+  void (*depthwise)(const DepthwiseParams& params, const Packed& packed, int threads);
   void (*squeeze_excite)(const SqueezeExciteParams& params, const Packed& reduce, const Packed& expand, int threads);
   // The 1×1 weights as forward reads them, whatever the batch, the height and width are; null ``to``: nothing is
   // written. Returns the bytes; 0: forward reads them where they lie.
   int64_t (*pack_weight)(const GhostForwardParams& params, bool bfloat16, void* to);
+  // The same of what depends on neither: the bytes, and to ``to`` what forward and depthwise read.
+  int64_t (*pack_parameters)(const GhostForwardParams& params, void* to);
+  int64_t (*pack_depthwise)(const DepthwiseParams& params, void* to);
   // the means of x over height and width, to out
   void (*global_pool)(const SqueezeExciteParams& params, int threads);
   void (*convert)(const ConvertParams& params, int threads);

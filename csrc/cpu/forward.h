@@ -26,12 +26,13 @@ class Worker {
         s(params.shape),
         packed_weight(packed_weight),
         plan(plan),
-        at(scratch_layout(s, plan)),
-        scratch(thread_scratch(at.total + plan.blocks)),
-        block_image(reinterpret_cast<int32_t*>(scratch + at.total)),
+        at(scratch_layout(s, plan, packed_weight)),
+        scratch(thread_scratch(at.total)),
+        prepared(packed_weight.parameters ? packed_weight.parameters : scratch + at.parameters),
+        block_image(reinterpret_cast<int32_t*>(scratch + at.blocks)),
         multiply_kernels(),
         output(params),
-        cheap(params, plan, at, scratch, output) {
+        cheap(params, plan, at, scratch, prepared, output) {
     for (int64_t b = 0; b < plan.blocks; ++b) block_image[b] = -1;
     for (int vecs = 1; vecs <= kMaxVecs<T>; ++vecs) {
       for (int rows = 1; rows <= kMaxRows<T>; ++rows) {
@@ -50,13 +51,14 @@ class Worker {
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t tile = unit / plan.blocks, block = unit % plan.blocks;
       output.n = tile / plan.tiles;
-      h0 = tile % plan.tiles * plan.rows;
-      h1 = min_of<int64_t>(h0 + plan.rows, s.height);
+      h0 = tile % plan.tiles * s.height / plan.tiles;
+      h1 = (tile % plan.tiles + 1) * s.height / plan.tiles;
       c0 = block * plan.block;
       channels = min_of<int64_t>(plan.block, s.init_channels - c0);
       x_h0 = max_of<int64_t>(h0 - pad, 0);
+      x_h1 = min_of<int64_t>(h1 + pad, s.height);
       if (plan.pack_x && tile != packed) {
-        const int64_t rows = min_of<int64_t>(h1 + pad, s.height) - x_h0;
+        const int64_t rows = x_h1 - x_h0;
         const T* gate = plan.gate_weight ? nullptr : gate_of<T>(p, output.n);
         float* to = scratch + at.packed_x;
         if (plan.patches && kChannelsLast) {
@@ -66,15 +68,18 @@ class Worker {
         } else if constexpr (kChannelsLast) {
           pack_pixels(p, gate, output.n, x_h0, rows, reinterpret_cast<Number*>(to), at.packed_x_row * kPerLane);
         } else if (plan.panels) {
-          pack_panels(p, gate, output.n, to);
+          for (const auto& [top, until] : {std::pair{x_h0, h0}, {h0, h1}, {h1, x_h1}}) {
+            pack_panels(p, gate, output.n, top, until - top, to + panels_before(top));
+          }
         } else {
           pack_planes(p, gate, output.n, x_h0, rows, to, at.packed_x_row);
         }
       }
       packed = tile;
-      parameters = scratch + at.blocks + block * at.block_size;
       int32_t& image = block_image[block];
-      if (image < 0) prepare_block();
+      if (image < 0 && !packed_weight.parameters) {
+        prepare_parameters<T, kChannelsLast>(p, parameters, c0, channels, scratch + at.parameters);
+      }
       if (plan.pack_weight && !packed_weight.data && (image < 0 || (plan.gate_weight && image != output.n)))
         prepare_weight();
       image = static_cast<int32_t>(output.n);
@@ -101,9 +106,13 @@ class Worker {
       // the tile's own rows go to the output as well
       const int64_t first = max_of(done, h0), own = max_of(min_of(until, h1), first);
       const bool direct = can_store_directly();
-      primary(done, first, top, false);
-      primary(first, own, top, direct);
-      primary(own, until, top, false);
+      if (kChannelsLast) {
+        primary(done, until, top, direct);
+      } else {
+        primary(done, first, top, false);
+        primary(first, own, top, direct);
+        primary(own, until, top, false);
+      }
       // zeros, not act(shift), outside the image
       for (int64_t c = 0; c < size; ++c) {
         float* channel = x1 + c * at.x1_channel;
@@ -112,7 +121,7 @@ class Worker {
       }
       if (!direct) store_x1(first, own, top);
       done = until;
-      if (plan.ghosts) cheap.run(h, last, c0, channels, parameters);
+      if (plan.ghosts) cheap.run(h, last, c0, channels);
     }
   }
 
@@ -133,26 +142,26 @@ class Worker {
     return s.width >= kLanes || (plan.chunk == s.height && int64_t{s.height} * s.width >= kLanes);
   }
 
-  // x1 of the image rows begin … end - 1.
-  void primary(int64_t begin, int64_t end, int64_t top, bool store_too) {
+  // x1 of the image rows begin … end - 1. ``direct``: those of the tile go to the output as well, which in NCHW are all
+  // or none of them.
+  void primary(int64_t begin, int64_t end, int64_t top, bool direct) {
     if (begin >= end) return;
     float* x1 = scratch + at.x1 + (begin - top) * at.x1_row;
-    const float* norm = parameters + at.block_norms;
+    const float* norm = prepared + parameters.norms + c0;
     Panel<T> panel{};
     panel.depth = plan.depth;
     panel.scale = norm;
-    panel.shift = norm + plan.padded_block;
-    panel.slope = norm + 2 * plan.padded_block;
+    panel.shift = norm + parameters.step;
+    panel.slope = norm + 2 * parameters.step;
     panel.act = p.primary.act;
     panel.clamp = clamp_of(p.primary.act);
     // where there are no ghosts nobody needs x1 anywhere else: the sums wait for their end in the output, or in a tile
-    const bool only_out = store_too && !plan.ghosts;
+    const bool only_out = direct && !plan.ghosts;
     const auto go = [&](Multiply<T> kernel, float* x1_to, int64_t c, int64_t h, int64_t w) {
+      const bool store_too = direct && h >= h0 && h < h1;
       panel.y = x1_to;
-      if (store_too) {
-        panel.copy = output.at(c, h, w);
-        panel.residual = output.residual_at(c, h, w);
-      }
+      panel.copy = store_too ? output.at(c, h, w) : nullptr;
+      panel.residual = store_too ? output.residual_at(c, h, w) : nullptr;
       if (only_out) {
         panel.y = scratch + at.tile;
         panel.y_row = kMaxVecs<T> * kLanes;
@@ -172,7 +181,7 @@ class Worker {
       x = scratch + at.packed_x + (begin - x_h0) * x_h;
     }
     if constexpr (kChannelsLast) {
-      panel.b = parameters + at.block_weight;
+      panel.b = scratch + at.weight + c0 * plan.depth;
       if (packed_weight.data) {
         const int64_t numbers = c0 * plan.depth;
         panel.b = packed_weight.bfloat16
@@ -186,13 +195,17 @@ class Worker {
       const int64_t panels = div_up(s.width, kMaxRows<T>), vecs = div_up(channels, kLanes);
       panel.last = static_cast<int>(channels - (vecs - 1) * kLanes);
       if constexpr (kTiles) {
-        // a run: pixels at one stride
-        const int64_t rows = x_h == s.width * x_w ? end - begin : 1, pixels = rows * s.width;
-        if (pixels >= kTile) {
+        // a run: pixels at one stride, as many as matrices have rows, though some be others'
+        const bool flat = x_h == s.width * x_w;
+        const int64_t rows = flat ? end - begin : 1;
+        if ((flat ? x_h1 - x_h0 : 1) * s.width >= kTile) {
           for (int64_t h = begin; h < end; h += rows, x += x_h) {
-            multiply_tiles(x, x_w, pixels, panel.b, vecs, plan.depth, [&](int64_t pixel, int64_t j, const float* sums) {
+            const int64_t pixels = max_of<int64_t>(rows * s.width, kTile);
+            const int64_t run = flat ? min_of(h * s.width, x_h1 * s.width - pixels) : h * s.width;
+            const float* a = x + (run - h * s.width) * x_w;
+            multiply_tiles(a, x_w, pixels, panel.b, vecs, plan.depth, [&](int64_t pixel, int64_t j, const float* sums) {
               const int lanes = j == vecs - 1 ? panel.last : kLanes;
-              finish_tile(sums, h + pixel / s.width, pixel % s.width, top, j * kLanes, lanes, store_too);
+              finish_tile(sums, run + pixel, begin, end, top, j * kLanes, lanes, direct);
             });
           }
           return;
@@ -209,7 +222,7 @@ class Worker {
       const float* weight = static_cast<const float*>(p.primary_weight);
       panel.a_row = p.primary_weight_stride_n / kPerLane;
       panel.a = weight + c0 * panel.a_row;
-      if (plan.pack_weight) panel.a = parameters + at.block_weight, panel.a_row = plan.depth;
+      if (plan.pack_weight) panel.a = scratch + at.weight + c0 * plan.depth, panel.a_row = plan.depth;
       panel.b_row = x_c;
       panel.y_row = at.x1_channel;
       panel.copy_row = p.out.stride_c;
@@ -240,7 +253,7 @@ class Worker {
       for (int64_t i = 0; i < panels; ++i) {
         const PanelPixels pixels_of(i, pixels, kMaxVecs<T>);
         if (plan.panels) {
-          panel.b = x + pixels_of.vecs_before * kLanes * plan.depth;
+          panel.b = scratch + at.packed_x + panels_before(begin) + pixels_of.vecs_before * kLanes * plan.depth;
           panel.b_row = pixels_of.vecs * kLanes;
           // the weights of the next block, which nobody has read yet, a part of them with every panel
           panel.ahead_row = div_up(channels, panels);
@@ -259,73 +272,61 @@ class Worker {
     }
   }
 
-  // ``lanes`` channels from c on of the tile's pixels, whose first is (h, w).
-  void finish_tile(const float* sums, int64_t h, int64_t w, int64_t top, int64_t c, int lanes, bool store_too) const {
-    const Finish finish(parameters + at.block_norms + c, plan.padded_block, p.primary.act, Finish::kVectors);
-    for (const float* end = sums + kTile * kTile; sums < end; ++h, w = 0) {
+  // ``lanes`` channels from c on of a matrix of pixels from ``first`` on, as far as they are in rows begin … end - 1.
+  void finish_tile(const float* sums, int64_t first, int64_t begin, int64_t end, int64_t top, int64_t c, int lanes,
+                   bool direct) const {
+    const float* norm = prepared + parameters.norms + c0 + c;
+    const Finish finish(norm, parameters.step, p.primary.act, Finish::kVectors);
+    const int64_t from = max_of(first, begin * s.width);
+    int64_t left = min_of(first + kTile, end * s.width) - from, h = from / s.width, w = from % s.width;
+    for (sums += (from - first) * kTile; left > 0; ++h, w = 0) {
+      const int64_t pixels = min_of(s.width - w, left);
       float* y = scratch + at.x1 + (h - top) * at.x1_row + (pad + w) * plan.padded_block + c;
-      T* to = output.at(c0 + c, h, w);
+      const bool store_too = direct && h >= h0 && h < h1;
+      T* to = store_too ? output.at(c0 + c, h, w) : nullptr;
       const T* residual = output.residual_at(c0 + c, h, w);
-      for (; w < s.width && sums < end; ++w, sums += kTile, y += plan.padded_block, to += p.out.stride_w) {
+      left -= pixels;
+      for (int64_t i = 0; i < pixels; ++i, sums += kTile, y += plan.padded_block) {
         Vec v = finish(load(sums));
         if (plan.ghosts || !store_too) store(y, v);
         if (!store_too) continue;
         if (residual) v += load_part(residual, lanes), residual += p.residual.stride_w;
         store_part(to, v, lanes);
+        to += p.out.stride_w;
       }
     }
+  }
+
+  // NCHW: where the panels of the rows from ``top`` on begin. The tile's own rows have their panels, and so have those
+  // above and below.
+  int64_t panels_before(int64_t top) const {
+    const auto lanes = [&](int64_t rows) { return div_up(max_of<int64_t>(rows, 0) * s.width, kLanes) * kLanes; };
+    return (lanes(min_of(top, h0) - x_h0) + lanes(min_of(top, h1) - h0)) * plan.depth;
   }
 
   void store_x1(int64_t begin, int64_t end, int64_t top) const {
     const float* x1 = scratch + at.x1 + (begin - top) * at.x1_row;
     if constexpr (kChannelsLast) {
       for (int64_t h = begin; h < end; ++h, x1 += at.x1_row) {
-        for (int64_t w = 0; w < s.width; ++w) store_run(x1 + (pad + w) * plan.padded_block, channels, c0, h, w);
+        for (int64_t w = 0; w < s.width; ++w) output.put_run(x1 + (pad + w) * plan.padded_block, channels, c0, h, w);
       }
     } else if (output.plain) {  // rows follow each other without a gap
       for (int64_t c = 0; c < channels; ++c) {
-        store_run(x1 + c * at.x1_channel, (end - begin) * s.width, c0 + c, begin, 0);
+        output.put_run(x1 + c * at.x1_channel, (end - begin) * s.width, c0 + c, begin, 0);
       }
     } else {
       for (int64_t c = 0; c < channels; ++c) {
         for (int64_t h = begin; h < end; ++h) {
-          store_run(x1 + c * at.x1_channel + (h - begin) * at.x1_row, s.width, c0 + c, h, 0);
+          output.put_run(x1 + c * at.x1_channel + (h - begin) * at.x1_row, s.width, c0 + c, h, 0);
         }
       }
-    }
-  }
-
-  // ``count`` numbers that lie next to each other both here and in the output.
-  void store_run(const float* from, int64_t count, int64_t c, int64_t h, int64_t w) const {
-    const auto put = [&](int64_t i, int lanes) {
-      output.put(load(from + i), kChannelsLast ? c + i : c, h, kChannelsLast ? w : w + i, lanes);
-    };
-    int64_t i = 0;
-    if (output.plain) {
-      i = count / kLanes * kLanes;
-      output.put_whole(from, count / kLanes, output.at(c, h, w), kLanes, output.residual_at(c, h, w), kLanes);
-    }
-    for (; i + kLanes <= count; i += kLanes) put(i, kLanes);
-    if (i == count) return;
-    if (count >= kLanes) {
-      put(count - kLanes, kLanes);
-    } else {
-      put(i, count - i);
     }
   }
 
   // The 1×1 weights of the block's channels, as the multiplication reads them.
   void prepare_weight() const {
     const T* gate = plan.gate_weight ? gate_of<T>(p, output.n) : nullptr;
-    pack_channels<T, kChannelsLast>(p, gate, c0, channels, plan.depth, parameters + at.block_weight);
-  }
-
-  // Its norms and depthwise weights.
-  void prepare_block() const {
-    float* norm = parameters + at.block_norms;
-    zero(norm, 3 * plan.padded_block);
-    prepare_norm<T>(p.primary, c0, 1, channels, norm, plan.padded_block);
-    if (plan.ghosts) cheap.prepare(c0, channels, parameters);
+    pack_channels<T, kChannelsLast>(p, gate, c0, channels, plan.depth, scratch + at.weight + c0 * plan.depth);
   }
 
   const GhostForwardParams& p;
@@ -333,8 +334,10 @@ class Worker {
   const Packed& packed_weight;
   const Plan& plan;
   const Scratch at;
+  const Parameters parameters{s};
   float* const scratch;
-  int32_t* const block_image;  // per block: that for which its parameters were prepared last, or -1
+  const float* const prepared;  // the parameters
+  int32_t* const block_image;
   const int64_t pad = plan.pad;
   Multiply<T> multiply_kernels[kMaxRows<T> + 1][kMaxVecs<T> + 1];
   Output<T> output;
@@ -343,8 +346,7 @@ class Worker {
   int64_t packed = -1;  // the tile that x was packed for last
 
   // the current unit
-  int64_t h0, h1, x_h0, c0, channels;
-  float* parameters;
+  int64_t h0, h1, x_h0, x_h1, c0, channels;  // rows of the tile, and those of x that it is made of
 };
 
 struct Task {

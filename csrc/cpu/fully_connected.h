@@ -6,7 +6,7 @@
 #include "cpu/output.h"
 #include "cpu/pack.h"
 #include "cpu/parallel.h"
-#include "cpu/parameters.h"
+#include "cpu/prepared.h"
 
 namespace ghostfused::cpu::GHOSTFUSED_ISA {
 
@@ -28,14 +28,17 @@ void fully_connected(Items& items, void* context) {
   const GhostShape& s = p.shape;
   const int64_t depth = s.in_channels, images = s.batch, channels = s.init_channels;
   float* x = thread_scratch(images * (depth + kLanes) + 3 * kLanes);
-  float *y = x + images * depth, *norm = y + images * kLanes;
+  float *y = x + images * depth, *own_norm = y + images * kLanes;
+  const Parameters parameters(s);
+  const int64_t next = packed.parameters ? parameters.step : kLanes;
   for (int64_t n = 0; n < images; ++n) pack_pixels(p, gate_of<T>(p, n), n, 0, 1, x + n * depth, depth);
   const Clamp bounds = clamp_of(p.primary.act);
   Output<T> output(p);
   for_each_unit(items, [&](int64_t unit) {
     const int64_t c = unit * kLanes;
     const int lanes = min_of<int64_t>(kLanes, channels - c);
-    prepare_norm<T>(p.primary, c, 1, lanes, norm, kLanes);
+    const float* norm = packed.parameters ? packed.parameters + parameters.norms + c : own_norm;
+    if (!packed.parameters) prepare_norm<T>(p.primary, c, 1, lanes, own_norm, kLanes);
     if (packed.data) {
       dot(static_cast<const BFloat16*>(packed.data) + c * depth, depth, lanes, x, depth, s.batch, depth, y, kLanes);
     } else {
@@ -43,8 +46,8 @@ void fully_connected(Items& items, void* context) {
       dot(weight, p.primary_weight_stride_n, lanes, x, depth, s.batch, depth, y, kLanes);
     }
     for (output.n = 0; output.n < images; ++output.n) {
-      Vec v = load(y + output.n * kLanes) * load(norm) + load(norm + kLanes);
-      v = is_clamp(p.primary.act) ? clamp(v, bounds) : activate(v, load(norm + 2 * kLanes), p.primary.act);
+      Vec v = load(y + output.n * kLanes) * load(norm) + load(norm + next);
+      v = is_clamp(p.primary.act) ? clamp(v, bounds) : activate(v, load(norm + 2 * next), p.primary.act);
       output.put(v, c, 0, 0, lanes);
     }
   });

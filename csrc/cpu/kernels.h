@@ -38,7 +38,7 @@ inline double multiply_adds(int64_t count, Path path) {
   return path == Path::kBFloat16 ? multiply_adds<BFloat16>(count) : multiply_adds<float>(count);
 }
 
-inline constexpr Kernels kernels{forward,     depthwise, squeeze_excite, pack_weight,
-                                 global_pool, convert,   cast,           multiply_adds};
+inline constexpr Kernels kernels{forward,        depthwise,   squeeze_excite, pack_weight, pack_parameters,
+                                 pack_depthwise, global_pool, convert,        cast,        multiply_adds};
 
 }  // namespace ghostfused::cpu::GHOSTFUSED_ISA

@@ -26,7 +26,7 @@ inline Tensor converted(const Tensor& t, bool channels_last) {
   Tensor out = new_map(p.batch, p.channels, p.height, p.width, t.scalar_type(), channels_last, &to);
   p.from = t.data_ptr();
   p.to = to.data;
-  kernels().convert(p, torch_threads());
+  run_launch(ConvertLaunch{p});
   return out;
 }
 
@@ -67,14 +67,14 @@ class Network {
   static Tensor run(Tensor x, const Program& program) {
     const std::shared_ptr<Packs> packs = program.packs ? Packs::numbered(program.packs) : nullptr;
     const UsePacks use(packs.get());
-    if (!program.per_image || x.dim() != 4) return Network(program).run_whole(std::move(x));
+    if (!program.per_image || x.dim() != 4) return Network(program).recorded(std::move(x), &Network::run_whole);
     size32("x", x.size(0));
     if (x.size(0) > 1) Checker(x).check("x", x, {x.size(0), x.size(1), x.size(2), x.size(3)});  // before it is cut
     const int64_t batch = x.size(0), threads = torch_threads();
     // as many for each thread
     const int64_t rounds = std::min((batch + kImages * threads - 1) / (kImages * threads), kMaxRounds);
     const int64_t pieces = rounds * threads;
-    if (pieces < 2 || pieces > batch) return Network(program).run_piece(std::move(x));
+    if (pieces < 2 || pieces > batch) return Network(program).recorded(std::move(x), &Network::run_piece);
     return Network(program).run_pieces(x, pieces);
   }
 
@@ -88,6 +88,45 @@ class Network {
 
   explicit Network(const Program& program)
       : program_(program), adapts_(program.any_format && program.alone.size() >= kFewSteps) {}
+
+  // The same as (this->*run)(x), with no work of the host but the launches, where a program's weights don't change.
+  Tensor recorded(Tensor x, Tensor (Network::*run)(Tensor) const) const {
+    if (!current_packs) {
+      check_elements(program_);
+      return (this->*run)(std::move(x));
+    }
+    Packs::Key key(Packs::Kind::kRecording, program_.number, torch_threads(), static_cast<int64_t>(x.scalar_type()));
+    for (int64_t d = 0; d < x.dim(); ++d) key.add(x.size(d), x.stride(d));
+    if (const std::shared_ptr<const Recording> recording = current_packs->recording(key);
+        recording && recording->is_current(program_.tensors)) {
+      return replayed(std::move(x), *recording);
+    }
+    check_elements(program_);
+    const Tensor& tensor = x;
+    Recorder recorder(tensor, torch_threads());
+    Tensor result = (this->*run)(x);
+    if (auto recording = recorder.finished(result, program_.tensors)) current_packs->keep(key, std::move(recording));
+    return result;
+  }
+
+  static Tensor replayed(const Tensor& x, const Recording& recording) {
+    struct Borrowed {
+      Packs& packs = *current_packs;
+      Arena arena = packs.take_arena();
+      ~Borrowed() { packs.give_back(std::move(arena)); }
+    } borrowed;
+    Tensor result = new_tensor(recording.sizes().data(), recording.strides().data(), std::ssize(recording.sizes()),
+                               recording.dtype());
+    recording.run(checked_data(x), result.data_ptr(), borrowed.arena.of(recording.arena_bytes()), kernels());
+    return result;
+  }
+
+  static void* checked_data(const Tensor& x) {
+    const Checker checker(x);
+    if (x.dim() == 4) return checker.check("x", x, {x.size(0), x.size(1), x.size(2), x.size(3)});
+    if (x.dim() == 2) return checker.check("x", x, {x.size(0), x.size(1)});
+    fail("x: expected 2 or 4 dimensions, got ", x.dim());
+  }
 
   Tensor run_whole(Tensor x) const {
     Reader reader(start(x), program_);
@@ -157,7 +196,7 @@ class Network {
       for (int64_t begin, end; items.next(&begin, &end);) {
         for (int64_t i = begin; i < end; ++i) {
           try {
-            all.results[i] = all.network.run_piece(all.parts[i]);
+            all.results[i] = all.network.recorded(all.parts[i], &Network::run_piece);
           } catch (const std::exception& error) {  // the other pieces are to be made all the same
             all.errors[i] = error.what();
           }
@@ -194,10 +233,19 @@ class Network {
       if (!std::equal(got.begin(), got.end(), wanted.begin(), wanted.end())) {
         fail("program: expected results of one size per image, got others");
       }
-      torch::stable::copy_(to, part);
+      copy(part, to);
       begin += count;
     }
     return out;
+  }
+
+  static void copy(const Tensor& from, Tensor& to) {
+    const auto strides = from.strides(), wanted = to.strides();
+    bool alike = from.numel() > 0 && from.numel() == from.size(0) * from.stride(0);
+    for (size_t d = 0; d < strides.size(); ++d) alike = alike && strides[d] == wanted[d];
+    if (alike) return run_launch(BytesLaunch{from.data_ptr(), to.data_ptr(), from.numel() * from.element_size()});
+    if (Recorder* recorder = Recorder::current()) recorder->give_up();
+    torch::stable::copy_(to, from);
   }
 
   const Program& program_;

@@ -9,15 +9,22 @@
 
 namespace ghostfused::cpu {
 
-template <size_t kDims>
-Tensor new_output(const int64_t (&sizes)[kDims], const int64_t (&strides)[kDims], ScalarType dtype) {
+inline Tensor new_tensor(const int64_t* sizes, const int64_t* strides, int64_t dims, ScalarType dtype) {
   const int32_t type = dtype == ScalarType::Half       ? aoti_torch_dtype_float16()
                        : dtype == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
                                                        : aoti_torch_dtype_float32();
   AtenTensorHandle handle = nullptr;
   TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(kDims, sizes, strides, type, aoti_torch_device_type_cpu(), 0, &handle));
+      aoti_torch_empty_strided(dims, sizes, strides, type, aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
+}
+
+// For what a step makes.
+template <size_t kDims>
+Tensor new_output(const int64_t (&sizes)[kDims], const int64_t (&strides)[kDims], ScalarType dtype) {
+  Tensor tensor = new_tensor(sizes, strides, kDims, dtype);
+  if (Recorder* recorder = Recorder::current()) recorder->made(tensor);
+  return tensor;
 }
 
 // Of (N, C, H, W), in x's memory format; ``*out`` describes it.
@@ -43,9 +50,14 @@ inline const Isa& isa() {
 }
 inline const Kernels& kernels() { return *isa().kernels; }
 
+template <typename Kind>
+void run_launch(const Kind& launch) {
+  if (Recorder* recorder = Recorder::current()) recorder->add(launch);
+  launch.run(kernels(), torch_threads());
+}
+
 inline void forward(const GhostForwardParams& p) {
-  const Kernels& chosen = kernels();
-  chosen.forward(p, current_packs ? current_packs->weight(chosen, p) : Packed{}, torch_threads());
+  run_launch(ForwardLaunch{p, current_packs ? current_packs->weight(kernels(), p) : Packed{}});
 }
 
 inline Tensor launch(GhostForwardParams& a, const Tensor& x) {
@@ -64,7 +76,9 @@ inline Tensor launch(GhostForwardParams& a, const Tensor& x) {
 inline Tensor launch(DepthwiseParams& p, const Tensor& x) {
   if (!x.is_cpu()) fail("x: expected a CPU tensor");
   Tensor out = new_map(p.batch, p.channels, p.out_height, p.out_width, x.scalar_type(), p.channels_last, &p.out);
-  if (p.batch > 0) kernels().depthwise(p, torch_threads());
+  if (p.batch > 0) {
+    run_launch(DepthwiseLaunch{p, current_packs ? current_packs->depthwise(kernels(), p) : Packed{}});
+  }
   return out;
 }
 
@@ -76,7 +90,7 @@ inline Tensor launch(SqueezeExciteParams& p, const Tensor& x) {
     return current_packs ? current_packs->rows(weight, rows, columns, p.path) : Packed{};
   };
   const Packed reduce = packed(p.reduce, p.reduced, p.channels), expand = packed(p.expand, p.channels, p.reduced);
-  if (p.batch > 0) kernels().squeeze_excite(p, reduce, expand, torch_threads());
+  if (p.batch > 0) run_launch(SqueezeExciteLaunch{p, reduce, expand});
   return out;
 }
 
@@ -94,7 +108,7 @@ inline Tensor global_pool(Tensor x) {
   p.x = checker.tensor4("x", x, {p.batch, p.channels, p.height, p.width});
   Tensor out = new_output({p.batch, p.channels, 1, 1}, {p.channels, 1, 1, 1}, x.scalar_type());
   p.out = out.data_ptr();
-  if (p.batch > 0) kernels().global_pool(p, torch_threads());
+  if (p.batch > 0) run_launch(GlobalPoolLaunch{p});
   return out;
 }
 
@@ -156,7 +170,7 @@ inline Tensor cast(Tensor x, int64_t dtype) {
     p.sizes[at] *= size;
   }
   p.to = out.data_ptr();
-  kernels().cast(p, torch_threads());
+  run_launch(CastLaunch{p});
   return out;
 }
 

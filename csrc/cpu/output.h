@@ -37,6 +37,26 @@ struct Output {
     }
   }
 
+  // ``count`` numbers of y that lie next to each other both there and in the output.
+  void put_run(const float* y, int64_t count, int64_t c, int64_t h, int64_t w) const {
+    const bool along_channels = p.shape.channels_last;
+    const auto part = [&](int64_t i, int lanes) {
+      put(load(y + i), along_channels ? c + i : c, h, along_channels ? w : w + i, lanes);
+    };
+    int64_t i = 0;
+    if (plain) {
+      i = count / kLanes * kLanes;
+      put_whole(y, count / kLanes, at(c, h, w), kLanes, residual_at(c, h, w), kLanes);
+    }
+    for (; i + kLanes <= count; i += kLanes) part(i, kLanes);
+    if (i == count) return;
+    if (count >= kLanes) {
+      part(count - kLanes, kLanes);
+    } else {
+      part(i, count - i);
+    }
+  }
+
  private:
   bool residual_matches() const {
     const Tensor4 &a = p.residual, &b = p.out;

@@ -198,13 +198,14 @@ const T* gate_of(const GhostForwardParams& p, int64_t n) {
   return p.input_gate ? static_cast<const T*>(p.input_gate) + n * p.input_gate_stride_n : nullptr;
 }
 
-// NCHW: image n, through the input gate, in panels of whole vectors: (panel, lane, pixel of the panel).
+// NCHW: ``rows`` rows of image n from row ``top`` on, through the input gate, in panels of whole vectors: (panel, lane,
+// pixel of the panel).
 template <typename T>
-void pack_panels(const GhostForwardParams& p, const T* gate, int64_t n, float* to) {
+void pack_panels(const GhostForwardParams& p, const T* gate, int64_t n, int64_t top, int64_t rows, float* to) {
   const GhostShape& s = p.shape;
-  const int64_t pixels = int64_t{s.height} * s.width, panels = div_up(div_up(pixels, kLanes), kMaxVecs<T>);
+  const int64_t pixels = rows * s.width, panels = div_up(div_up(pixels, kLanes), kMaxVecs<T>);
   const int64_t depth = div_up(s.in_channels, LaneChannels<T>::kCount);
-  const T* x = static_cast<const T*>(p.x.data) + n * p.x.stride_n;
+  const T* x = static_cast<const T*>(p.x.data) + n * p.x.stride_n + top * p.x.stride_h;
   for (int64_t i = 0; i < panels; ++i) {
     const PanelPixels panel(i, pixels, kMaxVecs<T>);
     const int64_t row = panel.vecs * kLanes;

@@ -2,7 +2,9 @@
 #pragma once
 
 #include "cpu/parallel.h"
+#include "cpu/prepared.h"
 #include "cpu/primary.h"
+#include "cpu/tiles.h"
 
 namespace ghostfused::cpu::GHOSTFUSED_ISA {
 
@@ -11,6 +13,10 @@ constexpr int64_t kPatchBytes = 64 << 10;   // of patches in one tile: they are 
 constexpr int64_t kChunkBytes = 192 << 10;  // of x1 in one chunk: stays in L2, and a channel of it in L1
 
 constexpr int64_t kPanelBlocks = 4;  // blocks of channels for which packing x into panels pays
+
+// Rows of one image for each thread from which on threads share rows: what a core reads, it made itself in the step
+// before, and the border of its tile, made twice, is at most a seventh.
+constexpr int64_t kRowsEach = 7;
 
 // NCHW: the pixels that one multiplication takes, of a run of them. The last vector ends where the run does, so that
 // some pixels are made twice where it is not a whole number of vectors.
@@ -28,10 +34,9 @@ struct PanelPixels {
 // A unit is one block of init channels × one tile of rows of one image; it goes down the tile in chunks of rows.
 struct Plan {
   int64_t block, blocks, padded_block;  // channels of a block; padded to whole vectors
-  int64_t rows, tiles, chunk;           // rows of a tile and of a chunk
+  int64_t rows, tiles, chunk;           // rows of the largest tile and of a chunk
   int64_t depth;                        // the operand's lanes that one output sums
   bool pack_x, pack_weight;  // copied as operands with unit stride: the multiplication can't read it as it is
-  bool pack_taps;            // the depthwise weights as well
   bool patches;              // x is packed as the patches under a primary conv of any other kind than 1×1 at stride 1
   bool panels;               // x is packed panel by panel, for many blocks of channels to read it one after the other
   bool gate_weight;          // the input gate goes to the weights, else to x, as they are packed
@@ -63,6 +68,9 @@ inline Plan make_plan(const GhostForwardParams& p, int threads) {
   plan.tiles = div_up(height, plan.rows);
   const int64_t largest_block = s.channels_last ? max_vecs(at_once) * kLanes : kUsualRows;
   plan.blocks = div_up(s.init_channels, largest_block);
+  const bool whole_vectors = s.channels_last || width >= kLanes;
+  const bool by_rows = s.batch % threads != 0 && height >= kRowsEach * threads && whole_vectors;
+  if (by_rows) plan.tiles = div_up(plan.tiles, threads) * threads;
   if (s.batch * plan.tiles % threads != 0) {  // few units: give each thread as many
     const int64_t least = s.channels_last ? kLanes : 4;
     const int64_t blocks = div_up(plan.blocks, threads) * threads;
@@ -75,8 +83,8 @@ inline Plan make_plan(const GhostForwardParams& p, int threads) {
       plan.tiles = min_of<int64_t>(div_up(plan.tiles, threads) * threads, div_up(height, 4));
     }
   }
+  if (kHasTiles && s.channels_last && height / plan.tiles * width < kTile) plan.tiles = 1;
   plan.rows = div_up(height, plan.tiles);
-  plan.tiles = div_up(height, plan.rows);
   plan.block = div_up(s.init_channels, plan.blocks);
   plan.padded_block = div_up(plan.block, kLanes) * kLanes;
   if (s.channels_last) plan.block = min_of<int64_t>(plan.padded_block, s.init_channels);
@@ -95,7 +103,6 @@ inline Plan make_plan(const GhostForwardParams& p, int threads) {
                            ? is_float
                            : made_of_pairs(p.primary_weight, s.in_channels * area | p.primary_weight_stride_n, at_once);
   plan.pack_weight = s.channels_last || !operand || !contiguous;
-  plan.pack_taps = s.channels_last || !is_float || p.cheap_weight_stride_w != 1 || p.cheap_weight_stride_h != s.dw_size;
   plan.pack_x = !is_float;
   if (s.channels_last) {
     const int64_t sizes = s.in_channels | p.x.stride_n | p.x.stride_h | p.x.stride_w;
@@ -106,10 +113,11 @@ inline Plan make_plan(const GhostForwardParams& p, int threads) {
     plan.pack_x |= (width > 1 && p.x.stride_w != 1) || (height > 1 && p.x.stride_h != width);
     plan.pack_x |= width < kLanes && (plan.chunk != height || height * width < kLanes);
   }
-  const int64_t vecs = div_up(height * width, kLanes),
-                sharing = plan.blocks * min_of<int64_t>(s.batch, threads) / threads;
-  plan.panels = !patches && !s.channels_last && sharing >= kPanelBlocks && plan.chunk == height &&
-                vecs > max_vecs(at_once) && (width == 1 || p.x.stride_w == 1) && (height == 1 || p.x.stride_h == width);
+  const int64_t vecs = div_up(height / plan.tiles * width, kLanes);  // of the smallest tile
+  const int64_t sharing = plan.blocks * min_of<int64_t>(s.batch * plan.tiles, threads) / threads;
+  plan.panels = !patches && !s.channels_last && sharing >= kPanelBlocks && plan.chunk == plan.rows &&
+                plan.tiles <= (by_rows ? threads : 1) && vecs > max_vecs(at_once) &&
+                (width == 1 || p.x.stride_w == 1) && (height == 1 || p.x.stride_h == width);
   plan.pack_x |= plan.panels || patches;
   // whatever the number of threads, so that the result doesn't depend on it
   plan.gate_weight = s.input_gate && is_float && !s.channels_last && !patches;
@@ -119,19 +127,17 @@ inline Plan make_plan(const GhostForwardParams& p, int threads) {
 
 // Offsets in a thread's scratch memory, in floats.
 struct Scratch {
-  int64_t block_weight, block_cheap, block_norms, block_size;  // of one block's parameters
+  // of all channels: the 1×1 weights as the multiplication reads them, and what Parameters lists
+  int64_t weight, parameters;
   int64_t x1, x1_channel, x1_row;  // NCHW: (channel, row, w); channels_last: (row, w, channel)
-  int64_t packed_x, packed_x_row, stage, masks, tile, blocks, total;
+  int64_t packed_x, packed_x_row, stage, masks, tile;
+  int64_t blocks;  // per block: the image that its parameters were made for last, or -1
+  int64_t total;
 };
 
-inline Scratch scratch_layout(const GhostShape& s, const Plan& plan) {
-  const int64_t pad = plan.pad, rows = plan.chunk + 2 * pad, cheap = plan.ghosts ? s.ratio - 1 : 0, margin = 64;
+inline Scratch scratch_layout(const GhostShape& s, const Plan& plan, const Packed& packed) {
+  const int64_t pad = plan.pad, rows = plan.chunk + 2 * pad, margin = 64;
   Scratch at{};
-  at.block_weight = 0;
-  at.block_cheap = plan.pack_weight ? plan.padded_block * plan.depth : 0;
-  at.block_norms = at.block_cheap + cheap * s.dw_size * s.dw_size * plan.padded_block;
-  at.block_size = at.block_norms + (1 + cheap) * 3 * plan.padded_block;
-
   at.x1 = margin;
   at.x1_row = s.channels_last ? (s.width + 2 * pad) * plan.padded_block : s.width;
   at.x1_channel = s.channels_last ? 1 : rows * s.width + kLanes;
@@ -141,10 +147,13 @@ inline Scratch scratch_layout(const GhostShape& s, const Plan& plan) {
   at.tile = at.masks + (s.channels_last ? 0 : div_up(s.width, kLanes) * s.dw_size * kLanes);
   at.packed_x = at.tile + kMaxSums * kLanes;
   const int64_t pixels = min_of<int64_t>(plan.rows + 2 * pad, s.height) * s.width;
-  at.packed_x_row = s.channels_last ? plan.depth : plan.panels ? div_up(pixels, kLanes) * kLanes : pixels + kLanes;
+  at.packed_x_row = s.channels_last ? plan.depth : pixels + (plan.panels ? 3 : 1) * kLanes;
   const int64_t packed_x_rows = s.channels_last ? pixels : plan.depth + lanes_at_once(s.path) - 1;  // see pack_lanes
-  at.blocks = at.packed_x + (plan.pack_x ? packed_x_rows * at.packed_x_row : 0) + margin;
-  at.total = at.blocks + plan.blocks * at.block_size + margin;
+  at.weight = at.packed_x + (plan.pack_x ? packed_x_rows * at.packed_x_row : 0) + margin;
+  const Parameters parameters(s);
+  at.parameters = at.weight + (plan.pack_weight && !packed.data ? parameters.step * plan.depth : 0);
+  at.blocks = at.parameters + (packed.parameters ? 0 : parameters.size);
+  at.total = at.blocks + plan.blocks + margin;
   return at;
 }
 

@@ -7,12 +7,17 @@
 
 namespace ghostfused::cpu::GHOSTFUSED_ISA {
 
-constexpr int kUnitRows = 4;  // of a matrix, in one unit
+constexpr int kUnitRows = kLanes < 8 ? kLanes : 8;  // of a matrix, in one unit
+
+// A map's rows are summed in so many bands, whatever the number of threads, so that each thread sums what it made in
+// the step before.
+constexpr int64_t kBands = 4;
+inline int64_t bands_of(const SqueezeExciteParams& p) { return p.height >= 3 * kBands ? kBands : 1; }
 
 struct SqueezeExciteTask {
   const SqueezeExciteParams& p;
   const Packed &packed_reduce, &packed_expand;
-  float *mean, *hidden;  // (N, C), (N, reduced)
+  float *mean, *hidden;  // (bands, N, C): sums of a band, and then the first has the means; (N, reduced)
 };
 
 // A long sum of vectors: what an addition rounds off goes into the next, so that its error doesn't grow with its
@@ -65,20 +70,21 @@ GHOSTFUSED_INLINE void add_run(Total& total, const T* p, int64_t stride, int64_t
   }
 }
 
-// Means of x; a unit is the planes of up to kLanes channels of an image.
+// Sums of x; a unit is a band of up to kLanes channels of an image.
 template <typename T>
 void squeeze(Items& items, void* context) {
   const SqueezeExciteTask& task = *static_cast<const SqueezeExciteTask*>(context);
   const SqueezeExciteParams& p = task.p;
-  const float scale = static_cast<float>(1 / (static_cast<double>(p.height) * p.width));
   const bool flat = p.height == 1 || p.x.stride_h == p.width * p.x.stride_w;
-  const int64_t rows = flat ? 1 : p.height, run = flat ? int64_t{p.height} * p.width : p.width;
-  const int64_t groups = div_up(p.channels, kLanes), step = p.x.stride_w;
+  const int64_t groups = div_up(p.channels, kLanes), step = p.x.stride_w, bands = bands_of(p);
   const bool along_channels = p.x.stride_c == 1 && step != 1;  // channels_last
   for_each_unit(items, [&](int64_t unit) {
-    const int64_t n = unit / groups, first = unit % groups * kLanes, last = min_of<int64_t>(first + kLanes, p.channels);
-    const T* x = static_cast<const T*>(p.x.data) + n * p.x.stride_n;
-    float* mean = task.mean + n * p.channels + first;
+    const int64_t first = unit % groups * kLanes, last = min_of<int64_t>(first + kLanes, p.channels);
+    const int64_t band = unit / groups % bands, n = unit / groups / bands;
+    const int64_t begin = band * p.height / bands, height = (band + 1) * p.height / bands - begin;
+    const int64_t rows = flat ? 1 : height, run = flat ? height * p.width : p.width;
+    const T* x = static_cast<const T*>(p.x.data) + n * p.x.stride_n + begin * p.x.stride_h;
+    float* sum = task.mean + (band * p.batch + n) * p.channels + first;
     if (along_channels) {
       // the last vector ends where the channels do: some of its lanes are another unit's
       const int64_t start = max_of<int64_t>(min_of<int64_t>(first, p.channels - kLanes), 0);
@@ -92,16 +98,32 @@ void squeeze(Items& items, void* context) {
           add_vectors(total, run, [&](int64_t i) { return load_part(row + i * step, lanes); });
         }
       }
-      const Vec means = total.value() * scale;
-      for (int64_t c = first; c < last; ++c) *mean++ = means[c - start];
+      const Vec sums = total.value();
+      for (int64_t c = first; c < last; ++c) *sum++ = sums[c - start];
       return;
     }
     for (int64_t c = first; c < last; ++c) {
       Total total;
       for (int64_t h = 0; h < rows; ++h) add_run(total, x + c * p.x.stride_c + h * p.x.stride_h, step, run);
-      *mean++ = sum_of_lanes(total.value()) * scale;
+      *sum++ = sum_of_lanes(total.value());
     }
   });
+}
+
+// Means of x, to task.mean.
+template <typename T>
+void make_means(SqueezeExciteTask& task, int threads) {
+  const SqueezeExciteParams& p = task.p;
+  const int64_t bands = bands_of(p), planes = int64_t{p.batch} * p.channels;
+  run(threads, p.batch * bands * div_up(p.channels, kLanes), static_cast<double>(planes) * p.height * p.width,
+      squeeze<T>, &task);
+  const float scale = static_cast<float>(1 / (static_cast<double>(p.height) * p.width));
+  for (int64_t i = 0; i < planes; i += kLanes) {
+    const int count = min_of<int64_t>(planes - i, kLanes);
+    Vec sum = load_part(task.mean + i, count);
+    for (int64_t band = 1; band < bands; ++band) sum += load_part(task.mean + band * planes + i, count);
+    store_part(task.mean + i, sum * scale, count);
+  }
 }
 
 // Units of kUnitRows outputs for all images, of weight b + bias.
@@ -165,12 +187,11 @@ void excite(Items& items, void* context) {
 template <typename T>
 void squeeze_excite(const SqueezeExciteParams& p, const Packed& reduced, const Packed& expanded, int threads) {
   const int64_t images = p.batch, planes = images * p.channels;
-  float* scratch = thread_scratch(planes + images * p.reduced);
-  SqueezeExciteTask task{p, reduced, expanded, scratch, scratch + planes};
+  float* scratch = thread_scratch(bands_of(p) * planes + images * p.reduced);
+  SqueezeExciteTask task{p, reduced, expanded, scratch, scratch + bands_of(p) * planes};
   // each weight comes from memory for a few products: such work takes longer, and is worth more threads
   const double products = 4. * static_cast<double>(planes) * p.reduced;
-  run(threads, images * div_up(p.channels, kLanes), static_cast<double>(planes) * p.height * p.width, squeeze<T>,
-      &task);
+  make_means<T>(task, threads);
   run(threads, div_up(p.reduced, kUnitRows), products, reduce<T>, &task);
   run(threads, div_up(p.channels, kUnitRows), products, excite<T>, &task);
 }
@@ -180,9 +201,8 @@ template <typename T>
 void global_pool(const SqueezeExciteParams& p, int threads) {
   const int64_t planes = int64_t{p.batch} * p.channels;
   const Packed none;
-  SqueezeExciteTask task{p, none, none, thread_scratch(planes), nullptr};
-  run(threads, p.batch * div_up(p.channels, kLanes), static_cast<double>(planes) * p.height * p.width, squeeze<T>,
-      &task);
+  SqueezeExciteTask task{p, none, none, thread_scratch(bands_of(p) * planes), nullptr};
+  make_means<T>(task, threads);
   for (int64_t i = 0; i < planes; i += kLanes) {
     const int count = min_of<int64_t>(planes - i, kLanes);
     store_part(static_cast<T*>(p.out) + i, load_part(task.mean + i, count), count);

@@ -29,6 +29,7 @@ struct Strip {
   int64_t width;  // NCHW: of a row; its last vector ends where the row does, unless the row is shorter
   const float*
       masks;  // NCHW: per vector of a row and column of taps: lanes inside the image. All are at the middle tap
+  int lanes;  // channels_last: of a vector that goes out; fewer than all where parts may be stored
 };
 
 // The taps of a channel in all lanes (kSplat), or of a vector of channels, and what follows their sum.
@@ -95,12 +96,12 @@ GHOSTFUSED_INLINE void depthwise_step(const Filter<kSize, kSplat>& filter, const
     sum[o] = filter.finish.clamped(sum[o]);
     if (__builtin_expect(!plain, 0)) {
       if (!filter.finish.only_clamps()) sum[o] = filter.finish.activated(sum[o]);
-      if (residual) sum[o] += load_float(residual + o * p.residual_walk);
+      if (residual) sum[o] += load_copy<kSplat>(residual + o * p.residual_walk, p.lanes);
     }
   }
 #pragma GCC unroll 4
   for (int o = 0; o < kOutputs; ++o, out = next_row(out, p.out_walk)) {
-    store_float(out, sum[o]);
+    store_copy<kSplat>(out, sum[o], p.lanes);
     __builtin_prefetch(out + (kSplat ? 4 : 1) * kLine, 1);
   }
 }

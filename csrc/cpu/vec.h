@@ -44,10 +44,15 @@ GHOSTFUSED_INLINE void store(T* p, V v) {
 }
 GHOSTFUSED_INLINE Vec splat(float x) { return x - Vec{}; }
 
-// A product, rounded. Of the sum of two products the compiler rounds either; for SVE it isn't always the same one.
+// A product, rounded. Of the sum of two products the compiler rounds either, and not always the same one: a result
+// would depend on how many rows were made together.
 GHOSTFUSED_INLINE Vec rounded(Vec product) {
-#ifdef GHOSTFUSED_SVE
+#if defined(GHOSTFUSED_SVE) || defined(GHOSTFUSED_NEON)
   asm("" : "+w"(product));
+#elif defined(GHOSTFUSED_X86_MASKS)
+  asm("" : "+v"(product));
+#elif defined(GHOSTFUSED_X86_HALVES)
+  asm("" : "+x"(product));
 #endif
   return product;
 }

@@ -83,19 +83,35 @@ struct Drawer {
 
 bool once = true;  // nothing is repeated, to be counted
 
-// With its weights packed before, it must make the same.
-void forward(const cpu::Isa& isa, const GhostForwardParams& p, const Buffer& out) {
-  isa.kernels->forward(p, {}, thread_count);
-  const int64_t bytes = once ? isa.kernels->pack_weight(p, false, nullptr) : 0;
-  if (!bytes) return;
-  const auto packed = std::make_unique<char[]>(bytes), first = std::make_unique<char[]>(out.bytes);
-  isa.kernels->pack_weight(p, false, packed.get());
+// What pack(to) writes; null: nothing.
+template <typename Pack>
+std::unique_ptr<char[]> packed(const Pack& pack) {
+  const int64_t bytes = pack(nullptr);
+  if (!bytes) return nullptr;
+  auto memory = std::make_unique<char[]>(bytes);
+  pack(memory.get());
+  return memory;
+}
+
+// run({}), and then run with what was packed before, which must make the same.
+template <typename Run>
+void with_and_without(const Buffer& out, const cpu::Packed& packed, const Run& run) {
+  run({});
+  if (!once) return;
+  const auto first = std::make_unique<char[]>(out.bytes);
   std::memcpy(first.get(), out.data.get(), out.bytes);
   std::memset(out.data.get(), -1, out.bytes);
-  isa.kernels->forward(p, {packed.get(), false}, thread_count);
+  run(packed);
   if (std::memcmp(first.get(), out.data.get(), out.bytes) == 0) return;
-  std::fprintf(stderr, "packed weights make another result\n");
+  std::fprintf(stderr, "what is packed makes another result\n");
   std::exit(1);
+}
+
+void forward(const cpu::Isa& isa, const GhostForwardParams& p, const Buffer& out) {
+  const auto weight = packed([&](void* to) { return isa.kernels->pack_weight(p, false, to); });
+  const auto parameters = packed([&](void* to) { return isa.kernels->pack_parameters(p, to); });
+  const cpu::Packed all{weight.get(), false, reinterpret_cast<const float*>(parameters.get())};
+  with_and_without(out, all, [&](const cpu::Packed& packed) { isa.kernels->forward(p, packed, thread_count); });
 }
 
 void run_ghost(const cpu::Isa& isa, const int* n, Drawer& draw, Buffer& out, int kernel = 1, int stride = 1) {
@@ -151,7 +167,9 @@ void run_depthwise(const cpu::Isa& isa, const int* n, Drawer& draw, Buffer& out)
   p.norm = draw.norm(p.channels, draw.extras ? Act::kHardswish : Act::kNone);
   out = numbers(int64_t{p.batch} * p.channels * p.out_height * p.out_width, p.path);
   p.out = dense(out, p.channels_last, p.channels, p.out_height, p.out_width);
-  isa.kernels->depthwise(p, thread_count);
+  const auto parameters = packed([&](void* to) { return isa.kernels->pack_depthwise(p, to); });
+  const cpu::Packed all{nullptr, false, reinterpret_cast<const float*>(parameters.get())};
+  with_and_without(out, all, [&](const cpu::Packed& packed) { isa.kernels->depthwise(p, packed, thread_count); });
 }
 
 void run_squeeze(const cpu::Isa& isa, const int* n, Drawer& draw, Buffer& out) {

@@ -47,6 +47,11 @@ CASES = [  # as tests/helpers/cpu_driver.cpp describes them
     "ghost 2 70 7 7 37 2 3 nhwc bfloat16 1",  # where matrices are multiplied: a part of one left, and none
     "ghost 1 64 5 6 70 2 3 nhwc bfloat16 0",
     "ghost 2 20 5 3 37 2 5 nchw bfloat16 0",
+    "ghost 1 20 28 19 90 2 3 nchw float32 0",  # threads share rows; of packed panels too
+    "ghost 1 21 15 17 37 2 5 nchw bfloat16 1",
+    "ghost 1 40 14 14 37 2 3 nhwc float32 0",
+    "ghost 1 40 14 14 70 2 3 nhwc bfloat16 0",  # a row at a tile's end has fewer pixels than a matrix
+    "ghost 1 34 16 5 37 2 5 nhwc bfloat16 1",
     "ghost 2 20 9 11 37 1 1 nchw float32 0",
     "ghost 2 20 9 11 37 1 1 nhwc float32 1",
     "ghost 3 20 1 1 37 1 1 nchw float32 1",
@@ -65,11 +70,15 @@ CASES = [  # as tests/helpers/cpu_driver.cpp describes them
     "depthwise 2 3 2 40 1 5 1 nchw float16 1",
     "depthwise 2 3 40 2 5 1 1 nhwc float16 1",
     "depthwise 3 3 1 1 7 7 2 nchw float32 0",
+    "depthwise 1 3 28 28 3 3 2 nchw float32 0",
+    "depthwise 1 130 17 9 5 5 2 nhwc float32 0",
     "depthwise 2 3 13 37 3 3 2 nchw bfloat16 0",
     "depthwise 1 3 8 66 5 5 2 nchw float16 1",
     "squeeze 2 21 7 9 6 0 0 nchw float32 1",
     "squeeze 2 21 7 9 6 1 0 nhwc float32 0",
     "squeeze 5 200 3 3 30 2 0 nchw bfloat16 1",
+    "squeeze 1 21 14 3 6 1 0 nchw float32 0",
+    "squeeze 1 21 14 3 6 1 0 nhwc bfloat16 0",
     "squeeze 1 3 1 1 1 0 0 nhwc float16 0",
     "squeeze 2 21 7 9 0 0 0 nchw float32 0",
     "squeeze 2 21 7 9 0 0 0 nhwc bfloat16 0",

@@ -37,18 +37,20 @@ int64_t pack_weight(const GhostForwardParams& p, bool bfloat16, void* to) {
 
 }  // namespace
 
-const Kernels kAvx512Amx{forward,
-                         [](const DepthwiseParams& p, int threads) { other(p.path).depthwise(p, threads); },
-                         [](const SqueezeExciteParams& p, const Packed& reduce, const Packed& expand, int threads) {
-                           other(p.path).squeeze_excite(p, reduce, expand, threads);
-                         },
-                         pack_weight,
-                         [](const SqueezeExciteParams& p, int threads) { other(p.path).global_pool(p, threads); },
-                         kAvx512.convert,
-                         [](const CastParams& p, int threads) { other(p.to_path).cast(p, threads); },
-                         [](int64_t count, Path path) {
-                           return path == Path::kBFloat16 ? avx512_amx::multiply_adds(count)
-                                                          : kAvx512.multiply_adds(count, path);
-                         }};
+const Kernels kAvx512Amx{
+    forward,
+    [](const DepthwiseParams& p, const Packed& packed, int threads) { other(p.path).depthwise(p, packed, threads); },
+    [](const SqueezeExciteParams& p, const Packed& reduce, const Packed& expand, int threads) {
+      other(p.path).squeeze_excite(p, reduce, expand, threads);
+    },
+    pack_weight,
+    [](const GhostForwardParams& p, void* to) { return other(p.shape.path).pack_parameters(p, to); },
+    [](const DepthwiseParams& p, void* to) { return other(p.path).pack_depthwise(p, to); },
+    [](const SqueezeExciteParams& p, int threads) { other(p.path).global_pool(p, threads); },
+    kAvx512.convert,
+    [](const CastParams& p, int threads) { other(p.to_path).cast(p, threads); },
+    [](int64_t count, Path path) {
+      return path == Path::kBFloat16 ? avx512_amx::multiply_adds(count) : kAvx512.multiply_adds(count, path);
+    }};
 }  // namespace ghostfused::cpu
 #endif  // __x86_64__

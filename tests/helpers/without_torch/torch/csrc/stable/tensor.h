@@ -22,6 +22,7 @@ class Tensor {
   int64_t stride(int64_t d) const { return it_->strides.at(d); }
   int64_t dim() const { return static_cast<int64_t>(it_->sizes.size()); }
   int64_t storage_offset() const { return it_->offset; }
+  int64_t element_size() const { return it_->element(); }
   headeronly::ScalarType scalar_type() const { return static_cast<headeronly::ScalarType>(it_->dtype); }
   bool is_cpu() const { return true; }
   bool is_cuda() const { return false; }

@@ -1,0 +1,106 @@
+// The calls of kernels that steps make: what a recording keeps of a run.
+#pragma once
+
+#include <cstring>
+#include <variant>
+
+#include "cpu/dispatch.h"
+
+namespace ghostfused::cpu {
+
+// Each of them has
+// - run(kernels, threads);
+// - maps(f): f of every pointer to what a step reads or makes, null where there is none;
+// - weights(f): f of every pointer to a tensor of the program that the kernel reads where it lies.
+
+struct ForwardLaunch {
+  GhostForwardParams p;
+  Packed packed;
+
+  void run(const Kernels& kernels, int threads) const { kernels.forward(p, packed, threads); }
+  template <typename F>
+  void maps(const F& f) {
+    f(p.x.data), f(p.out.data), f(p.residual.data), f(p.output_gate.data), f(p.input_gate);
+  }
+  template <typename F>
+  void weights(const F& f) const {
+    if (!packed.data) f(p.primary_weight);
+  }
+};
+
+struct DepthwiseLaunch {
+  DepthwiseParams p;
+  Packed packed;
+
+  void run(const Kernels& kernels, int threads) const { kernels.depthwise(p, packed, threads); }
+  template <typename F>
+  void maps(const F& f) {
+    f(p.x.data), f(p.out.data);
+  }
+  template <typename F>
+  void weights(const F&) const {}
+};
+
+struct SqueezeExciteLaunch {
+  SqueezeExciteParams p;
+  Packed reduce, expand;
+
+  void run(const Kernels& kernels, int threads) const { kernels.squeeze_excite(p, reduce, expand, threads); }
+  template <typename F>
+  void maps(const F& f) {
+    f(p.x.data), f(p.out);
+  }
+  template <typename F>
+  void weights(const F& f) const {
+    if (!reduce.data) f(p.reduce.data);
+    if (!expand.data) f(p.expand.data);
+    f(p.reduce_bias.data), f(p.expand_bias.data);
+  }
+};
+
+struct GlobalPoolLaunch {
+  SqueezeExciteParams p;
+
+  void run(const Kernels& kernels, int threads) const { kernels.global_pool(p, threads); }
+  template <typename F>
+  void maps(const F& f) {
+    f(p.x.data), f(p.out);
+  }
+  template <typename F>
+  void weights(const F&) const {}
+};
+
+// What copies: to the other memory format, to another type, or as it is.
+template <typename Params, auto kernel>
+struct CopyLaunch {
+  Params p;
+
+  void run(const Kernels& kernels, int threads) const { (kernels.*kernel)(p, threads); }
+  template <typename F>
+  void maps(const F& f) {
+    f(p.from), f(p.to);
+  }
+  template <typename F>
+  void weights(const F&) const {}
+};
+using ConvertLaunch = CopyLaunch<ConvertParams, &Kernels::convert>;
+using CastLaunch = CopyLaunch<CastParams, &Kernels::cast>;
+
+struct BytesLaunch {
+  const void* from;
+  void* to;
+  int64_t bytes;
+
+  void run(const Kernels&, int) const { std::memcpy(to, from, bytes); }
+  template <typename F>
+  void maps(const F& f) {
+    f(from), f(to);
+  }
+  template <typename F>
+  void weights(const F&) const {}
+};
+
+using Launch = std::variant<ForwardLaunch, DepthwiseLaunch, SqueezeExciteLaunch, GlobalPoolLaunch, ConvertLaunch,
+                            CastLaunch, BytesLaunch>;
+
+}  // namespace ghostfused::cpu
