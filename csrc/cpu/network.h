@@ -243,7 +243,8 @@ class Network {
     const auto strides = from.strides(), wanted = to.strides();
     bool alike = from.numel() > 0 && from.numel() == from.size(0) * from.stride(0);
     for (size_t d = 0; d < strides.size(); ++d) alike = alike && strides[d] == wanted[d];
-    if (alike) return run_launch(BytesLaunch{from.data_ptr(), to.data_ptr(), from.numel() * from.element_size()});
+    const int64_t bytes = from.numel() * static_cast<int64_t>(from.element_size());
+    if (alike) return run_launch(BytesLaunch{from.data_ptr(), to.data_ptr(), bytes});
     if (Recorder* recorder = Recorder::current()) recorder->give_up();
     torch::stable::copy_(to, from);
   }

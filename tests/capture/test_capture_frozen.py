@@ -4,12 +4,12 @@ import networks
 import pytest
 import torch
 import torch.nn.functional as F
-from capture_network import made, scaled
+from capture_network import made, scaled, without_packs
 from spies import needs_cpu_kernels
 from torch import nn
 
 import ghostfused
-from ghostfused import capture, ops
+from ghostfused import capture
 
 pytestmark = needs_cpu_kernels
 
@@ -137,14 +137,6 @@ def test_fully_connected_layers_sum_alike_in_both_types(batch, channels):
     x = torch.randn(batch, channels, 3, 3)
     captured = capture(model, x, freeze=True, weights=torch.bfloat16)
     assert torch.equal(captured(x), without_packs(captured)(x))
-
-
-def without_packs(captured):
-    """What its one program makes, with the weights read from the tensors at each call."""
-    (variant,) = captured._variants.values()
-    (kept,) = variant.lowered.programs
-    drop = ghostfused.backends.cpu.extension.module.drop_program
-    return ops.KeptProgram("cpu", kept.program, drop, any_format=True)
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,8 @@
 import networks
 import pytest
 import torch
-from capture_network import made, scaled
+from capture_network import made, scaled, without_packs
 from spies import needs_cpu_kernels
-from test_capture_frozen import without_packs
 from torch import nn
 from torch.nn import functional as F
 

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ghostfused import ops
+from ghostfused.backends import cpu
 from ghostfused.cli.verify import calibrate
 from ghostfused.models import paper
 
@@ -39,3 +41,11 @@ def scaled(model: nn.Module, factor: float = 1.2) -> None:
         for t in (*model.parameters(), *model.buffers()):
             if t.is_floating_point():
                 t.mul_(factor)
+
+
+def without_packs(captured):
+    """What its one program makes, with the weights read from the tensors at each call."""
+    (variant,) = captured._variants.values()
+    (kept,) = variant.lowered.programs
+    drop = cpu.extension.module.drop_program
+    return ops.KeptProgram("cpu", kept.program, drop, any_format=True)
