@@ -11,7 +11,7 @@ namespace ghostfused::cpu {
 // Each of them has
 // - run(kernels, threads);
 // - maps(f): f of every pointer to what a step reads or makes, null where there is none;
-// - weights(f): f of every pointer to a tensor of the program that the kernel reads where it lies.
+// - weights(f): f of every pointer to a tensor of the program that the kernel reads where it lies, if there may be one.
 
 struct ForwardLaunch {
   GhostForwardParams p;
@@ -25,6 +25,8 @@ struct ForwardLaunch {
   template <typename F>
   void weights(const F& f) const {
     if (!packed.data) f(p.primary_weight);
+    const GhostShape& s = p.shape;  // NCHW reads float32's depthwise weights there
+    if (!s.channels_last && s.out_channels > s.init_channels) f(p.cheap_weight);
   }
 };
 
@@ -37,8 +39,6 @@ struct DepthwiseLaunch {
   void maps(const F& f) {
     f(p.x.data), f(p.out.data);
   }
-  template <typename F>
-  void weights(const F&) const {}
 };
 
 struct SqueezeExciteLaunch {
@@ -66,11 +66,9 @@ struct GlobalPoolLaunch {
   void maps(const F& f) {
     f(p.x.data), f(p.out);
   }
-  template <typename F>
-  void weights(const F&) const {}
 };
 
-// What copies: to the other memory format, to another type, or as it is.
+// What copies to the other memory format, or to another type.
 template <typename Params, auto kernel>
 struct CopyLaunch {
   Params p;
@@ -80,8 +78,6 @@ struct CopyLaunch {
   void maps(const F& f) {
     f(p.from), f(p.to);
   }
-  template <typename F>
-  void weights(const F&) const {}
 };
 using ConvertLaunch = CopyLaunch<ConvertParams, &Kernels::convert>;
 using CastLaunch = CopyLaunch<CastParams, &Kernels::cast>;
@@ -96,8 +92,6 @@ struct BytesLaunch {
   void maps(const F& f) {
     f(from), f(to);
   }
-  template <typename F>
-  void weights(const F&) const {}
 };
 
 using Launch = std::variant<ForwardLaunch, DepthwiseLaunch, SqueezeExciteLaunch, GlobalPoolLaunch, ConvertLaunch,

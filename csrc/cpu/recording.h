@@ -183,16 +183,17 @@ class Recorder {
 
   bool find_weights(const std::vector<Tensor>& tensors) {
     bool found_all = true;
+    const auto find = [&](const void* data) {
+      if (!data) return;
+      size_t i = 0;
+      while (i < tensors.size() && Recording::data_of(tensors[i]).first != data) ++i;
+      found_all = found_all && i < tensors.size();
+      if (found_all) recording_->weights_.push_back({i, data, Recording::data_of(tensors[i]).second});
+    };
     for (const Launch& launch : recording_->launches_) {
       std::visit(
           [&](const auto& launch) {
-            launch.weights([&](const void* data) {
-              if (!data) return;
-              size_t i = 0;
-              while (i < tensors.size() && Recording::data_of(tensors[i]).first != data) ++i;
-              found_all = found_all && i < tensors.size();
-              if (found_all) recording_->weights_.push_back({i, data, Recording::data_of(tensors[i]).second});
-            });
+            if constexpr (requires { launch.weights(find); }) launch.weights(find);
           },
           launch);
     }

@@ -80,6 +80,22 @@ def test_a_weight_that_is_gone_is_named():
         captured(x)
 
 
+@pytest.mark.parametrize("name", ["primary_weight", "cheap_weight"])
+def test_a_ghost_modules_weight_that_is_gone_is_named(name):
+    """NCHW reads both where they lie."""
+    model = calibrate(paper.GhostModule(8, 12), torch.randn(4, 8, 20, 17))
+    x = torch.randn(2, 8, 20, 17)
+    captured = capture(model, x, freeze=True)
+    networks.assert_same(captured(x), model, x)
+    ((_, args),) = captured._frozen._steps.values()
+    expected, weight = captured(x), getattr(args, name)
+    weight.data = weight * 2
+    assert not torch.equal(captured(x), expected)
+    weight.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=f"{name}: expected a storage that holds all of it"):
+        captured(x)
+
+
 def test_refreshed_after_many_calls(threads):
     model, x = made()
     captured = capture(model, x, freeze=True)
