@@ -23,6 +23,7 @@ from .arguments import (
 )
 
 _FLOATS = (*DTYPES, torch.float64)
+_NORM = ("mean", "var", "gamma", "beta")
 _GATES = {gate.name.lower(): gate for gate in Gate}
 _GATE_OF = {gate.value: gate for gate in Gate}
 """Dictionaries for the reason of ``BY_NAME``."""
@@ -175,6 +176,7 @@ def _not_nested(name: str, t: Tensor) -> None:
 def _tensors(args: Step) -> None:
     """Types, dtypes and devices of all tensors; numbers of dimensions of those that can't be None."""
     x = args.x
+    norms: dict[str, tuple[str, torch.dtype]] = {}  # the first tensor of each half's
     dimensions(args)
     if x.dtype not in _FLOATS:
         raise ArgumentTypeError(f"x: expected float32, float16, bfloat16 or float64, got {x.dtype}")
@@ -186,7 +188,10 @@ def _tensors(args: Step) -> None:
         _not_nested(name, t)
         if t.device != x.device:
             raise _expect(name, f"x's device {x.device}", t.device)
-        if t.dtype != x.dtype and not (t.dtype == torch.float32 and name.endswith(("mean", "var", "gamma", "beta"))):
+        half, _, role = name.rpartition("_")
+        if role in _NORM:
+            _norm_dtype(name, t, x, norms.setdefault(half, (name, t.dtype)))
+        elif t.dtype != x.dtype:
             raise ArgumentTypeError(f"{name}: expected x's dtype {x.dtype}, got {t.dtype}")
         # a traced tensor has no memory yet
         if not torch.compiler.is_compiling() and type(t) in (Tensor, nn.Parameter) and (absent := absent_memory(t)):
@@ -195,6 +200,17 @@ def _tensors(args: Step) -> None:
         raise _expect("x", "at least one channel", tuple(x.shape))
     if x.dim() == 4 and (x.shape[2] < 1 or x.shape[3] < 1):
         raise _expect("x", "height and width of at least 1", tuple(x.shape))
+
+
+def _norm_dtype(name: str, t: Tensor, x: Tensor, first: tuple[str, torch.dtype]) -> None:
+    """x's dtype or float32. On a CPU as PyTorch's batch_norm has it there: float32 beside half precision only, and one dtype
+    for all tensors of a norm, of which ``first`` is one; on a GPU it takes more, and refuses by itself."""
+    cpu = x.device.type == "cpu"
+    expected = (x.dtype,) if cpu and x.dtype.itemsize > 2 else (x.dtype, torch.float32)
+    if t.dtype not in expected:
+        raise ArgumentTypeError(f"{name}: expected x's dtype {' or '.join(map(str, dict.fromkeys(expected)))}, got {t.dtype}")
+    if cpu and t.dtype != first[1]:
+        raise ArgumentTypeError(f"{name}: expected the dtype of {first[0]}, {first[1]}, got {t.dtype}")
 
 
 def _ghost_module(args: GhostArgs) -> None:

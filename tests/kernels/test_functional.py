@@ -1,5 +1,7 @@
 """The function, its op, Function and errors, on the reference and with the plain PyTorch ops under it."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -286,6 +288,26 @@ BN4 = BatchNorm(torch.zeros(4), torch.ones(4))
 def test_bad_input_is_explained(changes, error, message):
     with pytest.raises(error, match=message):
         simple(**changes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_norms_of_mixed_dtypes_are_explained_where_pytorch_refuses_them(dtype):
+    short = dtype.itemsize < 4
+    dtypes = (dtype, torch.float32 if short or dtype == torch.float64 else torch.float16)
+    x, y = (torch.randn(1, 4, 3, 3, dtype=dtype, requires_grad=True) for _ in range(2))
+    weight = torch.randn(4, 1, 3, 3, dtype=dtype)
+    norm = lambda d: None if d is None else torch.rand(4, dtype=d) + 0.5  # noqa: E731
+    for chosen in itertools.product(dtypes, dtypes, (*dtypes, None), (*dtypes, None)):
+        mean, var, gamma, beta = map(norm, chosen)
+        bn = BatchNorm(mean, var, gamma, beta)
+        call = lambda: functional.depthwise(x, weight, bn=bn, backend="reference").sum().backward()  # noqa: B023, E731
+        try:
+            nn.functional.batch_norm(y, mean, var, gamma, beta).sum().backward()
+        except RuntimeError:
+            with pytest.raises(TypeError, match=r"^(mean|var|gamma|beta): expected (x's dtype|the dtype of (mean|var|gamma))"):
+                call()
+        else:
+            call()
 
 
 @pytest.mark.parametrize("fullgraph", [True, False])
