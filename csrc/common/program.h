@@ -114,7 +114,7 @@ class ProgramChecker {
 
   // Whether an argument's first size is the batch.
   static bool is_map(const char* name) {
-    for (const char* map : {"x", "input_gate", "residual", "output_gate"}) {
+    for (const char* map : {"x", "input_gate", "residual", "output_gate", "second", "third", "fourth"}) {
       if (std::strcmp(name, map) == 0) return true;
     }
     return false;

@@ -17,6 +17,8 @@ namespace {
 constexpr const char* kGlobalPoolNames[] = {"global_pool", "x"};
 constexpr const char* kLinearNames[] = {"linear", "x", "weight", "bias"};
 constexpr const char* kCastNames[] = {"cast", "x", "dtype"};
+constexpr const char* kConcatNames[] = {"concat", "x", "second", "third", "fourth"};
+constexpr const char* kMaxPoolNames[] = {"max_pool", "x", "kernel", "stride"};
 
 using Forward = StepKind<&GhostOp<Tensor>::run<launch>, kForwardNames>;
 using Depthwise = StepKind<&depthwise<launch>, kDepthwiseNames>;
@@ -24,8 +26,11 @@ using SqueezeExcite = StepKind<&squeeze_excite<launch>, kSqueezeExciteNames>;
 using GlobalPool = StepKind<&global_pool, kGlobalPoolNames>;
 using Linear = StepKind<&linear, kLinearNames>;
 using Cast = StepKind<&cast, kCastNames>;
-using CpuPrograms = Programs<&Network<Forward, Depthwise, SqueezeExcite, GlobalPool, Linear, Cast>::run, Forward,
-                             Depthwise, SqueezeExcite, GlobalPool, Linear, Cast>;
+using Concat = StepKind<&concat, kConcatNames>;
+using MaxPool = StepKind<&max_pool, kMaxPoolNames>;
+template <typename... Steps>
+using ProgramsOf = Programs<&Network<Steps...>::run, Steps...>;
+using CpuPrograms = ProgramsOf<Forward, Depthwise, SqueezeExcite, GlobalPool, Linear, Cast, Concat, MaxPool>;
 
 STABLE_TORCH_LIBRARY_IMPL(ghostfused, CPU, m) {
   m.impl("forward_cpu", TORCH_BOX(&GhostOp<Tensor>::run<launch>));

@@ -25,6 +25,23 @@ struct CastParams {
   void* to;
 };
 
+// Maps of one height and width, one after the other along the channels; null: there are no more.
+struct ConcatParams {
+  static constexpr int kParts = 4;
+  Path path;
+  int batch, height, width;
+  int channels[kParts];
+  Tensor4 parts[kParts], out;
+};
+
+// The maxima under a square window that is padded by half of it.
+struct MaxPoolParams {
+  Path path;
+  bool channels_last;  // x's channels lie one after the other, and the result's; else the columns of the result
+  int batch, channels, height, width, out_height, out_width, kernel, stride;
+  Tensor4 x, out;
+};
+
 // A weight as a kernel reads it, made once by ``pack_weight``, and the norms and depthwise weights, made by
 // ``pack_parameters``; null: the kernel makes them from the tensors at each call.
 struct Packed {
@@ -48,6 +65,8 @@ struct Kernels {
   void (*global_pool)(const SqueezeExciteParams& params, int threads);
   void (*convert)(const ConvertParams& params, int threads);
   void (*cast)(const CastParams& params, int threads);
+  void (*concat)(const ConcatParams& params, int threads);
+  void (*max_pool)(const MaxPoolParams& params, int threads);
   // nothing but that, in registers, as the path's 1×1 convolution does; returns the operations done
   double (*multiply_adds)(int64_t count, Path path);
 };

@@ -4,6 +4,7 @@
 #include "cpu/depthwise_conv.h"
 #include "cpu/forward.h"
 #include "cpu/layout.h"
+#include "cpu/max_pool.h"
 #include "cpu/squeeze_excite.h"
 
 namespace ghostfused::cpu::GHOSTFUSED_ISA {
@@ -38,7 +39,7 @@ inline double multiply_adds(int64_t count, Path path) {
   return path == Path::kBFloat16 ? multiply_adds<BFloat16>(count) : multiply_adds<float>(count);
 }
 
-inline constexpr Kernels kernels{forward,        depthwise,   squeeze_excite, pack_weight, pack_parameters,
-                                 pack_depthwise, global_pool, convert,        cast,        multiply_adds};
+inline constexpr Kernels kernels{forward,     depthwise, squeeze_excite, pack_weight, pack_parameters, pack_depthwise,
+                                 global_pool, convert,   cast,           concat,      max_pool,        multiply_adds};
 
 }  // namespace ghostfused::cpu::GHOSTFUSED_ISA

@@ -82,6 +82,27 @@ struct CopyLaunch {
 using ConvertLaunch = CopyLaunch<ConvertParams, &Kernels::convert>;
 using CastLaunch = CopyLaunch<CastParams, &Kernels::cast>;
 
+struct ConcatLaunch {
+  ConcatParams p;
+
+  void run(const Kernels& kernels, int threads) const { kernels.concat(p, threads); }
+  template <typename F>
+  void maps(const F& f) {
+    for (Tensor4& part : p.parts) f(part.data);
+    f(p.out.data);
+  }
+};
+
+struct MaxPoolLaunch {
+  MaxPoolParams p;
+
+  void run(const Kernels& kernels, int threads) const { kernels.max_pool(p, threads); }
+  template <typename F>
+  void maps(const F& f) {
+    f(p.x.data), f(p.out.data);
+  }
+};
+
 struct BytesLaunch {
   const void* from;
   void* to;
@@ -95,6 +116,6 @@ struct BytesLaunch {
 };
 
 using Launch = std::variant<ForwardLaunch, DepthwiseLaunch, SqueezeExciteLaunch, GlobalPoolLaunch, ConvertLaunch,
-                            CastLaunch, BytesLaunch>;
+                            CastLaunch, ConcatLaunch, MaxPoolLaunch, BytesLaunch>;
 
 }  // namespace ghostfused::cpu

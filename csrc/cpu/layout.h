@@ -1,4 +1,4 @@
-// Copies maps from one memory format to the other, and numbers from one type to another.
+// Copies maps from one memory format to the other, numbers from one type to another, and maps to one.
 #pragma once
 
 #include "cpu/parallel.h"
@@ -80,6 +80,72 @@ inline void cast(const CastParams& p, int threads) {
   const int64_t rows = p.sizes[0] * p.sizes[1] * p.sizes[2];
   run(threads, rows * div_up(p.sizes[3], kCastUnit), 4 * static_cast<double>(rows * p.sizes[3]),
       GHOSTFUSED_BY_PATH(p.from_path, cast), &params);
+}
+
+struct ConcatTask {
+  const ConcatParams& p;
+  int64_t block;  // pixels of a unit
+};
+
+// Pixels of all channels of a part.
+template <typename T>
+void copy_part(const Tensor4& from, const Tensor4& to, int64_t channels, int64_t width, int64_t first, int64_t pixels) {
+  const T* const in = static_cast<const T*>(from.data);
+  T* const out = static_cast<T*>(to.data);
+  const bool flat = from.stride_h == width * from.stride_w && to.stride_h == width * to.stride_w;
+  const int64_t run = flat ? pixels : 1;  // pixels at one stride
+  for (int64_t done = 0; done < pixels; done += run) {
+    const int64_t h = (first + done) / width, w = (first + done) % width;
+    const T* const row = in + h * from.stride_h + w * from.stride_w;
+    T* const to_row = out + h * to.stride_h + w * to.stride_w;
+    if (from.stride_c == 1 && to.stride_c == 1) {
+      for (int64_t i = 0; i < run; ++i) {
+        copy_run(to_row + i * to.stride_w, row + i * from.stride_w, channels * static_cast<int64_t>(sizeof(T)));
+      }
+    } else if (from.stride_w == 1 && to.stride_w == 1 && from.stride_c == run && to.stride_c == run) {
+      copy_run(to_row, row, channels * run * static_cast<int64_t>(sizeof(T)));
+    } else {
+      for (int64_t c = 0; c < channels; ++c) {
+        const T* const in_run = row + c * from.stride_c;
+        T* const out_run = to_row + c * to.stride_c;
+        if (from.stride_w == 1 && to.stride_w == 1) {
+          copy_run(out_run, in_run, run * static_cast<int64_t>(sizeof(T)));
+        } else {
+          for (int64_t i = 0; i < run; ++i) out_run[i * to.stride_w] = in_run[i * from.stride_w];
+        }
+      }
+    }
+  }
+}
+
+template <typename T>
+void concat(Items& items, void* context) {
+  const ConcatTask& task = *static_cast<const ConcatTask*>(context);
+  const ConcatParams& p = task.p;
+  const int64_t pixels = int64_t{p.height} * p.width, blocks = div_up(pixels, task.block);
+  const auto image_of = [](Tensor4 t, int64_t n) {
+    t.data = static_cast<T*>(t.data) + n * t.stride_n;
+    return t;
+  };
+  for_each_unit(items, [&](int64_t unit) {
+    const int64_t n = unit / blocks, first = unit % blocks * task.block;
+    Tensor4 to = image_of(p.out, n);
+    for (int i = 0; i < ConcatParams::kParts && p.parts[i].data; ++i) {
+      copy_part<T>(image_of(p.parts[i], n), to, p.channels[i], p.width, first, min_of(pixels - first, task.block));
+      to.data = static_cast<T*>(to.data) + p.channels[i] * to.stride_c;
+    }
+  });
+}
+
+inline void concat(const ConcatParams& p, int threads) {
+  const int64_t pixels = int64_t{p.height} * p.width;
+  int64_t channels = 0;
+  for (const int part : p.channels) channels += part;
+  const double numbers = static_cast<double>(p.batch) * static_cast<double>(channels) * static_cast<double>(pixels);
+  ConcatTask task{p, threads == 1 ? pixels : 128};  // a whole map of a part lies together
+  // bytes, whatever they stand for
+  const auto body = p.path == Path::kFloat32 ? concat<float> : concat<BFloat16>;
+  run(threads, p.batch * div_up(pixels, task.block), 4 * numbers, body, &task);
 }
 
 }  // namespace ghostfused::cpu::GHOSTFUSED_ISA

@@ -94,7 +94,7 @@ inline Tensor launch(SqueezeExciteParams& p, const Tensor& x) {
   return out;
 }
 
-// The steps of a program that are no ops of their own: spec/arguments.py's GlobalPoolArgs, LinearArgs and CastArgs.
+// The steps of a program that are no ops of their own: spec/arguments.py's GlobalPoolArgs, and those after it.
 inline Tensor global_pool(Tensor x) {
   if (x.dim() != 4) fail("x: expected 4 dimensions, got ", x.dim());
   const Checker checker(x);
@@ -171,6 +171,59 @@ inline Tensor cast(Tensor x, int64_t dtype) {
   }
   p.to = out.data_ptr();
   run_launch(CastLaunch{p});
+  return out;
+}
+
+inline Tensor concat(Tensor x, Tensor second, OptionalTensor third, OptionalTensor fourth) {
+  if (fourth && !third) fail("third: expected a tensor before the fourth, got none");
+  const Checker checker(x);
+  const std::pair<const char*, const Tensor*> given[ConcatParams::kParts] = {
+      {"x", &x}, {"second", &second}, {"third", third ? &*third : nullptr}, {"fourth", fourth ? &*fourth : nullptr}};
+  for (const auto& [name, t] : given) {
+    if (t && !t->defined()) fail(name, ": expected a tensor, got none");
+    if (t && t->dim() != 4) fail(name, ": expected 4 dimensions, got ", t->dim());
+  }
+  ConcatParams p{};
+  p.path = checker.path();
+  p.batch = size32("x", x.size(0));
+  p.height = size32("x", x.size(2));
+  p.width = size32("x", x.size(3));
+  if (p.height < 1 || p.width < 1) fail("x: expected at least one row and column");
+  int64_t channels = 0;
+  for (int i = 0; i < ConcatParams::kParts && given[i].second; ++i) {
+    const auto& [name, t] = given[i];
+    p.channels[i] = channels32(name, t->size(1));
+    channels = channels32(name, channels + p.channels[i]);
+    p.parts[i] = checker.tensor4(name, *t, {p.batch, p.channels[i], p.height, p.width});
+  }
+  if (!countable(std::initializer_list<int64_t>{p.batch, channels, p.height, p.width})) {
+    fail("x: expected at most 2^40 elements of output");
+  }
+  Tensor out = new_map(p.batch, channels, p.height, p.width, x.scalar_type(), is_channels_last(x), &p.out);
+  if (p.batch > 0) run_launch(ConcatLaunch{p});
+  return out;
+}
+
+inline Tensor max_pool(Tensor x, int64_t kernel, int64_t stride) {
+  if (x.dim() != 4) fail("x: expected 4 dimensions, got ", x.dim());
+  const Checker checker(x);
+  if (kernel % 2 == 0) fail("kernel: expected an odd one, got ", kernel);
+  if (stride != 1 && stride != 2) fail("stride: the kernel takes 1 and 2, got ", stride);
+  MaxPoolParams p{};
+  p.path = checker.path();
+  p.kernel = bounded("kernel", "rows", kernel, 1, kMaxKernel);
+  p.stride = static_cast<int>(stride);
+  p.batch = size32("x", x.size(0));
+  p.channels = channels32("x", x.size(1));
+  p.height = size32("x", x.size(2));
+  p.width = size32("x", x.size(3));
+  if (p.height < 1 || p.width < 1) fail("x: expected at least one row and column");
+  p.out_height = (p.height - 1) / p.stride + 1;
+  p.out_width = (p.width - 1) / p.stride + 1;
+  p.channels_last = is_channels_last(x);
+  p.x = checker.tensor4("x", x, {p.batch, p.channels, p.height, p.width});
+  Tensor out = new_map(p.batch, p.channels, p.out_height, p.out_width, x.scalar_type(), p.channels_last, &p.out);
+  if (p.batch > 0) run_launch(MaxPoolLaunch{p});
   return out;
 }
 

@@ -230,6 +230,24 @@ GHOSTFUSED_INLINE void store_part(T* p, Vec v, int count, int64_t stride = 1) {
   for (int i = 0; i < count; ++i) p[i * stride] = lanes[i];
 }
 
+// Bytes, two at the least; what isn't a whole vector in two parts that may overlap.
+GHOSTFUSED_INLINE void copy_run(void* to, const void* from, int64_t bytes) {
+  char* const out = static_cast<char*>(to);
+  const char* const in = static_cast<const char*>(from);
+  constexpr int64_t kBytes = sizeof(Vec);
+  if (bytes >= kBytes) {
+    for (int64_t i = 0; i + kBytes <= bytes; i += kBytes) store(out + i, load(in + i));
+    return store(out + bytes - kBytes, load(in + bytes - kBytes));
+  }
+#pragma GCC unroll 5
+  for (int64_t size = kBytes / 2; size > 1; size /= 2) {
+    if (bytes < size) continue;
+    const auto copy = [&](int64_t at) { __builtin_memcpy(out + at, in + at, size); };
+    copy(0), copy(bytes - size);
+    return;
+  }
+}
+
 // The even and the odd lanes of two vectors.
 GHOSTFUSED_INLINE void deinterleave(Vec a, Vec b, Vec& even, Vec& odd) {
   Ints at;

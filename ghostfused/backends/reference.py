@@ -17,11 +17,13 @@ from ..spec import (
     Act,
     Args,
     CastArgs,
+    ConcatArgs,
     DepthwiseArgs,
     Gate,
     GhostArgs,
     GlobalPoolArgs,
     LinearArgs,
+    MaxPoolArgs,
     SqueezeExciteArgs,
     Step,
     memory_format,
@@ -133,6 +135,16 @@ def cast(a: CastArgs) -> Tensor:
     return a.x.to(DTYPES[a.dtype])
 
 
+def concat(a: ConcatArgs) -> Tensor:
+    """The maps of ``a``, one after the other."""
+    return torch.cat(a.parts, 1)
+
+
+def max_pool(a: MaxPoolArgs) -> Tensor:
+    """The maxima of ``a``, shape (N, C, H', W')."""
+    return F.max_pool2d(a.x, a.kernel, a.stride, a.kernel // 2)
+
+
 def run(args: Step) -> Tensor:
     """What the op of ``args`` computes."""
     return _FUNCTIONS[type(args)](args)
@@ -145,6 +157,8 @@ _FUNCTIONS: dict = {
     GlobalPoolArgs: global_pool,
     LinearArgs: linear,
     CastArgs: cast,
+    ConcatArgs: concat,
+    MaxPoolArgs: max_pool,
 }
 
 

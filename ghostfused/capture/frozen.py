@@ -11,7 +11,7 @@ from .. import ops
 from ..backends import cpu
 from ..spec import DepthwiseArgs, GhostArgs, LinearArgs, SqueezeExciteArgs
 
-ACTIVE = ("x", "input_gate", "residual", "output_gate")
+ACTIVE = ("x", "input_gate", "residual", "output_gate", "second", "third", "fourth")
 """Arguments of a step that the network computes; all others are the model's own tensors."""
 _LARGE: dict[type, tuple[str, ...]] = {
     GhostArgs: ("primary_weight",),

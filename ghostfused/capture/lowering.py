@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from .. import ops
 from ..backends import cpu
 from ..ops import encoding
-from ..spec import DTYPES, CastArgs
+from ..spec import DTYPES, CastArgs, ConcatArgs
 from .frozen import ACTIVE, Frozen
 from .steps import Item, Steps, given_tensors, is_free
 
@@ -135,7 +135,7 @@ class _Writer:
 
     def _write_node(self, item: Item) -> None:
         self.written_as[item.node] = self.new.node_copy(item.node, self._new)
-        if item.args is None and not is_free(item.node):
+        if isinstance(item.args, ConcatArgs) or (item.args is None and not is_free(item.node)):
             self.left.append(item.node)
 
     def _write_program(self, items: list[Item]) -> None:

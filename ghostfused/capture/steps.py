@@ -10,7 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..spec import DTYPES, OPS, Act, Args, CastArgs, DepthwiseArgs, GhostArgs, GlobalPoolArgs, LinearArgs, Step
+from ..spec import (
+    DTYPES,
+    MAX_POOL_KERNEL,
+    OPS,
+    Act,
+    Args,
+    CastArgs,
+    ConcatArgs,
+    DepthwiseArgs,
+    GhostArgs,
+    GlobalPoolArgs,
+    LinearArgs,
+    MaxPoolArgs,
+    Step,
+    tensor_names,
+)
 from ..spec.activations import BY_OP, with_settings
 from ..spec.kernels import COMMON, kernel_refusal
 from .frozen import ACTIVE
@@ -80,7 +95,7 @@ class Steps:
         """Adds the step that ``node`` is, or is part of."""
         packet = _packet(node)
         if node.target is operator.getitem:
-            return self._is_norms_result(node)
+            return self._is_first_result(node)
         if getattr(node.target, "namespace", None) == "ghostfused":
             return self._our_op(node)
         arguments = self._bound(node)
@@ -186,11 +201,11 @@ class Steps:
             return False
         return self._extend(node, conv, **{ours: a[theirs] for ours, theirs in names.items()})
 
-    def _is_norms_result(self, node: fx.Node) -> bool:
-        """Whether ``node`` picks the map out of a norm's results, and the norm is part of a step."""
+    def _is_first_result(self, node: fx.Node) -> bool:
+        """Whether ``node`` picks the map out of the results of a norm or a pooling that is part of a step."""
         made: Any = node.args[0]
         item = self.items.get(made)
-        if item is None or item.args is None or _packet(made) not in _NORMS:
+        if item is None or item.args is None or _packet(made) not in (*_NORMS, aten.max_pool2d_with_indices):
             return False
         del self.items[made]
         self.items[node] = Item(node, item.args, item.inputs)
@@ -252,10 +267,41 @@ class Steps:
             return False
         return self._add(node, CastArgs(source.meta["val"], DTYPES.index(to.dtype)), [source])
 
+    def concat(self, node: fx.Node, a: dict[str, Any]) -> bool:
+        """Of maps along the channels, of up to as many as the step takes."""
+        names = tensor_names(ConcatArgs)
+        sources = [self._source(part) for part in a["tensors"]]
+        if not 2 <= len(sources) <= len(names) or any(source in self.given for source in sources):
+            return False
+        maps = [source.meta["val"] for source in sources]
+        if a["dim"] not in (1, -3) or any(t.dim() != 4 or t.dtype != maps[0].dtype or t.shape[1] < 1 for t in maps):
+            return False
+        return self._add(node, ConcatArgs(*maps, *[None] * (len(names) - len(maps))), sources)
+
+    def max_pool(self, node: fx.Node, a: dict[str, Any]) -> bool:
+        """Padded by half an odd square window."""
+        source = self._source(a["self"])
+        if not isinstance(source, fx.Node) or source.meta["val"].dim() != 4 or a["ceil_mode"]:
+            return False
+        kernel, padding, dilation = _pair(a["kernel_size"]), _pair(a["padding"]), _pair(a["dilation"])
+        stride = _pair(a["stride"]) if a["stride"] else kernel
+        (k, other), half = kernel, kernel[0] // 2
+        if k != other or k % 2 == 0 or k > MAX_POOL_KERNEL or padding != (half, half) or dilation != (1, 1):
+            return False
+        if stride not in ((1, 1), (2, 2)):
+            return False
+        return self._add(node, MaxPoolArgs(source.meta["val"], k, stride[0]), [source])
+
+    def max_pool_with_indices(self, node: fx.Node, a: dict[str, Any]) -> bool:
+        """Whose indices nobody reads."""
+        picked = all(n.target is operator.getitem and n.args[1] == 0 for n in node.users)
+        return picked and self.max_pool(node, a)
+
 
 _LAYERS: dict[Any, Callable[[Steps, fx.Node, dict[str, Any]], bool]] = {
     aten.conv2d: Steps.conv2d, aten.adaptive_avg_pool2d: Steps.mean, aten.mean: Steps.mean, aten.linear: Steps.linear,
-    aten._to_copy: Steps.cast, aten.to: Steps.cast,
+    aten._to_copy: Steps.cast, aten.to: Steps.cast, aten.cat: Steps.concat, aten.max_pool2d: Steps.max_pool,
+    aten.max_pool2d_with_indices: Steps.max_pool_with_indices,
 }  # fmt: skip
 
 

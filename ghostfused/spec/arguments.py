@@ -249,19 +249,79 @@ class CastArgs(NamedTuple):
         return torch.empty(x.shape, dtype=DTYPES[self.dtype], device=x.device, memory_format=format)
 
 
+class ConcatArgs(NamedTuple):
+    """Maps one after the other along the channels: a step of the CPU's programs, and no op of its own."""
+
+    x: Tensor  # (N, C, H, W), any strides, as are the next, but for C
+    second: Tensor
+    third: Tensor | None
+    fourth: Tensor | None
+
+    @property
+    def op(self) -> str:
+        return "concat"
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self[:4]
+
+    @property
+    def parts(self) -> list[Tensor]:
+        """Those that there are."""
+        return [t for t in self.tensors if t is not None]
+
+    def output_shape(self) -> tuple[int, int, int, int]:
+        """(N, the sum of all C, H, W)."""
+        n, _, h, w = self.x.shape
+        return n, sum(t.shape[1] for t in self.parts), h, w
+
+    def new_output(self) -> Tensor:
+        """An uninitialized output, in x's memory format."""
+        return _new_output(self)
+
+
+class MaxPoolArgs(NamedTuple):
+    """The maxima under a window, padded by half of it: a step of the CPU's programs, and no op of its own."""
+
+    x: Tensor  # (N, C, H, W), any strides
+    kernel: int  # rows and columns of the window, odd
+    stride: int  # 1 or 2
+
+    @property
+    def op(self) -> str:
+        return "max_pool"
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self[:1]
+
+    def output_shape(self) -> tuple[int, int, int, int]:
+        """(N, C, H', W')."""
+        n, c, h, w = self.x.shape
+        return n, c, (h - 1) // self.stride + 1, (w - 1) // self.stride + 1
+
+    def new_output(self) -> Tensor:
+        """An uninitialized output, in x's memory format."""
+        return _new_output(self)
+
+
+MAX_POOL_KERNEL = 1023
+"""The largest that a program takes."""
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """Those of the kernels, to which a program may cast."""
 
 Args = GhostArgs | DepthwiseArgs | SqueezeExciteArgs
-Step = Args | GlobalPoolArgs | LinearArgs | CastArgs
+Step = Args | GlobalPoolArgs | LinearArgs | CastArgs | ConcatArgs | MaxPoolArgs
 
 OPS: dict[str, type[Args]] = {"forward": GhostArgs, "depthwise": DepthwiseArgs, "squeeze_excite": SqueezeExciteArgs}
 """The ops and their arguments."""
-STEPS: dict[str, type[Step]] = {**OPS, "global_pool": GlobalPoolArgs, "linear": LinearArgs, "cast": CastArgs}
+STEPS: dict[str, type[Step]] = {
+    **OPS, "global_pool": GlobalPoolArgs, "linear": LinearArgs, "cast": CastArgs, "concat": ConcatArgs, "max_pool": MaxPoolArgs,
+}  # fmt: skip
 """What a program is made of, in the order of ``csrc/common/program.h``."""
 
 
-def _new_output(args: GhostArgs | DepthwiseArgs) -> Tensor:
+def _new_output(args: GhostArgs | DepthwiseArgs | ConcatArgs | MaxPoolArgs) -> Tensor:
     x = args.x
     return torch.empty(args.output_shape(), dtype=x.dtype, device=x.device, memory_format=memory_format(x))
 

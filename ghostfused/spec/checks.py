@@ -10,13 +10,16 @@ from torch import Tensor, nn
 from .activations import BY_NAME, Act
 from .arguments import (
     DTYPES,
+    MAX_POOL_KERNEL,
     Args,
     CastArgs,
+    ConcatArgs,
     DepthwiseArgs,
     Gate,
     GhostArgs,
     GlobalPoolArgs,
     LinearArgs,
+    MaxPoolArgs,
     SqueezeExciteArgs,
     Step,
     tensor_names,
@@ -299,6 +302,22 @@ def _cast(args: CastArgs) -> None:
         raise _expect("dtype", f"a place in {DTYPES}", args.dtype)
 
 
+def _concat(args: ConcatArgs) -> None:
+    if args.third is None and args.fourth is not None:
+        raise _expect("third", "a tensor before the fourth", None)
+    n, _, h, w = args.x.shape
+    for name, t in zip(tensor_names(ConcatArgs), args.tensors, strict=True):
+        if t is not None and (t.dim() != 4 or t.shape[1] < 1 or (t.shape[0], *t.shape[2:]) != (n, h, w)):
+            raise _expect(name, f"shape (N, C, H, W) with N, H, W = {n, h, w}", tuple(t.shape))
+
+
+def _max_pool(args: MaxPoolArgs) -> None:
+    if args.kernel % 2 == 0 or not 1 <= args.kernel <= MAX_POOL_KERNEL:
+        raise _expect("kernel", f"an odd number up to {MAX_POOL_KERNEL}", args.kernel)
+    if args.stride not in (1, 2):
+        raise _expect("stride", "1 or 2", args.stride)
+
+
 _CHECKS: dict = {
     GhostArgs: _ghost_module,
     DepthwiseArgs: _depthwise,
@@ -306,6 +325,8 @@ _CHECKS: dict = {
     GlobalPoolArgs: lambda args: None,
     LinearArgs: _linear,
     CastArgs: _cast,
+    ConcatArgs: _concat,
+    MaxPoolArgs: _max_pool,
 }
 # None where there may be 2 or 4, as of a map of one pixel
 _DIMENSIONS: dict[type[Step], dict[str, int | None]] = {
@@ -315,4 +336,6 @@ _DIMENSIONS: dict[type[Step], dict[str, int | None]] = {
     GlobalPoolArgs: {"x": 4},
     LinearArgs: {"x": None, "weight": 2},
     CastArgs: {"x": None},
+    ConcatArgs: {"x": 4, "second": 4},
+    MaxPoolArgs: {"x": 4},
 }

@@ -49,6 +49,8 @@ const Kernels kAvx512Amx{
     [](const SqueezeExciteParams& p, int threads) { other(p.path).global_pool(p, threads); },
     kAvx512.convert,
     [](const CastParams& p, int threads) { other(p.to_path).cast(p, threads); },
+    kAvx512.concat,
+    kAvx512.max_pool,
     [](int64_t count, Path path) {
       return path == Path::kBFloat16 ? avx512_amx::multiply_adds(count) : kAvx512.multiply_adds(count, path);
     }};
