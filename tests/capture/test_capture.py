@@ -134,7 +134,7 @@ LEFT_OUT = {
     "aten.mul": lambda self, x: F.conv2d(x, self.mix.weight[:9] * 2, padding=2, groups=9),
     "aten.relu": lambda self, x: F.relu(x) + x,
     "aten.add": lambda self, x: (x.clone(), x.relu_())[0] + x[:, :1],
-    "aten.max_pool2d": lambda self, x: F.max_pool2d(x, 3, 1, 1),
+    "aten.max_pool2d": lambda self, x: F.max_pool2d(x, 3, 1, 1, 1, True),
     "aten.softplus": lambda self, x: F.softplus(x),
     "aten.prelu": lambda self, x: F.prelu(x, self.norm.weight),
     "aten.neg": lambda self, x: x[:, :2].neg_() is x or x,

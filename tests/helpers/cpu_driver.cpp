@@ -6,6 +6,8 @@
 //   depthwise BATCH C H W KERNEL_H KERNEL_W STRIDE LAYOUT DTYPE EXTRAS
 //   squeeze BATCH C H W REDUCED GATE 0 LAYOUT DTYPE EXTRAS        REDUCED 0: global pooling
 //   convert BATCH C H W 0 0 0 LAYOUT DTYPE 0                      from LAYOUT to the other
+//   concat BATCH C1 H W C2 C3 C4 LAYOUT DTYPE EXTRAS                EXTRAS 1: C1 of the other layout; C3, C4 0: none
+//   maxpool BATCH C H W KERNEL STRIDE 0 LAYOUT DTYPE 0
 //   cast ROWS COUNT STRIDE TO 0 0 0 nchw DTYPE 0                   TO: 0 float32, 1 float16, 2 bfloat16
 // with LAYOUT nchw or nhwc, DTYPE float32, float16 or bfloat16, EXTRAS 0 or 1 (gates and residual; another activation).
 // Every buffer is its own allocation of just the size needed. Prints a checksum per case, which mustn't depend on
@@ -203,6 +205,35 @@ void run_convert(const cpu::Isa& isa, const int* n, Drawer& draw, Buffer& out) {
   isa.kernels->convert(p, thread_count);
 }
 
+void run_concat(const cpu::Isa& isa, const int* n, Drawer& draw, Buffer& out) {
+  cpu::ConcatParams p{};
+  p.path = draw.path;
+  p.batch = n[0], p.height = n[2], p.width = n[3];
+  const int channels[] = {n[1], n[4], n[5], n[6]};
+  int64_t all = 0;
+  for (int i = 0; i < 4 && channels[i]; ++i) {
+    draw.channels_last ^= draw.extras && i < 2;
+    p.channels[i] = channels[i];
+    p.parts[i] = draw.tensor(p.batch, channels[i], p.height, p.width);
+    all += channels[i];
+  }
+  out = numbers(p.batch * all * p.height * p.width, p.path);
+  p.out = dense(out, draw.channels_last, all, p.height, p.width);
+  isa.kernels->concat(p, thread_count);
+}
+
+void run_max_pool(const cpu::Isa& isa, const int* n, Drawer& draw, Buffer& out) {
+  cpu::MaxPoolParams p{};
+  p.path = draw.path;
+  p.channels_last = draw.channels_last;
+  p.batch = n[0], p.channels = n[1], p.height = n[2], p.width = n[3], p.kernel = n[4], p.stride = n[5];
+  p.out_height = (p.height - 1) / p.stride + 1, p.out_width = (p.width - 1) / p.stride + 1;
+  p.x = draw.tensor(p.batch, p.channels, p.height, p.width);
+  out = numbers(int64_t{p.batch} * p.channels * p.out_height * p.out_width, p.path);
+  p.out = dense(out, p.channels_last, p.channels, p.out_height, p.out_width);
+  isa.kernels->max_pool(p, thread_count);
+}
+
 void run_cast(const cpu::Isa& isa, const int* n, Drawer& draw, Buffer& out) {
   const Path to = n[3] == 0 ? Path::kFloat32 : n[3] == 1 ? Path::kFloat16 : Path::kBFloat16;
   const int64_t rows = n[0], count = n[1], stride = n[2], pitch = (count - 1) * stride + 1;
@@ -222,6 +253,8 @@ void run_case(const cpu::Isa& isa, char** arg, int repeat) {
                    : op == "conv"    ? run_conv
                    : op == "convert" ? run_convert
                    : op == "cast"    ? run_cast
+                   : op == "concat"  ? run_concat
+                   : op == "maxpool" ? run_max_pool
                                      : run_squeeze;
   Buffer out{};
   for (int i = 0; i < repeat; ++i) {

@@ -102,6 +102,19 @@ class _Net(nn.Module):
         return self.classifier(self.pool(self.body(x)).flatten(1))
 
 
+class _Joined(nn.Module):
+    """Maxima, and maps one after the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = paper.GhostModule(3, 8), nn.Conv2d(40, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.max_pool2d(self.first(x), 3, 2, 1)
+        y = nn.functional.max_pool2d(x, 5, 1, 2)
+        return self.last(torch.cat([x, y, nn.functional.max_pool2d(y, 5, 1, 2), torch.cat([y, x], 1)], 1))
+
+
 def compared(kept: encoding.Program, x: Tensor) -> encoding.Program:
     """``kept``, whose result is a matrix, and each image's likeness to all others: a result as another's weight."""
     steps: list[Step] = []
@@ -125,7 +138,8 @@ def _programs(backend: str) -> list[tuple[int, encoding.Program]]:
     if backend == "cpu":  # whose programs have the steps of whole networks
         x = torch.randn(2, 3, 9, 10)
         whole = program_of(net, x)
-        found += [(3, whole), (3, compared(whole, x))]
+        joined = program_of(calibrate(_Joined(), torch.randn(4, 3, 9, 10)), x)
+        found += [(3, whole), (3, compared(whole, x)), (3, joined), (3, joined)]
     return found
 
 
@@ -242,9 +256,12 @@ def _run_step(backend: str, args: Step) -> Tensor:
         return _run(Call(args.op, list(args), []), backend)
     x, *others = args
     code = [list(STEPS).index(args.op), 0]
-    for t in others:
-        code.append(-1 if t is None else 2 * (1 + sum(other is not None for other in others[: len(code) - 2])))
-    return _run(Call("program", [x, [t for t in others if t is not None], code, []], []), backend)
+    tensors: list[Tensor] = []
+    for value in others:
+        if isinstance(value, Tensor):
+            tensors.append(value)
+        code.append(2 * len(tensors) if isinstance(value, Tensor) else -1 if value is None else int(value))
+    return _run(Call("program", [x, tensors, code, []], []), backend)
 
 
 def _checked_step(backend: str, args: Step) -> Tensor:

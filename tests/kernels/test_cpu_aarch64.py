@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ghostfused import spec
-from ghostfused.spec import CastArgs, GlobalPoolArgs, LinearArgs, Step
+from ghostfused.backends import reference
+from ghostfused.spec import CastArgs, ConcatArgs, GlobalPoolArgs, LinearArgs, MaxPoolArgs, Step
 from ghostfused.testing import Case, DepthwiseCase, SqueezeExciteCase, judge, make, make_args, make_depthwise
 
 pytestmark = pytest.mark.skipif(aarch64.missing() is not None, reason=str(aarch64.missing()))
@@ -128,6 +129,28 @@ def test_squeeze_excite_pool_and_linear(driver, dtype, layout):
     for to, other in enumerate(spec.DTYPES):
         for each in (x, x[:, 1:, ::2, :5], x[..., ::2], x[:, :, 0, 0]):
             assert torch.equal(driver.run(CastArgs(each, to)), each.to(other))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_maxima_and_concatenation(driver, dtype, layout):
+    x, narrow = (
+        make_depthwise(DepthwiseCase(2, channels, 9, 37, sliced=channels < 9, dtype=dtype, layout=layout)).x
+        for channels in (41, 5)
+    )
+    x[0, :3, 2] = float("nan")
+    x[0, :, 4, ::3] = -float("inf")
+    for each, kernel, stride in itertools.product((x, narrow, x[..., ::2], x[:, :, :1, :1]), (1, 5, 13), (1, 2)):
+        args = MaxPoolArgs(each, kernel, stride)
+        out, expected = driver.run(args), reference.run(args)
+        assert torch.equal(out.isnan(), expected.isnan())
+        assert torch.equal(out.nan_to_num(), expected.nan_to_num())
+        assert out.stride() == args.new_output().stride()
+    turned = x.flip(1).contiguous(memory_format=torch.channels_last)
+    for args in (ConcatArgs(x, narrow, None, None), ConcatArgs(narrow, turned, x.contiguous(), narrow)):
+        out = driver.run(args)
+        assert torch.equal(out.nan_to_num(7), reference.run(args).nan_to_num(7))
+        assert out.stride() == args.new_output().stride()
 
 
 few = settings(max_examples=12)

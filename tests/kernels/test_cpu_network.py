@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from strides import strides
@@ -15,7 +16,17 @@ from torch import Tensor
 from ghostfused import ops
 from ghostfused.backends import cpu
 from ghostfused.ops import encoding
-from ghostfused.spec import DTYPES, Act, CastArgs, DepthwiseArgs, GhostArgs, GlobalPoolArgs, LinearArgs
+from ghostfused.spec import (
+    DTYPES,
+    Act,
+    CastArgs,
+    ConcatArgs,
+    DepthwiseArgs,
+    GhostArgs,
+    GlobalPoolArgs,
+    LinearArgs,
+    MaxPoolArgs,
+)
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 
@@ -59,6 +70,12 @@ class Recorder:
 
     def cast(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         return self._call(CastArgs(x, DTYPES.index(dtype)), x.to(dtype))
+
+    def joined(self, *maps: Tensor) -> Tensor:
+        return self._call(ConcatArgs(*maps, *[None] * (4 - len(maps))), torch.cat(maps, 1))
+
+    def maxima(self, x: Tensor, kernel: int, stride: int) -> Tensor:
+        return self._call(MaxPoolArgs(x, kernel, stride), F.max_pool2d(x, kernel, stride, kernel // 2))
 
     def pooled(self, x: Tensor) -> Tensor:
         return self._call(GlobalPoolArgs(x), x.mean((2, 3), keepdim=True))
@@ -116,6 +133,39 @@ def test_chains(shape, strides, inside, late, dtype, layout, count):
         maps.append(recorder.subsampled(maps[-1], stride))
     alike = [m for m in maps if m.shape == maps[-1].shape]
     expected = recorder.added(maps[-1], alike[late % len(alike)])
+    if inside != dtype:
+        expected = recorder.cast(expected, dtype)
+    judge(recorder.run(), expected, x, layout)
+
+
+@given(
+    shape=st.tuples(st.integers(0, 9), st.integers(1, 21), st.integers(1, 40), st.integers(1, 40)),
+    steps=st.lists(
+        st.one_of(
+            st.tuples(st.sampled_from([1, 3, 5, 7]), st.sampled_from([1, 1, 2])),
+            st.lists(st.integers(0, 9), min_size=2, max_size=4),
+        ),
+        min_size=1,
+        max_size=9,
+    ),
+    inside=st.sampled_from(DTYPES),
+    dtype=st.sampled_from(DTYPES),
+    layout=st.sampled_from(["nchw", "nhwc", "slices"]),
+    count=st.integers(1, 3),
+)
+def test_chains_of_maxima_and_joined_maps(shape, steps, inside, dtype, layout, count):
+    """Each map may be read again and again, once it is long gone from the caches."""
+    torch.set_num_threads(count)
+    x = made(shape, dtype, layout)
+    recorder = Recorder(x)
+    maps = [x if inside == dtype else recorder.cast(x, inside)]
+    for step in steps:
+        alike = [m for m in maps if m.shape[2:] == maps[-1].shape[2:]]
+        if isinstance(step, tuple):
+            maps.append(recorder.maxima(maps[-1], *step))
+        elif sum(alike[i % len(alike)].shape[1] for i in step) < 150:
+            maps.append(recorder.joined(maps[-1], *(alike[i % len(alike)] for i in step[1:])))
+    expected = recorder.added(maps[-1], maps[-1])
     if inside != dtype:
         expected = recorder.cast(expected, dtype)
     judge(recorder.run(), expected, x, layout)

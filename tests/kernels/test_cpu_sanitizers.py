@@ -89,6 +89,18 @@ CASES = [  # as tests/helpers/cpu_driver.cpp describes them
     "cast 2 9001 1 0 0 0 0 nchw bfloat16 0",
     "cast 70 37 3 1 0 0 0 nchw float32 0",
     "cast 1 45 2 2 0 0 0 nchw float16 0",
+    "concat 2 21 7 9 3 0 0 nchw float32 0",
+    "concat 1 40 20 19 7 130 1 nhwc float32 0",
+    "concat 3 1 1 5 17 2 0 nchw bfloat16 1",
+    "concat 1 17 30 20 33 5 0 nhwc float16 1",
+    "maxpool 2 21 7 9 5 1 0 nchw float32 0",
+    "maxpool 1 21 20 37 3 2 0 nchw bfloat16 0",
+    "maxpool 1 5 9 530 13 2 0 nchw float32 0",
+    "maxpool 1 3 28 5 5 1 0 nchw float16 0",
+    "maxpool 2 37 7 9 5 1 0 nhwc float32 0",
+    "maxpool 1 150 28 19 3 2 0 nhwc bfloat16 0",
+    "maxpool 1 5 3 130 7 1 0 nhwc float16 0",
+    "maxpool 3 70 1 1 9 2 0 nhwc float32 0",
 ]
 
 

@@ -1,5 +1,7 @@
 """The steps of a program that are no ops of their own, and a kept program as an op."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,7 @@ from ghostfused import FusedGhostModule, ops
 from ghostfused.backends import reference
 from ghostfused.numerics import TOLERANCES, relative_error
 from ghostfused.ops import encoding
-from ghostfused.spec import DTYPES, CastArgs, GlobalPoolArgs, LinearArgs
+from ghostfused.spec import DTYPES, STEPS, CastArgs, ConcatArgs, GlobalPoolArgs, LinearArgs, MaxPoolArgs, Step
 
 pytestmark = needs_cpu_kernels
 
@@ -72,9 +74,144 @@ def test_cast_steps(dtype):
                     assert strides(out) == strides(fake)
 
 
+SIZES = [
+    (0, 4, 3, 3),
+    (1, 1, 1, 1),
+    (1, 3, 1, 19),
+    (2, 5, 7, 9),
+    (1, 130, 10, 10),
+    (2, 33, 20, 3),
+    (1, 16, 40, 300),
+    (5, 70, 33, 15),
+]
+
+
+def made_alone(step: Step) -> torch.Tensor:
+    known = {id(t) for t in step.tensors if t is not None}
+    return ops.forward_op("cpu", "program")(step.x, *encoding.encode([(step, torch.empty(0))], step.x, known))
+
+
+def with_specials(shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format) -> torch.Tensor:
+    """Random numbers, among them infinities, NaN of either sign, zeros of either sign and subnormal numbers."""
+    x = torch.randn(shape)
+    x[x.abs() > 2.4] *= float("inf")
+    x[x.abs() < 0.05] *= 0
+    x[(x - 1).abs() < 0.01] = float("nan")
+    x[(x + 1).abs() < 0.01] = -float("nan")
+    x = x.to(dtype, memory_format=layout)
+    tiny = torch.finfo(dtype).smallest_normal / 4
+    x[(x - 0.5).abs() < 0.02] = tiny
+    x[(x + 0.5).abs() < 0.02] = -tiny
+    return x
+
+
+def pieces(x: torch.Tensor) -> list[torch.Tensor]:
+    """``x``, and parts of it in other strides."""
+    n, c, h, w = x.shape
+    slices = x[:, :, ::2], x[..., w > 1 :], x[..., ::2], x[:, c > 1 :], x.transpose(2, 3)
+    return [x, *slices, x[:1].expand(3 * min(n, 1), c, h, w)]
+
+
+def assert_equal(step: Step, expected: torch.Tensor) -> None:
+    """Bit by bit, but for the NaN's."""
+    before = torch.get_num_threads()
+    outs = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        outs.append(made_alone(step))
+    torch.set_num_threads(before)
+    out, fake = outs[0], step.new_output()
+    assert out.dtype == expected.dtype
+    assert strides(out) == strides(fake)
+    assert torch.equal(out.isnan(), expected.isnan())
+    assert torch.equal(out.nan_to_num(7, 8e4, -8e4), expected.nan_to_num(7, 8e4, -8e4))
+    assert torch.equal(*(each.view(torch.int32 if each.element_size() == 4 else torch.int16) for each in outs))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_max_pool_steps(dtype, layout):
+    for shape in SIZES:
+        for x, kernel, stride in itertools.product(pieces(with_specials(shape, dtype, layout)), (1, 3, 5, 13), (1, 2)):
+            assert_equal(MaxPoolArgs(x, kernel, stride), F.max_pool2d(x, kernel, stride, kernel // 2))
+
+
+def test_a_window_larger_than_the_map():
+    x = torch.randn(2, 20, 9, 300)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        step = MaxPoolArgs(x.contiguous(memory_format=layout), 1023, 1)
+        assert_equal(step, x.amax((2, 3), keepdim=True).expand_as(x))
+
+
+def test_nothing_wins_over_the_lowest_number():
+    for dtype, stride in itertools.product(DTYPES, (1, 2)):
+        x = torch.full((1, 40, 5, 7), -float("inf"), dtype=dtype)
+        for layout in (torch.contiguous_format, torch.channels_last):
+            out = made_alone(MaxPoolArgs(x.contiguous(memory_format=layout), 5, stride))
+            assert out.eq(-float("inf")).all()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_concat_steps(dtype, layout):
+    for n, c, h, w in SIZES:
+        other = with_specials((n, 21, h, w), dtype, torch.channels_last)
+        for x in pieces(with_specials((n, c, h, w), dtype, layout)):
+            if x.shape[2:] != other.shape[2:] or x.shape[0] != n:
+                parts = [x.flip(1), x[:, :1], x]
+            else:
+                parts = [other, other.contiguous(), x]
+            for count in (1, 2, 3):
+                maps = [x, *parts[:count], *[None] * (3 - count)]
+                assert_equal(ConcatArgs(*maps), torch.cat([t for t in maps if t is not None], 1))
+                maps = [*parts[:count], x, *[None] * (3 - count)]
+                assert_equal(ConcatArgs(*maps), torch.cat([t for t in maps if t is not None], 1))
+
+
+def test_images_are_concatenated_one_by_one():
+    """A batch is cut into pieces unless a part is the program's own tensor."""
+    x, own = torch.randn(13, 3, 5, 4), torch.randn(13, 2, 5, 4)
+    before = torch.get_num_threads()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        for code, parts in (
+            ([list(STEPS).index("concat"), 0, 0, 2, -1], [x, x, own]),
+            ([list(STEPS).index("max_pool"), 0, 3, 1, list(STEPS).index("concat"), 0, 4, 5, 0], None),
+        ):
+            out = ops.forward_op("cpu", "program")(x, [own], code, [])
+            pooled = F.max_pool2d(x, 3, 1, 1)
+            assert torch.equal(out, torch.cat(parts or [x, pooled, pooled, x], 1))
+    torch.set_num_threads(before)
+
+
+X = torch.randn(2, 4, 3, 5)
+
+
 @pytest.mark.parametrize(
     ("step", "message"),
     [
+        (
+            ConcatArgs(X, torch.randn(2, 4, 3, 6), None, None),
+            r"second: expected shape \(2, 4, 3, 5\), got \(2, 4, 3, 6\)",
+        ),
+        (ConcatArgs(X, X, torch.randn(3, 4, 3, 5), None), "third: expected shape"),
+        (ConcatArgs(X, X, X, torch.randn(2, 4, 4, 5)), "fourth: expected shape"),
+        (ConcatArgs(X, X, None, X), "third: expected a tensor before the fourth"),
+        (ConcatArgs(X, X.half(), None, None), "second: expected x's dtype"),
+        (ConcatArgs(X, X[0], None, None), "second: expected 4 dimensions"),
+        (ConcatArgs(X, X[:, :0], None, None), "second: expected 1 … 67108864 channels"),
+        (ConcatArgs(X[0], X, None, None), "x: expected 4 dimensions"),
+        (ConcatArgs(X.double(), X.double(), None, None), "x: expected"),
+        (ConcatArgs(*[torch.ones(()).expand(1, 2**25, 1, 1)] * 4), "third: expected 1 … 67108864 channels"),
+        (ConcatArgs(*[torch.ones(()).expand(1, 1, 2**20, 2**19)] * 4), r"x: expected at most 2\^40 elements of output"),
+        (MaxPoolArgs(X, 4, 1), "kernel: expected an odd one, got 4"),
+        (MaxPoolArgs(X, -1, 1), "kernel: expected 1 … 1023 rows, got -1"),
+        (MaxPoolArgs(X, 1025, 1), "kernel: expected 1 … 1023 rows, got 1025"),
+        (MaxPoolArgs(X, 3, 0), "stride: the kernel takes 1 and 2, got 0"),
+        (MaxPoolArgs(X, 3, 3), "stride: the kernel takes 1 and 2, got 3"),
+        (MaxPoolArgs(X[0], 3, 1), "x: expected 4 dimensions"),
+        (MaxPoolArgs(X.double(), 3, 1), "x: expected"),
+        (MaxPoolArgs(X[:, :, :0], 3, 1), "x: expected at least one row and column"),
         (LinearArgs(torch.randn(2, 5), torch.randn(3, 4), None), "x: expected shape"),
         (LinearArgs(torch.randn(2, 4), torch.randn(3, 4), torch.randn(2)), "bias: expected shape"),
         (LinearArgs(torch.randn(2, 4), torch.randn(3, 4).double(), None), "weight: expected x's dtype"),
@@ -86,9 +223,8 @@ def test_cast_steps(dtype):
     ],
 )
 def test_steps_name_what_does_not_fit(step, message):
-    known = {id(t) for t in step.tensors}
     with pytest.raises(RuntimeError, match=message):
-        ops.forward_op("cpu", "program")(step.x, *encoding.encode([(step, torch.empty(0))], step.x, known))
+        made_alone(step)
 
 
 def test_replay_is_an_op_with_a_fake():
