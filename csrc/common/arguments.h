@@ -47,9 +47,6 @@ struct GhostOp {
     a.kernel = bounded("primary_weight", "rows", kernel, 1, kMaxKernel);
     a.stride = size32("stride", stride);
     a.dilation = bounded("dilation", "beside this kernel", dilation, 1, kernel > 1 ? kMaxBorder / kernel : kMaxSize);
-    if (kernel > 1 && cin > kMaxPatchChannels && !x.is_cuda()) {
-      fail("primary_weight: beyond 1×1 the kernel takes up to ", kMaxPatchChannels, " input channels, got ", cin);
-    }
     a.primary_weight = checker.check("primary_weight", primary_weight, {cp, cin, kernel, kernel});
     const int64_t height = (x_sizes[2] - 1) / stride + 1, width = (x_sizes[3] - 1) / stride + 1;
     channels32("cheap_weight", new_channels);

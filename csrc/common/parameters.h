@@ -56,9 +56,6 @@ struct GhostShape {
   bool operator==(const GhostShape&) const = default;
 };
 
-// A primary conv larger than 1×1 reads at most this many channels: beyond, PyTorch's own takes half the time.
-constexpr int kMaxPatchChannels = 16;
-
 struct GhostForwardParams {
   GhostShape shape;
   // The primary conv, padded by dilation * (kernel - 1) / 2; shape has the output's height and width. On a GPU it is

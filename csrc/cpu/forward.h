@@ -5,8 +5,8 @@
 #include "cpu/cheap.h"
 #include "cpu/fully_connected.h"
 #include "cpu/output.h"
-#include "cpu/pack.h"
 #include "cpu/pack_weight.h"
+#include "cpu/packed_x.h"
 #include "cpu/parameters.h"
 #include "cpu/plan.h"
 #include "cpu/tiles.h"
@@ -15,10 +15,9 @@ namespace ghostfused::cpu::GHOSTFUSED_ISA {
 
 template <typename T, bool kChannelsLast>
 class Worker {
-  using Number = typename Operand<T, kChannelsLast>::Number;
   static constexpr int kPerLane = Operand<T, kChannelsLast>::kChannels;
   static constexpr bool kTiles = kHasTiles && kChannelsLast;
-  static constexpr bool kMayHalve = kChannelsLast && std::is_same_v<T, float>;
+  static constexpr bool kIsFloat = std::is_same_v<T, float>, kMayHalve = kChannelsLast && kIsFloat;
 
  public:
   Worker(const GhostForwardParams& params, const Packed& packed_weight, const Plan& plan)
@@ -30,10 +29,12 @@ class Worker {
         scratch(thread_scratch(at.total)),
         prepared(packed_weight.parameters ? packed_weight.parameters : scratch + at.parameters),
         block_image(reinterpret_cast<int32_t*>(scratch + at.blocks)),
+        block_tile(block_image + plan.blocks),
         multiply_kernels(),
+        packed_x(params, plan, at, scratch),
         output(params),
         cheap(params, plan, at, scratch, prepared, output) {
-    for (int64_t b = 0; b < plan.blocks; ++b) block_image[b] = -1;
+    for (int64_t b = 0; b < plan.blocks; ++b) block_image[b] = block_tile[b] = -1;
     for (int vecs = 1; vecs <= kMaxVecs<T>; ++vecs) {
       for (int rows = 1; rows <= kMaxRows<T>; ++rows) {
         multiply_kernels[rows][vecs] = multiply_kernel<T, !kChannelsLast, false>(rows, vecs);
@@ -55,26 +56,10 @@ class Worker {
       h1 = (tile % plan.tiles + 1) * s.height / plan.tiles;
       c0 = block * plan.block;
       channels = min_of<int64_t>(plan.block, s.init_channels - c0);
-      x_h0 = max_of<int64_t>(h0 - pad, 0);
+      if (tile != packed) continues = plan.keeps_border && tile % plan.tiles && all_made_before(tile);
+      x_h0 = continues ? h0 + pad : max_of<int64_t>(h0 - pad, 0);
       x_h1 = min_of<int64_t>(h1 + pad, s.height);
-      if (plan.pack_x && tile != packed) {
-        const int64_t rows = x_h1 - x_h0;
-        const T* gate = plan.gate_weight ? nullptr : gate_of<T>(p, output.n);
-        float* to = scratch + at.packed_x;
-        if (plan.patches && kChannelsLast) {
-          pack_patch_pixels(p, gate, output.n, x_h0, rows, reinterpret_cast<Number*>(to), at.packed_x_row * kPerLane);
-        } else if (plan.patches) {
-          pack_patch_planes(p, gate, output.n, x_h0, rows, to, at.packed_x_row, scratch + at.stage);
-        } else if constexpr (kChannelsLast) {
-          pack_pixels(p, gate, output.n, x_h0, rows, reinterpret_cast<Number*>(to), at.packed_x_row * kPerLane);
-        } else if (plan.panels) {
-          for (const auto& [top, until] : {std::pair{x_h0, h0}, {h0, h1}, {h1, x_h1}}) {
-            pack_panels(p, gate, output.n, top, until - top, to + panels_before(top));
-          }
-        } else {
-          pack_planes(p, gate, output.n, x_h0, rows, to, at.packed_x_row);
-        }
-      }
+      if (plan.pack_x && tile != packed) packed_x.make(output.n, x_h0, h0, h1, x_h1);
       packed = tile;
       int32_t& image = block_image[block];
       if (image < 0 && !packed_weight.parameters) {
@@ -83,15 +68,36 @@ class Worker {
       if (plan.pack_weight && !packed_weight.data && (image < 0 || (plan.gate_weight && image != output.n)))
         prepare_weight();
       image = static_cast<int32_t>(output.n);
-      run_unit();
+      run_unit(block);
+      block_tile[block] = static_cast<int32_t>(tile);
     }
   }
 
  private:
-  void run_unit() {
+  bool all_made_before(int64_t tile) const {
+    bool all = true;
+    for (int64_t b = 0; b < plan.blocks; ++b) all = all && block_tile[b] == tile - 1;
+    return all;
+  }
+
+  // To ``border`` or from there: the rows of x1 that a block's next tile shares with this one.
+  template <bool kSave>
+  void move_border(int64_t block, float* x1) const {
+    float* border = scratch + at.borders + block * at.border;
+    const int64_t count = 2 * pad * at.x1_row, size = kChannelsLast ? 1 : channels;
+    for (int64_t c = 0; c < size; ++c, x1 += at.x1_channel, border += count) {
+      __builtin_memcpy(kSave ? border : x1, kSave ? x1 : border, count * sizeof(float));
+    }
+  }
+
+  void run_unit(int64_t block) {
     float* x1 = scratch + at.x1;
     if (kChannelsLast && pad) zero_columns(x1);
     const int64_t size = kChannelsLast ? 1 : channels;
+    if (continues) {
+      move_border<false>(block, x1);
+      store_x1(h0, min_of(h0 + pad, h1), h0 - pad);
+    }
     int64_t done = x_h0;  // the rows of x1 before this one are made
     for (int64_t h = h0; h < h1; h += plan.chunk) {
       const int64_t last = min_of(h + plan.chunk, h1);
@@ -122,6 +128,7 @@ class Worker {
       if (!direct) store_x1(first, own, top);
       done = until;
       if (plan.ghosts) cheap.run(h, last, c0, channels);
+      if (plan.keeps_border && last == h1 && h1 < s.height) move_border<true>(block, x1 + (h1 - h) * at.x1_row);
     }
   }
 
@@ -149,7 +156,7 @@ class Worker {
     float* x1 = scratch + at.x1 + (begin - top) * at.x1_row;
     const float* norm = prepared + parameters.norms + c0;
     Panel<T> panel{};
-    panel.depth = plan.depth;
+    panel.depth = panel.end = plan.depth;
     panel.scale = norm;
     panel.shift = norm + parameters.step;
     panel.slope = norm + 2 * parameters.step;
@@ -165,7 +172,7 @@ class Worker {
       if (only_out) {
         panel.y = scratch + at.tile;
         panel.y_row = kMaxVecs<T> * kLanes;
-        if constexpr (std::is_same_v<T, float>) {
+        if constexpr (kIsFloat) {
           const bool whole = !kChannelsLast || channels % kLanes == 0;
           if (whole && !panel.residual) panel.y = panel.copy, panel.y_row = panel.copy_row, panel.copy = nullptr;
         }
@@ -211,11 +218,18 @@ class Worker {
           return;
         }
       }
-      for (int64_t h = begin; h < end; ++h, x += x_h, x1 += at.x1_row) {
-        for (int64_t i = 0; i < panels; ++i) {
-          const int64_t w = i * s.width / panels, rows = (i + 1) * s.width / panels - w;
-          panel.a = x + w * x_w;
-          go(multiply_kernels[rows][vecs], x1 + (pad + w) * plan.padded_block, c0, h, w);
+      // between parts of the depth the sums need places of their own
+      const bool own_places = !only_out || (kIsFloat && channels % kLanes == 0 && !p.residual.data);
+      const int64_t part = own_places && kPerLane == 1 ? kDeep : plan.depth;
+      for (panel.begin = 0; panel.begin < plan.depth; panel.begin = panel.end) {
+        panel.end = min_of(panel.begin + part, plan.depth);
+        for (int64_t h = begin; h < end; ++h) {
+          for (int64_t i = 0; i < panels; ++i) {
+            const int64_t w = i * s.width / panels, rows = (i + 1) * s.width / panels - w;
+            panel.a = x + (h - begin) * x_h + w * x_w;
+            float* to = x1 + (h - begin) * at.x1_row + (pad + w) * plan.padded_block;
+            go(multiply_kernels[rows][vecs], to, c0, h, w);
+          }
         }
       }
     } else {
@@ -253,7 +267,7 @@ class Worker {
       for (int64_t i = 0; i < panels; ++i) {
         const PanelPixels pixels_of(i, pixels, kMaxVecs<T>);
         if (plan.panels) {
-          panel.b = scratch + at.packed_x + panels_before(begin) + pixels_of.vecs_before * kLanes * plan.depth;
+          panel.b = scratch + at.packed_x + packed_x.panels_before(begin) + pixels_of.vecs_before * kLanes * plan.depth;
           panel.b_row = pixels_of.vecs * kLanes;
           // the weights of the next block, which nobody has read yet, a part of them with every panel
           panel.ahead_row = div_up(channels, panels);
@@ -297,13 +311,6 @@ class Worker {
     }
   }
 
-  // NCHW: where the panels of the rows from ``top`` on begin. The tile's own rows have their panels, and so have those
-  // above and below.
-  int64_t panels_before(int64_t top) const {
-    const auto lanes = [&](int64_t rows) { return div_up(max_of<int64_t>(rows, 0) * s.width, kLanes) * kLanes; };
-    return (lanes(min_of(top, h0) - x_h0) + lanes(min_of(top, h1) - h0)) * plan.depth;
-  }
-
   void store_x1(int64_t begin, int64_t end, int64_t top) const {
     const float* x1 = scratch + at.x1 + (begin - top) * at.x1_row;
     if constexpr (kChannelsLast) {
@@ -338,12 +345,15 @@ class Worker {
   float* const scratch;
   const float* const prepared;  // the parameters
   int32_t* const block_image;
+  int32_t* const block_tile;  // that this worker made last of a block
   const int64_t pad = plan.pad;
   Multiply<T> multiply_kernels[kMaxRows<T> + 1][kMaxVecs<T> + 1];
+  PackedX<T, kChannelsLast> packed_x;
   Output<T> output;
   Cheap<T, kChannelsLast> cheap;
 
-  int64_t packed = -1;  // the tile that x was packed for last
+  int64_t packed = -1;     // the tile that x was packed for last
+  bool continues = false;  // that tile follows one whose last rows of x1 are kept, of every block
 
   // the current unit
   int64_t h0, h1, x_h0, x_h1, c0, channels;  // rows of the tile, and those of x that it is made of

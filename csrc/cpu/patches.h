@@ -3,72 +3,111 @@
 // channel).
 #pragma once
 
+#include <memory>
+
 #include "cpu/pack.h"
 
 namespace ghostfused::cpu::GHOSTFUSED_ISA {
 
-// NCHW: what lies under one tap of the kernel, of one channel.
+// NCHW: the planes of x under a tile's rows as fp32, with zeros around them, and those columns together that a tap
+// finds under one output after the other. So no tap looks for x's borders.
 template <typename T>
-class TapPlane {
+class PaddedPlanes {
+  static constexpr int kCount = Operand<T, false>::kChannels;
+
  public:
-  TapPlane(const GhostForwardParams& p, const T* gate, int64_t n, int64_t index)
-      : p(p), gate(gate), step(p.stride * p.x.stride_w) {
-    const int64_t c = index / (int64_t{p.kernel} * p.kernel), pad = p.dilation * (p.kernel - 1) / 2;
-    x = static_cast<const T*>(p.x.data) + n * p.x.stride_n + c * p.x.stride_c;
-    top = index / p.kernel % p.kernel * p.dilation - pad;
-    left = index % p.kernel * p.dilation - pad;
-    if (gate) factor = splat(to_float(gate[c * p.input_gate_stride_c]));
+  // ``memory`` is of planes_size floats.
+  PaddedPlanes(const GhostForwardParams& p, const Plan& plan, float* memory)
+      : p(p), plan(plan), memory(memory), pitch(plan.plane_pitch), row_step(p.stride * pitch) {
+    if (!plan.patches || p.shape.channels_last) return;
+    taps = std::make_unique<int64_t[]>(area());
+    for (int64_t i = 0; i < area(); ++i) {
+      const int64_t row = i / p.kernel * p.dilation, column = i % p.kernel * p.dilation;
+      taps[i] = row * row_step + column % p.stride * pitch + column / p.stride;
+    }
   }
 
-  // All of output row h. Whole vectors are written, so that some may reach past it.
-  void read(int64_t h, float* to) const {
-    const int64_t row = h * p.stride + top, width = p.shape.width;
-    const auto inside = [&](int64_t x_columns) {  // how many outputs lie before that column of x
-      return min_of(max_of<int64_t>(div_up(x_columns - left, p.stride), 0), width);
-    };
-    const int64_t begin = inside(0), end = row < 0 || row >= p.x_height ? begin : max_of(inside(p.x_width), begin);
-    __builtin_memset(to, 0, width * sizeof(float));
-    const T* from = x + row * p.x.stride_h + left * p.x.stride_w;
-    const auto copy = [&](int64_t w, int count) {
-      const Vec v = load_strided(from + w * step, step, count);
-      store_part(to + w, gate ? gated<T>(v, factor) : v, count);
-    };
-    int64_t w = begin;
-    for (; w + kLanes <= end; w += kLanes) copy(w, kLanes);
-    if (w == end) return;
-    if (end - begin >= kLanes) {
-      copy(end - kLanes, kLanes);
-    } else {
-      copy(w, static_cast<int>(end - w));
+  // For the output rows begin … end - 1 of image n, through the input gate (null: none), and for the pixels that the
+  // first panel has before them.
+  void make(const T* gate, int64_t n, int64_t begin, int64_t end) {
+    const int64_t pad = p.dilation * (p.kernel - 1) / 2, columns = p.x_width;
+    first = begin - div_up(kLanes - 1, p.shape.width);
+    const int64_t top = first * p.stride - pad, rows = (end - 1 - first) * p.stride + 2 * pad + 1;
+    for (int64_t c = 0; c < p.shape.in_channels; ++c) {
+      const T* plane = static_cast<const T*>(p.x.data) + n * p.x.stride_n + c * p.x.stride_c;
+      const Vec factor = gate ? splat(to_float(gate[c * p.input_gate_stride_c])) : Vec{};
+      float* to = memory + c * plan.plane_size;
+      for (int64_t row = top; row < top + rows; ++row) {
+        for (int64_t phase = 0; phase < p.stride; ++phase, to += pitch) {
+          __builtin_memset(to, 0, pitch * sizeof(float));
+          if (row < 0 || row >= p.x_height) continue;
+          const int64_t from = div_up(max_of<int64_t>(pad - phase, 0), p.stride);  // the first that lies on x
+          const int64_t until = min_of(div_up(columns + pad - phase, p.stride), pitch), step = p.stride * p.x.stride_w;
+          const T* x = plane + row * p.x.stride_h + (phase - pad) * p.x.stride_w;
+          for (int64_t i = from; i < until; i += kLanes) {
+            const int lanes = static_cast<int>(min_of<int64_t>(until - i, kLanes));
+            const Vec v = load_strided(x + i * step, step, lanes);
+            store_part(to + i, gate ? gated<T>(v, factor) : v, lanes);
+          }
+        }
+      }
     }
+  }
+
+  // ``count`` output pixels from row h, column w on: (lane, pixel), as pack_planes. ``line`` has room for them twice,
+  // and all that is written may reach a vector further.
+  void pack(int64_t h, int64_t w, int64_t count, float* to, int64_t to_row, float* line) const {
+    const float* plane = memory + (h - first) * p.stride * row_step + w;
+    const int64_t channels = p.shape.in_channels * area();
+    int64_t tap = 0;
+    const auto next = [&](float* row) {
+      read(plane + taps[tap], w, row, row + count);
+      if (++tap == area()) tap = 0, plane += plan.plane_size;
+    };
+    pack_lanes<T>(div_up(channels, kCount), to, to_row, count, [&](int64_t k, float* row) {
+      if constexpr (kCount == 1) return next(row);
+      float* const odd = line + count + kLanes;
+      next(line);
+      if (k * kCount + 1 < channels) {
+        next(odd);
+      } else {
+        __builtin_memset(odd, 0, count * sizeof(float));
+      }
+      for (int64_t i = 0; i < count; i += kLanes) store(row + i, pair_of(load(line + i), load(odd + i)));
+    });
   }
 
  private:
+  int64_t area() const { return int64_t{p.kernel} * p.kernel; }
+
+  // ``from`` is under column w of an output row.
+  void read(const float* from, int64_t w, float* to, const float* stop) const {
+    for (int64_t count; to < stop; to += count, from += p.stride * row_step - w, w = 0) {
+      count = min_of<int64_t>(p.shape.width - w, stop - to);
+      for (int64_t i = 0; i < count; i += kLanes) store(to + i, load(from + i));
+    }
+  }
+
   const GhostForwardParams& p;
-  const T *gate, *x;
-  int64_t step, top, left;
-  Vec factor{};
+  const Plan& plan;
+  float* const memory;
+  const int64_t pitch, row_step;  // from one phase of a row, and from one row, to the next
+  int64_t first = 0;              // the output row whose patches begin in the planes' first row
+  std::unique_ptr<int64_t[]> taps;
 };
 
-// Output rows top … top + rows - 1 of image n: (lane, pixel), as pack_planes. ``line`` has room for a row in whole
-// vectors.
+// NCHW: ``rows`` output rows from ``top`` on, as pack_panels has them.
 template <typename T>
-void pack_patch_planes(const GhostForwardParams& p, const T* gate, int64_t n, int64_t top, int64_t rows, float* to,
-                       int64_t to_row, float* line) {
-  constexpr int kCount = Operand<T, false>::kChannels;
-  const int64_t width = p.shape.width, channels = int64_t{p.shape.in_channels} * p.kernel * p.kernel;
-  pack_lanes<T>(div_up(channels, kCount), to, to_row, rows * width, [&](int64_t k, float* row) {
-    const TapPlane<T> even(p, gate, n, k * kCount), odd(p, gate, n, min_of(k * kCount + 1, channels - 1));
-    for (int64_t h = 0; h < rows; ++h) {
-      even.read(top + h, row + h * width);
-      if (kCount == 1) continue;
-      if (k * kCount + 1 < channels) odd.read(top + h, line);
-      for (int64_t w = 0; w < width; w += kLanes) {
-        float* pair = row + h * width + w;
-        store(pair, pair_of(load(pair), load(line + w)));
-      }
-    }
-  });
+void pack_patch_panels(const PaddedPlanes<T>& planes, const Plan& plan, int64_t width, int64_t top, int64_t rows,
+                       float* to, float* line) {
+  const int64_t pixels = rows * width, panels = div_up(div_up(pixels, kLanes), kMaxVecs<T>);
+  for (int64_t i = 0; i < panels; ++i) {
+    const PanelPixels panel(i, pixels, kMaxVecs<T>);
+    const int64_t row = panel.vecs * kLanes;
+    const int64_t h = (panel.begin + kLanes * width) / width - kLanes;  // it may begin above
+    planes.pack(top + h, panel.begin - h * width, row, to, row, line);
+    to += plan.depth * row;
+  }
 }
 
 // The same, (pixel, channel), ``to_row`` numbers from one pixel to the next, as pack_pixels.

@@ -38,9 +38,11 @@ struct Plan {
   int64_t depth;                        // the operand's lanes that one output sums
   bool pack_x, pack_weight;  // copied as operands with unit stride: the multiplication can't read it as it is
   bool patches;              // x is packed as the patches under a primary conv of any other kind than 1×1 at stride 1
-  bool panels;               // x is packed panel by panel, for many blocks of channels to read it one after the other
-  bool gate_weight;          // the input gate goes to the weights, else to x, as they are packed
-  bool ghosts;               // false: a 1×1 convolution and no more
+  int64_t plane_pitch, plane_size;  // NCHW: of the padded planes of x under the patches of a tile
+  bool panels;        // x is packed panel by panel, for many blocks of channels to read it one after the other
+  bool keeps_border;  // a thread keeps the rows of x1 that two tiles share, for the patches are costly
+  bool gate_weight;   // the input gate goes to the weights, else to x, as they are packed
+  bool ghosts;        // false: a 1×1 convolution and no more
   int64_t pad;
   int64_t units;
 };
@@ -64,7 +66,7 @@ inline Plan make_plan(const GhostForwardParams& p, int threads) {
   plan.ghosts = s.out_channels > s.init_channels;
   const int64_t pad = plan.pad = plan.ghosts ? s.dw_size / 2 : 0;
 
-  plan.rows = max_of<int64_t>((patches ? kPatchBytes : kTileBytes) / (depth * width * 4), 4);
+  plan.rows = max_of<int64_t>((patches && !pad ? kPatchBytes : kTileBytes) / (depth * width * 4), 4);
   plan.tiles = div_up(height, plan.rows);
   const int64_t largest_block = s.channels_last ? max_vecs(at_once) * kLanes : kUsualRows;
   plan.blocks = div_up(s.init_channels, largest_block);
@@ -115,10 +117,21 @@ inline Plan make_plan(const GhostForwardParams& p, int threads) {
   }
   const int64_t vecs = div_up(height / plan.tiles * width, kLanes);  // of the smallest tile
   const int64_t sharing = plan.blocks * min_of<int64_t>(s.batch * plan.tiles, threads) / threads;
-  plan.panels = !patches && !s.channels_last && sharing >= kPanelBlocks && plan.chunk == plan.rows &&
-                plan.tiles <= (by_rows ? threads : 1) && vecs > max_vecs(at_once) &&
-                (width == 1 || p.x.stride_w == 1) && (height == 1 || p.x.stride_h == width);
+  const bool flat = (width == 1 || p.x.stride_w == 1) && (height == 1 || p.x.stride_h == width);
+  const bool pays = sharing >= kPanelBlocks && plan.tiles <= (by_rows ? threads : 1);
+  plan.panels = !s.channels_last && plan.chunk == plan.rows && vecs > max_vecs(at_once) && (patches || (flat && pays));
   plan.pack_x |= plan.panels || patches;
+  const int64_t least =
+      height / plan.tiles;  // rows of a tile; what is left of them is to be multiplied in the same way
+  const bool as_matrix = kHasTiles && s.channels_last;
+  plan.keeps_border =
+      patches && pad > 0 && plan.tiles > 1 && least >= 2 * pad && (!as_matrix || (least - pad) * width >= kTile);
+  if (patches && !s.channels_last) {
+    const int64_t reach = int64_t{p.dilation} * (p.kernel - 1), line = width + reach / p.stride + 1;
+    const int64_t rows = min_of<int64_t>(plan.rows + 2 * pad, height) + div_up(kLanes - 1, width);
+    plan.plane_pitch = div_up(line, kLanes) * kLanes;
+    plan.plane_size = ((rows - 1) * p.stride + reach + 1) * p.stride * plan.plane_pitch;
+  }
   // whatever the number of threads, so that the result doesn't depend on it
   plan.gate_weight = s.input_gate && is_float && !s.channels_last && !patches;
   plan.pack_weight |= plan.gate_weight;
@@ -130,8 +143,9 @@ struct Scratch {
   // of all channels: the 1×1 weights as the multiplication reads them, and what Parameters lists
   int64_t weight, parameters;
   int64_t x1, x1_channel, x1_row;  // NCHW: (channel, row, w); channels_last: (row, w, channel)
-  int64_t packed_x, packed_x_row, stage, masks, tile;
-  int64_t blocks;  // per block: the image that its parameters were made for last, or -1
+  int64_t packed_x, packed_x_row, stage, planes, masks, tile;
+  int64_t borders, border;  // of x1, and a block's size
+  int64_t blocks;  // per block: the image that its parameters were made for last, and the tile made last, or -1
   int64_t total;
 };
 
@@ -143,17 +157,23 @@ inline Scratch scratch_layout(const GhostShape& s, const Plan& plan, const Packe
   at.x1_channel = s.channels_last ? 1 : rows * s.width + kLanes;
   const int64_t x1_size = s.channels_last ? rows * at.x1_row : plan.block * at.x1_channel;
   at.stage = at.x1 + x1_size + margin;
-  at.masks = at.stage + max_of<int64_t>(s.width, kLanes) * kLanes;
+  const int64_t pixels = min_of<int64_t>(plan.rows + 2 * pad, s.height) * s.width;
+  const int64_t line = plan.patches ? 2 * ((plan.panels ? kMaxSums * kLanes : pixels) + 2 * kLanes) : 0;
+  at.planes = at.stage + max_of<int64_t>(max_of<int64_t>(s.width, kLanes) * kLanes, line);
+  at.masks = at.planes + s.in_channels * plan.plane_size + (plan.plane_size ? margin : 0);
   at.tile = at.masks + (s.channels_last ? 0 : div_up(s.width, kLanes) * s.dw_size * kLanes);
   at.packed_x = at.tile + kMaxSums * kLanes;
-  const int64_t pixels = min_of<int64_t>(plan.rows + 2 * pad, s.height) * s.width;
-  at.packed_x_row = s.channels_last ? plan.depth : pixels + (plan.panels ? 3 : 1) * kLanes;
+  // pixels an odd number of lines apart, so that those read together don't share the same few sets of L1
+  const int64_t pixel = plan.patches ? (div_up(plan.depth, kLine) | 1) * kLine : plan.depth;
+  at.packed_x_row = s.channels_last ? pixel : pixels + (plan.panels ? 3 : 1) * kLanes;
   const int64_t packed_x_rows = s.channels_last ? pixels : plan.depth + lanes_at_once(s.path) - 1;  // see pack_lanes
   at.weight = at.packed_x + (plan.pack_x ? packed_x_rows * at.packed_x_row : 0) + margin;
   const Parameters parameters(s);
   at.parameters = at.weight + (plan.pack_weight && !packed.data ? parameters.step * plan.depth : 0);
-  at.blocks = at.parameters + (packed.parameters ? 0 : parameters.size);
-  at.total = at.blocks + plan.blocks + margin;
+  at.borders = at.parameters + (packed.parameters ? 0 : parameters.size);
+  at.border = plan.keeps_border ? 2 * pad * at.x1_row * (s.channels_last ? 1 : plan.block) : 0;
+  at.blocks = at.borders + plan.blocks * at.border;
+  at.total = at.blocks + 2 * plan.blocks + margin;
   return at;
 }
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..spec import Args
+from ..spec import Args, GhostArgs
+from ..spec.arguments import memory_format
 from ..spec.kernels import COMMON, kernel_refusal, placement_refusal
 from .extension import Extension, op
 
 extension = Extension("_cpu")
 build_info = extension.build_info
 DEVICES = ("cpu",)
+PATCH_CHANNELS, FEW_CHANNELS = 128, 16
+"""Most input channels of a primary conv larger than 1×1 that ``declines`` leaves to the kernel: of float32, and of bfloat16 in
+channels_last; and else."""
 
 
 def unavailable() -> str | None:
@@ -28,9 +32,30 @@ def supports(args: Args) -> str | None:
     return kernel_refusal(args, "cpu") or placement_refusal(args)
 
 
+def declines(args: Args, any_format: bool = False) -> str | None:
+    """Why ``"auto"`` leaves a call to PyTorch: measured with ``python -m bench modules``, its own larger convolutions of many
+    channels are faster.
+
+    Args:
+        any_format: Whether whoever asks may change the memory format of x.
+    """
+    if not isinstance(args, GhostArgs) or args.kernel_size == 1:
+        return None
+    x, k = args.x, args.kernel_size
+    pairs = x.dtype == torch.bfloat16 and (any_format or memory_format(x) == torch.channels_last)
+    most = PATCH_CHANNELS if x.dtype == torch.float32 or pairs else FEW_CHANNELS
+    if x.shape[1] <= most:
+        return None
+    format = "channels_last" if memory_format(x) == torch.channels_last else "NCHW"
+    return (
+        f"a {k}×{k} primary conv of {x.shape[1]} channels in {x.dtype}, {format}: beyond {most} PyTorch's own is faster; "
+        "backend='cpu' takes it"
+    )
+
+
 def may_try(args: Args) -> bool:
-    """Whether just calling the op tells as much as ``supports``, at a fraction of its host time: the binding refuses
-    whatever the kernel can't run. Not so where the call is compiled rather than run."""
+    """Whether just calling the op tells as much as ``supports`` and ``declines``, at a fraction of their host time: the binding
+    refuses whatever the kernel can't run. Not so where the call is compiled rather than run."""
     x = args.x
     return (
         extension.failure is None
@@ -38,6 +63,7 @@ def may_try(args: Args) -> bool:
         and x.is_cpu
         and x.dtype in COMMON.dtypes
         and not torch.compiler.is_compiling()
+        and declines(args) is None
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ..backends import cpu
 from ..spec import (
     DTYPES,
     MAX_POOL_KERNEL,
@@ -137,7 +138,7 @@ class Steps:
         for name, t in zip(type(args).__annotations__, args, strict=True):
             if name not in ACTIVE and isinstance(t, fx.Node):  # a weight that the network computes
                 return False
-        if isinstance(args, Args) and kernel_refusal(args, "cpu"):
+        if isinstance(args, Args) and (kernel_refusal(args, "cpu") or cpu.declines(args, any_format=True)):
             return False
         self.items[node] = Item(node, args, nodes)
         return True

@@ -211,7 +211,9 @@ def _norm_dtype(name: str, t: Tensor, x: Tensor, first: tuple[str, torch.dtype])
     cpu = x.device.type == "cpu"
     expected = (x.dtype,) if cpu and x.dtype.itemsize > 2 else (x.dtype, torch.float32)
     if t.dtype not in expected:
-        raise ArgumentTypeError(f"{name}: expected x's dtype {' or '.join(map(str, dict.fromkeys(expected)))}, got {t.dtype}")
+        raise ArgumentTypeError(
+            f"{name}: expected x's dtype {' or '.join(map(str, dict.fromkeys(expected)))}, got {t.dtype}"
+        )
     if cpu and t.dtype != first[1]:
         raise ArgumentTypeError(f"{name}: expected the dtype of {first[0]}, {first[1]}, got {t.dtype}")
 

@@ -24,8 +24,8 @@ def constant_to_dynamo(function: Function) -> Function:
 class Takes(NamedTuple):
     """What the kernels of one backend take. The defaults are what all have in common."""
 
-    patch_channels: float = 0
-    """Most input channels of a primary conv of any odd kernel at any stride; 0: primary convs are 1×1 at stride 1."""
+    windows: bool = False
+    """Primary convs of any odd kernel at any stride; else they are 1×1 at stride 1."""
     window_kernels: tuple[int, ...] = ()
     """Of a primary conv that isn't 1×1 at stride 1; none named: any odd one."""
     window_dw_sizes: tuple[int, ...] = (1, 3, 5, 7)
@@ -50,16 +50,16 @@ _NORMAL = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 """Triton's reciprocal square root takes float32's normal numbers, and a variance may be 0."""
 TAKES = {
     "cuda": Takes(
-        patch_channels=math.inf,
+        windows=True,
         window_kernels=(3,),
         window_dw_sizes=(3, 5),
         window_dtypes=(torch.float16, torch.bfloat16),
         window_widths=(8, 512, 4),  # csrc/cuda/ghost/nchw/plan.cpp's: the widest fit any GPU
         plain_windows=True,
     ),
-    "triton": Takes(patch_channels=math.inf, eps=_NORMAL),
-    "triton_two_kernel": Takes(patch_channels=math.inf, eps=_NORMAL),
-    "cpu": Takes(patch_channels=16),  # csrc/common/parameters.h's
+    "triton": Takes(windows=True, eps=_NORMAL),
+    "triton_two_kernel": Takes(windows=True, eps=_NORMAL),
+    "cpu": Takes(windows=True),
 }
 """By the backend's name. The reference takes everything."""
 COMMON = Takes()
@@ -101,12 +101,10 @@ def kernel_refusal(args: Args, backend: str) -> str | None:
 
 def form_refusal(args: GhostArgs, takes: Takes) -> str | None:
     """As ``kernel_refusal``, for what no change of dtype, size or device can help."""
-    k, patches = args.kernel_size, takes.patch_channels
-    if k != 1 and not (patches and k % 2):
-        return f"a {k}×{k} primary conv (the kernels take {'odd ones' if patches else '1×1'})"
-    if k > 1 and args.x.shape[1] > patches:
-        return f"a {k}×{k} primary conv of {args.x.shape[1]} channels (the kernels take {patches})"
-    if args.groups != 1 or (args.stride != 1 and not patches):
+    k = args.kernel_size
+    if k != 1 and not (takes.windows and k % 2):
+        return f"a {k}×{k} primary conv (the kernels take {'odd ones' if takes.windows else '1×1'})"
+    if args.groups != 1 or (args.stride != 1 and not takes.windows):
         return f"a primary conv with stride {args.stride}, groups {args.groups} (the kernels take 1 and 1)"
     if has_window(args) and (reason := _window_form_refusal(args, takes)):
         return reason

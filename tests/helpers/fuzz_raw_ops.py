@@ -56,7 +56,7 @@ MEMORY = 12 << 30
 
 
 def _ghost(rng: random.Random, backend: str) -> Case:
-    conv = bool(TAKES.get(backend, COMMON).patch_channels) and rng.random() < 0.3
+    conv = TAKES.get(backend, COMMON).windows and rng.random() < 0.3
     norms = ("bn", "bias", "bn+bias", "bn_no_affine", "none")
     acts = [act.name.lower() for act in Act]
     ratio = rng.choice((2, 2, 3))

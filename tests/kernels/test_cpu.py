@@ -19,10 +19,9 @@ from hypothesis import strategies as st
 from kernel_backends import Backend, needs_cpu
 from strides import shifted
 
-from ghostfused import functional
+from ghostfused import backends, functional
 from ghostfused.backends import cpu, reference
 from ghostfused.cli.verify import read_cases
-from ghostfused.spec.kernels import TAKES
 from ghostfused.testing import Case, DepthwiseCase, SqueezeExciteCase, convert, make, make_args
 
 pytestmark = needs_cpu
@@ -76,8 +75,7 @@ def test_pairs_of_channels(in_channels, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_real_shapes(layout):
     for case in read_cases(Path(__file__).parents[1] / "data" / "ghost_configs.jsonl", 15, batch=1, layout=layout):
-        if case.kernel_size == 1 or case.in_channels <= TAKES["cpu"].patch_channels:
-            CPU.check(case)
+        CPU.check(case)
 
 
 @given(
@@ -156,7 +154,51 @@ def test_threads_change_no_bit(case, layout):
     assert torch.equal(outs[0], outs[2])
 
 
-def test_patches_have_few_channels():
-    args = make_args(Case(2, 17, 5, 5, 8, kernel_size=3))
-    with pytest.raises(RuntimeError, match="up to 16 input channels, got 17"):
-        CPU.call(args)
+WINDOWS = {
+    "few pixels": Case(3, 40, 5, 5, 36, kernel_size=3, dw_size=5),
+    "a width of one": Case(2, 24, 37, 1, 36, kernel_size=5, stride=2),
+    "several tiles": Case(2, 70, 41, 23, 52, kernel_size=3, dw_size=7, input_gate=True, residual=True),
+    "a tile of few pixels": Case(1, 66, 33, 5, 40, kernel_size=3, dw_size=5),
+    "every third, dilated": Case(2, 33, 40, 47, 40, kernel_size=3, stride=3, dilation=2, sliced=True),
+    "no ghosts": Case(2, 48, 33, 30, 64, init_channels=64, dw_size=1, kernel_size=3, stride=2),
+    "no ghosts, odd channels": Case(2, 48, 19, 18, 37, init_channels=37, dw_size=1, kernel_size=3, residual=True),
+    "deep": Case(1, 128, 14, 20, 96, kernel_size=3, stride=2, dw_size=5),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", WINDOWS.values(), ids=list(WINDOWS))
+def test_windows_of_many_channels(case, dtype, layout):
+    """Tiles keep what they share for the next one, and threads change no bit of it."""
+    case = dataclasses.replace(case, dtype=dtype, layout=layout, act_primary="silu", act_cheap="silu")
+    CPU.check(case)
+    test_threads_change_no_bit(case, layout)
+
+
+def test_what_lies_in_the_next_tile_spreads_no_further():
+    """A border that is kept holds what the tile above made of it, be it NaN or infinite."""
+    args = make_args(Case(1, 70, 45, 23, 52, kernel_size=3, act_primary="none", act_cheap="none"))
+    for row in range(0, 45, 4):
+        x = args.x.clone()
+        x[0, row % 70, row, 11] = float("nan")
+        got, expected = (functional.run(args._replace(x=x), b).isnan() for b in ("cpu", "reference"))
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "layout", "most"),
+    [
+        (torch.float32, "nchw", 128),
+        (torch.bfloat16, "nhwc", 128),
+        (torch.bfloat16, "nchw", 16),
+        (torch.float16, "nhwc", 16),
+    ],
+)
+def test_auto_leaves_convolutions_of_many_channels_to_pytorch(dtype, layout, most):
+    for channels, backend in ((most, "cpu"), (most + 1, "reference")):
+        args = make_args(Case(2, channels, 5, 5, 8, kernel_size=3, dtype=dtype, layout=layout))
+        assert backends.choose(args) == backend
+        assert backends.cpu.may_try(args) == (backend == "cpu")
+        CPU.check(args)
+    assert f"of {most + 1} channels in {dtype}" in backends.declines("cpu", args)

@@ -63,6 +63,11 @@ CASES = [  # as tests/helpers/cpu_driver.cpp describes them
     "conv 2 5 2 35 9 3 2 nchw float16 1",
     "conv 2 5 2 35 9 7 1 nhwc float32 1",
     "conv 2 4 1 1 9 3 1 nchw float32 0",
+    "conv 1 70 41 23 52 3 1 nchw float32 1",  # several tiles, with borders that are kept
+    "conv 1 70 41 23 52 3 1 nhwc float32 0",
+    "conv 1 66 33 5 40 3 1 nhwc bfloat16 0",
+    "conv 2 24 37 1 36 5 2 nchw bfloat16 1",  # more pixels in a vector than in a row
+    "conv 2 33 19 18 37 3 2 nhwc bfloat16 1",
     "depthwise 2 5 9 11 3 3 2 nchw float32 0",
     "depthwise 2 21 9 11 3 3 2 nhwc float32 1",
     "depthwise 1 5 14 14 5 5 2 nchw float32 1",

@@ -304,7 +304,9 @@ def test_norms_of_mixed_dtypes_are_explained_where_pytorch_refuses_them(dtype):
         try:
             nn.functional.batch_norm(y, mean, var, gamma, beta).sum().backward()
         except RuntimeError:
-            with pytest.raises(TypeError, match=r"^(mean|var|gamma|beta): expected (x's dtype|the dtype of (mean|var|gamma))"):
+            with pytest.raises(
+                TypeError, match=r"^(mean|var|gamma|beta): expected (x's dtype|the dtype of (mean|var|gamma))"
+            ):
                 call()
         else:
             call()

@@ -1,0 +1,64 @@
+// x under a tile's rows, as the multiplication reads it where it can't read it as it lies.
+#pragma once
+
+#include "cpu/pack.h"
+#include "cpu/patches.h"
+
+namespace ghostfused::cpu::GHOSTFUSED_ISA {
+
+template <typename T, bool kChannelsLast>
+class PackedX {
+  using Number = typename Operand<T, kChannelsLast>::Number;
+
+ public:
+  PackedX(const GhostForwardParams& p, const Plan& plan, const Scratch& at, float* scratch)
+      : p(p), plan(plan), at(at), scratch(scratch), to(scratch + at.packed_x), planes(p, plan, scratch + at.planes) {}
+
+  // Rows begin … end - 1 of image n. The tile's own are h0 … h1 - 1.
+  void make(int64_t n, int64_t begin, int64_t h0, int64_t h1, int64_t end) {
+    first = begin, own = max_of(h0, begin), own_end = h1;
+    const T* gate = plan.gate_weight ? nullptr : gate_of<T>(p, n);
+    if constexpr (kChannelsLast) {
+      const int64_t row = at.packed_x_row * Operand<T, kChannelsLast>::kChannels;
+      const auto pack = plan.patches ? pack_patch_pixels<T, Number> : pack_pixels<T, Number>;
+      pack(p, gate, n, begin, end - begin, reinterpret_cast<Number*>(to), row);
+      return;
+    } else {
+      if (plan.patches) planes.make(gate, n, begin, end);
+      if (!plan.panels) {
+        if (plan.patches) {
+          planes.pack(begin, 0, (end - begin) * p.shape.width, to, at.packed_x_row, scratch + at.stage);
+        } else {
+          pack_planes(p, gate, n, begin, end - begin, to, at.packed_x_row);
+        }
+        return;
+      }
+      for (const auto& [top, until] : {std::pair{begin, own}, {own, h1}, {h1, end}}) {
+        if (top >= until) continue;
+        float* panels = to + panels_before(top);
+        if (plan.patches) {
+          pack_patch_panels(planes, plan, p.shape.width, top, until - top, panels, scratch + at.stage);
+        } else {
+          pack_panels(p, gate, n, top, until - top, panels);
+        }
+      }
+    }
+  }
+
+  // NCHW: where the panels of the rows from ``top`` on begin. The tile's own rows have their panels, and so have those
+  // above and below.
+  int64_t panels_before(int64_t top) const {
+    const auto lanes = [&](int64_t rows) { return div_up(max_of<int64_t>(rows, 0) * p.shape.width, kLanes) * kLanes; };
+    return (lanes(min_of(top, own) - first) + lanes(min_of(top, own_end) - own)) * plan.depth;
+  }
+
+ private:
+  const GhostForwardParams& p;
+  const Plan& plan;
+  const Scratch& at;
+  float *const scratch, *const to;
+  PaddedPlanes<T> planes;
+  int64_t first = 0, own = 0, own_end = 0;
+};
+
+}  // namespace ghostfused::cpu::GHOSTFUSED_ISA
