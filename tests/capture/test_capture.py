@@ -83,15 +83,16 @@ def test_any_batch():
 
 @pytest.mark.parametrize(
     ("name", "fused"),
-    [("ghostnet_050", True), ("paper", False), *itertools.product(("ghostnet", "small"), (False, True))],
+    [("ghostnet_050", True), ("paper", False), ("seed", True), *itertools.product(("ghostnet", "small"), (False, True))],
 )
 def test_whole_networks(name, fused):
-    model = (
-        calibrate(paper.GhostNet(num_classes=7, width=0.5), torch.randn(2, 3, 64, 64))
-        if name == "paper"
-        else networks.network(name)
-    )
-    x = torch.randn(2, 3, 64, 64)
+    size = 224 if name == "seed" else 64
+    x = torch.randn(2, 3, size, size)
+    if name in ("paper", "seed"):
+        made = paper.GhostNet(num_classes=7, width=0.5) if name == "paper" else seed.GhostNet(num_classes=7)
+        model = calibrate(made, torch.randn_like(x))
+    else:
+        model = networks.network(name)
     captured = capture(fuse(model) if fused else model, torch.zeros_like(x))
     assert ops_of(captured, x) == ONE_OP
     networks.assert_same(captured(x), model, x)
@@ -100,7 +101,6 @@ def test_whole_networks(name, fused):
 PARTS = {
     "ghostnetv2": {"aten.avg_pool2d", "aten.sigmoid"},
     "ghostnetv3": {"aten.avg_pool2d", "aten.sigmoid"},
-    "seed": {"aten.conv2d", "aten.batch_norm", "aten.hardtanh"},
     "yolov8n-ghost": None,
 }
 
@@ -108,16 +108,11 @@ PARTS = {
 @pytest.mark.parametrize("name", PARTS)
 @pytest.mark.filterwarnings("ignore:The tensor attributes")
 def test_networks_in_parts(name):
-    size = 224 if name == "seed" else 64
-    if name == "seed":
-        model = calibrate(seed.GhostNet(num_classes=7), torch.randn(2, 3, size, size))
-    else:
-        model = networks.network(name)
-    model, x = fuse(model), torch.randn(2, 3, size, size)
+    model, x = fuse(networks.network(name)), torch.randn(2, 3, 64, 64)
     with pytest.raises(NotCaptured, match=r"no kernel computes aten\..* in .* \(\w+\).*partial=True"):
         capture(model, x)
     captured = capture(model, x, partial=True)
-    x = torch.randn(2, 3, size, size)
+    x = torch.randn(2, 3, 64, 64)
     names = ops_of(captured, x)
     networks.assert_same(networks.first(captured(x)), model, x)
     assert names.count("ghostfused.replay_cpu") >= 8
