@@ -83,7 +83,12 @@ def test_any_batch():
 
 @pytest.mark.parametrize(
     ("name", "fused"),
-    [("ghostnet_050", True), ("paper", False), ("seed", True), *itertools.product(("ghostnet", "small"), (False, True))],
+    [
+        ("ghostnet_050", True),
+        ("paper", False),
+        ("seed", True),
+        *itertools.product(("ghostnet", "small"), (False, True)),
+    ],
 )
 def test_whole_networks(name, fused):
     size = 224 if name == "seed" else 64
