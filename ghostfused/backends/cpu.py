@@ -39,9 +39,12 @@ def declines(args: Args, any_format: bool = False) -> str | None:
     Args:
         any_format: Whether whoever asks may change the memory format of x.
     """
-    if not isinstance(args, GhostArgs) or args.kernel_size == 1:
+    if not isinstance(args, GhostArgs):
         return None
-    x, k = args.x, args.kernel_size
+    x, weight = args.x, args.primary_weight
+    if not isinstance(weight, Tensor) or weight.dim() != 4 or x.dim() != 4 or args.kernel_size == 1:
+        return None  # what doesn't fit is for the checks to say, which may come later
+    k = args.kernel_size
     pairs = x.dtype == torch.bfloat16 and (any_format or memory_format(x) == torch.channels_last)
     most = PATCH_CHANNELS if x.dtype == torch.float32 or pairs else FEW_CHANNELS
     if x.shape[1] <= most:

@@ -71,14 +71,20 @@ def normalize(
     return F.batch_norm(x, mean, var, gamma, beta, training=False, eps=eps)
 
 
+def within(distance: int, x: Tensor) -> int:
+    """A stride or a dilation. Beyond the map's size the result is that of the size, and PyTorch's libraries fail."""
+    return distance if distance <= 4096 else min(distance, max(x.shape[2:]))
+
+
 def ghost_module(a: GhostArgs, batch_statistics: bool = False) -> Tensor:
     """The Ghost module of ``a``, shape (N, out_channels, H', W').
 
     With ``batch_statistics`` both halves have a norm, by the statistics of this batch.
     """
     x = a.x if a.input_gate is None else a.x * a.input_gate[:, :, None, None]
-    padding = a.dilation * (a.kernel_size - 1) // 2
-    x1 = F.conv2d(x, a.primary_weight, a.primary_bias, a.stride, padding, a.dilation, a.groups)
+    stride, dilation = within(a.stride, x), within(a.dilation, x)
+    padding = dilation * (a.kernel_size - 1) // 2
+    x1 = F.conv2d(x, a.primary_weight, a.primary_bias, stride, padding, dilation, a.groups)
     x1 = normalize(x1, a.primary_mean, a.primary_var, a.primary_gamma, a.primary_beta, a.primary_eps, batch_statistics)
     x1 = activate(x1, a.primary_act, a.primary_negative_slope, a.primary_slope)
 
@@ -100,7 +106,7 @@ def ghost_module(a: GhostArgs, batch_statistics: bool = False) -> Tensor:
 def depthwise(a: DepthwiseArgs) -> Tensor:
     """The depthwise convolution of ``a``, shape (N, C, H', W')."""
     padding = a.weight.shape[2] // 2, a.weight.shape[3] // 2
-    y = F.conv2d(a.x, a.weight, a.bias, a.stride, padding, groups=a.weight.shape[0])
+    y = F.conv2d(a.x, a.weight, a.bias, within(a.stride, a.x), padding, groups=a.weight.shape[0])
     return activate(normalize(y, a.mean, a.var, a.gamma, a.beta, a.eps), a.act, a.negative_slope, a.slope)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..spec import TENSORS, GhostArgs, memory_format
+from .reference import within
 
 UPSTREAM = ("x", "input_gate", *(n for n in TENSORS if n.startswith("primary_")))
 """What gets its gradient by way of the primary conv's output."""
@@ -147,8 +148,9 @@ def _primary_weight(a: GhostArgs) -> Tensor:
 
 
 def _conv_arguments(a: GhostArgs) -> tuple[list[int], list[int], list[int]]:
-    padding = a.dilation * (a.kernel_size - 1) // 2
-    return [a.stride] * 2, [padding] * 2, [a.dilation] * 2
+    stride, dilation = within(a.stride, a.x), within(a.dilation, a.x)
+    padding = dilation * (a.kernel_size - 1) // 2
+    return [stride] * 2, [padding] * 2, [dilation] * 2
 
 
 def primary_conv(a: GhostArgs) -> Tensor:

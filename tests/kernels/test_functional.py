@@ -290,6 +290,19 @@ def test_bad_input_is_explained(changes, error, message):
         simple(**changes)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_stride_or_dilation_beyond_the_map_is_that_of_its_size(dtype):
+    x, weight = torch.randn(2, 6, 4, 5, dtype=dtype), torch.randn(4, 6, 3, 3, dtype=dtype)
+    cheap = torch.randn(4, 1, 3, 3, dtype=dtype)
+    tensors = {"x": x, "primary_weight": weight, "cheap_weight": cheap}
+    for distance in (4097, 2**40, 2**62, 2**63 - 1):
+        for name in ("stride", "dilation"):
+            far, near = (simple(**tensors, **{name: d}, backend="reference") for d in (distance, 5))
+            assert torch.equal(far, near)
+        far, near = (functional.depthwise(x[:, :4], cheap, stride=d, backend="reference") for d in (distance, 5))
+        assert torch.equal(far, near)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 def test_norms_of_mixed_dtypes_are_explained_where_pytorch_refuses_them(dtype):
     short = dtype.itemsize < 4
