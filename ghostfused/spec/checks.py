@@ -119,6 +119,11 @@ def absent_memory(t: Tensor) -> str | None:
 
 def validate(args: Step) -> None:
     """Raises ValueError or TypeError for the first argument that doesn't fit; else returns."""
+    _validate(args)
+    _norm_dtypes(args)
+
+
+def _validate(args: Step) -> None:
     _tensors(args)
     _CHECKS[type(args)](args)
 
@@ -143,7 +148,9 @@ def validate_training(a: GhostArgs) -> None:
 
 def validate_backward(args: Args, grad_output: Tensor, needs_grad: Sequence[bool]) -> None:
     """``validate`` of a backward op's arguments, of which ``args`` are the forward's."""
-    validate(args)
+    _validate(args)
+    if not isinstance(args, GhostArgs):  # whose statistics may be the batch's, in float32
+        _norm_dtypes(args)
     names = tensor_names(type(args))
     if len(needs_grad) != len(names):
         raise _expect("needs_grad", f"{len(names)} bools, one for each tensor", len(needs_grad))
@@ -179,7 +186,6 @@ def _not_nested(name: str, t: Tensor) -> None:
 def _tensors(args: Step) -> None:
     """Types, dtypes and devices of all tensors; numbers of dimensions of those that can't be None."""
     x = args.x
-    norms: dict[str, tuple[str, torch.dtype]] = {}  # the first tensor of each half's
     dimensions(args)
     if x.dtype not in _FLOATS:
         raise ArgumentTypeError(f"x: expected float32, float16, bfloat16 or float64, got {x.dtype}")
@@ -191,10 +197,7 @@ def _tensors(args: Step) -> None:
         _not_nested(name, t)
         if t.device != x.device:
             raise _expect(name, f"x's device {x.device}", t.device)
-        half, _, role = name.rpartition("_")
-        if role in _NORM:
-            _norm_dtype(name, t, x, norms.setdefault(half, (name, t.dtype)))
-        elif t.dtype != x.dtype:
+        if t.dtype != x.dtype and not (t.dtype == torch.float32 and name.endswith(_NORM)):
             raise ArgumentTypeError(f"{name}: expected x's dtype {x.dtype}, got {t.dtype}")
         # a traced tensor has no memory yet
         if not torch.compiler.is_compiling() and type(t) in (Tensor, nn.Parameter) and (absent := absent_memory(t)):
@@ -205,17 +208,22 @@ def _tensors(args: Step) -> None:
         raise _expect("x", "height and width of at least 1", tuple(x.shape))
 
 
-def _norm_dtype(name: str, t: Tensor, x: Tensor, first: tuple[str, torch.dtype]) -> None:
-    """x's dtype or float32. On a CPU as PyTorch's batch_norm has it there: float32 beside half precision only, and one dtype
-    for all tensors of a norm, of which ``first`` is one; on a GPU it takes more, and refuses by itself."""
-    cpu = x.device.type == "cpu"
-    expected = (x.dtype,) if cpu and x.dtype.itemsize > 2 else (x.dtype, torch.float32)
-    if t.dtype not in expected:
-        raise ArgumentTypeError(
-            f"{name}: expected x's dtype {' or '.join(map(str, dict.fromkeys(expected)))}, got {t.dtype}"
-        )
-    if cpu and t.dtype != first[1]:
-        raise ArgumentTypeError(f"{name}: expected the dtype of {first[0]}, {first[1]}, got {t.dtype}")
+def _norm_dtypes(args: Step) -> None:
+    """On a CPU PyTorch's batch_norm takes float32 beside half precision only, and one dtype for all tensors of a norm; on a
+    GPU it takes more, and refuses by itself."""
+    x = args.x
+    if x.device.type != "cpu":
+        return
+    first: dict[str, tuple[str, Tensor]] = {}
+    for name, t in zip(tensor_names(type(args)), args.tensors, strict=True):
+        half, _, role = name.rpartition("_")
+        if t is None or role not in _NORM:
+            continue
+        if x.dtype.itemsize > 2 and t.dtype != x.dtype:
+            raise ArgumentTypeError(f"{name}: expected x's dtype {x.dtype}, got {t.dtype}")
+        before, other = first.setdefault(half, (name, t))
+        if t.dtype != other.dtype:
+            raise ArgumentTypeError(f"{name}: expected the dtype of {before}, {other.dtype}, got {t.dtype}")
 
 
 def _ghost_module(args: GhostArgs) -> None:

@@ -59,7 +59,7 @@ def test_yolo_ghost(capsys, monkeypatch, tmp_path):
     arguments = ["--size", "160", "--max-det", "7", "--device", "cpu", "--output", str(drawn)]
     assert example.main(arguments) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert "33 modules fused; 7 detections unfused, 7 fused, 7 in common" in printed
+    assert "38 modules fused; 7 detections unfused, 7 fused, 7 in common" in printed
     with Image.open(drawn) as image, Image.open(example.ASSETS / "bus.jpg") as photo:
         assert image.size == photo.size
     monkeypatch.setattr(ghostfused, "fuse_with_report", lambda model: (faulty(faulty(model)), Report()))

@@ -193,7 +193,7 @@ def yolo_k3():
     class Ghost3x3(seed.GhostModule):
         pass
 
-    return Ghost3x3(32, 8, 2, 3, 2)
+    return Ghost3x3(132, 8, 2, 3, 2)
 
 
 def test_strict_raises_and_leaves_the_model_as_it_was():

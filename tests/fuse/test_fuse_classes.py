@@ -274,7 +274,7 @@ def test_fuse_warns_where_it_was_of_no_use():
     with pytest.warns(UserWarning, match="nothing is fused: no Ghost module was found"):
         fuse(nn.Conv2d(1, 1, 1))
     with pytest.warns(UserWarning, match="nothing is fused: 0: no kernel for a 5×5 primary conv"):
-        fuse(nn.Sequential(seed.GhostModule(32, 8, 2, 5, 1)))
+        fuse(nn.Sequential(seed.GhostModule(132, 8, 2, 5, 1)))
     with pytest.warns(UserWarning, match="all fused modules run on the slow reference: .*float64"):
         fuse(nn.Sequential(paper.GhostModule(6, 12)).double())
 

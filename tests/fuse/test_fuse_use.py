@@ -230,7 +230,7 @@ def test_ultralytics_own_fuse_before_and_after_ours(ultralytics):
         fuse(model).fuse(verbose=False),  # folds the norms into the convolutions
         fuse(network("yolov8n-ghost").fuse(verbose=False)),
     ):
-        assert fused_inside(fused)[0] == 21
+        assert fused_inside(fused)[0] == 26
         assert not any(isinstance(m, nn.BatchNorm2d) for m in fused.modules())
         with torch.no_grad():
             assert_same(fused(x), model, x)
@@ -287,7 +287,7 @@ def test_ultralytics_trainer(ultralytics, tmp_path):
         project=str(tmp_path), name="run", verbose=False,
     )  # fmt: skip
     trained = ultralytics.YOLO(tmp_path / "run/weights/best.pt")
-    assert fused_inside(trained.model)[0] == 21
+    assert fused_inside(trained.model)[0] == 26
     model, x = unfuse(trained.model).float().eval(), torch.rand(1, 3, 64, 64)
     with torch.no_grad():
         assert_same(trained.model.eval()(x), model, x)

@@ -282,8 +282,8 @@ def test_a_batch_in_pieces_is_the_batch(threads, layout):
                 assert torch.equal(out, expected)
                 assert out.stride() == expected.stride()
             x, tensors, code, numbers = calls_of(module, torch.randn(13, 6, 7, 8))
-            with pytest.raises(RuntimeError, match="code: step 0: there is no op 7"):
-                ops.forward_op("cpu", "program")(x, tensors, [7, *code[1:]], numbers)
+            with pytest.raises(RuntimeError, match="code: step 0: there is no op 99"):
+                ops.forward_op("cpu", "program")(x, tensors, [99, *code[1:]], numbers)
     finally:
         torch.set_num_threads(before)
 
@@ -380,7 +380,7 @@ def test_a_result_read_twice_by_its_last_reader():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda code: [7, *code[1:]], "code: step 0: there is no op 7"),
+        (lambda code: [99, *code[1:]], "code: step 0: there is no op 99"),
         (lambda code: [], "code: expected at least one call"),
         (lambda code: code[:-1], "code: step 0 .forward.: "),
         (lambda code: [code[0], 2000, *code[2:]], "code: step 0 .forward.: "),
