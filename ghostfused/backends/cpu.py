@@ -33,8 +33,7 @@ def supports(args: Args) -> str | None:
 
 
 def declines(args: Args, any_format: bool = False) -> str | None:
-    """Why ``"auto"`` leaves a call to PyTorch: measured with ``python -m bench modules``, its own larger convolutions of many
-    channels are faster.
+    """Why ``"auto"`` leaves a call to PyTorch: its own larger convolutions of many channels are faster.
 
     Args:
         any_format: Whether whoever asks may change the memory format of x.
