@@ -53,6 +53,14 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def threads():
+    """Sets PyTorch's threads, for this test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def host_objects(tmp_path_factory) -> Path:
     """One folder for all workers of this run: ``mutants.harness`` keeps the extension's host code there, compiled."""

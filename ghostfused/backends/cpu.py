@@ -44,13 +44,13 @@ def declines(args: Args, any_format: bool = False) -> str | None:
     if not isinstance(weight, Tensor) or weight.dim() != 4 or x.dim() != 4 or args.kernel_size == 1:
         return None  # what doesn't fit is for the checks to say, which may come later
     k = args.kernel_size
-    pairs = x.dtype == torch.bfloat16 and (any_format or memory_format(x) == torch.channels_last)
+    channels_last = memory_format(x) == torch.channels_last
+    pairs = x.dtype == torch.bfloat16 and (any_format or channels_last)
     most = PATCH_CHANNELS if x.dtype == torch.float32 or pairs else FEW_CHANNELS
     if x.shape[1] <= most:
         return None
-    format = "channels_last" if memory_format(x) == torch.channels_last else "NCHW"
     return (
-        f"a {k}×{k} primary conv of {x.shape[1]} channels in {x.dtype}, {format}: beyond {most} PyTorch's own is faster; "
+        f"a {k}×{k} primary conv of {x.shape[1]} channels in {x.dtype}, {'channels_last' if channels_last else 'NCHW'}: beyond {most} PyTorch's own is faster; "
         "backend='cpu' takes it"
     )
 

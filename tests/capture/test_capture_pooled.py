@@ -14,13 +14,6 @@ from ghostfused.models import paper
 pytestmark = [needs_cpu_kernels, pytest.mark.filterwarnings("ignore:fuse. nothing is fused")]
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 class Maxima(nn.Module):
     """As in YOLO: two branches one after the other, and maxima of maxima."""
 

@@ -15,13 +15,6 @@ from ghostfused.models import paper
 pytestmark = needs_cpu_kernels
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["ghostnet", "small"])
 def test_later_calls_are_the_first_one(threads, name, dtype):

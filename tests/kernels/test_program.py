@@ -14,7 +14,12 @@ from ghostfused.numerics import TOLERANCES, relative_error
 from ghostfused.ops import encoding
 from ghostfused.spec import DTYPES, STEPS, CastArgs, ConcatArgs, GlobalPoolArgs, LinearArgs, MaxPoolArgs, Step
 
-pytestmark = needs_cpu_kernels
+pytestmark = [needs_cpu_kernels, pytest.mark.usefixtures("threads")]
+
+
+def made_alone(step: Step) -> torch.Tensor:
+    known = {id(t) for t in step.tensors if t is not None}
+    return ops.forward_op("cpu", "program")(step.x, *encoding.encode([(step, torch.empty(0))], step.x, known))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -32,8 +37,7 @@ def test_pooling_and_linear_steps(dtype):
                 own = F.linear(x.mean((2, 3)), matrix, b)
                 tolerance = TOLERANCES[dtype]
                 assert relative_error(out, exact) <= tolerance.factor * relative_error(own, exact) + tolerance.floor
-                pool = encoding.encode(calls[:1], x, known)
-                out = ops.forward_op("cpu", "program")(x, *pool)
+                out = made_alone(GlobalPoolArgs(x))
                 assert out.shape == (n, c, 1, 1)
                 exact = reference.run(GlobalPoolArgs(x.double()))
                 assert (
@@ -67,8 +71,7 @@ def test_cast_steps(dtype):
             ):
                 for to, other in enumerate(DTYPES):
                     args = CastArgs(x, to)
-                    program = encoding.encode([(args, torch.empty(0))], x, set())
-                    out, fake = ops.forward_op("cpu", "program")(x, *program), args.new_output()
+                    out, fake = made_alone(args), args.new_output()
                     assert torch.equal(out.nan_to_num(7), x.to(other).nan_to_num(7))
                     assert out.dtype == fake.dtype
                     assert strides(out) == strides(fake)
@@ -84,11 +87,6 @@ SIZES = [
     (1, 16, 40, 300),
     (5, 70, 33, 15),
 ]
-
-
-def made_alone(step: Step) -> torch.Tensor:
-    known = {id(t) for t in step.tensors if t is not None}
-    return ops.forward_op("cpu", "program")(step.x, *encoding.encode([(step, torch.empty(0))], step.x, known))
 
 
 def with_specials(shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format) -> torch.Tensor:
@@ -114,12 +112,10 @@ def pieces(x: torch.Tensor) -> list[torch.Tensor]:
 
 def assert_equal(step: Step, expected: torch.Tensor) -> None:
     """Bit by bit, but for the NaN's."""
-    before = torch.get_num_threads()
     outs = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
         outs.append(made_alone(step))
-    torch.set_num_threads(before)
     out, fake = outs[0], step.new_output()
     assert out.dtype == expected.dtype
     assert strides(out) == strides(fake)
@@ -171,7 +167,6 @@ def test_concat_steps(dtype, layout):
 def test_images_are_concatenated_one_by_one():
     """A batch is cut into pieces unless a part is the program's own tensor."""
     x, own = torch.randn(13, 3, 5, 4), torch.randn(13, 2, 5, 4)
-    before = torch.get_num_threads()
     for threads in (1, 2):
         torch.set_num_threads(threads)
         for code, parts in (
@@ -181,7 +176,6 @@ def test_images_are_concatenated_one_by_one():
             out = ops.forward_op("cpu", "program")(x, [own], code, [])
             pooled = F.max_pool2d(x, 3, 1, 1)
             assert torch.equal(out, torch.cat(parts or [x, pooled, pooled, x], 1))
-    torch.set_num_threads(before)
 
 
 X = torch.randn(2, 4, 3, 5)
