@@ -112,7 +112,7 @@ class LaneChannels {
   }
 
   // Pixels ``step`` numbers apart, the first channel's at ``from``.
-  Vec read(const T* from, int64_t step, int pixels) const {
+  GHOSTFUSED_INLINE Vec read(const T* from, int64_t step, int pixels) const {
     Vec v[kCount] = {};
     for (int i = 0; has(i); ++i) {
       v[i] = load_strided(from + i * stride, step, pixels);

@@ -66,7 +66,13 @@ int64_t pack_weight(const GhostForwardParams& p, bool bfloat16, void* to) {
     }
     return int64_t{s.init_channels} * s.in_channels * sizeof(BFloat16);
   }
-  if (!s.channels_last) return 0;
+  if (!s.channels_last) {
+    if (p.kernel == 1 && p.stride == 1) return 0;  // they are read as they lie, or change with a gate
+    const int64_t depth =
+        int64_t{p.kernel} * p.kernel * lanes_of(s.in_channels, Operand<T, false>::kChannels, kLanesAtOnce<T>);
+    if (to) pack_channels<T, false>(p, nullptr, 0, s.init_channels, depth, static_cast<float*>(to));
+    return s.init_channels * depth * sizeof(float);
+  }
   const int64_t depth =
       lanes_of(int64_t{s.in_channels} * p.kernel * p.kernel, Operand<T, true>::kChannels, kLanesAtOnce<T>);
   const int64_t vectors = div_up(s.init_channels, kLanes);

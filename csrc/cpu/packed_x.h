@@ -12,7 +12,7 @@ class PackedX {
 
  public:
   PackedX(const GhostForwardParams& p, const Plan& plan, const Scratch& at, float* scratch)
-      : p(p), plan(plan), at(at), scratch(scratch), to(scratch + at.packed_x), planes(p, plan, scratch + at.planes) {}
+      : planes(p, plan, scratch + at.planes), p(p), plan(plan), at(at), to(scratch + at.packed_x) {}
 
   // Rows begin … end - 1 of image n. The tile's own are h0 … h1 - 1.
   void make(int64_t n, int64_t begin, int64_t h0, int64_t h1, int64_t end) {
@@ -22,25 +22,13 @@ class PackedX {
       const int64_t row = at.packed_x_row * Operand<T, kChannelsLast>::kChannels;
       const auto pack = plan.patches ? pack_patch_pixels<T, Number> : pack_pixels<T, Number>;
       pack(p, gate, n, begin, end - begin, reinterpret_cast<Number*>(to), row);
-      return;
+    } else if (plan.patches) {
+      planes.make(gate, n, begin, end);
+    } else if (!plan.panels) {
+      pack_planes(p, gate, n, begin, end - begin, to, at.packed_x_row);
     } else {
-      if (plan.patches) planes.make(gate, n, begin, end);
-      if (!plan.panels) {
-        if (plan.patches) {
-          planes.pack(begin, 0, (end - begin) * p.shape.width, to, at.packed_x_row, scratch + at.stage);
-        } else {
-          pack_planes(p, gate, n, begin, end - begin, to, at.packed_x_row);
-        }
-        return;
-      }
       for (const auto& [top, until] : {std::pair{begin, own}, {own, h1}, {h1, end}}) {
-        if (top >= until) continue;
-        float* panels = to + panels_before(top);
-        if (plan.patches) {
-          pack_patch_panels(planes, plan, p.shape.width, top, until - top, panels, scratch + at.stage);
-        } else {
-          pack_panels(p, gate, n, top, until - top, panels);
-        }
+        if (top < until) pack_panels(p, gate, n, top, until - top, to + panels_before(top));
       }
     }
   }
@@ -52,12 +40,13 @@ class PackedX {
     return (lanes(min_of(top, own) - first) + lanes(min_of(top, own_end) - own)) * plan.depth;
   }
 
+  PaddedPlanes<T> planes;
+
  private:
   const GhostForwardParams& p;
   const Plan& plan;
   const Scratch& at;
-  float *const scratch, *const to;
-  PaddedPlanes<T> planes;
+  float* const to;
   int64_t first = 0, own = 0, own_end = 0;
 };
 

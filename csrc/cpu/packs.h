@@ -63,12 +63,12 @@ class Packs {
     const GhostShape& s = p.shape;
     const bool pixel = s.height == 1 && s.width == 1;
     Packed packed;
-    if (s.channels_last) {
+    if (s.channels_last || p.kernel > 1 || p.stride > 1) {
       Key key{Kind::kWeight, p.primary_weight};
-      key.add(s.init_channels, s.in_channels, p.kernel, pixel, p.primary_weight_stride_n, p.primary_weight_stride_k,
-              p.primary_weight_stride_h, p.primary_weight_stride_w);
+      key.add(s.channels_last, s.init_channels, s.in_channels, p.kernel, pixel, p.primary_weight_stride_n,
+              p.primary_weight_stride_k, p.primary_weight_stride_h, p.primary_weight_stride_w);
       packed.data = found(key, [&](void* to) { return kernels.pack_weight(p, bfloat16_, to); });
-      packed.bfloat16 = is_halved(s.path);
+      packed.bfloat16 = s.channels_last && is_halved(s.path);
     }
     Key key{Kind::kParameters, p.cheap_weight};
     key.add(s.channels_last, s.init_channels, s.out_channels, s.ratio, s.dw_size, p.cheap_weight_stride_c,

@@ -1,7 +1,7 @@
 // Norms and depthwise weights as the kernels read them: fp32, a channel per lane.
 #pragma once
 
-#include "cpu/vec.h"
+#include "cpu/activation.h"
 
 namespace ghostfused::cpu::GHOSTFUSED_ISA {
 
@@ -104,10 +104,15 @@ class Finish {
 
   GHOSTFUSED_INLINE bool only_clamps() const { return is_clamp(act); }
   GHOSTFUSED_INLINE Vec clamped(Vec sum) const { return clamp(sum * scale + shift, bounds); }
-  GHOSTFUSED_INLINE Vec activated(Vec y) const { return activate(y, slope, act); }
+  template <int kCount>
+  GHOSTFUSED_INLINE void activate(Vec (&y)[kCount]) const {
+    if (!has_slope(act)) return GHOSTFUSED_ISA::activate(y, kCount, act);
+    GHOSTFUSED_EACH y[i] = sloped(y[i], slope);
+  }
   GHOSTFUSED_INLINE Vec operator()(Vec sum) const {
-    const Vec y = clamped(sum);
-    return only_clamps() ? y : activated(y);
+    Vec y[1] = {clamped(sum)};
+    if (!only_clamps()) activate(y);
+    return y[0];
   }
 
  private:

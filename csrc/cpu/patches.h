@@ -1,6 +1,5 @@
 // A primary conv of any kernel, stride and dilation, as a 1×1 convolution of the patches of x under it: a pixel has
-// in_channels * kernel * kernel channels, in NCHW by (channel, row, column), in channels_last by (row, column,
-// channel).
+// kernel * kernel * in_channels channels, by (row, column, channel).
 #pragma once
 
 #include <memory>
@@ -9,108 +8,101 @@
 
 namespace ghostfused::cpu::GHOSTFUSED_ISA {
 
-// NCHW: the planes of x under a tile's rows as fp32, with zeros around them, and those columns together that a tap
-// finds under one output after the other. So no tap looks for x's borders.
+// NCHW: the planes of x under a tile's rows, as operands, with zeros around them, in the order of PatchPlanes. So the
+// multiplication reads a tap of many pixels where it lies, and nothing else looks for x's borders. Lanes that are
+// summed at once lie together.
 template <typename T>
 class PaddedPlanes {
-  static constexpr int kCount = Operand<T, false>::kChannels;
+  static constexpr int kAtOnce = kLanesAtOnce<T>;
 
  public:
-  // ``memory`` is of planes_size floats.
   PaddedPlanes(const GhostForwardParams& p, const Plan& plan, float* memory)
-      : p(p), plan(plan), memory(memory), pitch(plan.plane_pitch), row_step(p.stride * pitch) {
-    if (!plan.patches || p.shape.channels_last) return;
-    taps = std::make_unique<int64_t[]>(area());
-    for (int64_t i = 0; i < area(); ++i) {
-      const int64_t row = i / p.kernel * p.dilation, column = i % p.kernel * p.dilation;
-      taps[i] = row * row_step + column % p.stride * pitch + column / p.stride;
+      : p(p), plan(plan), planes(plan.planes), memory(memory) {
+    if (!planes.size) return;
+    const int64_t area = int64_t{p.kernel} * p.kernel;
+    taps = std::make_unique<int64_t[]>(area);
+    for (int64_t i = 0; i < area; ++i) {
+      const int64_t row = i / p.kernel, column = i % p.kernel;
+      const int64_t phase = row % planes.phases * planes.phases + column % planes.phases;
+      const int64_t down = row * p.dilation / p.stride, right = column * p.dilation / p.stride;
+      taps[i] = ((phase * planes.rows + down) * planes.pitch + right) * kAtOnce;
     }
   }
 
   // For the output rows begin … end - 1 of image n, through the input gate (null: none), and for the pixels that the
-  // first panel has before them.
+  // first vector has before them.
   void make(const T* gate, int64_t n, int64_t begin, int64_t end) {
-    const int64_t pad = p.dilation * (p.kernel - 1) / 2, columns = p.x_width;
     first = begin - div_up(kLanes - 1, p.shape.width);
-    const int64_t top = first * p.stride - pad, rows = (end - 1 - first) * p.stride + 2 * pad + 1;
-    for (int64_t c = 0; c < p.shape.in_channels; ++c) {
-      const T* plane = static_cast<const T*>(p.x.data) + n * p.x.stride_n + c * p.x.stride_c;
-      const Vec factor = gate ? splat(to_float(gate[c * p.input_gate_stride_c])) : Vec{};
-      float* to = memory + c * plan.plane_size;
-      for (int64_t row = top; row < top + rows; ++row) {
-        for (int64_t phase = 0; phase < p.stride; ++phase, to += pitch) {
-          __builtin_memset(to, 0, pitch * sizeof(float));
-          if (row < 0 || row >= p.x_height) continue;
-          const int64_t from = div_up(max_of<int64_t>(pad - phase, 0), p.stride);  // the first that lies on x
-          const int64_t until = min_of(div_up(columns + pad - phase, p.stride), pitch), step = p.stride * p.x.stride_w;
-          const T* x = plane + row * p.x.stride_h + (phase - pad) * p.x.stride_w;
-          for (int64_t i = from; i < until; i += kLanes) {
-            const int lanes = static_cast<int>(min_of<int64_t>(until - i, kLanes));
-            const Vec v = load_strided(x + i * step, step, lanes);
-            store_part(to + i, gate ? gated<T>(v, factor) : v, lanes);
-          }
-        }
-      }
+    for (int64_t k = 0; k < plan.lanes; k += kAtOnce) {
+      const T* x = static_cast<const T*>(p.x.data) + n * p.x.stride_n + k * LaneChannels<T>::kCount * p.x.stride_c;
+      make_plane(gate, k, x, end - first + planes.reach, memory + k / kAtOnce * planes.step);
     }
   }
 
-  // ``count`` output pixels from row h, column w on: (lane, pixel), as pack_planes. ``line`` has room for them twice,
-  // and all that is written may reach a vector further.
-  void pack(int64_t h, int64_t w, int64_t count, float* to, int64_t to_row, float* line) const {
-    const float* plane = memory + (h - first) * p.stride * row_step + w;
-    const int64_t channels = p.shape.in_channels * area();
-    int64_t tap = 0;
-    const auto next = [&](float* row) {
-      read(plane + taps[tap], w, row, row + count);
-      if (++tap == area()) tap = 0, plane += plan.plane_size;
-    };
-    pack_lanes<T>(div_up(channels, kCount), to, to_row, count, [&](int64_t k, float* row) {
-      if constexpr (kCount == 1) return next(row);
-      float* const odd = line + count + kLanes;
-      next(line);
-      if (k * kCount + 1 < channels) {
-        next(odd);
-      } else {
-        __builtin_memset(odd, 0, count * sizeof(float));
-      }
-      for (int64_t i = 0; i < count; i += kLanes) store(row + i, pair_of(load(line + i), load(odd + i)));
-    });
-  }
+  // The first tap of the pixel at row h, column w.
+  const float* at(int64_t h, int64_t w) const { return memory + ((h - first) * planes.pitch + w) * kAtOnce; }
+  const int64_t* offsets() const { return taps.get(); }
 
  private:
-  int64_t area() const { return int64_t{p.kernel} * p.kernel; }
+  void make_plane(const T* gate, int64_t lane, const T* x, int64_t lines, float* plane) const {
+    const int64_t step = p.stride * p.x.stride_w;
+    const auto make = step == 1   ? &PaddedPlanes::make_lines<1>
+                      : step == 2 ? &PaddedPlanes::make_lines<2>
+                                  : &PaddedPlanes::make_lines<0>;
+    for (int64_t phase = 0; phase < planes.phases * planes.phases; ++phase) {
+      const int64_t row = first * p.stride + offset(phase / planes.phases), column = offset(phase % planes.phases);
+      (this->*make)(gate, lane, x + column * p.x.stride_w, row, column, lines,
+                    plane + phase * planes.rows * planes.pitch * kAtOnce);
+    }
+  }
 
-  // ``from`` is under column w of an output row.
-  void read(const float* from, int64_t w, float* to, const float* stop) const {
-    for (int64_t count; to < stop; to += count, from += p.stride * row_step - w, w = 0) {
-      count = min_of<int64_t>(p.shape.width - w, stop - to);
-      for (int64_t i = 0; i < count; i += kLanes) store(to + i, load(from + i));
+  // From an output's place times the stride to the phase's first tap.
+  int64_t offset(int64_t phase) const { return phase * p.dilation % p.stride - p.dilation * (p.kernel - 1) / 2; }
+
+  // One phase, whose first tap lies ``row`` and ``column`` behind x's first pixel. kStep: from one number to the next,
+  // 0: any. Lines in the order of memory: what the last vector of one has too much is overwritten by the next.
+  template <int kStep>
+  void make_lines(const T* gate, int64_t lane, const T* x, int64_t row, int64_t column, int64_t lines,
+                  float* to) const {
+    const auto has = [&](int i) { return (lane + i) * LaneChannels<T>::kCount < p.shape.in_channels; };
+    const LaneChannels<T> channels(p, gate, lane), more(p, gate, has(kAtOnce - 1) ? lane + kAtOnce - 1 : lane);
+    // the columns that lie on x
+    const int64_t begin = min_of(div_up(max_of<int64_t>(-column, 0), p.stride), planes.pitch);
+    const int64_t end = min_of(div_up(max_of<int64_t>(p.x_width - column, 0), p.stride), planes.pitch);
+    const int64_t step = kStep ? kStep : p.stride * p.x.stride_w;
+    const auto zero = [&](int64_t from, int64_t until) {
+      for (int64_t i = from * kAtOnce; i < until * kAtOnce; i += kLanes) store(to + i, Vec{});
+    };
+    const auto copy = [&](const T* from, int pixels, float* to) __attribute__((always_inline)) {
+      Vec v[kAtOnce] = {channels.read(from, step, pixels)};
+      if constexpr (kAtOnce > 1) {
+        if (has(1)) v[1] = more.read(from + LaneChannels<T>::kCount * p.x.stride_c, step, pixels);
+        to_operand_rows<T>(v);
+      }
+      for (int j = 0; j < kAtOnce; ++j) store(to + j * kLanes, v[j]);
+    };
+    for (int64_t i = 0; i < lines; ++i, row += p.stride, to += planes.pitch * kAtOnce) {
+      const bool on_x = row >= 0 && row < p.x_height;
+      zero(0, on_x ? begin : planes.pitch);
+      if (!on_x) continue;
+      const T* line = x + row * p.x.stride_h;
+      int64_t w = begin;
+      for (; w + kLanes <= end; w += kLanes) copy(line + w * step, kLanes, to + w * kAtOnce);
+      if (w < end) copy(line + w * step, static_cast<int>(end - w), to + w * kAtOnce);
+      zero(end, planes.pitch);
     }
   }
 
   const GhostForwardParams& p;
   const Plan& plan;
+  const PatchPlanes& planes;
   float* const memory;
-  const int64_t pitch, row_step;  // from one phase of a row, and from one row, to the next
-  int64_t first = 0;              // the output row whose patches begin in the planes' first row
+  int64_t first = 0;  // the output row whose patches begin in the planes' first lines
   std::unique_ptr<int64_t[]> taps;
 };
 
-// NCHW: ``rows`` output rows from ``top`` on, as pack_panels has them.
-template <typename T>
-void pack_patch_panels(const PaddedPlanes<T>& planes, const Plan& plan, int64_t width, int64_t top, int64_t rows,
-                       float* to, float* line) {
-  const int64_t pixels = rows * width, panels = div_up(div_up(pixels, kLanes), kMaxVecs<T>);
-  for (int64_t i = 0; i < panels; ++i) {
-    const PanelPixels panel(i, pixels, kMaxVecs<T>);
-    const int64_t row = panel.vecs * kLanes;
-    const int64_t h = (panel.begin + kLanes * width) / width - kLanes;  // it may begin above
-    planes.pack(top + h, panel.begin - h * width, row, to, row, line);
-    to += plan.depth * row;
-  }
-}
-
-// The same, (pixel, channel), ``to_row`` numbers from one pixel to the next, as pack_pixels.
+// channels_last: the patches of ``rows`` output rows from ``top`` on, (pixel, channel), ``to_row`` numbers from one
+// pixel to the next, as pack_pixels.
 template <typename T, typename Number>
 void pack_patch_pixels(const GhostForwardParams& p, const T* gate, int64_t n, int64_t top, int64_t rows, Number* to,
                        int64_t to_row) {
@@ -146,7 +138,7 @@ void pack_patch_pixels(const GhostForwardParams& p, const T* gate, int64_t n, in
   }
 }
 
-// pack_channels of the weights of ``channels`` outputs from c0 on.
+// pack_channels of the weights of ``channels`` outputs from c0 on. In NCHW each tap has lanes of its own.
 template <typename T, bool kChannelsLast>
 void pack_patch_channels(const GhostForwardParams& p, int64_t c0, int64_t channels, int64_t depth, float* weight) {
   using Number = typename Operand<T, kChannelsLast>::Number;
@@ -157,18 +149,25 @@ void pack_patch_channels(const GhostForwardParams& p, int64_t c0, int64_t channe
   Number* to = reinterpret_cast<Number*>(weight);
   for (int64_t c = 0; c < channels; ++c) {
     const T* from = static_cast<const T*>(p.primary_weight) + (c0 + c) * p.primary_weight_stride_n;
+    const int64_t stride = p.primary_weight_stride_k;
     for (int64_t tap = 0; tap < area; ++tap) {
-      const T* of_tap = from + tap / p.kernel * p.primary_weight_stride_h + tap % p.kernel * p.primary_weight_stride_w;
-      for (int64_t k = 0; k < in_channels; ++k) {
-        const int64_t v = kChannelsLast ? tap * in_channels + k : k * area + tap;
-        const int64_t vector = kChannelsLast ? c / kLanes * kLanes : c, k_step = kChannelsLast ? kLanes : 1;
-        const int64_t lane = vector * depth + v / kPerLane * k_step + (c - vector);
-        const T value = of_tap[k * p.primary_weight_stride_k];
+      const T* x = from + tap / p.kernel * p.primary_weight_stride_h + tap % p.kernel * p.primary_weight_stride_w;
+      const auto value = [&](int64_t k) {
         if constexpr (kPerLane == 1) {
-          to[lane] = to_float(value);
+          return to_float(x[k * stride]);
         } else {
-          to[lane * kPerLane + v % kPerLane] = value;
+          return x[k * stride];
         }
+      };
+      if constexpr (kChannelsLast) {
+        const int64_t vector = c / kLanes * kLanes, first = tap * in_channels;
+        Number* column = to + (vector * depth + (c - vector)) * kPerLane;
+        for (int64_t v = first; v < first + in_channels; ++v) {
+          column[v / kPerLane * kLanes * kPerLane + v % kPerLane] = value(v - first);
+        }
+      } else {
+        Number* row = to + (c * depth + tap * (depth / area)) * kPerLane;
+        for (int64_t k = 0; k < in_channels; ++k) row[k] = value(k);
       }
     }
   }

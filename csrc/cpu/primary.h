@@ -2,6 +2,7 @@
 // choice.
 #pragma once
 
+#include "cpu/activation.h"
 #include "cpu/lane_products.h"
 #include "cpu/matrix_products.h"
 
@@ -56,7 +57,9 @@ struct Panel {
   const float* ahead;  // what will be read next: lines from here on are fetched with every row of b
   int64_t ahead_row;
   int64_t depth;
-  int64_t begin, end;  // the part of it that a call sums; but after the last one the sums wait in y
+  const int64_t* taps;  // NCHW: where b begins for each tap of a larger kernel
+  int64_t of_tap;       // the depth of one; all of it else
+  int64_t begin, end;   // the part of it that a call sums; but after the last one the sums wait in y
   float* y;
   int64_t y_row;
   T* copy;  // where y goes too, rounded, with the residual added if there is one; or null
@@ -83,23 +86,30 @@ GHOSTFUSED_INLINE void store_copy(T* p, Vec v, int lanes) {
   }
 }
 
-// The other activations, in place. Out of line, since a call would make the kernels save every accumulator.
+// The activations that are no clamp, in place. Out of line, since a call would make the kernels save every accumulator.
 template <typename T, bool kRowsAreChannels>
 __attribute__((noinline)) void activate_panel(const Panel<T>& p, int rows, int vecs) {
-  for (int i = 0; i < rows; ++i) {
-    for (int j = 0; j < vecs; ++j) {
-      const int at = j * kLanes;
-      const Vec slope = kRowsAreChannels ? splat(p.slope[i]) : load(p.slope + at);
-      const Vec y = activate(load(p.y + i * p.y_row + at), slope, p.act);
-      store(p.y + i * p.y_row + at, y);
-      if (p.copy) {
-        const int lanes = j == vecs - 1 ? p.last : kLanes;
-        Vec result = y;
-        if (p.residual) result += load_copy<kRowsAreChannels>(p.residual + i * p.residual_row + at, lanes);
-        store_copy<kRowsAreChannels>(p.copy + i * p.copy_row + at, result, lanes);
-      }
+  Vec all[kMaxSums];
+  const auto each = [&](auto do_it) {
+    for (int i = 0; i < rows; ++i) {
+      for (int j = 0; j < vecs; ++j) do_it(all[i * vecs + j], i, j);
     }
+  };
+  each([&](Vec& y, int i, int j) { y = load(p.y + i * p.y_row + j * kLanes); });
+  if (has_slope(p.act)) {
+    each([&](Vec& y, int i, int j) {
+      y = sloped(y, kRowsAreChannels ? splat(p.slope[i]) : load(p.slope + j * kLanes));
+    });
+  } else {
+    activate(all, rows * vecs, p.act);
   }
+  each([&](Vec& y, int i, int j) { store(p.y + i * p.y_row + j * kLanes, y); });
+  if (!p.copy) return;
+  each([&](Vec& y, int i, int j) {
+    const int at = j * kLanes, lanes = j == vecs - 1 ? p.last : kLanes;
+    if (p.residual) y += load_copy<kRowsAreChannels>(p.residual + i * p.residual_row + at, lanes);
+    store_copy<kRowsAreChannels>(p.copy + i * p.copy_row + at, y, lanes);
+  });
 }
 
 template <typename T, int kRows, int kVecs, bool kRowsAreChannels, bool kHalfB>
@@ -112,39 +122,47 @@ void multiply(const Panel<T>& p) {
     asm("" : "+r"(a_row[i]));
   }
   Vec sum[kRows][kVecs];
-  const int64_t part = part_of<kChannels>(p.depth);
+  const int64_t part = kLanesAtOnce<T> > 1 ? p.of_tap : part_of<kChannels>(p.depth);
   using B = std::conditional_t<kHalfB, BFloat16, float>;
   const int64_t b_row = kRowsAreChannels ? p.b_row : kLanes, b_vec = kRowsAreChannels ? kLanes : p.depth * kLanes;
   const float *a = p.a + p.begin, *ahead = p.ahead + p.begin * p.ahead_row;
-  const B* b = reinterpret_cast<const B*>(p.b) + p.begin * b_row;
+  const B *const first = reinterpret_cast<const B*>(p.b), *b = first + p.begin * b_row;
+  const int64_t* taps = p.taps;
+  int64_t of_tap = p.of_tap - p.begin;
   for (int64_t left = p.depth - p.begin;; left -= part) {
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 8
       for (int j = 0; j < kVecs; ++j) sum[i][j] = Vec{};
     }
-    if constexpr (kLanesAtOnce<T> > 1) {
-      multiply_quads<!kRowsAreChannels>(a, a_row, b, 2 * b_row, b_vec, p.depth, ahead, p.ahead_row, sum);
-    } else {
-      int64_t k = min_of(left, part);
+    for (int64_t steps, last = min_of(left, part); last > 0; last -= steps) {
+      if (of_tap == 0) b = first + *++taps, of_tap = p.of_tap;
+      steps = min_of(last, of_tap);
+      of_tap -= steps;
+      if constexpr (kLanesAtOnce<T> > 1) {
+        multiply_quads<!kRowsAreChannels>(a, a_row, b, 2 * b_row, b_vec, steps, ahead, p.ahead_row, sum);
+        a += steps;
+      } else {
+        int64_t k = steps;
 #ifdef GHOSTFUSED_NEON
-      multiply_fours<T, !kRowsAreChannels>(a, a_row, b, b_row, b_vec, k / kFactors, ahead, p.ahead_row, sum);
-      k %= kFactors;
+        multiply_fours<T, !kRowsAreChannels>(a, a_row, b, b_row, b_vec, k / kFactors, ahead, p.ahead_row, sum);
+        k %= kFactors;
 #endif
-      for (; k > 0; --k, ++a, b += b_row) {
-        Vec row[kVecs];
+        for (; k > 0; --k, ++a, b += b_row) {
+          Vec row[kVecs];
 #pragma GCC unroll 8
-        for (int j = 0; j < kVecs; ++j) row[j] = load_float(b + j * b_vec);
-        if (kRowsAreChannels) {
-          __builtin_prefetch(ahead);
-          __builtin_prefetch(ahead + kLine);
-          ahead += p.ahead_row;
-        }
+          for (int j = 0; j < kVecs; ++j) row[j] = load_float(b + j * b_vec);
+          if (kRowsAreChannels) {
+            __builtin_prefetch(ahead);
+            __builtin_prefetch(ahead + kLine);
+            ahead += p.ahead_row;
+          }
 #pragma GCC unroll 8
-        for (int i = 0; i < kRows; ++i) {
-          const Vec factor = load_factor<T, !kRowsAreChannels>(a + (kKeepDistances ? a_row[i] : i * p.a_row));
+          for (int i = 0; i < kRows; ++i) {
+            const Vec factor = load_factor<T, !kRowsAreChannels>(a + (kKeepDistances ? a_row[i] : i * p.a_row));
 #pragma GCC unroll 8
-          for (int j = 0; j < kVecs; ++j) sum[i][j] = multiply_add<T, !kRowsAreChannels>(factor, row[j], sum[i][j]);
+            for (int j = 0; j < kVecs; ++j) sum[i][j] = multiply_add<T, !kRowsAreChannels>(factor, row[j], sum[i][j]);
+          }
         }
       }
     }

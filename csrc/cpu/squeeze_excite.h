@@ -1,6 +1,7 @@
 // The gate of a squeeze-and-excite block: the means of x, and two fully connected layers. And global pooling.
 #pragma once
 
+#include "cpu/activation.h"
 #include "cpu/dispatch.h"
 #include "cpu/dot.h"
 #include "cpu/parallel.h"
@@ -162,7 +163,7 @@ void reduce(Items& items, void* context) {
   const SqueezeExciteTask& task = *static_cast<const SqueezeExciteTask*>(context);
   const SqueezeExciteParams& p = task.p;
   const auto finish = [&](int64_t n, int64_t r, const float* y, int count) {
-    store_part(task.hidden + n * p.reduced + r, activate(load_part(y, count), Vec{}, p.act), count);
+    store_part(task.hidden + n * p.reduced + r, activated(load_part(y, count), Vec{}, p.act), count);
   };
   layer<T>(items, p, p.reduce.data, task.packed_reduce, p.reduce_bias, task.mean, p.channels, p.reduced, finish);
 }
@@ -174,7 +175,9 @@ void excite(Items& items, void* context) {
   const auto finish = [&](int64_t n, int64_t c, const float* y, int count) {
     Vec v = load_part(y, count);
     if (p.gate == Gate::kSigmoid) {
-      v = 1.f / (1.f + exp(-v));
+      Vec y[1] = {splat(1.f)}, t[1] = {-v};
+      divide_by_exp(y, t);
+      v = y[0];
     } else {
       v = clamp(p.gate == Gate::kHardsigmoid ? v + 3.f : v, clamp_of(Act::kReLU6));
       if (p.gate == Gate::kHardsigmoid) v /= 6.f;

@@ -92,11 +92,15 @@ GHOSTFUSED_INLINE void depthwise_step(const Filter<kSize, kSplat>& filter, const
   }
   const bool plain = !residual && filter.finish.only_clamps();
 #pragma GCC unroll 4
-  for (int o = 0; o < kOutputs; ++o) {
-    sum[o] = filter.finish.clamped(sum[o]);
-    if (__builtin_expect(!plain, 0)) {
-      if (!filter.finish.only_clamps()) sum[o] = filter.finish.activated(sum[o]);
-      if (residual) sum[o] += load_copy<kSplat>(residual + o * p.residual_walk, p.lanes);
+  for (int o = 0; o < kOutputs; ++o) sum[o] = filter.finish.clamped(sum[o]);
+  if (__builtin_expect(!plain, 0)) {
+    Vec y[kOutputs];  // the sums themselves stay in registers
+#pragma GCC unroll 4
+    for (int o = 0; o < kOutputs; ++o) y[o] = sum[o];
+    if (!filter.finish.only_clamps()) filter.finish.activate(y);
+#pragma GCC unroll 4
+    for (int o = 0; o < kOutputs; ++o) {
+      sum[o] = residual ? y[o] + load_copy<kSplat>(residual + o * p.residual_walk, p.lanes) : y[o];
     }
   }
 #pragma GCC unroll 4

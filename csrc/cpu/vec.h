@@ -288,26 +288,7 @@ GHOSTFUSED_INLINE void transpose(Vec (&v)[kLanes]) {
   }
 }
 
-// e^x to two units in the last place: x = n ln 2 + r, a polynomial in r, and n in the exponent.
-GHOSTFUSED_INLINE Vec exp(Vec x) {
-  x = x < -104.f ? splat(-104.f) : x;  // 0
-  x = x > 89.f ? splat(89.f) : x;
-  const Vec shifted = x * 1.44269504f + 0x1.8p23f;  // n in the low bits
-  const Vec n = shifted - 0x1.8p23f;
-  const Vec r = (x - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;
-  Vec p = splat(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.f;
-  // 2^n as a product of two powers, since n runs from -150 to 128
-  const Ints whole = reinterpret_cast<Ints>(shifted) - 0x4b400000, half = whole >> 1;
-  return p * reinterpret_cast<Vec>((half + 127) << 23) * reinterpret_cast<Vec>((whole - half + 127) << 23);
-}
-
-// Every comparison below is written so that NaN takes the branch that keeps it, as in PyTorch.
+// The comparisons are written so that NaN takes the branch that keeps it, as in PyTorch.
 
 // None, ReLU and ReLU6 are clamps between these bounds, with no branch in the kernels.
 struct Clamp {
@@ -319,38 +300,15 @@ inline Clamp clamp_of(Act act) {
 }
 GHOSTFUSED_INLINE bool is_clamp(Act act) { return act <= Act::kReLU6; }
 GHOSTFUSED_INLINE Vec clamp(Vec x, const Clamp& to) {
+#if defined(GHOSTFUSED_X86_HALVES) && GHOSTFUSED_LANES == 8
+  return (Vec)_mm256_min_ps((__m256)to.high, _mm256_max_ps((__m256)to.low, (__m256)x));
+#elif defined(GHOSTFUSED_X86_HALVES)  // where GCC compares with constants, and blends
+  constexpr __mmask16 kAll = -1;
+  return (Vec)_mm512_maskz_min_ps(kAll, (__m512)to.high, _mm512_maskz_max_ps(kAll, (__m512)to.low, (__m512)x));
+#else
   x = to.low > x ? to.low : x;
   return x > to.high ? to.high : x;
-}
-
-// The other activations: a call keeps their code out of the unrolled kernels.
-__attribute__((noinline)) static Vec activate(Vec x, Vec slope, Act act) {
-  switch (act) {
-    case Act::kSiLU:
-      return x / (1.f + exp(-x));
-    case Act::kGELU: {
-      using G = GeluArgument;
-      const Vec square = x * x, t = square > G::kEnd ? splat(G::kEnd) : square;
-      const Vec low = ((G::c3 * t + G::c2) * t + G::c1) * t + G::c0;
-      const Vec high = ((G::c7 * t + G::c6) * t + G::c5) * t + G::c4;
-      return x / (1.f + exp(-x * (high * (t * t) * (t * t) + low)));
-    }
-    case Act::kGELUTanh:
-      return x / (1.f + exp(-x * (GeluArgument::kTanh1 * x * x + GeluArgument::kTanh0)));
-    case Act::kMish: {  // tanh(ln(1 + e^x)) = n / (n + 2), and 1 from 30 on
-      const Vec e = exp(x > 30.f ? splat(30.f) : x), n = e * (e + 2.f);
-      return x * (n / (n + 2.f));
-    }
-    case Act::kHardswish: {
-      const Vec y = x + 3.f, low = 0.f > y ? Vec{} : y;
-      return x * (low > 6.f ? splat(6.f) : low) / 6.f;  // as PyTorch rounds: 1 / 6 is no float
-    }
-    case Act::kLeakyReLU:
-    case Act::kPReLU:
-      return x > 0.f ? x : x * slope;
-    default:
-      return clamp(x, clamp_of(act));
-  }
+#endif
 }
 
 }  // namespace ghostfused::cpu::GHOSTFUSED_ISA

@@ -156,6 +156,9 @@ def test_threads_change_no_bit(case, layout):
 
 WINDOWS = {
     "few pixels": Case(3, 40, 5, 5, 36, kernel_size=3, dw_size=5),
+    "rows of whole vectors": Case(2, 18, 17, 64, 22, kernel_size=3, stride=2, dw_size=5, residual=True),
+    "rows of whole vectors, dilated": Case(1, 17, 21, 32, 20, kernel_size=3, dilation=3, input_gate=True),
+    "as many rows as taps": Case(2, 20, 3, 5, 18, kernel_size=3, stride=3, dilation=3),
     "a width of one": Case(2, 24, 37, 1, 36, kernel_size=5, stride=2),
     "several tiles": Case(2, 70, 41, 23, 52, kernel_size=3, dw_size=7, input_gate=True, residual=True),
     "a tile of few pixels": Case(1, 66, 33, 5, 40, kernel_size=3, dw_size=5),
@@ -174,6 +177,21 @@ def test_windows_of_many_channels(case, dtype, layout):
     case = dataclasses.replace(case, dtype=dtype, layout=layout, act_primary="silu", act_cheap="silu")
     CPU.check(case)
     test_threads_change_no_bit(case, layout)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("act", ["silu", "gelu", "gelu_tanh", "mish", "hardswish", "prelu", "leaky_relu"])
+def test_an_activation_is_the_same_in_every_place(act, layout):
+    """Vectors are activated several in turn, and what is left of them one by one: channels that are all the same stay so."""
+    args = make_args(Case(2, 3, 5, 23, 38, act_primary=act, act_cheap=act, layout=layout))
+    same = {
+        name: value[:1].expand(len(value), *value.shape[1:]).contiguous()
+        for name, value in args._asdict().items()
+        if isinstance(value, torch.Tensor) and name != "x" and value.dim() and len(value) > 1
+    }
+    out = functional.run(args._replace(**same), "cpu")
+    for half in (out[:, :19], out[:, 19:]):
+        assert torch.equal(half, half[:, :1].expand_as(half))
 
 
 def test_what_lies_in_the_next_tile_spreads_no_further():

@@ -66,6 +66,9 @@ CASES = [  # as tests/helpers/cpu_driver.cpp describes them
     "conv 1 70 41 23 52 3 1 nchw float32 1",  # several tiles, with borders that are kept
     "conv 1 70 41 23 52 3 1 nhwc float32 0",
     "conv 1 66 33 5 40 3 1 nhwc bfloat16 0",
+    "conv 1 6 9 64 12 3 2 nchw float32 0",  # rows of whole vectors
+    "conv 2 5 7 32 12 5 1 nchw bfloat16 1",
+    "conv 1 9 3 5 9 3 3 nchw float32 1",  # no column between two rows
     "conv 2 24 37 1 36 5 2 nchw bfloat16 1",  # more pixels in a vector than in a row
     "conv 2 33 19 18 37 3 2 nhwc bfloat16 1",
     "depthwise 2 5 9 11 3 3 2 nchw float32 0",
