@@ -131,7 +131,10 @@ void concat(Items& items, void* context) {
     const int64_t n = unit / blocks, first = unit % blocks * task.block;
     Tensor4 to = image_of(p.out, n);
     for (int i = 0; i < ConcatParams::kParts && p.parts[i].data; ++i) {
-      copy_part<T>(image_of(p.parts[i], n), to, p.channels[i], p.width, first, min_of(pixels - first, task.block));
+      const Tensor4 part = image_of(p.parts[i], n);
+      if (part.data != to.data) {  // else it was made in place
+        copy_part<T>(part, to, p.channels[i], p.width, first, min_of(pixels - first, task.block));
+      }
       to.data = static_cast<T*>(to.data) + p.channels[i] * to.stride_c;
     }
   });

@@ -140,8 +140,10 @@ class Recorder {
   std::shared_ptr<const Recording> finished(const Tensor& result, const std::vector<Tensor>& tensors) {
     const MapPlace place = place_of(result.data_ptr());
     if (!possible_ || place.map < 1 || place.offset != 0 || !find_weights(tensors)) return nullptr;
+    make_parts_in_place(place.map);
     plan(place.map);
-    for (const MapPlace& at : places_) {
+    for (MapPlace at : places_) {
+      while (at.map >= 0 && maps_[at.map].whole >= 0) at = {maps_[at.map].whole, maps_[at.map].begins + at.offset};
       const bool is_x = at.map == 0, is_result = at.map == place.map;
       recording_->places_.push_back(at.map < 0  ? Recording::Place{}
                                     : is_x      ? Recording::Place{Recording::kX, at.offset}
@@ -162,6 +164,8 @@ class Recorder {
     int64_t bytes;
     int64_t first, last;  // the launches that use it
     int64_t arena = 0;    // where it is there
+    int64_t whole = -1;   // the map that it lies in, from byte ``begins`` on
+    int64_t begins = 0;
   };
   struct MapPlace {
     int64_t map, offset;
@@ -200,12 +204,42 @@ class Recorder {
     return found_all;
   }
 
+  // Parts of a concatenation of one image's maps in NCHW are made where they lie in the whole: if all are, nothing is
+  // left to copy.
+  void make_parts_in_place(int64_t result) {
+    const MapPlace* places = places_.data();
+    for (Launch& launch : recording_->launches_) {
+      int64_t count = 0;
+      std::visit([&](auto& launch) { launch.maps([&](auto&) { ++count; }); }, launch);
+      if (const auto* concat = std::get_if<ConcatLaunch>(&launch)) put_into_whole(*concat, places, result);
+      places += count;
+    }
+  }
+
+  void put_into_whole(const ConcatLaunch& concat, const MapPlace* parts, int64_t result) {
+    const ConcatParams& p = concat.p;
+    const int64_t plane = int64_t{p.height} * p.width, size = concat.number_bytes(), whole = parts[p.kParts].map;
+    const auto is_dense = [&](const Tensor4& t) {
+      return (p.width == 1 || t.stride_w == 1) && (p.height == 1 || t.stride_h == p.width) && t.stride_c == plane;
+    };
+    if (p.batch > 1 || !is_dense(p.out)) return;
+    for (int64_t i = 0, begins = 0; i < p.kParts && parts[i].map >= 0; begins += concat.numbers(i++) * size) {
+      Map& map = maps_[parts[i].map];
+      const bool has_place = parts[i].map == 0 || parts[i].map == result || map.whole >= 0;
+      const bool is_all = parts[i].offset == 0 && map.bytes == concat.numbers(i) * size && is_dense(p.parts[i]);
+      if (has_place || !is_all || begins % kAlignment != 0) continue;
+      map.whole = whole, map.begins = begins;
+      maps_[whole].first = std::min(maps_[whole].first, map.first);
+      maps_[whole].last = std::max(maps_[whole].last, map.last);
+    }
+  }
+
   // Gives each map but x and the result a place in the arena that no other one has while it is used: the largest first,
   // each as low as it can be.
   void plan(int64_t result) {
     std::vector<int64_t> order, placed;
     for (int64_t i = 1; i < std::ssize(maps_); ++i) {
-      if (i != result && maps_[i].first >= 0) order.push_back(i);
+      if (i != result && maps_[i].first >= 0 && maps_[i].whole < 0) order.push_back(i);
     }
     std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return maps_[a].bytes > maps_[b].bytes; });
     for (const int64_t i : order) {

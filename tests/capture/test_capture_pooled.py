@@ -32,6 +32,37 @@ class Maxima(nn.Module):
         return F.silu(self.last(torch.cat((x, y, z, self.wide(z)), dim=-3)))
 
 
+class Parts(nn.Module):
+    """Concatenated maps that are read before and after, twice, as a part of a part, and as the result."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.one = nn.Conv2d(3, 16, 3, 1, 1), paper.GhostModule(16, 16)
+        self.two, self.three, self.four = nn.Conv2d(16, 8, 1), nn.Conv2d(24, 16, 1), nn.Conv2d(72, 5, 1)
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        first = self.one(x)
+        both = torch.cat((first, self.two(first)), 1)
+        more = torch.cat((x, both, self.three(both), first), 1)
+        return torch.cat((more, self.four(more), both, more), 1)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("size", [(48, 32), (21, 18), (5, 4)])
+def test_parts_are_made_where_they_lie_in_the_whole(threads, size, layout):
+    model = calibrate(Parts(), torch.randn(4, 3, *size))
+    x = torch.randn(5, 3, *size).to(memory_format=layout)
+    captured = capture(model, x[:2], dynamic_batch=True, freeze=True)
+    for batch in (1, 2, 5):
+        for number in (1, 2):
+            threads(number)
+            first = captured(x[:batch])
+            torch.testing.assert_close(first, model(x[:batch]))
+            for _ in range(3):
+                assert torch.equal(captured(x[:batch]), first)
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(
     "options", [{}, {"freeze": True}, {"freeze": True, "dtype": torch.bfloat16}], ids=["plain", "frozen", "bfloat16"]
