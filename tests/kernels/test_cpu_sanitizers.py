@@ -117,13 +117,9 @@ both = pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
 
 
 def found(isas: list[str]) -> list[str]:
-    """Those that this CPU has, where the extension can tell; compiling one takes as long as running it.
-
-    Of two that differ in how they multiply bfloat16 alone, the one that multiplies pairs: there float16 goes the other's way.
-    """
+    """Those that this CPU has, where the extension can tell; compiling one takes as long as running it."""
     built = cpu.build_info() if cpu.unavailable() is None else None
-    here = [isa for isa in isas if built is None or isa in built["supported"]]
-    return [isa for isa in here if f"{isa}_bf16" not in here]
+    return [isa for isa in isas if built is None or isa in built["supported"]]
 
 
 def compiler(sanitizers: str, tmp_path: Path) -> list:
