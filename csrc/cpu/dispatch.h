@@ -34,6 +34,9 @@ struct ConcatParams {
   Tensor4 parts[kParts], out;
 };
 
+// Whether the primary conv is any other kind than 1×1 at stride 1.
+inline bool has_patches(const GhostForwardParams& p) { return p.kernel > 1 || p.stride > 1; }
+
 // The maxima under a square window that is padded by half of it.
 struct MaxPoolParams {
   Path path;

@@ -12,7 +12,7 @@ namespace ghostfused::cpu::GHOSTFUSED_ISA {
 template <typename T, bool kChannelsLast>
 void pack_channels(const GhostForwardParams& p, const T* gate, int64_t c0, int64_t channels, int64_t depth, float* to) {
   constexpr int kPerLane = Operand<T, kChannelsLast>::kChannels;
-  if (p.kernel > 1 || p.stride > 1) return pack_patch_channels<T, kChannelsLast>(p, c0, channels, depth, to);
+  if (has_patches(p)) return pack_patch_channels<T, kChannelsLast>(p, c0, channels, depth, to);
   const T* from = static_cast<const T*>(p.primary_weight) + c0 * p.primary_weight_stride_n;
   const int64_t next = p.primary_weight_stride_n, stride = p.primary_weight_stride_k;
   const auto read = [&](int64_t c, int64_t k) {
@@ -66,15 +66,12 @@ int64_t pack_weight(const GhostForwardParams& p, bool bfloat16, void* to) {
     }
     return int64_t{s.init_channels} * s.in_channels * sizeof(BFloat16);
   }
+  const int64_t depth = depth_of(p);
   if (!s.channels_last) {
-    if (p.kernel == 1 && p.stride == 1) return 0;  // they are read as they lie, or change with a gate
-    const int64_t depth =
-        int64_t{p.kernel} * p.kernel * lanes_of(s.in_channels, Operand<T, false>::kChannels, kLanesAtOnce<T>);
+    if (!has_patches(p)) return 0;  // they are read as they lie, or change with a gate
     if (to) pack_channels<T, false>(p, nullptr, 0, s.init_channels, depth, static_cast<float*>(to));
     return s.init_channels * depth * sizeof(float);
   }
-  const int64_t depth =
-      lanes_of(int64_t{s.in_channels} * p.kernel * p.kernel, Operand<T, true>::kChannels, kLanesAtOnce<T>);
   const int64_t vectors = div_up(s.init_channels, kLanes);
   if (!to) {
   } else if (!bfloat16) {

@@ -63,7 +63,7 @@ class Packs {
     const GhostShape& s = p.shape;
     const bool pixel = s.height == 1 && s.width == 1;
     Packed packed;
-    if (s.channels_last || p.kernel > 1 || p.stride > 1) {
+    if (s.channels_last || has_patches(p)) {
       Key key{Kind::kWeight, p.primary_weight};
       key.add(s.channels_last, s.init_channels, s.in_channels, p.kernel, pixel, p.primary_weight_stride_n,
               p.primary_weight_stride_k, p.primary_weight_stride_h, p.primary_weight_stride_w);

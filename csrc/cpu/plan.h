@@ -75,13 +75,21 @@ inline bool made_of_pairs(const void* data, int64_t sizes, int at_once) {
   return sizes % (2 * at_once) == 0 && reinterpret_cast<uintptr_t>(data) % 4 == 0;
 }
 
+// The operand's lanes that one output sums. In NCHW each tap of a larger kernel has lanes of its own.
+inline int64_t depth_of(const GhostForwardParams& p) {
+  const GhostShape& s = p.shape;
+  const int64_t area = int64_t{p.kernel} * p.kernel, per_lane = channels_per_lane(s.path, s.channels_last);
+  const int at_once = lanes_at_once(s.path);
+  return s.channels_last ? lanes_of(s.in_channels * area, per_lane, at_once)
+                         : lanes_of(s.in_channels, per_lane, at_once) * area;
+}
+
 inline Plan make_plan(const GhostForwardParams& p, int threads) {
   const GhostShape& s = p.shape;
   const int64_t height = s.height, width = s.width, per_lane = channels_per_lane(s.path, s.channels_last);
-  const bool patches = p.kernel > 1 || p.stride > 1;
+  const bool patches = has_patches(p);
   const int at_once = lanes_at_once(s.path);
-  const int64_t area = int64_t{p.kernel} * p.kernel, lanes = lanes_of(s.in_channels, per_lane, at_once);
-  const int64_t depth = s.channels_last ? lanes_of(s.in_channels * area, per_lane, at_once) : lanes * area;
+  const int64_t lanes = lanes_of(s.in_channels, per_lane, at_once), depth = depth_of(p);
   const bool is_float = s.path == Path::kFloat32 || s.path == Path::kTF32;
   Plan plan{};
   plan.patches = patches;
