@@ -113,6 +113,19 @@ GHOSTFUSED_INLINE void activate(Vec (&x)[kCount], Act act) {
 GHOSTFUSED_INLINE bool has_slope(Act act) { return act == Act::kLeakyReLU || act == Act::kPReLU; }
 GHOSTFUSED_INLINE Vec sloped(Vec x, Vec slope) { return x > 0.f ? x : x * slope; }
 
+template <int kCount>
+GHOSTFUSED_INLINE void through_gate(Vec (&x)[kCount], Gate gate) {
+  if (gate == Gate::kSigmoid) {
+    Vec t[kCount];
+    GHOSTFUSED_EACH t[i] = -x[i];
+    GHOSTFUSED_EACH x[i] = splat(1.f);
+    return divide_by_exp(x, t);
+  }
+  if (gate == Gate::kHardsigmoid) GHOSTFUSED_EACH x[i] += 3.f;
+  GHOSTFUSED_EACH x[i] = clamp(x[i], clamp_of(Act::kReLU6));
+  if (gate == Gate::kHardsigmoid) GHOSTFUSED_EACH x[i] /= 6.f;
+}
+
 // x = act(x), of those that neither are clamps nor have slopes. Out of line, since a call would make the kernels save
 // every accumulator.
 __attribute__((noinline)) static void activate(Vec* x, int count, Act act) {

@@ -13,7 +13,7 @@ class Cheap {
  public:
   // ``prepared``: the parameters' place, wherever they are made.
   Cheap(const GhostForwardParams& p, const Plan& plan, const Scratch& at, float* scratch, const float* prepared,
-        const Output<T>& output)
+        Output<T>& output)
       : p(p), s(p.shape), plan(plan), at(at), scratch(scratch), prepared(prepared), output(output) {
     if (kChannelsLast || !plan.ghosts) return;
     // per vector of a row and column of taps: the lanes inside the image
@@ -90,12 +90,7 @@ class Cheap {
     for (int64_t h = begin + direct; h < end; h += kStripRows) {
       const int64_t rows = min_of<int64_t>(kStripRows, end - h), row = max_of<int64_t>(s.width, kLanes);
       const float* y = stage(strip, strip.x1 + (h - begin) * at.x1_row, row, rows);
-      for (int64_t i = 0; i < rows; ++i, y += row) {
-        for (int64_t w = 0; w < s.width; w += kLanes) {
-          const int64_t first = first_of(w);
-          output.put(load(y + first), c, h + i, first, min_of<int64_t>(s.width - first, kLanes));
-        }
-      }
+      for (int64_t i = 0; i < rows; ++i, y += row) output.put_run(y, s.width, c, h + i, 0);
     }
   }
 
@@ -154,7 +149,7 @@ class Cheap {
   const Parameters parameters{s};
   float* const scratch;
   const float* const prepared;
-  const Output<T>& output;
+  Output<T>& output;
 };
 
 }  // namespace ghostfused::cpu::GHOSTFUSED_ISA

@@ -25,6 +25,11 @@ struct CastParams {
   void* to;
 };
 
+// Numbers through a gate's function, in their own type.
+struct GateParams : CastParams {
+  Gate gate;
+};
+
 // Maps of one height and width, one after the other along the channels; null: there are no more.
 struct ConcatParams {
   static constexpr int kParts = 4;
@@ -37,8 +42,8 @@ struct ConcatParams {
 // Whether the primary conv is any other kind than 1×1 at stride 1.
 inline bool has_patches(const GhostForwardParams& p) { return p.kernel > 1 || p.stride > 1; }
 
-// The maxima under a square window that is padded by half of it.
-struct MaxPoolParams {
+// What a square window makes of maps: the maxima, padded by half of it, or the means, not padded.
+struct PoolParams {
   Path path;
   bool channels_last;  // x's channels lie one after the other, and the result's; else the columns of the result
   int batch, channels, height, width, out_height, out_width, kernel, stride;
@@ -69,7 +74,9 @@ struct Kernels {
   void (*convert)(const ConvertParams& params, int threads);
   void (*cast)(const CastParams& params, int threads);
   void (*concat)(const ConcatParams& params, int threads);
-  void (*max_pool)(const MaxPoolParams& params, int threads);
+  void (*max_pool)(const PoolParams& params, int threads);
+  void (*avg_pool)(const PoolParams& params, int threads);
+  void (*gate)(const GateParams& params, int threads);
   // nothing but that, in registers, as the path's 1×1 convolution does; returns the operations done
   double (*multiply_adds)(int64_t count, Path path);
 };

@@ -16,12 +16,12 @@ class Worker {
         s(params.shape),
         packed_weight(packed_weight),
         plan(plan),
-        at(scratch_layout(s, plan, packed_weight)),
+        at(scratch_layout(p, plan, packed_weight)),
         scratch(thread_scratch(at.total)),
         prepared(packed_weight.parameters ? packed_weight.parameters : scratch + at.parameters),
         block_image(reinterpret_cast<int32_t*>(scratch + at.blocks)),
         block_tile(block_image + plan.blocks),
-        output(params),
+        output(params, scratch + at.gate),
         primary(params, packed_weight, plan, at, scratch, prepared, output, unit),
         cheap(params, plan, at, scratch, prepared, output) {
     for (int64_t b = 0; b < plan.blocks; ++b) block_image[b] = block_tile[b] = -1;
@@ -122,7 +122,7 @@ class Worker {
     }
   }
 
-  void store_x1(int64_t begin, int64_t end, int64_t top) const {
+  void store_x1(int64_t begin, int64_t end, int64_t top) {
     const float* x1 = scratch + at.x1 + (begin - top) * at.x1_row;
     if constexpr (kChannelsLast) {
       for (int64_t h = begin; h < end; ++h, x1 += at.x1_row) {

@@ -1,6 +1,7 @@
 // All kernels. Each file of isa/ that includes this compiles them for one instruction set.
 #pragma once
 
+#include "cpu/avg_pool.h"
 #include "cpu/depthwise_conv.h"
 #include "cpu/forward.h"
 #include "cpu/layout.h"
@@ -39,7 +40,8 @@ inline double multiply_adds(int64_t count, Path path) {
   return path == Path::kBFloat16 ? multiply_adds<BFloat16>(count) : multiply_adds<float>(count);
 }
 
-inline constexpr Kernels kernels{forward,     depthwise, squeeze_excite, pack_weight, pack_parameters, pack_depthwise,
-                                 global_pool, convert,   cast,           concat,      max_pool,        multiply_adds};
+inline constexpr Kernels kernels{forward,        depthwise,   squeeze_excite, pack_weight,  pack_parameters,
+                                 pack_depthwise, global_pool, convert,        cast,         concat,
+                                 max_pool,       avg_pool,    gate,           multiply_adds};
 
 }  // namespace ghostfused::cpu::GHOSTFUSED_ISA

@@ -68,7 +68,7 @@ struct GlobalPoolLaunch {
   }
 };
 
-// What copies to the other memory format, or to another type.
+// What copies to the other memory format, to another type, or through a function.
 template <typename Params, auto kernel>
 struct CopyLaunch {
   Params p;
@@ -81,6 +81,7 @@ struct CopyLaunch {
 };
 using ConvertLaunch = CopyLaunch<ConvertParams, &Kernels::convert>;
 using CastLaunch = CopyLaunch<CastParams, &Kernels::cast>;
+using GateLaunch = CopyLaunch<GateParams, &Kernels::gate>;
 
 struct ConcatLaunch {
   ConcatParams p;
@@ -106,15 +107,19 @@ struct ConcatLaunch {
   }
 };
 
-struct MaxPoolLaunch {
-  MaxPoolParams p;
+template <auto kernel>
+struct PoolLaunch {
+  PoolParams p;
 
-  void run(const Kernels& kernels, int threads) const { kernels.max_pool(p, threads); }
+  void run(const Kernels& kernels, int threads) const { (kernels.*kernel)(p, threads); }
   template <typename F>
   void maps(const F& f) {
     f(p.x.data), f(p.out.data);
   }
 };
+
+using MaxPoolLaunch = PoolLaunch<&Kernels::max_pool>;
+using AvgPoolLaunch = PoolLaunch<&Kernels::avg_pool>;
 
 struct BytesLaunch {
   const void* from;
@@ -129,6 +134,6 @@ struct BytesLaunch {
 };
 
 using Launch = std::variant<ForwardLaunch, DepthwiseLaunch, SqueezeExciteLaunch, GlobalPoolLaunch, ConvertLaunch,
-                            CastLaunch, ConcatLaunch, MaxPoolLaunch, BytesLaunch>;
+                            CastLaunch, GateLaunch, ConcatLaunch, MaxPoolLaunch, AvgPoolLaunch, BytesLaunch>;
 
 }  // namespace ghostfused::cpu

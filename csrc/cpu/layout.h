@@ -1,6 +1,8 @@
-// Copies maps from one memory format to the other, numbers from one type to another, and maps to one.
+// Copies maps from one memory format to the other, numbers from one type to another or through a gate's function, and
+// maps to one.
 #pragma once
 
+#include "cpu/activation.h"
 #include "cpu/parallel.h"
 
 namespace ghostfused::cpu::GHOSTFUSED_ISA {
@@ -42,20 +44,31 @@ inline void convert(const ConvertParams& p, int threads) {
   run(threads, p.batch * div_up(pixels, kLanes), 4 * numbers, GHOSTFUSED_BY_PATH(p.path, convert), &params);
 }
 
-constexpr int64_t kCastUnit = 4096;  // numbers
+constexpr int64_t kRun = 4096;  // numbers of a unit
+
+// run(from, stride, to, count) of all numbers, ``bytes`` of them each where they go.
+template <typename From, typename Run>
+GHOSTFUSED_INLINE void for_each_run(Items& items, const CastParams& p, int64_t bytes, const Run& run) {
+  const int64_t runs = div_up(p.sizes[3], kRun);
+  for_each_unit(items, [&](int64_t unit) {
+    const int64_t row = unit / runs, first = unit % runs * kRun;
+    const int64_t from = row / (p.sizes[1] * p.sizes[2]) * p.strides[0] + row / p.sizes[2] % p.sizes[1] * p.strides[1] +
+                         row % p.sizes[2] * p.strides[2] + first * p.strides[3];
+    run(static_cast<const From*>(p.from) + from, p.strides[3],
+        static_cast<char*>(p.to) + (row * p.sizes[3] + first) * bytes, min_of(p.sizes[3] - first, kRun));
+  });
+}
+
+inline void run_numbers(int threads, const CastParams& p, double work, Body body, void* context) {
+  const int64_t rows = p.sizes[0] * p.sizes[1] * p.sizes[2];
+  run(threads, rows * div_up(p.sizes[3], kRun), work * static_cast<double>(rows * p.sizes[3]), body, context);
+}
 
 template <typename From, typename To>
-void cast_run(const void* from, int64_t stride, void* to, int64_t count) {
-  const From* const source = static_cast<const From*>(from);
+void cast_run(const From* from, int64_t stride, void* to, int64_t count) {
   for (int64_t i = 0; i < count; i += kLanes) {
     const int lanes = min_of<int64_t>(count - i, kLanes);
-    Vec v{};
-    if (stride == 1) {
-      v = load_part(source + i, lanes);
-    } else {
-      for (int j = 0; j < lanes; ++j) v[j] = to_float(source[(i + j) * stride]);
-    }
-    store_part(static_cast<To*>(to) + i, v, lanes);
+    store_part(static_cast<To*>(to) + i, load_strided(from + i * stride, stride, lanes), lanes);
   }
 }
 
@@ -65,21 +78,39 @@ void cast(Items& items, void* context) {
   const auto run = p.to_path == Path::kFloat16    ? cast_run<From, Float16>
                    : p.to_path == Path::kBFloat16 ? cast_run<From, BFloat16>
                                                   : cast_run<From, float>;
-  const int64_t to_bytes = p.to_path == Path::kFloat32 ? 4 : 2, runs = div_up(p.sizes[3], kCastUnit);
-  for_each_unit(items, [&](int64_t unit) {
-    const int64_t row = unit / runs, first = unit % runs * kCastUnit;
-    const int64_t from = row / (p.sizes[1] * p.sizes[2]) * p.strides[0] + row / p.sizes[2] % p.sizes[1] * p.strides[1] +
-                         row % p.sizes[2] * p.strides[2] + first * p.strides[3];
-    run(static_cast<const From*>(p.from) + from, p.strides[3],
-        static_cast<char*>(p.to) + (row * p.sizes[3] + first) * to_bytes, min_of(p.sizes[3] - first, kCastUnit));
-  });
+  for_each_run<From>(items, p, p.to_path == Path::kFloat32 ? 4 : 2, run);
 }
 
 inline void cast(const CastParams& p, int threads) {
   CastParams params = p;
-  const int64_t rows = p.sizes[0] * p.sizes[1] * p.sizes[2];
-  run(threads, rows * div_up(p.sizes[3], kCastUnit), 4 * static_cast<double>(rows * p.sizes[3]),
-      GHOSTFUSED_BY_PATH(p.from_path, cast), &params);
+  run_numbers(threads, p, 4, GHOSTFUSED_BY_PATH(p.from_path, cast), &params);
+}
+
+template <typename T>
+void gate(Items& items, void* context) {
+  const GateParams& p = *static_cast<const GateParams*>(context);
+  for_each_run<T>(items, p, sizeof(T), [&](const T* from, int64_t stride, void* to, int64_t count) {
+    T* const out = static_cast<T*>(to);
+    constexpr int kCount = kInTurn;
+    int64_t i = 0;
+    for (; stride == 1 && i + kCount * kLanes <= count; i += kCount * kLanes) {
+      Vec v[kCount];
+      for (int j = 0; j < kCount; ++j) v[j] = load_float(from + i + j * kLanes);
+      through_gate(v, p.gate);
+      for (int j = 0; j < kCount; ++j) store_float(out + i + j * kLanes, v[j]);
+    }
+    for (; i < count; i += kLanes) {
+      const int lanes = min_of<int64_t>(count - i, kLanes);
+      Vec v[1] = {load_strided(from + i * stride, stride, lanes)};
+      through_gate(v, p.gate);
+      store_part(out + i, v[0], lanes);
+    }
+  });
+}
+
+inline void gate(const GateParams& p, int threads) {
+  GateParams params = p;
+  run_numbers(threads, p, p.gate == Gate::kSigmoid ? 16 : 4, GHOSTFUSED_BY_PATH(p.from_path, gate), &params);
 }
 
 struct ConcatTask {

@@ -29,7 +29,7 @@ class MaxPool {
   static constexpr int64_t kColumn = kChannelsLast ? kCount : 1;  // keys from a column to the next
 
  public:
-  explicit MaxPool(const MaxPoolParams& p)
+  explicit MaxPool(const PoolParams& p)
       : p(p),
         half(p.kernel / 2),
         columns(min_of<int64_t>(p.out_width, kTile)),
@@ -248,7 +248,7 @@ class MaxPool {
     }
   }
 
-  const MaxPoolParams& p;
+  const PoolParams& p;
   const int64_t half, columns, ring_row, row_size;
   Key* const row;   // of x, with its border
   Key* const ring;  // maxima along the last rows, one over the oldest
@@ -256,14 +256,14 @@ class MaxPool {
 };
 
 struct MaxPoolTask {
-  const MaxPoolParams& p;
+  const PoolParams& p;
   int64_t bands;
 };
 
 template <typename T, bool kChannelsLast>
 void max_pool_units(Items& items, const MaxPoolTask& task) {
   using Pool = MaxPool<T, kChannelsLast>;
-  const MaxPoolParams& p = task.p;
+  const PoolParams& p = task.p;
   const int64_t parts = max_of<int64_t>(p.channels / Pool::kUnitChannels, 1);
   int64_t begin, end;
   if (!items.next(&begin, &end)) return;
@@ -284,9 +284,8 @@ void max_pool(Items& items, void* context) {
   task.p.channels_last ? max_pool_units<T, true>(items, task) : max_pool_units<T, false>(items, task);
 }
 
-inline void max_pool(const MaxPoolParams& p, int threads) {
-  // the threads share the rows, as those of the steps before and after
-  MaxPoolTask task{p, p.batch >= threads ? 1 : max_of<int64_t>(min_of<int64_t>(p.out_height / 7, threads), 1)};
+inline void max_pool(const PoolParams& p, int threads) {
+  MaxPoolTask task{p, bands_of(p, threads)};
   const int64_t width = p.path == Path::kFloat32 ? kLanes : 2 * kLanes;
   const int64_t parts = max_of<int64_t>(p.channels / (p.channels_last ? 4 * width : 4), 1);
   const double numbers = static_cast<double>(p.batch) * p.channels * p.height * p.width;

@@ -94,7 +94,7 @@ inline Tensor launch(SqueezeExciteParams& p, const Tensor& x) {
   return out;
 }
 
-// The steps of a program that are no ops of their own: spec/arguments.py's GlobalPoolArgs, and those after it.
+// The steps of a program that are no ops of their own: spec/steps.py's.
 inline Tensor global_pool(Tensor x) {
   if (x.dim() != 4) fail("x: expected 4 dimensions, got ", x.dim());
   const Checker checker(x);
@@ -137,15 +137,11 @@ inline Tensor linear(Tensor x, Tensor weight, OptionalTensor bias) {
   return out;
 }
 
-// Of 2 or 4 dimensions; ``dtype`` is a place in DTYPES.
-inline Tensor cast(Tensor x, int64_t dtype) {
-  constexpr std::pair<ScalarType, Path> kTypes[] = {
-      {ScalarType::Float, Path::kFloat32}, {ScalarType::Half, Path::kFloat16}, {ScalarType::BFloat16, Path::kBFloat16}};
-  if (dtype < 0 || dtype >= std::ssize(kTypes)) fail("dtype: expected 0, 1 or 2, got ", dtype);
+// x's numbers, and where they go: a new tensor of that type, in x's memory format. None: ``to`` is null.
+inline Tensor to_new_output(const Tensor& x, ScalarType type, CastParams& p) {
   if (x.dim() != 2 && x.dim() != 4) fail("x: expected 2 or 4 dimensions, got ", x.dim());
-  const auto [type, path] = kTypes[dtype];
   const Checker checker(x);
-  CastParams p{checker.path(), path, {1, 1, 1, 1}, {}, nullptr, nullptr};
+  p = {checker.path(), checker.path(), {1, 1, 1, 1}, {}, nullptr, nullptr};
   Tensor out;
   if (x.dim() == 2) {
     const int64_t n = size32("x", x.size(0)), c = size32("x", x.size(1));
@@ -170,7 +166,29 @@ inline Tensor cast(Tensor x, int64_t dtype) {
     p.sizes[at] *= size;
   }
   p.to = out.data_ptr();
-  run_launch(CastLaunch{p});
+  return out;
+}
+
+// Of 2 or 4 dimensions; ``dtype`` is a place in DTYPES.
+inline Tensor cast(Tensor x, int64_t dtype) {
+  constexpr std::pair<ScalarType, Path> kTypes[] = {
+      {ScalarType::Float, Path::kFloat32}, {ScalarType::Half, Path::kFloat16}, {ScalarType::BFloat16, Path::kBFloat16}};
+  if (dtype < 0 || dtype >= std::ssize(kTypes)) fail("dtype: expected 0, 1 or 2, got ", dtype);
+  const auto [type, path] = kTypes[dtype];
+  CastParams p;
+  Tensor out = to_new_output(x, type, p);
+  p.to_path = path;
+  if (p.to) run_launch(CastLaunch{p});
+  return out;
+}
+
+// Of 2 or 4 dimensions.
+inline Tensor gate(Tensor x, int64_t gate) {
+  if (gate < 0 || gate > static_cast<int64_t>(Gate::kReLU6)) fail("gate: expected 0, 1 or 2, got ", gate);
+  GateParams p;
+  Tensor out = to_new_output(x, x.scalar_type(), p);
+  p.gate = static_cast<Gate>(gate);
+  if (p.to) run_launch(GateLaunch{p});
   return out;
 }
 
@@ -204,27 +222,47 @@ inline Tensor concat(Tensor x, Tensor second, OptionalTensor third, OptionalTens
   return out;
 }
 
-inline Tensor max_pool(Tensor x, int64_t kernel, int64_t stride) {
+// But the size of what it makes.
+inline PoolParams pool_of(const Tensor& x, int64_t kernel) {
   if (x.dim() != 4) fail("x: expected 4 dimensions, got ", x.dim());
   const Checker checker(x);
-  if (kernel % 2 == 0) fail("kernel: expected an odd one, got ", kernel);
-  if (stride != 1 && stride != 2) fail("stride: the kernel takes 1 and 2, got ", stride);
-  MaxPoolParams p{};
+  PoolParams p{};
   p.path = checker.path();
   p.kernel = bounded("kernel", "rows", kernel, 1, kMaxKernel);
-  p.stride = static_cast<int>(stride);
   p.batch = size32("x", x.size(0));
   p.channels = channels32("x", x.size(1));
   p.height = size32("x", x.size(2));
   p.width = size32("x", x.size(3));
-  if (p.height < 1 || p.width < 1) fail("x: expected at least one row and column");
-  p.out_height = (p.height - 1) / p.stride + 1;
-  p.out_width = (p.width - 1) / p.stride + 1;
   p.channels_last = is_channels_last(x);
   p.x = checker.tensor4("x", x, {p.batch, p.channels, p.height, p.width});
+  return p;
+}
+
+template <typename PoolLaunch>
+Tensor pooled(const Tensor& x, PoolParams& p) {
   Tensor out = new_map(p.batch, p.channels, p.out_height, p.out_width, x.scalar_type(), p.channels_last, &p.out);
-  if (p.batch > 0) run_launch(MaxPoolLaunch{p});
+  if (p.batch > 0) run_launch(PoolLaunch{p});
   return out;
+}
+
+inline Tensor max_pool(Tensor x, int64_t kernel, int64_t stride) {
+  PoolParams p = pool_of(x, kernel);
+  if (kernel % 2 == 0) fail("kernel: expected an odd one, got ", kernel);
+  if (stride != 1 && stride != 2) fail("stride: the kernel takes 1 and 2, got ", stride);
+  if (p.height < 1 || p.width < 1) fail("x: expected at least one row and column");
+  p.stride = static_cast<int>(stride);
+  p.out_height = (p.height - 1) / p.stride + 1;
+  p.out_width = (p.width - 1) / p.stride + 1;
+  return pooled<MaxPoolLaunch>(x, p);
+}
+
+inline Tensor avg_pool(Tensor x, int64_t kernel) {
+  PoolParams p = pool_of(x, kernel);
+  if (p.height < kernel || p.width < kernel) fail("x: expected at least ", kernel, " rows and columns");
+  p.stride = p.kernel;
+  p.out_height = p.height / p.kernel;
+  p.out_width = p.width / p.kernel;
+  return pooled<AvgPoolLaunch>(x, p);
 }
 
 }  // namespace ghostfused::cpu

@@ -1,7 +1,7 @@
 // Stores results: to x's type, through the output gate and the residual where there are any.
 #pragma once
 
-#include "cpu/vec.h"
+#include "cpu/output_gate.h"
 
 namespace ghostfused::cpu::GHOSTFUSED_ISA {
 
@@ -10,8 +10,11 @@ struct Output {
   const GhostForwardParams& p;
   int64_t n = 0;  // the image
   bool plain;     // no gate, and no residual but one whose vectors can be loaded where the output's are stored
+  OutputGate<T> gate;
 
-  Output(const GhostForwardParams& p) : p(p), plain(!p.output_gate.data && (!p.residual.data || residual_matches())) {}
+  // ``memory``: of the gate's size.
+  Output(const GhostForwardParams& p, float* memory)
+      : p(p), plain(!p.output_gate.data && (!p.residual.data || residual_matches())), gate(p, memory) {}
 
   T* at(int64_t c, int64_t h, int64_t w) const { return static_cast<T*>(p.out.data) + offset(p.out, c, h, w); }
 
@@ -19,9 +22,10 @@ struct Output {
     return p.residual.data ? static_cast<const T*>(p.residual.data) + offset(p.residual, c, h, w) : nullptr;
   }
 
-  // ``lanes`` numbers of y: pixels w, w + 1, … of channel c, or, in channels_last, channels c, c + step, … of a pixel.
+  // channels_last: ``lanes`` numbers of y, channels c, c + step, … of a pixel.
   void put(Vec y, int64_t c, int64_t h, int64_t w, int lanes, int step = 1) const {
-    if (p.output_gate.data || p.residual.data) y = gate_and_residual(y, c, h, w, lanes, step);
+    if (gate) y *= gate.of_pixel(n, c, h, w, lanes, step);
+    if (p.residual.data) y += load_strided(residual_at(c, h, w), step * p.residual.stride_c, lanes);
     store_part(at(c, h, w), y, lanes, step);
   }
 
@@ -37,11 +41,13 @@ struct Output {
     }
   }
 
-  // ``count`` numbers of y that lie next to each other both there and in the output.
-  void put_run(const float* y, int64_t count, int64_t c, int64_t h, int64_t w) const {
-    const bool along_channels = p.shape.channels_last;
+  // ``count`` numbers of y that lie next to each other both there and in the output: unless it is plain, channels of a
+  // pixel or pixels of a row.
+  void put_run(const float* y, int64_t count, int64_t c, int64_t h, int64_t w) {
+    const float* const gate_row = gate && !p.shape.channels_last ? gate.row(n, c, h) + w : nullptr;
     const auto part = [&](int64_t i, int lanes) {
-      put(load(y + i), along_channels ? c + i : c, h, along_channels ? w : w + i, lanes);
+      const Vec v = load(y + i);
+      p.shape.channels_last ? put(v, c + i, h, w, lanes) : put_pixels(v, c, h, w + i, lanes, gate_row, i);
     };
     int64_t i = 0;
     if (plain) {
@@ -67,28 +73,10 @@ struct Output {
     return n * t.stride_n + c * t.stride_c + h * t.stride_h + w * t.stride_w;
   }
 
-  Vec gate_and_residual(Vec y, int64_t c, int64_t h, int64_t w, int lanes, int step) const {
-    const int64_t step_c = p.shape.channels_last ? step : 0, step_w = p.shape.channels_last ? 0 : 1;
-    if (p.output_gate.data) {  // the index rule of F.interpolate(mode="nearest"), in float as there
-      const float scale_h = static_cast<float>(p.gate_height) / p.shape.height;
-      const float scale_w = static_cast<float>(p.gate_width) / p.shape.width;
-      const T* gate = static_cast<const T*>(p.output_gate.data);
-      const int64_t gate_h = min_of<int64_t>(static_cast<int64_t>(h * scale_h), p.gate_height - 1);
-      for (int i = 0; i < lanes; ++i) {
-        const int64_t gate_w = min_of<int64_t>(static_cast<int64_t>((w + i * step_w) * scale_w), p.gate_width - 1);
-        y[i] *= to_float(gate[offset(p.output_gate, c + i * step_c, gate_h, gate_w)]);
-      }
-    }
-    if (p.residual.data) {
-      const T* residual = static_cast<const T*>(p.residual.data) + offset(p.residual, c, h, w);
-      const int64_t stride = step_c * p.residual.stride_c + step_w * p.residual.stride_w;
-      if (lanes == kLanes && stride == 1) {
-        y += load_float(residual);
-      } else {
-        for (int i = 0; i < lanes; ++i) y[i] += to_float(residual[i * stride]);
-      }
-    }
-    return y;
+  void put_pixels(Vec y, int64_t c, int64_t h, int64_t w, int lanes, const float* gate_row, int64_t i) const {
+    if (gate_row) y *= load(gate_row + i);
+    if (p.residual.data) y += load_strided(residual_at(c, h, w), p.residual.stride_w, lanes);
+    store_part(at(c, h, w), y, lanes);
   }
 };
 

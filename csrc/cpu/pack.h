@@ -5,22 +5,6 @@
 
 namespace ghostfused::cpu::GHOSTFUSED_ISA {
 
-template <typename T>
-GHOSTFUSED_INLINE Vec load_strided(const T* p, int64_t stride, int count) {
-  if (stride == 1 && count == kLanes) return load_float(p);
-  if (stride == 2 && count == kLanes) return every_second(load_float(p), load_float(p + kLanes - 1));
-  if constexpr (kMasks) {
-    if (stride == 1) return load_part(p, count);
-    if (stride == 2) {
-      const int last = 2 * count - kLanes;
-      return every_second(load_part(p, min_of(2 * count - 1, kLanes)), load_part(p + kLanes - 1, max_of(last, 0)));
-    }
-  }
-  Vec v{};
-  for (int i = 0; i < count; ++i) v[i] = to_float(p[i * stride]);
-  return v;
-}
-
 // The operand's lanes of ``channels`` numbers of a row, or of the first that a vector holds; zeros after them.
 template <int kChannels, typename T>
 GHOSTFUSED_INLINE Vec load_operand(const T* p, int64_t stride, int64_t channels) {

@@ -1,6 +1,7 @@
 // How a module is cut into units of work, and the memory that a thread needs for one.
 #pragma once
 
+#include "cpu/output_gate.h"
 #include "cpu/parallel.h"
 #include "cpu/prepared.h"
 #include "cpu/primary.h"
@@ -174,13 +175,14 @@ struct Scratch {
   // of all channels: the 1×1 weights as the multiplication reads them, and what Parameters lists
   int64_t weight, parameters;
   int64_t x1, x1_channel, x1_row;  // NCHW: (channel, row, w); channels_last: (row, w, channel)
-  int64_t packed_x, packed_x_row, stage, planes, masks, tile;
+  int64_t packed_x, packed_x_row, stage, planes, masks, tile, gate;
   int64_t borders, border;  // of x1, and a block's size
   int64_t blocks;  // per block: the image that its parameters were made for last, and the tile made last, or -1
   int64_t total;
 };
 
-inline Scratch scratch_layout(const GhostShape& s, const Plan& plan, const Packed& packed) {
+inline Scratch scratch_layout(const GhostForwardParams& p, const Plan& plan, const Packed& packed) {
+  const GhostShape& s = p.shape;
   const int64_t pad = plan.pad, rows = plan.chunk + 2 * pad, margin = 64;
   Scratch at{};
   at.x1 = margin;
@@ -192,7 +194,8 @@ inline Scratch scratch_layout(const GhostShape& s, const Plan& plan, const Packe
   at.planes = at.stage + max_of<int64_t>(s.width, kLanes) * kLanes;
   at.masks = at.planes + (plan.planes.size ? plan.lanes / lanes_at_once(s.path) * plan.planes.step + margin : 0);
   at.tile = at.masks + (s.channels_last ? 0 : div_up(s.width, kLanes) * s.dw_size * kLanes);
-  at.packed_x = at.tile + kMaxSums * kLanes;
+  at.gate = at.tile + kMaxSums * kLanes;
+  at.packed_x = at.gate + (p.output_gate.data ? OutputGate<float>::memory_size(s) : 0);
   // pixels an odd number of lines apart, so that those read together don't share the same few sets of L1
   const int64_t pixel = plan.patches ? (div_up(plan.depth, kLine) | 1) * kLine : plan.depth;
   at.packed_x_row = s.channels_last ? pixel : pixels + (plan.panels ? 3 : 1) * kLanes;

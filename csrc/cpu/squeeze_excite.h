@@ -58,9 +58,7 @@ template <typename T>
 GHOSTFUSED_INLINE void add_run(Total& total, const T* p, int64_t stride, int64_t count) {
   const int64_t whole = count / kLanes, rest = count % kLanes;
   const auto strided = [&](int64_t i, int64_t lanes) {
-    Vec v{};
-    for (int64_t l = 0; l < lanes; ++l) v[l] = to_float(p[(i * kLanes + l) * stride]);
-    return v;
+    return load_strided(p + i * kLanes * stride, stride, static_cast<int>(lanes));
   };
   if (stride == 1) {
     add_vectors(total, whole, [&](int64_t i) { return load_float(p + i * kLanes); });
@@ -173,16 +171,9 @@ void excite(Items& items, void* context) {
   const SqueezeExciteTask& task = *static_cast<const SqueezeExciteTask*>(context);
   const SqueezeExciteParams& p = task.p;
   const auto finish = [&](int64_t n, int64_t c, const float* y, int count) {
-    Vec v = load_part(y, count);
-    if (p.gate == Gate::kSigmoid) {
-      Vec y[1] = {splat(1.f)}, t[1] = {-v};
-      divide_by_exp(y, t);
-      v = y[0];
-    } else {
-      v = clamp(p.gate == Gate::kHardsigmoid ? v + 3.f : v, clamp_of(Act::kReLU6));
-      if (p.gate == Gate::kHardsigmoid) v /= 6.f;
-    }
-    store_part(static_cast<T*>(p.out) + n * p.channels + c, v, count);
+    Vec v[1] = {load_part(y, count)};
+    through_gate(v, p.gate);
+    store_part(static_cast<T*>(p.out) + n * p.channels + c, v[0], count);
   };
   layer<T>(items, p, p.expand.data, task.packed_expand, p.expand_bias, task.hidden, p.reduced, p.channels, finish);
 }

@@ -276,6 +276,34 @@ GHOSTFUSED_INLINE Vec every_second(Vec a, Vec b) {
 #endif
 }
 
+// ``count`` numbers at a stride; zeros after them.
+template <typename T>
+GHOSTFUSED_INLINE Vec load_strided(const T* p, int64_t stride, int count) {
+  if (stride == 1 && count == kLanes) return load_float(p);
+  if (stride == 2 && count == kLanes) return every_second(load_float(p), load_float(p + kLanes - 1));
+  if constexpr (kMasks) {
+    if (stride == 1) return load_part(p, count);
+    if (stride == 2) {
+      const int last = 2 * count - kLanes;
+      return every_second(load_part(p, min_of(2 * count - 1, kLanes)), load_part(p + kLanes - 1, max_of(last, 0)));
+    }
+  }
+  Vec v{};
+  for (int i = 0; i < count; ++i) v[i] = to_float(p[i * stride]);
+  return v;
+}
+
+// Lane at[i] of v in lane i.
+GHOSTFUSED_INLINE Vec pick(Vec v, Ints at) {
+#ifdef __clang__
+  Vec picked;
+  for (int i = 0; i < kLanes; ++i) picked[i] = v[at[i] & (kLanes - 1)];
+  return picked;
+#else
+  return __builtin_shuffle(v, at);
+#endif
+}
+
 // Lane j of vector i to lane i of vector j: each step turns the number that i and j make up by one bit.
 GHOSTFUSED_INLINE void transpose(Vec (&v)[kLanes]) {
 #pragma GCC unroll 4

@@ -16,10 +16,12 @@ from ..spec import (
     DTYPES,
     Act,
     Args,
+    AvgPoolArgs,
     CastArgs,
     ConcatArgs,
     DepthwiseArgs,
     Gate,
+    GateArgs,
     GhostArgs,
     GlobalPoolArgs,
     LinearArgs,
@@ -120,10 +122,13 @@ def _matrix(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def squeeze_excite(a: SqueezeExciteArgs) -> Tensor:
     """The gate of ``a``, shape (N, C)."""
     hidden = activate(_matrix(a.x.mean((2, 3)), a.reduce_weight, a.reduce_bias), a.act)
-    gate = _matrix(hidden, a.expand_weight, a.expand_bias)
-    if a.gate == Gate.SIGMOID:
-        return gate.sigmoid()
-    return F.hardsigmoid(gate) if a.gate == Gate.HARDSIGMOID else F.relu6(gate)
+    return _through_gate(_matrix(hidden, a.expand_weight, a.expand_bias), a.gate)
+
+
+def _through_gate(x: Tensor, gate: int) -> Tensor:
+    if gate == Gate.SIGMOID:
+        return x.sigmoid()
+    return F.hardsigmoid(x) if gate == Gate.HARDSIGMOID else F.relu6(x)
 
 
 def global_pool(a: GlobalPoolArgs) -> Tensor:
@@ -151,6 +156,16 @@ def max_pool(a: MaxPoolArgs) -> Tensor:
     return F.max_pool2d(a.x, a.kernel, a.stride, a.kernel // 2)
 
 
+def avg_pool(a: AvgPoolArgs) -> Tensor:
+    """The means of ``a``, shape (N, C, H', W')."""
+    return F.avg_pool2d(a.x, a.kernel)
+
+
+def gate(a: GateArgs) -> Tensor:
+    """The gate's function of ``a``'s numbers."""
+    return _through_gate(a.x, a.gate)
+
+
 def run(args: Step) -> Tensor:
     """What the op of ``args`` computes."""
     return _FUNCTIONS[type(args)](args)
@@ -165,6 +180,8 @@ _FUNCTIONS: dict = {
     CastArgs: cast,
     ConcatArgs: concat,
     MaxPoolArgs: max_pool,
+    AvgPoolArgs: avg_pool,
+    GateArgs: gate,
 }
 
 

@@ -13,13 +13,16 @@ from torch import Tensor, fx
 from ..backends import cpu
 from ..spec import (
     DTYPES,
-    MAX_POOL_KERNEL,
     OPS,
+    POOL_KERNEL,
     Act,
     Args,
+    AvgPoolArgs,
     CastArgs,
     ConcatArgs,
     DepthwiseArgs,
+    Gate,
+    GateArgs,
     GhostArgs,
     GlobalPoolArgs,
     LinearArgs,
@@ -287,11 +290,31 @@ class Steps:
         kernel, padding, dilation = _pair(a["kernel_size"]), _pair(a["padding"]), _pair(a["dilation"])
         stride = _pair(a["stride"]) if a["stride"] else kernel
         (k, other), half = kernel, kernel[0] // 2
-        if k != other or k % 2 == 0 or k > MAX_POOL_KERNEL or padding != (half, half) or dilation != (1, 1):
+        if k != other or k % 2 == 0 or k > POOL_KERNEL or padding != (half, half) or dilation != (1, 1):
             return False
         if stride not in ((1, 1), (2, 2)):
             return False
         return self._add(node, MaxPoolArgs(source.meta["val"], k, stride[0]), [source])
+
+    def avg_pool(self, node: fx.Node, a: dict[str, Any]) -> bool:
+        """By a square window that moves by its own size, over whole windows."""
+        source = self._source(a["self"])
+        if not isinstance(source, fx.Node) or source.meta["val"].dim() != 4 or a["ceil_mode"]:
+            return False
+        kernel, padding = _pair(a["kernel_size"]), _pair(a["padding"])
+        stride = _pair(a["stride"]) if a["stride"] else kernel
+        k = kernel[0]
+        if kernel != (k, k) or stride != kernel or padding != (0, 0) or k > POOL_KERNEL:
+            return False
+        if a["divisor_override"] not in (None, k * k):
+            return False
+        return self._add(node, AvgPoolArgs(source.meta["val"], k), [source])
+
+    def gate(self, node: fx.Node, a: dict[str, Any]) -> bool:
+        source = self._source(a["self"])
+        if not isinstance(source, fx.Node) or source.meta["val"].dim() not in (2, 4):
+            return False
+        return self._add(node, GateArgs(source.meta["val"], int(_GATES[_packet(node)])), [source])
 
     def max_pool_with_indices(self, node: fx.Node, a: dict[str, Any]) -> bool:
         """Whose indices nobody reads."""
@@ -299,10 +322,12 @@ class Steps:
         return picked and self.max_pool(node, a)
 
 
+_GATES = {aten.sigmoid: Gate.SIGMOID, aten.hardsigmoid: Gate.HARDSIGMOID}
 _LAYERS: dict[Any, Callable[[Steps, fx.Node, dict[str, Any]], bool]] = {
     aten.conv2d: Steps.conv2d, aten.adaptive_avg_pool2d: Steps.mean, aten.mean: Steps.mean, aten.linear: Steps.linear,
     aten._to_copy: Steps.cast, aten.to: Steps.cast, aten.cat: Steps.concat, aten.max_pool2d: Steps.max_pool,
-    aten.max_pool2d_with_indices: Steps.max_pool_with_indices,
+    aten.max_pool2d_with_indices: Steps.max_pool_with_indices, aten.avg_pool2d: Steps.avg_pool,
+    **dict.fromkeys(_GATES, Steps.gate),
 }  # fmt: skip
 
 

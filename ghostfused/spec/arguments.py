@@ -1,7 +1,7 @@
 """What one call of an op consists of: the tuples that every layer of the package hands on.
 
 Each op has one: ``GhostArgs``, and for what lies between the Ghost modules of a bottleneck ``DepthwiseArgs`` and
-``SqueezeExciteArgs``. It lists the arguments in the order of the op's schema, tensors first, so that a layer can
+``SqueezeExciteArgs``; the steps that only programs have are in ``steps.py``. It lists the arguments in the order of the op's schema, tensors first, so that a layer can
 pass ``*args`` to the next and none has to repeat the list.
 
 A Ghost module (Han et al., "GhostNet: More Features from Cheap Operations", CVPR 2020, section 3.1) computes::
@@ -12,7 +12,7 @@ A Ghost module (Han et al., "GhostNet: More Features from Cheap Operations", CVP
 """
 
 import enum
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -108,7 +108,7 @@ class GhostArgs(NamedTuple):
 
     def new_output(self) -> Tensor:
         """An uninitialized output, in the memory format that PyTorch's convolution would choose."""
-        return _new_output(self)
+        return new_map(self)
 
 
 class DepthwiseArgs(NamedTuple):
@@ -145,7 +145,7 @@ class DepthwiseArgs(NamedTuple):
 
     def new_output(self) -> Tensor:
         """An uninitialized output, in the memory format that PyTorch's convolution would choose."""
-        return _new_output(self)
+        return new_map(self)
 
 
 class SqueezeExciteArgs(NamedTuple):
@@ -176,154 +176,33 @@ class SqueezeExciteArgs(NamedTuple):
 
     def new_output(self) -> Tensor:
         """An uninitialized output."""
-        return torch.empty(self.output_shape(), dtype=self.x.dtype, device=self.x.device)
+        return new_dense(self)
 
-
-class GlobalPoolArgs(NamedTuple):
-    """The mean over height and width: a step of the CPU's programs, and no op of its own."""
-
-    x: Tensor  # (N, C, H, W), any strides
-
-    @property
-    def op(self) -> str:
-        return "global_pool"
-
-    @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        return self[:1]
-
-    def output_shape(self) -> tuple[int, int, int, int]:
-        """(N, C, 1, 1)."""
-        return self.x.shape[0], self.x.shape[1], 1, 1
-
-    def new_output(self) -> Tensor:
-        """An uninitialized output."""
-        return torch.empty(self.output_shape(), dtype=self.x.dtype, device=self.x.device)
-
-
-class LinearArgs(NamedTuple):
-    """A fully connected layer: a step of the CPU's programs, and no op of its own."""
-
-    x: Tensor  # (N, K), or (N, K, 1, 1)
-    weight: Tensor  # (M, K)
-    bias: Tensor | None  # (M,)
-
-    @property
-    def op(self) -> str:
-        return "linear"
-
-    @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        return self[:3]
-
-    def output_shape(self) -> tuple[int, int]:
-        """(N, M)."""
-        return self.x.shape[0], self.weight.shape[0]
-
-    def new_output(self) -> Tensor:
-        """An uninitialized output."""
-        return torch.empty(self.output_shape(), dtype=self.x.dtype, device=self.x.device)
-
-
-class CastArgs(NamedTuple):
-    """x in another dtype: a step of the CPU's programs, and no op of its own."""
-
-    x: Tensor  # of 2 or 4 dimensions, any strides
-    dtype: int  # its place in DTYPES
-
-    @property
-    def op(self) -> str:
-        return "cast"
-
-    @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        return self[:1]
-
-    def output_shape(self) -> torch.Size:
-        """x's."""
-        return self.x.shape
-
-    def new_output(self) -> Tensor:
-        """An uninitialized output, in x's memory format."""
-        x, format = self.x, memory_format(self.x) if self.x.dim() == 4 else torch.contiguous_format
-        return torch.empty(x.shape, dtype=DTYPES[self.dtype], device=x.device, memory_format=format)
-
-
-class ConcatArgs(NamedTuple):
-    """Maps one after the other along the channels: a step of the CPU's programs, and no op of its own."""
-
-    x: Tensor  # (N, C, H, W), any strides, as are the next, but for C
-    second: Tensor
-    third: Tensor | None
-    fourth: Tensor | None
-
-    @property
-    def op(self) -> str:
-        return "concat"
-
-    @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        return self[:4]
-
-    @property
-    def parts(self) -> list[Tensor]:
-        """Those that there are."""
-        return [t for t in self.tensors if t is not None]
-
-    def output_shape(self) -> tuple[int, int, int, int]:
-        """(N, the sum of all C, H, W)."""
-        n, _, h, w = self.x.shape
-        return n, sum(t.shape[1] for t in self.parts), h, w
-
-    def new_output(self) -> Tensor:
-        """An uninitialized output, in x's memory format."""
-        return _new_output(self)
-
-
-class MaxPoolArgs(NamedTuple):
-    """The maxima under a window, padded by half of it: a step of the CPU's programs, and no op of its own."""
-
-    x: Tensor  # (N, C, H, W), any strides
-    kernel: int  # rows and columns of the window, odd
-    stride: int  # 1 or 2
-
-    @property
-    def op(self) -> str:
-        return "max_pool"
-
-    @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        return self[:1]
-
-    def output_shape(self) -> tuple[int, int, int, int]:
-        """(N, C, H', W')."""
-        n, c, h, w = self.x.shape
-        return n, c, (h - 1) // self.stride + 1, (w - 1) // self.stride + 1
-
-    def new_output(self) -> Tensor:
-        """An uninitialized output, in x's memory format."""
-        return _new_output(self)
-
-
-MAX_POOL_KERNEL = 1023
-"""The largest that a program takes."""
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-"""Those of the kernels, to which a program may cast."""
 
 Args = GhostArgs | DepthwiseArgs | SqueezeExciteArgs
-Step = Args | GlobalPoolArgs | LinearArgs | CastArgs | ConcatArgs | MaxPoolArgs
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""Those of the kernels."""
 OPS: dict[str, type[Args]] = {"forward": GhostArgs, "depthwise": DepthwiseArgs, "squeeze_excite": SqueezeExciteArgs}
 """The ops and their arguments."""
-STEPS: dict[str, type[Step]] = {
-    **OPS, "global_pool": GlobalPoolArgs, "linear": LinearArgs, "cast": CastArgs, "concat": ConcatArgs, "max_pool": MaxPoolArgs,
-}  # fmt: skip
-"""What a program is made of, in the order of ``csrc/common/program.h``."""
 
 
-def _new_output(args: GhostArgs | DepthwiseArgs | ConcatArgs | MaxPoolArgs) -> Tensor:
+class _Shaped(Protocol):
+    @property
+    def x(self) -> Tensor: ...
+
+    def output_shape(self) -> tuple[int, ...]: ...
+
+
+def new_map(args: _Shaped) -> Tensor:
+    """An uninitialized output, in x's memory format."""
     x = args.x
     return torch.empty(args.output_shape(), dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+
+
+def new_dense(args: _Shaped) -> Tensor:
+    """An uninitialized output."""
+    return torch.empty(args.output_shape(), dtype=args.x.dtype, device=args.x.device)
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
@@ -333,16 +212,9 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
-_TENSOR_NAMES: dict[type[Step], list[str]] = {
-    args: [name for name, kind in args.__annotations__.items() if kind in (Tensor, Tensor | None)]
-    for args in STEPS.values()
-}
+def names_of_tensors(args: type) -> list[str]:
+    return [name for name, kind in args.__annotations__.items() if kind in (Tensor, Tensor | None)]
 
 
-def tensor_names(args: type[Step]) -> list[str]:
-    """Names of the tensor arguments, which come first."""
-    return _TENSOR_NAMES[args]
-
-
-TENSORS = tensor_names(GhostArgs)
-"""Those of GhostArgs."""
+TENSORS = names_of_tensors(GhostArgs)
+"""The tensor arguments of GhostArgs, which come first."""

@@ -8,19 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from .activations import BY_NAME, Act
-from .arguments import (
-    DTYPES,
-    MAX_POOL_KERNEL,
-    Args,
+from .arguments import DTYPES, Args, DepthwiseArgs, Gate, GhostArgs, SqueezeExciteArgs
+from .steps import (
+    POOL_KERNEL,
+    AvgPoolArgs,
     CastArgs,
     ConcatArgs,
-    DepthwiseArgs,
-    Gate,
-    GhostArgs,
+    GateArgs,
     GlobalPoolArgs,
     LinearArgs,
     MaxPoolArgs,
-    SqueezeExciteArgs,
     Step,
     tensor_names,
 )
@@ -273,6 +270,11 @@ def _depthwise(args: DepthwiseArgs) -> None:
     _norm_and_slope(args, "", channels, "(C,)")
 
 
+def _gate_number(args: SqueezeExciteArgs | GateArgs) -> None:
+    if not 0 <= args.gate < len(Gate):
+        raise _expect("gate", f"the number of a Gate, below {len(Gate)}", args.gate)
+
+
 def _squeeze_excite(args: SqueezeExciteArgs) -> None:
     for name in ("reduce_weight", "expand_weight"):
         if getattr(args, name).dim() not in (2, 4):
@@ -291,8 +293,7 @@ def _squeeze_excite(args: SqueezeExciteArgs) -> None:
         if t is not None:
             _shape(name, t, (size,), meaning)
     _activation(args, "")
-    if not 0 <= args.gate < len(Gate):
-        raise _expect("gate", f"the number of a Gate, below {len(Gate)}", args.gate)
+    _gate_number(args)
     if args.act in (Act.LEAKY_RELU, Act.PRELU):
         raise _expect("act", "an activation without a slope", Act(args.act).name.lower())
 
@@ -322,10 +323,23 @@ def _concat(args: ConcatArgs) -> None:
 
 
 def _max_pool(args: MaxPoolArgs) -> None:
-    if args.kernel % 2 == 0 or not 1 <= args.kernel <= MAX_POOL_KERNEL:
-        raise _expect("kernel", f"an odd number up to {MAX_POOL_KERNEL}", args.kernel)
+    if args.kernel % 2 == 0 or not 1 <= args.kernel <= POOL_KERNEL:
+        raise _expect("kernel", f"an odd number up to {POOL_KERNEL}", args.kernel)
     if args.stride not in (1, 2):
         raise _expect("stride", "1 or 2", args.stride)
+
+
+def _avg_pool(args: AvgPoolArgs) -> None:
+    if not 1 <= args.kernel <= POOL_KERNEL:
+        raise _expect("kernel", f"a number up to {POOL_KERNEL}", args.kernel)
+    if min(args.x.shape[2:]) < args.kernel:
+        raise _expect("x", f"at least {args.kernel} rows and columns", tuple(args.x.shape))
+
+
+def _gate(args: GateArgs) -> None:
+    if args.x.dim() not in (2, 4):
+        raise _expect("x", "2 or 4 dimensions", tuple(args.x.shape))
+    _gate_number(args)
 
 
 _CHECKS: dict = {
@@ -337,6 +351,8 @@ _CHECKS: dict = {
     CastArgs: _cast,
     ConcatArgs: _concat,
     MaxPoolArgs: _max_pool,
+    AvgPoolArgs: _avg_pool,
+    GateArgs: _gate,
 }
 # None where there may be 2 or 4, as of a map of one pixel
 _DIMENSIONS: dict[type[Step], dict[str, int | None]] = {
@@ -348,4 +364,6 @@ _DIMENSIONS: dict[type[Step], dict[str, int | None]] = {
     CastArgs: {"x": None},
     ConcatArgs: {"x": 4, "second": 4},
     MaxPoolArgs: {"x": 4},
+    AvgPoolArgs: {"x": 4},
+    GateArgs: {"x": None},
 }

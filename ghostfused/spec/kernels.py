@@ -10,7 +10,8 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from .activations import WITHOUT_SLOPE, Act
-from .arguments import DTYPES, Args, DepthwiseArgs, GhostArgs, SqueezeExciteArgs, memory_format, tensor_names
+from .arguments import DTYPES, Args, DepthwiseArgs, GhostArgs, SqueezeExciteArgs, memory_format
+from .steps import tensor_names
 
 Function = TypeVar("Function", bound=Callable)
 

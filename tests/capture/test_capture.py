@@ -87,7 +87,8 @@ def test_any_batch():
         ("ghostnet_050", True),
         ("paper", False),
         ("seed", True),
-        *itertools.product(("ghostnet", "small"), (False, True)),
+        *itertools.product(("ghostnet", "small", "ghostnetv2"), (False, True)),
+        ("ghostnetv3", True),
     ],
 )
 def test_whole_networks(name, fused):
@@ -103,17 +104,9 @@ def test_whole_networks(name, fused):
     networks.assert_same(captured(x), model, x)
 
 
-PARTS = {
-    "ghostnetv2": {"aten.avg_pool2d", "aten.sigmoid"},
-    "ghostnetv3": {"aten.avg_pool2d", "aten.sigmoid"},
-    "yolov8n-ghost": None,
-}
-
-
-@pytest.mark.parametrize("name", PARTS)
 @pytest.mark.filterwarnings("ignore:The tensor attributes")
-def test_networks_in_parts(name):
-    model, x = fuse(networks.network(name)), torch.randn(2, 3, 64, 64)
+def test_a_network_in_parts():
+    model, x = fuse(networks.network("yolov8n-ghost")), torch.randn(2, 3, 64, 64)
     with pytest.raises(NotCaptured, match=r"no kernel computes aten\..* in .* \(\w+\).*partial=True"):
         capture(model, x)
     captured = capture(model, x, partial=True)
@@ -121,9 +114,6 @@ def test_networks_in_parts(name):
     names = ops_of(captured, x)
     networks.assert_same(networks.first(captured(x)), model, x)
     assert names.count("ghostfused.replay_cpu") >= 8
-    free = {"aten.view", "aten.slice", "aten.clone"}
-    if PARTS[name] is not None:
-        assert {n for n in names if not n.startswith("ghostfused.")} - free == PARTS[name]
 
 
 LEFT_OUT = {

@@ -1,4 +1,4 @@
-"""Maxima under a window, and maps one after the other, as steps of a captured network."""
+"""Maxima and means under a window, gates, and maps one after the other, as steps of a captured network."""
 
 import pytest
 import torch
@@ -106,6 +106,16 @@ CATS = {  # how many programs, and what is left to PyTorch
     "with x": (1, lambda self, y, x: torch.cat([y, x, y, x], 1)),
     "copies": (1, lambda self, y, x: torch.cat([y.clone(), x.contiguous()], 1)),
     "first result of two": (1, lambda self, y, x: F.max_pool2d(y, 3, 1, 1, return_indices=True)[0]),
+    "means": (1, lambda self, y, x: F.avg_pool2d(y, 2)),
+    "means of three": (1, lambda self, y, x: F.avg_pool2d(y, (3, 3), 3, 0, False, False, 9)),
+    "gate": (1, lambda self, y, x: torch.sigmoid(y)),
+    "hard gate of means": (1, lambda self, y, x: F.hardsigmoid(nn.AvgPool2d(2)(y), inplace=True)),
+    "gate of a vector": (1, lambda self, y, x: y.mean((2, 3), keepdim=True).sigmoid()),
+    "means, ceil": (2, lambda self, y, x: F.avg_pool2d(y, 2, ceil_mode=True)),
+    "means, padding": (2, lambda self, y, x: F.avg_pool2d(y, 3, 3, 1)),
+    "means, other stride": (2, lambda self, y, x: F.avg_pool2d(y, 3, 2)),
+    "means, no square": (2, lambda self, y, x: F.avg_pool2d(y, (2, 1))),
+    "means, other divisor": (2, lambda self, y, x: F.avg_pool2d(y, 2, divisor_override=3)),
     "five": (2, lambda self, y, x: torch.cat([y, x, y, x, y], 1)),
     "rows": (2, lambda self, y, x: torch.cat([y, y], 2)),
     "a parameter": (2, lambda self, y, x: torch.cat([y, self.own], 1)),

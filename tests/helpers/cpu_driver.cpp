@@ -8,6 +8,8 @@
 //   convert BATCH C H W 0 0 0 LAYOUT DTYPE 0                      from LAYOUT to the other
 //   concat BATCH C1 H W C2 C3 C4 LAYOUT DTYPE EXTRAS                EXTRAS 1: C1 of the other layout; C3, C4 0: none
 //   maxpool BATCH C H W KERNEL STRIDE 0 LAYOUT DTYPE 0
+//   avgpool BATCH C H W KERNEL 0 0 LAYOUT DTYPE 0
+//   gate ROWS COUNT STRIDE GATE 0 0 0 nchw DTYPE 0
 //   cast ROWS COUNT STRIDE TO 0 0 0 nchw DTYPE 0                   TO: 0 float32, 1 float16, 2 bfloat16
 // with LAYOUT nchw or nhwc, DTYPE float32, float16 or bfloat16, EXTRAS 0 or 1 (gates and residual; another activation).
 // Every buffer is its own allocation of just the size needed. Prints a checksum per case, which mustn't depend on
@@ -222,26 +224,37 @@ void run_concat(const cpu::Isa& isa, const int* n, Drawer& draw, Buffer& out) {
   isa.kernels->concat(p, thread_count);
 }
 
-void run_max_pool(const cpu::Isa& isa, const int* n, Drawer& draw, Buffer& out) {
-  cpu::MaxPoolParams p{};
+void run_pool(const cpu::Isa& isa, const int* n, Drawer& draw, Buffer& out) {
+  cpu::PoolParams p{};
   p.path = draw.path;
   p.channels_last = draw.channels_last;
   p.batch = n[0], p.channels = n[1], p.height = n[2], p.width = n[3], p.kernel = n[4], p.stride = n[5];
-  p.out_height = (p.height - 1) / p.stride + 1, p.out_width = (p.width - 1) / p.stride + 1;
+  const bool means = p.stride == 0;
+  if (means) p.stride = p.kernel;
+  p.out_height = means ? p.height / p.kernel : (p.height - 1) / p.stride + 1;
+  p.out_width = means ? p.width / p.kernel : (p.width - 1) / p.stride + 1;
   p.x = draw.tensor(p.batch, p.channels, p.height, p.width);
   out = numbers(int64_t{p.batch} * p.channels * p.out_height * p.out_width, p.path);
   p.out = dense(out, p.channels_last, p.channels, p.out_height, p.out_width);
-  isa.kernels->max_pool(p, thread_count);
+  (means ? isa.kernels->avg_pool : isa.kernels->max_pool)(p, thread_count);
 }
 
-void run_cast(const cpu::Isa& isa, const int* n, Drawer& draw, Buffer& out) {
-  const Path to = n[3] == 0 ? Path::kFloat32 : n[3] == 1 ? Path::kFloat16 : Path::kBFloat16;
+cpu::CastParams rows_of(const int* n, Path to, Drawer& draw, Buffer& out) {
   const int64_t rows = n[0], count = n[1], stride = n[2], pitch = (count - 1) * stride + 1;
   cpu::CastParams p{draw.path, to, {1, 1, rows, count}, {0, 0, pitch, stride}, nullptr, nullptr};
   p.from = draw.numbers(rows * pitch);
   out = numbers(rows * count, to);
   p.to = out.data.get();
-  isa.kernels->cast(p, thread_count);
+  return p;
+}
+
+void run_cast(const cpu::Isa& isa, const int* n, Drawer& draw, Buffer& out) {
+  const Path to = n[3] == 0 ? Path::kFloat32 : n[3] == 1 ? Path::kFloat16 : Path::kBFloat16;
+  isa.kernels->cast(rows_of(n, to, draw, out), thread_count);
+}
+
+void run_gate(const cpu::Isa& isa, const int* n, Drawer& draw, Buffer& out) {
+  isa.kernels->gate({rows_of(n, draw.path, draw, out), static_cast<Gate>(n[3])}, thread_count);
 }
 
 void run_case(const cpu::Isa& isa, char** arg, int repeat) {
@@ -254,7 +267,9 @@ void run_case(const cpu::Isa& isa, char** arg, int repeat) {
                    : op == "convert" ? run_convert
                    : op == "cast"    ? run_cast
                    : op == "concat"  ? run_concat
-                   : op == "maxpool" ? run_max_pool
+                   : op == "gate"    ? run_gate
+                   : op == "maxpool" ? run_pool
+                   : op == "avgpool" ? run_pool
                                      : run_squeeze;
   Buffer out{};
   for (int i = 0; i < repeat; ++i) {

@@ -109,6 +109,10 @@ void answer(int64_t op) {
       return call(&cpu::concat);
     case 7:
       return call(&cpu::max_pool);
+    case 8:
+      return call(&cpu::avg_pool);
+    case 9:
+      return call(&cpu::gate);
   }
   std::abort();
 }

@@ -4,6 +4,7 @@ threads. What they compute is in test_ghost.py, test_depthwise.py, test_squeeze_
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import re
 import subprocess
@@ -17,7 +18,7 @@ from draws import DTYPES, LAYOUTS
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_backends import Backend, needs_cpu
-from strides import shifted
+from strides import shifted, with_gaps
 
 from ghostfused import backends, functional
 from ghostfused.backends import cpu, reference
@@ -38,6 +39,35 @@ def test_every_width(dw_size, dtype):
         CPU.check(Case(1, 4, 5, width, 6, dw_size=dw_size, dtype=dtype, residual=width % 2 == 0))
         if dw_size < 7:
             CPU.check(DepthwiseCase(1, 3, 6, width, (dw_size, dw_size), 2, dtype=dtype))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_output_gates_of_any_size(dtype, layout):
+    """Smaller, larger and no whole part of the output, in either format and with gaps."""
+    for (height, width), init_channels in itertools.product(((6, 5), (4, 16), (7, 28), (3, 41), (1, 9)), (5, 7, 13)):
+        case = Case(
+            2,
+            3,
+            height,
+            width,
+            13,
+            ratio=3 if init_channels == 5 else 2,
+            init_channels=init_channels,
+            dtype=dtype,
+            layout=layout,
+            residual=width == 28,
+        )
+        args = make_args(case)
+        sizes = (1, 1), (height, width), (-(-height // 2), -(-width // 2)), (2, 5), (height + 1, 2 * width), (3, 67)
+        for size, format in itertools.product(sizes, (torch.contiguous_format, torch.channels_last)):
+            gate = torch.rand(2, 13, *size).to(dtype, memory_format=format)
+            for each in (gate, with_gaps(gate)):
+                CPU.check(args._replace(output_gate=each), name=(case, size))
+        if dtype == torch.float32 and width != 28:  # the gate is the one for the place
+            gated = args._replace(output_gate=torch.rand(2, 13, 2, 5))
+            spread = torch.nn.functional.interpolate(gated.output_gate, (height, width))
+            assert torch.equal(functional.run(gated, "cpu"), functional.run(args, "cpu") * spread)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

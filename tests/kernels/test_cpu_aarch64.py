@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from ghostfused import spec
 from ghostfused.backends import reference
-from ghostfused.spec import CastArgs, ConcatArgs, GlobalPoolArgs, LinearArgs, MaxPoolArgs, Step
+from ghostfused.spec import AvgPoolArgs, CastArgs, ConcatArgs, GateArgs, GlobalPoolArgs, LinearArgs, MaxPoolArgs, Step
 from ghostfused.testing import Case, DepthwiseCase, SqueezeExciteCase, judge, make, make_args, make_depthwise
 
 pytestmark = pytest.mark.skipif(aarch64.missing() is not None, reason=str(aarch64.missing()))
@@ -129,6 +129,11 @@ def test_squeeze_excite_pool_and_linear(driver, dtype, layout):
     for to, other in enumerate(spec.DTYPES):
         for each in (x, x[:, 1:, ::2, :5], x[..., ::2], x[:, :, 0, 0]):
             assert torch.equal(driver.run(CastArgs(each, to)), each.to(other))
+    for each in (x, x[:, 1:, ::2, :5], x[..., ::2], x[:, :, 0, 0]):
+        for gate in spec.Gate:
+            check_args(driver, GateArgs(each, int(gate)), "gate")
+        if each.dim() == 4:
+            assert torch.equal(driver.run(AvgPoolArgs(each, 2)), reference.run(AvgPoolArgs(each, 2)))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

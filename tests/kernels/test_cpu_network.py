@@ -19,6 +19,7 @@ from ghostfused.ops import encoding
 from ghostfused.spec import (
     DTYPES,
     Act,
+    AvgPoolArgs,
     CastArgs,
     ConcatArgs,
     DepthwiseArgs,
@@ -76,6 +77,9 @@ class Recorder:
 
     def maxima(self, x: Tensor, kernel: int, stride: int) -> Tensor:
         return self._call(MaxPoolArgs(x, kernel, stride), F.max_pool2d(x, kernel, stride, kernel // 2))
+
+    def means(self, x: Tensor, kernel: int) -> Tensor:
+        return self._call(AvgPoolArgs(x, kernel), F.avg_pool2d(x, kernel))
 
     def pooled(self, x: Tensor) -> Tensor:
         return self._call(GlobalPoolArgs(x), x.mean((2, 3), keepdim=True))
@@ -143,6 +147,7 @@ def test_chains(shape, strides, inside, late, dtype, layout, count):
     steps=st.lists(
         st.one_of(
             st.tuples(st.sampled_from([1, 3, 5, 7]), st.sampled_from([1, 1, 2])),
+            st.sampled_from([1, 2, 3]),
             st.lists(st.integers(0, 9), min_size=2, max_size=4),
         ),
         min_size=1,
@@ -153,7 +158,7 @@ def test_chains(shape, strides, inside, late, dtype, layout, count):
     layout=st.sampled_from(["nchw", "nhwc", "slices"]),
     count=st.integers(1, 3),
 )
-def test_chains_of_maxima_and_joined_maps(shape, steps, inside, dtype, layout, count):
+def test_chains_of_windows_and_joined_maps(shape, steps, inside, dtype, layout, count):
     """Each map may be read again and again, once it is long gone from the caches."""
     torch.set_num_threads(count)
     x = made(shape, dtype, layout)
@@ -161,7 +166,10 @@ def test_chains_of_maxima_and_joined_maps(shape, steps, inside, dtype, layout, c
     maps = [x if inside == dtype else recorder.cast(x, inside)]
     for step in steps:
         alike = [m for m in maps if m.shape[2:] == maps[-1].shape[2:]]
-        if isinstance(step, tuple):
+        if isinstance(step, int):
+            if min(maps[-1].shape[2:]) >= step:
+                maps.append(recorder.means(maps[-1], step))
+        elif isinstance(step, tuple):
             maps.append(recorder.maxima(maps[-1], *step))
         elif sum(alike[i % len(alike)].shape[1] for i in step) < 150:
             maps.append(recorder.joined(maps[-1], *(alike[i % len(alike)] for i in step[1:])))

@@ -109,6 +109,15 @@ CASES = [  # as tests/helpers/cpu_driver.cpp describes them
     "maxpool 1 150 28 19 3 2 0 nhwc bfloat16 0",
     "maxpool 1 5 3 130 7 1 0 nhwc float16 0",
     "maxpool 3 70 1 1 9 2 0 nhwc float32 0",
+    "avgpool 2 21 7 9 2 0 0 nchw float32 0",
+    "avgpool 1 5 28 67 2 0 0 nchw bfloat16 0",
+    "avgpool 1 3 20 37 3 0 0 nchw float16 0",
+    "avgpool 2 37 9 7 2 0 0 nhwc bfloat16 0",
+    "avgpool 1 70 14 30 7 0 0 nhwc float32 0",
+    "gate 3 21 1 0 0 0 0 nchw float32 0",
+    "gate 2 9001 1 1 0 0 0 nchw bfloat16 0",
+    "gate 70 37 3 0 0 0 0 nchw float16 0",
+    "gate 1 45 2 2 0 0 0 nchw float32 0",
 ]
 
 

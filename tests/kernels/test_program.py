@@ -12,7 +12,19 @@ from ghostfused import FusedGhostModule, ops
 from ghostfused.backends import reference
 from ghostfused.numerics import TOLERANCES, relative_error
 from ghostfused.ops import encoding
-from ghostfused.spec import DTYPES, STEPS, CastArgs, ConcatArgs, GlobalPoolArgs, LinearArgs, MaxPoolArgs, Step
+from ghostfused.spec import (
+    DTYPES,
+    STEPS,
+    AvgPoolArgs,
+    CastArgs,
+    ConcatArgs,
+    Gate,
+    GateArgs,
+    GlobalPoolArgs,
+    LinearArgs,
+    MaxPoolArgs,
+    Step,
+)
 
 pytestmark = [needs_cpu_kernels, pytest.mark.usefixtures("threads")]
 
@@ -132,6 +144,37 @@ def test_max_pool_steps(dtype, layout):
             assert_equal(MaxPoolArgs(x, kernel, stride), F.max_pool2d(x, kernel, stride, kernel // 2))
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_avg_pool_steps(dtype, layout):
+    for shape in (*SIZES, (2, 5, 14, 64), (1, 37, 28, 15)):
+        map = with_specials(shape, dtype, layout)
+        map[map.abs() < torch.finfo(dtype).smallest_normal] = 0  # which AVX512-BF16 makes of them as it rounds
+        for x, kernel in itertools.product(pieces(map), (1, 2, 3, 7)):
+            if min(x.shape[2:]) >= kernel:
+                assert_equal(AvgPoolArgs(x, kernel), F.avg_pool2d(x, kernel))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gate_steps(dtype, layout):
+    """Within what PyTorch's own function loses, which is a rounding or two."""
+    for shape in (*SIZES, (2, 3, 70, 71)):
+        for each in pieces(with_specials(shape, dtype, layout)):
+            for x, gate in itertools.product((each, each[:, :, :1, :1].flatten(1)), Gate):
+                step = GateArgs(x, int(gate))
+                exact = reference.run(GateArgs(x.double(), int(gate)))
+                loss = torch.finfo(dtype).eps * (2 if dtype == torch.float32 else 0.51)
+                out = made_alone(step)
+                assert strides(out) == strides(step.new_output())
+                assert torch.equal(out.isnan(), exact.isnan())
+                error = (out.double() - exact).nan_to_num().abs()
+                assert (error <= loss * exact.nan_to_num().abs() + torch.finfo(dtype).smallest_normal).all()
+                torch.set_num_threads(2)
+                assert torch.equal(made_alone(step).nan_to_num(), out.nan_to_num())
+                torch.set_num_threads(1)
+
+
 def test_a_window_larger_than_the_map():
     x = torch.randn(2, 20, 9, 300)
     for layout in (torch.contiguous_format, torch.channels_last):
@@ -206,6 +249,15 @@ X = torch.randn(2, 4, 3, 5)
         (MaxPoolArgs(X[0], 3, 1), "x: expected 4 dimensions"),
         (MaxPoolArgs(X.double(), 3, 1), "x: expected"),
         (MaxPoolArgs(X[:, :, :0], 3, 1), "x: expected at least one row and column"),
+        (AvgPoolArgs(X, 0), "kernel: expected 1 … 1023 rows, got 0"),
+        (AvgPoolArgs(X, 1024), "kernel: expected 1 … 1023 rows, got 1024"),
+        (AvgPoolArgs(X, 4), "x: expected at least 4 rows and columns"),
+        (AvgPoolArgs(X[0], 3), "x: expected 4 dimensions"),
+        (AvgPoolArgs(X.double(), 2), "x: expected"),
+        (GateArgs(X, 3), "gate: expected 0, 1 or 2, got 3"),
+        (GateArgs(X, -1), "gate: expected 0, 1 or 2, got -1"),
+        (GateArgs(X[0], 0), "x: expected 2 or 4 dimensions"),
+        (GateArgs(X.double(), 0), "x: expected"),
         (LinearArgs(torch.randn(2, 5), torch.randn(3, 4), None), "x: expected shape"),
         (LinearArgs(torch.randn(2, 4), torch.randn(3, 4), torch.randn(2)), "bias: expected shape"),
         (LinearArgs(torch.randn(2, 4), torch.randn(3, 4).double(), None), "weight: expected x's dtype"),
