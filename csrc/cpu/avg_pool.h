@@ -11,14 +11,16 @@ struct AvgPoolTask {
   int64_t bands;
 };
 
-// The sum of what ``load_at`` finds under a window, row by row as PyTorch sums it.
-template <typename LoadAt>
-GHOSTFUSED_INLINE Vec mean_under(int64_t kernel, const LoadAt& load_at) {
-  Vec sum = load_at(0, 0);
-  for (int64_t i = 0; i < kernel; ++i) {
-    for (int64_t j = i == 0; j < kernel; ++j) sum += load_at(i, j);
+// A vector of means, of windows or of channels ``stride`` apart: the sums of rows one after the other, as PyTorch's.
+template <typename T>
+GHOSTFUSED_INLINE Vec means(const PoolParams& p, const T* x, int64_t stride, int lanes) {
+  Vec sum{};
+  for (int64_t i = 0; i < p.kernel; ++i) {
+    for (int64_t j = 0; j < p.kernel; ++j) {
+      sum += load_strided(x + i * p.x.stride_h + j * p.x.stride_w, stride, lanes);
+    }
   }
-  return sum / static_cast<float>(kernel * kernel);
+  return sum / static_cast<float>(p.kernel * p.kernel);
 }
 
 template <typename T>
@@ -30,29 +32,16 @@ void avg_pool(Items& items, void* context) {
     const int64_t c = part * vector;
     const T* const x = static_cast<const T*>(p.x.data) + n * p.x.stride_n + c * p.x.stride_c;
     T* const out = static_cast<T*>(p.out.data) + n * p.out.stride_n + c * p.out.stride_c;
-    const int channels = min_of<int64_t>(p.channels - c, kLanes);
+    const int64_t window = p.kernel * p.x.stride_w;  // from a column of the result to the next, in x
+    const int64_t stride = p.channels_last ? p.x.stride_c : window, step = p.channels_last ? 1 : kLanes;
+    const int lanes = min_of<int64_t>(p.channels_last ? p.channels - c : p.out_width, kLanes);
     for (int64_t h = band * p.out_height / bands; h < (band + 1) * p.out_height / bands; ++h) {
       const T* const row = x + h * p.kernel * p.x.stride_h;
       T* const to = out + h * p.out.stride_h;
-      if (p.channels_last) {
-        for (int64_t w = 0; w < p.out_width; ++w) {
-          const T* const pixel = row + w * p.kernel * p.x.stride_w;
-          const Vec mean = mean_under(p.kernel, [&](int64_t i, int64_t j) {
-            return load_strided(pixel + i * p.x.stride_h + j * p.x.stride_w, p.x.stride_c, channels);
-          });
-          store_part(to + w * p.out.stride_w, mean, channels);
-        }
-      } else {
-        for (int64_t w = 0; w < p.out_width; w += kLanes) {
-          // the last vector ends where the row does
-          const int64_t first = max_of<int64_t>(min_of<int64_t>(w, p.out_width - kLanes), 0);
-          const int lanes = min_of<int64_t>(p.out_width, kLanes);
-          const T* const pixel = row + first * p.kernel * p.x.stride_w;
-          const Vec mean = mean_under(p.kernel, [&](int64_t i, int64_t j) {
-            return load_strided(pixel + i * p.x.stride_h + j * p.x.stride_w, p.kernel * p.x.stride_w, lanes);
-          });
-          store_part(to + first, mean, lanes);
-        }
+      for (int64_t w = 0; w < p.out_width; w += step) {
+        // in NCHW the last vector ends where the row does
+        const int64_t first = p.channels_last ? w : min_of<int64_t>(w, p.out_width - lanes);
+        store_part(to + first * p.out.stride_w, means(p, row + first * window, stride, lanes), lanes);
       }
     }
   });

@@ -13,7 +13,7 @@ class Cheap {
  public:
   // ``prepared``: the parameters' place, wherever they are made.
   Cheap(const GhostForwardParams& p, const Plan& plan, const Scratch& at, float* scratch, const float* prepared,
-        Output<T>& output)
+        Output<T, kChannelsLast>& output)
       : p(p), s(p.shape), plan(plan), at(at), scratch(scratch), prepared(prepared), output(output) {
     if (kChannelsLast || !plan.ghosts) return;
     // per vector of a row and column of taps: the lanes inside the image
@@ -149,7 +149,7 @@ class Cheap {
   const Parameters parameters{s};
   float* const scratch;
   const float* const prepared;
-  Output<T>& output;
+  Output<T, kChannelsLast>& output;
 };
 
 }  // namespace ghostfused::cpu::GHOSTFUSED_ISA

@@ -154,7 +154,7 @@ class Worker {
   int32_t* const block_tile;  // that this worker made last of a block
   const int64_t pad = plan.pad;
   Unit unit{};  // the current one
-  Output<T> output;
+  Output<T, kChannelsLast> output;
   PrimaryConv<T, kChannelsLast> primary;
   Cheap<T, kChannelsLast> cheap;
 

@@ -33,7 +33,7 @@ void fully_connected(Items& items, void* context) {
   const int64_t next = packed.parameters ? parameters.step : kLanes;
   for (int64_t n = 0; n < images; ++n) pack_pixels(p, gate_of<T>(p, n), n, 0, 1, x + n * depth, depth);
   const Clamp bounds = clamp_of(p.primary.act);
-  Output<T> output(p, nullptr);
+  Output<T, true> output(p, nullptr);
   for_each_unit(items, [&](int64_t unit) {
     const int64_t c = unit * kLanes;
     const int lanes = min_of<int64_t>(kLanes, channels - c);

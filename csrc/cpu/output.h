@@ -5,12 +5,12 @@
 
 namespace ghostfused::cpu::GHOSTFUSED_ISA {
 
-template <typename T>
+template <typename T, bool kChannelsLast>
 struct Output {
   const GhostForwardParams& p;
   int64_t n = 0;  // the image
   bool plain;     // no gate, and no residual but one whose vectors can be loaded where the output's are stored
-  OutputGate<T> gate;
+  OutputGate<T, kChannelsLast> gate;
 
   // ``memory``: of the gate's size.
   Output(const GhostForwardParams& p, float* memory)
@@ -44,10 +44,16 @@ struct Output {
   // ``count`` numbers of y that lie next to each other both there and in the output: unless it is plain, channels of a
   // pixel or pixels of a row.
   void put_run(const float* y, int64_t count, int64_t c, int64_t h, int64_t w) {
-    const float* const gate_row = gate && !p.shape.channels_last ? gate.row(n, c, h) + w : nullptr;
+    const float* gate_row = nullptr;
+    if constexpr (!kChannelsLast) {
+      if (gate) gate_row = gate.row(n, c, h) + w;
+    }
     const auto part = [&](int64_t i, int lanes) {
-      const Vec v = load(y + i);
-      p.shape.channels_last ? put(v, c + i, h, w, lanes) : put_pixels(v, c, h, w + i, lanes, gate_row, i);
+      Vec v = load(y + i);
+      if constexpr (kChannelsLast) return put(v, c + i, h, w, lanes);
+      if (gate_row) v *= load(gate_row + i);
+      if (p.residual.data) v += load_strided(residual_at(c, h, w + i), p.residual.stride_w, lanes);
+      store_part(at(c, h, w + i), v, lanes);
     };
     int64_t i = 0;
     if (plain) {
@@ -66,17 +72,11 @@ struct Output {
  private:
   bool residual_matches() const {
     const Tensor4 &a = p.residual, &b = p.out;
-    return p.shape.channels_last ? a.stride_c == 1 : a.stride_w == 1 && a.stride_h == b.stride_h;
+    return kChannelsLast ? a.stride_c == 1 : a.stride_w == 1 && a.stride_h == b.stride_h;
   }
 
   int64_t offset(const Tensor4& t, int64_t c, int64_t h, int64_t w) const {
     return n * t.stride_n + c * t.stride_c + h * t.stride_h + w * t.stride_w;
-  }
-
-  void put_pixels(Vec y, int64_t c, int64_t h, int64_t w, int lanes, const float* gate_row, int64_t i) const {
-    if (gate_row) y *= load(gate_row + i);
-    if (p.residual.data) y += load_strided(residual_at(c, h, w), p.residual.stride_w, lanes);
-    store_part(at(c, h, w), y, lanes);
   }
 };
 

@@ -5,11 +5,11 @@
 
 namespace ghostfused::cpu::GHOSTFUSED_ISA {
 
-template <typename T>
+template <typename T, bool kChannelsLast>
 class OutputGate {
  public:
   // In floats, for ``memory``.
-  static int64_t memory_size(const GhostShape& s) { return s.channels_last ? 0 : 2 * padded_width(s); }
+  static int64_t memory_size(const GhostShape& s) { return 2 * padded_width(s); }
 
   OutputGate(const GhostForwardParams& p, float* memory)
       : gate(p.output_gate),
@@ -20,10 +20,16 @@ class OutputGate {
         padded(padded_width(p.shape)),
         columns(reinterpret_cast<int32_t*>(memory)),
         spread(memory + padded) {
-    if (!gate.data || p.shape.channels_last) return;
+    if (!gate.data || kChannelsLast) return;
     picks = gate.stride_w == 1;
-    for (int64_t w = 0; w < padded; ++w) columns[w] = static_cast<int32_t>(column_of(w));
-    for (int64_t w = 0; w < padded; w += kLanes) picks &= columns[w + kLanes - 1] - columns[w] < kLanes;
+    Ints at;
+    for (int i = 0; i < kLanes; ++i) at[i] = i;
+    const Ints end = Ints{} + p.gate_width - 1;
+    for (int64_t w = 0; w < padded; w += kLanes, at += kLanes) {  // column_of() of each
+      const Ints column = __builtin_convertvector(__builtin_convertvector(at, Vec) * scale_w, Ints);
+      store(columns + w, column < end ? column : end);
+      picks &= columns[w + kLanes - 1] - columns[w] < kLanes;
+    }
   }
 
   explicit operator bool() const { return gate.data; }

@@ -195,7 +195,7 @@ inline Scratch scratch_layout(const GhostForwardParams& p, const Plan& plan, con
   at.masks = at.planes + (plan.planes.size ? plan.lanes / lanes_at_once(s.path) * plan.planes.step + margin : 0);
   at.tile = at.masks + (s.channels_last ? 0 : div_up(s.width, kLanes) * s.dw_size * kLanes);
   at.gate = at.tile + kMaxSums * kLanes;
-  at.packed_x = at.gate + (p.output_gate.data ? OutputGate<float>::memory_size(s) : 0);
+  at.packed_x = at.gate + (p.output_gate.data && !s.channels_last ? OutputGate<float, false>::memory_size(s) : 0);
   // pixels an odd number of lines apart, so that those read together don't share the same few sets of L1
   const int64_t pixel = plan.patches ? (div_up(plan.depth, kLine) | 1) * kLine : plan.depth;
   at.packed_x_row = s.channels_last ? pixel : pixels + (plan.panels ? 3 : 1) * kLanes;

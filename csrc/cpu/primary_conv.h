@@ -26,7 +26,7 @@ class PrimaryConv {
  public:
   // ``prepared``: the parameters' place, wherever they are made.
   PrimaryConv(const GhostForwardParams& p, const Packed& packed_weight, const Plan& plan, const Scratch& at,
-              float* scratch, const float* prepared, const Output<T>& output, const Unit& unit)
+              float* scratch, const float* prepared, const Output<T, kChannelsLast>& output, const Unit& unit)
       : p(p),
         s(p.shape),
         packed_weight(packed_weight),
@@ -279,7 +279,7 @@ class PrimaryConv {
   const Parameters parameters{s};
   float* const scratch;
   const float* const prepared;
-  const Output<T>& output;
+  const Output<T, kChannelsLast>& output;
   const Unit& unit;
   Multiply<T> multiply_kernels[kMaxRows<T> + 1][kMaxVecs<T> + 1];
   PackedX<T, kChannelsLast> packed_x;
