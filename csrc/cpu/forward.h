@@ -60,7 +60,7 @@ class Worker {
     return all;
   }
 
-  // To ``border`` or from there: the rows of x1 that a block's next tile shares with this one.
+  // To their place in scratch memory or from there: the rows of x1 that a block's next tile shares with this one.
   template <bool kSave>
   void move_border(int64_t block, float* x1) const {
     float* border = scratch + at.borders + block * at.border;
@@ -76,7 +76,7 @@ class Worker {
     const int64_t size = kChannelsLast ? 1 : unit.channels;
     if (continues) {
       move_border<false>(block, x1);
-      store_x1(unit.h0, min_of(unit.h0 + pad, unit.h1), unit.h0 - pad);
+      store_x1(unit.h0, unit.h0 + pad, unit.h0 - pad);
     }
     int64_t done = unit.x_h0;  // the rows of x1 before this one are made
     for (int64_t h = unit.h0; h < unit.h1; h += plan.chunk) {
