@@ -119,7 +119,8 @@ def _speedup(other: Timing | None, own: Timing) -> str:
 
 
 def network(results: Results) -> str:
-    """ms per batch, a line for each peer, a column for each batch."""
+    """ms per batch, a line for each peer, a column for each batch; in brackets the speed-up over eager, or without it over
+    the first peer."""
     rows = _rows(results, "network")
     batches = sorted({r["batch"] for r in rows})
     lines: dict[tuple, dict[int, dict]] = {}
@@ -128,7 +129,8 @@ def network(results: Results) -> str:
             lines.setdefault((r["name"], r["dtype"], r["layout"], r["mode"], r["peer"]), {})[r["batch"]] = r
     body = []
     for (*where, peer), by_batch in lines.items():
-        base = lines.get((*where, "eager"), {})
+        first = next(peer for *same, peer in lines if same == where)
+        base = lines.get((*where, "eager"), lines[*where, first])
         cells = [_network_cell(by_batch.get(b), base.get(b)) for b in batches]
         *what, mode = where
         what += [] if mode == "inference" else [mode.replace("_", " ")]

@@ -92,3 +92,15 @@ def test_readme_begins_with_results():
     assert len(lines) <= 120
     (first, *_) = (line for line in lines if line.startswith("<!-- begin generated: "))
     assert "headline" in first
+
+
+def test_without_eager_the_first_peer_is_the_base(tmp_path):
+    rows = [row for row in network_rows() if row["peer"] == "eager"]
+    others = {"openvino": [[4.0], [4.02], [3.98]], "ghostfused_frozen": [[2.0], [2.01], [1.99]]}
+    rows = [row | {"peer": peer, "ms": Timing.of(ms).as_row()} for peer, ms in others.items() for row in rows]
+    write(tmp_path / "engines" / "network.jsonl", rows)
+    table = readme.network(readme.load("engines", tmp_path))
+    base, ours = (line.split(" | ") for line in table.splitlines()[2:4])
+    assert base[2].startswith("4.00 ms")
+    assert "×" not in "".join(base)
+    assert ours[2].startswith("2.00 ms (2.00×)")
