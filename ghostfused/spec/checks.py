@@ -233,12 +233,13 @@ def _ghost_module(args: GhostArgs) -> None:
         raise _expect("primary_weight", "at least one channel", tuple(pw.shape))
     if pw.shape[3] != k or k % 2 == 0:
         raise _expect("primary_weight", "an odd square kernel", f"{k}×{pw.shape[3]}")
-    if pw.shape[1] * args.groups != x.shape[1] or cp % args.groups:
-        raise _expect(
-            "primary_weight",
-            f"shape (init_channels, in_channels / groups, k, k) with in_channels = {x.shape[1]}, groups = {args.groups}",
-            tuple(pw.shape),
+    if pw.shape[1] * args.groups != x.shape[1]:
+        channels = (
+            f"{pw.shape[1] * args.groups} channels, for primary_weight {tuple(pw.shape)} and groups = {args.groups}"
         )
+        raise _expect("x", channels, f"{x.shape[1]} (shape {tuple(x.shape)})")
+    if cp % args.groups:
+        raise _expect("groups", f"a divisor of primary_weight's {cp} channels", args.groups)
     new, d = cw.shape[0], cw.shape[2]
     if new < cp or new % cp or cw.shape[1] != 1:
         raise _expect(

@@ -254,7 +254,7 @@ BN4 = BatchNorm(torch.zeros(4), torch.ones(4))
     ("changes", "error", "message"),
     [
         ({"x": torch.randn(6, 5, 5)}, ValueError, r"x: expected 4 dimensions, got 3"),
-        ({"x": torch.randn(2, 5, 5, 5)}, ValueError, r"primary_weight: expected .*in_channels = 5.*got \(4, 6, 1, 1\)"),
+        ({"x": torch.randn(2, 5, 5, 5)}, ValueError, r"x: expected 6 channels, for primary_weight \(4, 6, 1, 1\) and groups = 1, got 5 \("),
         ({"x": torch.randn(2, 6, 0, 5)}, ValueError, r"x: expected height and width of at least 1"),
         ({"x": torch.ones(2, 6, 5, 5, dtype=torch.int64)}, TypeError, r"x: expected float32.*got torch.int64"),
         ({"x": torch.randn(2, 6, 5, 5).half()}, TypeError, r"primary_weight: expected x's dtype torch.float16, got torch.float32"),
@@ -276,7 +276,8 @@ BN4 = BatchNorm(torch.zeros(4), torch.ones(4))
         ({"out_channels": 0}, ValueError, r"out_channels: expected a positive number, got 0"),
         ({"stride": 0}, ValueError, r"stride: expected a positive number"),
         ({"stride": -1}, ValueError, r"stride: expected a positive number"),
-        ({"groups": 4}, ValueError, r"primary_weight: expected .*groups = 4"),
+        ({"groups": 4}, ValueError, r"x: expected 24 channels, for .* and groups = 4, got 6 \("),
+        ({"groups": 3, "primary_weight": torch.randn(4, 2, 1, 1)}, ValueError, r"groups: expected a divisor of .* 4 channels, got 3"),
         ({"input_gate": torch.randn(2, 5)}, ValueError, r"input_gate: expected shape .*\(2, 6\), got \(2, 5\)"),
         ({"residual": torch.randn(2, 8, 5, 4)}, ValueError, r"residual: expected shape .*\(2, 8, 5, 5\), got \(2, 8, 5, 4\)"),
         ({"output_gate": torch.randn(2, 4, 2, 2)}, ValueError, r"output_gate: expected"),

@@ -212,7 +212,9 @@ def test_a_wrong_input_is_named():
     module, x = bottlenecks()[0], torch.randn(2, 6, 9, 8)
     with torch.no_grad():
         module(x)
-        with pytest.raises(ValueError, match=r"primary_weight: expected shape .* with in_channels = 5"):
+        with pytest.raises(
+            ValueError, match=r"x: expected 6 channels, for primary_weight .*, got 5 \(shape \(2, 5, 9, 8\)\)"
+        ):
             module(x[:, :5])
         with pytest.raises(ValueError, match="x: expected 4 dimensions"):
             module(x[0])
