@@ -20,6 +20,7 @@ constexpr const char* kCastNames[] = {"cast", "x", "dtype"};
 constexpr const char* kConcatNames[] = {"concat", "x", "second", "third", "fourth"};
 constexpr const char* kMaxPoolNames[] = {"max_pool", "x", "kernel", "stride"};
 constexpr const char* kAvgPoolNames[] = {"avg_pool", "x", "kernel"};
+constexpr const char* kUpsampleNames[] = {"upsample", "x", "scale"};
 constexpr const char* kGateNames[] = {"gate", "x", "gate"};
 
 using Forward = StepKind<&GhostOp<Tensor>::run<launch>, kForwardNames>;
@@ -31,11 +32,12 @@ using Cast = StepKind<&cast, kCastNames>;
 using Concat = StepKind<&concat, kConcatNames>;
 using MaxPool = StepKind<&max_pool, kMaxPoolNames>;
 using AvgPool = StepKind<&avg_pool, kAvgPoolNames>;
+using Upsample = StepKind<&upsample, kUpsampleNames>;
 using GateStep = StepKind<&gate, kGateNames>;
 template <typename... Steps>
 using ProgramsOf = Programs<&Network<Steps...>::run, Steps...>;
-using CpuPrograms =
-    ProgramsOf<Forward, Depthwise, SqueezeExcite, GlobalPool, Linear, Cast, Concat, MaxPool, AvgPool, GateStep>;
+using CpuPrograms = ProgramsOf<Forward, Depthwise, SqueezeExcite, GlobalPool, Linear, Cast, Concat, MaxPool, AvgPool,
+                               GateStep, Upsample>;
 
 STABLE_TORCH_LIBRARY_IMPL(ghostfused, CPU, m) {
   m.impl("forward_cpu", TORCH_BOX(&GhostOp<Tensor>::run<launch>));

@@ -42,7 +42,8 @@ struct ConcatParams {
 // Whether the primary conv is any other kind than 1×1 at stride 1.
 inline bool has_patches(const GhostForwardParams& p) { return p.kernel > 1 || p.stride > 1; }
 
-// What a square window makes of maps: the maxima, padded by half of it, or the means, not padded.
+// What a square window makes of maps: the maxima, padded by half of it, or the means, not padded; or what it makes of a
+// number, ``stride`` rows and columns of it.
 struct PoolParams {
   Path path;
   bool channels_last;  // x's channels lie one after the other, and the result's; else the columns of the result
@@ -76,6 +77,7 @@ struct Kernels {
   void (*concat)(const ConcatParams& params, int threads);
   void (*max_pool)(const PoolParams& params, int threads);
   void (*avg_pool)(const PoolParams& params, int threads);
+  void (*upsample)(const PoolParams& params, int threads);
   void (*gate)(const GateParams& params, int threads);
   // nothing but that, in registers, as the path's 1×1 convolution does; returns the operations done
   double (*multiply_adds)(int64_t count, Path path);

@@ -7,6 +7,7 @@
 #include "cpu/layout.h"
 #include "cpu/max_pool.h"
 #include "cpu/squeeze_excite.h"
+#include "cpu/upsample.h"
 
 namespace ghostfused::cpu::GHOSTFUSED_ISA {
 
@@ -40,8 +41,8 @@ inline double multiply_adds(int64_t count, Path path) {
   return path == Path::kBFloat16 ? multiply_adds<BFloat16>(count) : multiply_adds<float>(count);
 }
 
-inline constexpr Kernels kernels{forward,        depthwise,   squeeze_excite, pack_weight,  pack_parameters,
-                                 pack_depthwise, global_pool, convert,        cast,         concat,
-                                 max_pool,       avg_pool,    gate,           multiply_adds};
+inline constexpr Kernels kernels{forward,        depthwise,   squeeze_excite, pack_weight, pack_parameters,
+                                 pack_depthwise, global_pool, convert,        cast,        concat,
+                                 max_pool,       avg_pool,    upsample,       gate,        multiply_adds};
 
 }  // namespace ghostfused::cpu::GHOSTFUSED_ISA

@@ -120,6 +120,7 @@ struct PoolLaunch {
 
 using MaxPoolLaunch = PoolLaunch<&Kernels::max_pool>;
 using AvgPoolLaunch = PoolLaunch<&Kernels::avg_pool>;
+using UpsampleLaunch = PoolLaunch<&Kernels::upsample>;
 
 struct BytesLaunch {
   const void* from;
@@ -133,7 +134,8 @@ struct BytesLaunch {
   }
 };
 
-using Launch = std::variant<ForwardLaunch, DepthwiseLaunch, SqueezeExciteLaunch, GlobalPoolLaunch, ConvertLaunch,
-                            CastLaunch, GateLaunch, ConcatLaunch, MaxPoolLaunch, AvgPoolLaunch, BytesLaunch>;
+using Launch =
+    std::variant<ForwardLaunch, DepthwiseLaunch, SqueezeExciteLaunch, GlobalPoolLaunch, ConvertLaunch, CastLaunch,
+                 GateLaunch, ConcatLaunch, MaxPoolLaunch, AvgPoolLaunch, UpsampleLaunch, BytesLaunch>;
 
 }  // namespace ghostfused::cpu

@@ -265,4 +265,19 @@ inline Tensor avg_pool(Tensor x, int64_t kernel) {
   return pooled<AvgPoolLaunch>(x, p);
 }
 
+inline Tensor upsample(Tensor x, int64_t scale) {
+  PoolParams p = pool_of(x, 1);
+  if (scale < 1 || scale > kMaxKernel) fail("scale: expected 1 … ", kMaxKernel, ", got ", scale);
+  const int64_t height = scale * p.height, width = scale * p.width;
+  if (p.height < 1 || p.width < 1) fail("x: expected at least one row and column");
+  if (height > INT32_MAX || width > INT32_MAX ||
+      !countable(std::initializer_list<int64_t>{p.batch, p.channels, height, width})) {
+    fail("scale: expected at most 2^40 elements of output, and 2^31 - 1 rows and columns");
+  }
+  p.stride = static_cast<int>(scale);
+  p.out_height = static_cast<int>(height);
+  p.out_width = static_cast<int>(width);
+  return pooled<UpsampleLaunch>(x, p);
+}
+
 }  // namespace ghostfused::cpu

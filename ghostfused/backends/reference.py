@@ -28,6 +28,7 @@ from ..spec import (
     MaxPoolArgs,
     SqueezeExciteArgs,
     Step,
+    UpsampleArgs,
     memory_format,
 )
 from ..spec.activations import TABLE
@@ -166,6 +167,12 @@ def gate(a: GateArgs) -> Tensor:
     return _through_gate(a.x, a.gate)
 
 
+def upsample(a: UpsampleArgs) -> Tensor:
+    """The map of ``a`` with ``scale`` times its rows and columns."""
+    out = a.x.repeat_interleave(a.scale, 2).repeat_interleave(a.scale, 3)
+    return out.contiguous(memory_format=memory_format(a.x))
+
+
 def run(args: Step) -> Tensor:
     """What the op of ``args`` computes."""
     return _FUNCTIONS[type(args)](args)
@@ -182,6 +189,7 @@ _FUNCTIONS: dict = {
     MaxPoolArgs: max_pool,
     AvgPoolArgs: avg_pool,
     GateArgs: gate,
+    UpsampleArgs: upsample,
 }
 
 

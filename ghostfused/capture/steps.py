@@ -28,6 +28,7 @@ from ..spec import (
     LinearArgs,
     MaxPoolArgs,
     Step,
+    UpsampleArgs,
     tensor_names,
 )
 from ..spec.activations import BY_OP, with_settings
@@ -310,6 +311,20 @@ class Steps:
             return False
         return self._add(node, AvgPoolArgs(source.meta["val"], k), [source])
 
+    def upsample(self, node: fx.Node, a: dict[str, Any]) -> bool:
+        """By a power of two: the indices of others PyTorch rounds."""
+        source = self._source(a.get("input", a.get("self")))
+        if not isinstance(source, fx.Node):
+            return False
+        before, after = source.meta["val"].shape, node.meta["val"].shape
+        scale = after[-1] // before[-1]
+        factors = a.get("scale_factors") or [a.get("scales_h"), a.get("scales_w")]
+        if scale & (scale - 1) or after[2:] != (scale * before[2], scale * before[3]):
+            return False
+        if any(factor not in (None, scale) for factor in factors):
+            return False
+        return self._add(node, UpsampleArgs(source.meta["val"], scale), [source])
+
     def gate(self, node: fx.Node, a: dict[str, Any]) -> bool:
         source = self._source(a["self"])
         if not isinstance(source, fx.Node) or source.meta["val"].dim() not in (2, 4):
@@ -327,6 +342,7 @@ _LAYERS: dict[Any, Callable[[Steps, fx.Node, dict[str, Any]], bool]] = {
     aten.conv2d: Steps.conv2d, aten.adaptive_avg_pool2d: Steps.mean, aten.mean: Steps.mean, aten.linear: Steps.linear,
     aten._to_copy: Steps.cast, aten.to: Steps.cast, aten.cat: Steps.concat, aten.max_pool2d: Steps.max_pool,
     aten.max_pool2d_with_indices: Steps.max_pool_with_indices, aten.avg_pool2d: Steps.avg_pool,
+    aten.upsample_nearest2d: Steps.upsample,
     **dict.fromkeys(_GATES, Steps.gate),
 }  # fmt: skip
 

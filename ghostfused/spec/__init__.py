@@ -24,6 +24,7 @@ from .steps import (
     LinearArgs,
     MaxPoolArgs,
     Step,
+    UpsampleArgs,
     tensor_names,
 )
 
@@ -48,6 +49,7 @@ __all__ = [
     "MaxPoolArgs",
     "SqueezeExciteArgs",
     "Step",
+    "UpsampleArgs",
     "memory_format",
     "tensor_names",
 ]

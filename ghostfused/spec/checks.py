@@ -19,6 +19,7 @@ from .steps import (
     LinearArgs,
     MaxPoolArgs,
     Step,
+    UpsampleArgs,
     tensor_names,
 )
 
@@ -343,6 +344,11 @@ def _gate(args: GateArgs) -> None:
     _gate_number(args)
 
 
+def _upsample(args: UpsampleArgs) -> None:
+    if not 1 <= args.scale <= POOL_KERNEL:
+        raise _expect("scale", f"a number up to {POOL_KERNEL}", args.scale)
+
+
 _CHECKS: dict = {
     GhostArgs: _ghost_module,
     DepthwiseArgs: _depthwise,
@@ -354,6 +360,7 @@ _CHECKS: dict = {
     MaxPoolArgs: _max_pool,
     AvgPoolArgs: _avg_pool,
     GateArgs: _gate,
+    UpsampleArgs: _upsample,
 }
 # None where there may be 2 or 4, as of a map of one pixel
 _DIMENSIONS: dict[type[Step], dict[str, int | None]] = {
@@ -367,4 +374,5 @@ _DIMENSIONS: dict[type[Step], dict[str, int | None]] = {
     MaxPoolArgs: {"x": 4},
     AvgPoolArgs: {"x": 4},
     GateArgs: {"x": None},
+    UpsampleArgs: {"x": 4},
 }

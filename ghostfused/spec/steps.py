@@ -181,14 +181,38 @@ class GateArgs(NamedTuple):
         return new_map(self) if self.x.dim() == 4 else new_dense(self)
 
 
-POOL_KERNEL = 1023
-"""The largest that a program takes."""
+class UpsampleArgs(NamedTuple):
+    """Each number as a square of ``scale`` rows and columns: the nearest neighbours."""
 
-Step = Args | GlobalPoolArgs | LinearArgs | CastArgs | ConcatArgs | MaxPoolArgs | AvgPoolArgs | GateArgs
+    x: Tensor  # (N, C, H, W), any strides
+    scale: int
+
+    @property
+    def op(self) -> str:
+        return "upsample"
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self[:1]
+
+    def output_shape(self) -> tuple[int, int, int, int]:
+        """(N, C, scale * H, scale * W)."""
+        n, c, h, w = self.x.shape
+        return n, c, self.scale * h, self.scale * w
+
+    def new_output(self) -> Tensor:
+        """An uninitialized output, in x's memory format."""
+        return new_map(self)
+
+
+POOL_KERNEL = 1023
+"""The largest that a program takes; of an upsampling too."""
+
+Step = Args | GlobalPoolArgs | LinearArgs | CastArgs | ConcatArgs | MaxPoolArgs | AvgPoolArgs | GateArgs | UpsampleArgs
 
 STEPS: dict[str, type[Step]] = {
     **OPS, "global_pool": GlobalPoolArgs, "linear": LinearArgs, "cast": CastArgs, "concat": ConcatArgs, "max_pool": MaxPoolArgs,
-    "avg_pool": AvgPoolArgs, "gate": GateArgs,
+    "avg_pool": AvgPoolArgs, "gate": GateArgs, "upsample": UpsampleArgs,
 }  # fmt: skip
 """What a program is made of, in the order of ``csrc/cpu/binding.cpp``."""
 

@@ -9,6 +9,7 @@
 //   concat BATCH C1 H W C2 C3 C4 LAYOUT DTYPE EXTRAS                EXTRAS 1: C1 of the other layout; C3, C4 0: none
 //   maxpool BATCH C H W KERNEL STRIDE 0 LAYOUT DTYPE 0
 //   avgpool BATCH C H W KERNEL 0 0 LAYOUT DTYPE 0
+//   upsample BATCH C H W 0 SCALE 0 LAYOUT DTYPE 0
 //   gate ROWS COUNT STRIDE GATE 0 0 0 nchw DTYPE 0
 //   cast ROWS COUNT STRIDE TO 0 0 0 nchw DTYPE 0                   TO: 0 float32, 1 float16, 2 bfloat16
 // with LAYOUT nchw or nhwc, DTYPE float32, float16 or bfloat16, EXTRAS 0 or 1 (gates and residual; another activation).
@@ -248,6 +249,18 @@ cpu::CastParams rows_of(const int* n, Path to, Drawer& draw, Buffer& out) {
   return p;
 }
 
+void run_upsample(const cpu::Isa& isa, const int* n, Drawer& draw, Buffer& out) {
+  cpu::PoolParams p{};
+  p.path = draw.path;
+  p.channels_last = draw.channels_last;
+  p.batch = n[0], p.channels = n[1], p.height = n[2], p.width = n[3], p.stride = n[5];
+  p.out_height = p.height * p.stride, p.out_width = p.width * p.stride;
+  p.x = draw.tensor(p.batch, p.channels, p.height, p.width);
+  out = numbers(int64_t{p.batch} * p.channels * p.out_height * p.out_width, p.path);
+  p.out = dense(out, p.channels_last, p.channels, p.out_height, p.out_width);
+  isa.kernels->upsample(p, thread_count);
+}
+
 void run_cast(const cpu::Isa& isa, const int* n, Drawer& draw, Buffer& out) {
   const Path to = n[3] == 0 ? Path::kFloat32 : n[3] == 1 ? Path::kFloat16 : Path::kBFloat16;
   isa.kernels->cast(rows_of(n, to, draw, out), thread_count);
@@ -262,15 +275,16 @@ void run_case(const cpu::Isa& isa, char** arg, int repeat) {
   int n[7];
   for (int i = 0; i < 7; ++i) n[i] = std::atoi(arg[1 + i]);
   const Path path = dtype == "float32" ? Path::kFloat32 : dtype == "float16" ? Path::kFloat16 : Path::kBFloat16;
-  const auto run = op == "depthwise" ? run_depthwise
-                   : op == "conv"    ? run_conv
-                   : op == "convert" ? run_convert
-                   : op == "cast"    ? run_cast
-                   : op == "concat"  ? run_concat
-                   : op == "gate"    ? run_gate
-                   : op == "maxpool" ? run_pool
-                   : op == "avgpool" ? run_pool
-                                     : run_squeeze;
+  const auto run = op == "depthwise"  ? run_depthwise
+                   : op == "conv"     ? run_conv
+                   : op == "convert"  ? run_convert
+                   : op == "cast"     ? run_cast
+                   : op == "concat"   ? run_concat
+                   : op == "gate"     ? run_gate
+                   : op == "upsample" ? run_upsample
+                   : op == "maxpool"  ? run_pool
+                   : op == "avgpool"  ? run_pool
+                                      : run_squeeze;
   Buffer out{};
   for (int i = 0; i < repeat; ++i) {
     Drawer draw{path, layout == "nhwc", std::atoi(arg[10]) != 0, {}};

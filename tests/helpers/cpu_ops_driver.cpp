@@ -113,6 +113,8 @@ void answer(int64_t op) {
       return call(&cpu::avg_pool);
     case 9:
       return call(&cpu::gate);
+    case 10:
+      return call(&cpu::upsample);
   }
   std::abort();
 }

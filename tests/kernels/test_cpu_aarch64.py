@@ -15,7 +15,17 @@ from hypothesis import strategies as st
 
 from ghostfused import spec
 from ghostfused.backends import reference
-from ghostfused.spec import AvgPoolArgs, CastArgs, ConcatArgs, GateArgs, GlobalPoolArgs, LinearArgs, MaxPoolArgs, Step
+from ghostfused.spec import (
+    AvgPoolArgs,
+    CastArgs,
+    ConcatArgs,
+    GateArgs,
+    GlobalPoolArgs,
+    LinearArgs,
+    MaxPoolArgs,
+    Step,
+    UpsampleArgs,
+)
 from ghostfused.testing import Case, DepthwiseCase, SqueezeExciteCase, judge, make, make_args, make_depthwise
 
 pytestmark = pytest.mark.skipif(aarch64.missing() is not None, reason=str(aarch64.missing()))
@@ -133,7 +143,8 @@ def test_squeeze_excite_pool_and_linear(driver, dtype, layout):
         for gate in spec.Gate:
             check_args(driver, GateArgs(each, int(gate)), "gate")
         if each.dim() == 4:
-            assert torch.equal(driver.run(AvgPoolArgs(each, 2)), reference.run(AvgPoolArgs(each, 2)))
+            for args in (AvgPoolArgs(each, 2), UpsampleArgs(each, 2)):
+                assert torch.equal(driver.run(args), reference.run(args))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

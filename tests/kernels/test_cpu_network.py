@@ -27,6 +27,7 @@ from ghostfused.spec import (
     GlobalPoolArgs,
     LinearArgs,
     MaxPoolArgs,
+    UpsampleArgs,
 )
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
@@ -80,6 +81,9 @@ class Recorder:
 
     def means(self, x: Tensor, kernel: int) -> Tensor:
         return self._call(AvgPoolArgs(x, kernel), F.avg_pool2d(x, kernel))
+
+    def upsampled(self, x: Tensor, scale: int) -> Tensor:
+        return self._call(UpsampleArgs(x, scale), F.interpolate(x, scale_factor=scale))
 
     def pooled(self, x: Tensor) -> Tensor:
         return self._call(GlobalPoolArgs(x), x.mean((2, 3), keepdim=True))
@@ -147,7 +151,7 @@ def test_chains(shape, strides, inside, late, dtype, layout, count):
     steps=st.lists(
         st.one_of(
             st.tuples(st.sampled_from([1, 3, 5, 7]), st.sampled_from([1, 1, 2])),
-            st.sampled_from([1, 2, 3]),
+            st.sampled_from([-2, 1, 2, 3]),
             st.lists(st.integers(0, 9), min_size=2, max_size=4),
         ),
         min_size=1,
@@ -166,7 +170,10 @@ def test_chains_of_windows_and_joined_maps(shape, steps, inside, dtype, layout, 
     maps = [x if inside == dtype else recorder.cast(x, inside)]
     for step in steps:
         alike = [m for m in maps if m.shape[2:] == maps[-1].shape[2:]]
-        if isinstance(step, int):
+        if step == -2:
+            if maps[-1].shape[3] < 64:
+                maps.append(recorder.upsampled(maps[-1], 2))
+        elif isinstance(step, int):
             if min(maps[-1].shape[2:]) >= step:
                 maps.append(recorder.means(maps[-1], step))
         elif isinstance(step, tuple):

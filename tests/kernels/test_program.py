@@ -24,6 +24,7 @@ from ghostfused.spec import (
     LinearArgs,
     MaxPoolArgs,
     Step,
+    UpsampleArgs,
 )
 
 pytestmark = [needs_cpu_kernels, pytest.mark.usefixtures("threads")]
@@ -157,6 +158,19 @@ def test_avg_pool_steps(dtype, layout):
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_upsample_steps(dtype, layout):
+    for shape, scale in itertools.product((*SIZES, (2, 5, 1, 64), (1, 1, 3, 5)), (1, 2, 3, 4)):
+        for x in pieces(with_specials(shape, dtype, layout)):
+            if x.numel() < 10**5:
+                expected = x.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+                assert_equal(UpsampleArgs(x, scale), expected)
+                if scale != 3:
+                    by_pytorch = F.interpolate(x, scale_factor=scale) if x.numel() else expected
+                    assert torch.equal(by_pytorch.nan_to_num(), expected.nan_to_num())
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gate_steps(dtype, layout):
     """Within what PyTorch's own function loses, which is a rounding or two."""
     for shape in (*SIZES, (2, 3, 70, 71)):
@@ -254,6 +268,13 @@ X = torch.randn(2, 4, 3, 5)
         (AvgPoolArgs(X, 4), "x: expected at least 4 rows and columns"),
         (AvgPoolArgs(X[0], 3), "x: expected 4 dimensions"),
         (AvgPoolArgs(X.double(), 2), "x: expected"),
+        (UpsampleArgs(X, 0), "scale: expected 1 … 1023, got 0"),
+        (UpsampleArgs(X, 1024), "scale: expected 1 … 1023, got 1024"),
+        (UpsampleArgs(torch.ones(()).expand(1, 1, 1, 2**30), 2), "scale: expected at most"),
+        (UpsampleArgs(torch.ones(()).expand(1, 4, 2**19, 2**19), 2), "scale: expected at most"),
+        (UpsampleArgs(X[:, :, :0], 2), "x: expected at least one row and column"),
+        (UpsampleArgs(X[0], 2), "x: expected 4 dimensions"),
+        (UpsampleArgs(X.double(), 2), "x: expected"),
         (GateArgs(X, 3), "gate: expected 0, 1 or 2, got 3"),
         (GateArgs(X, -1), "gate: expected 0, 1 or 2, got -1"),
         (GateArgs(X[0], 0), "x: expected 2 or 4 dimensions"),

@@ -52,6 +52,7 @@ const Kernels kAvx512Amx{
     kAvx512.concat,
     kAvx512.max_pool,
     [](const PoolParams& p, int threads) { other(p.path).avg_pool(p, threads); },
+    kAvx512.upsample,
     [](const GateParams& p, int threads) { other(p.to_path).gate(p, threads); },
     [](int64_t count, Path path) {
       return path == Path::kBFloat16 ? avx512_amx::multiply_adds(count) : kAvx512.multiply_adds(count, path);
