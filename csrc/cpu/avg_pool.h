@@ -48,7 +48,7 @@ void avg_pool(Items& items, void* context) {
 }
 
 inline void avg_pool(const PoolParams& p, int threads) {
-  AvgPoolTask task{p, bands_of(p, threads)};
+  AvgPoolTask task{p, row_bands(p.batch, p.out_height, threads)};
   const int64_t parts = div_up(p.channels, p.channels_last ? kLanes : 1);
   const double numbers = static_cast<double>(p.batch) * p.channels * p.height * p.width;
   run(threads, p.batch * task.bands * parts, 2 * numbers, GHOSTFUSED_BY_PATH(p.path, avg_pool), &task);

@@ -33,7 +33,7 @@ using Concat = StepKind<&concat, kConcatNames>;
 using MaxPool = StepKind<&max_pool, kMaxPoolNames>;
 using AvgPool = StepKind<&avg_pool, kAvgPoolNames>;
 using Upsample = StepKind<&upsample, kUpsampleNames>;
-using GateStep = StepKind<&gate, kGateNames>;
+using GateStep = StepKind<&through_gate, kGateNames>;
 template <typename... Steps>
 using ProgramsOf = Programs<&Network<Steps...>::run, Steps...>;
 using CpuPrograms = ProgramsOf<Forward, Depthwise, SqueezeExcite, GlobalPool, Linear, Cast, Concat, MaxPool, AvgPool,

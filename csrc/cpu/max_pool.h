@@ -285,7 +285,7 @@ void max_pool(Items& items, void* context) {
 }
 
 inline void max_pool(const PoolParams& p, int threads) {
-  MaxPoolTask task{p, bands_of(p, threads)};
+  MaxPoolTask task{p, row_bands(p.batch, p.out_height, threads)};
   const int64_t width = p.path == Path::kFloat32 ? kLanes : 2 * kLanes;
   const int64_t parts = max_of<int64_t>(p.channels / (p.channels_last ? 4 * width : 4), 1);
   const double numbers = static_cast<double>(p.batch) * p.channels * p.height * p.width;

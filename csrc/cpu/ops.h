@@ -183,7 +183,7 @@ inline Tensor cast(Tensor x, int64_t dtype) {
 }
 
 // Of 2 or 4 dimensions.
-inline Tensor gate(Tensor x, int64_t gate) {
+inline Tensor through_gate(Tensor x, int64_t gate) {
   if (gate < 0 || gate > static_cast<int64_t>(Gate::kReLU6)) fail("gate: expected 0, 1 or 2, got ", gate);
   GateParams p;
   Tensor out = to_new_output(x, x.scalar_type(), p);
@@ -259,7 +259,6 @@ inline Tensor max_pool(Tensor x, int64_t kernel, int64_t stride) {
 inline Tensor avg_pool(Tensor x, int64_t kernel) {
   PoolParams p = pool_of(x, kernel);
   if (p.height < kernel || p.width < kernel) fail("x: expected at least ", kernel, " rows and columns");
-  p.stride = p.kernel;
   p.out_height = p.height / p.kernel;
   p.out_width = p.width / p.kernel;
   return pooled<AvgPoolLaunch>(x, p);

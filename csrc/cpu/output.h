@@ -24,6 +24,7 @@ struct Output {
 
   // channels_last: ``lanes`` numbers of y, channels c, c + step, … of a pixel.
   void put(Vec y, int64_t c, int64_t h, int64_t w, int lanes, int step = 1) const {
+    static_assert(kChannelsLast);
     if (gate) y *= gate.of_pixel(n, c, h, w, lanes, step);
     if (p.residual.data) y += load_strided(residual_at(c, h, w), step * p.residual.stride_c, lanes);
     store_part(at(c, h, w), y, lanes, step);
@@ -50,10 +51,13 @@ struct Output {
     }
     const auto part = [&](int64_t i, int lanes) {
       Vec v = load(y + i);
-      if constexpr (kChannelsLast) return put(v, c + i, h, w, lanes);
-      if (gate_row) v *= load(gate_row + i);
-      if (p.residual.data) v += load_strided(residual_at(c, h, w + i), p.residual.stride_w, lanes);
-      store_part(at(c, h, w + i), v, lanes);
+      if constexpr (kChannelsLast) {
+        put(v, c + i, h, w, lanes);
+      } else {
+        if (gate_row) v *= load(gate_row + i);
+        if (p.residual.data) v += load_strided(residual_at(c, h, w + i), p.residual.stride_w, lanes);
+        store_part(at(c, h, w + i), v, lanes);
+      }
     };
     int64_t i = 0;
     if (plain) {

@@ -22,14 +22,8 @@ class OutputGate {
         spread(memory + padded) {
     if (!gate.data || kChannelsLast) return;
     picks = gate.stride_w == 1;
-    Ints at;
-    for (int i = 0; i < kLanes; ++i) at[i] = i;
-    const Ints end = Ints{} + p.gate_width - 1;
-    for (int64_t w = 0; w < padded; w += kLanes, at += kLanes) {  // column_of() of each
-      const Ints column = __builtin_convertvector(__builtin_convertvector(at, Vec) * scale_w, Ints);
-      store(columns + w, column < end ? column : end);
-      picks &= columns[w + kLanes - 1] - columns[w] < kLanes;
-    }
+    for (int64_t w = 0; w < padded; ++w) columns[w] = static_cast<int32_t>(column_of(w));
+    for (int64_t w = 0; w < padded; w += kLanes) picks &= columns[w + kLanes - 1] - columns[w] < kLanes;
   }
 
   explicit operator bool() const { return gate.data; }

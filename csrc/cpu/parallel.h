@@ -25,9 +25,9 @@ GHOSTFUSED_INLINE void for_each_unit(Items& items, const Each& each) {
   }
 }
 
-// Parts of an image's rows, of which threads make one each, as in the steps before and after.
-inline int64_t bands_of(const PoolParams& p, int threads) {
-  return p.batch >= threads ? 1 : max_of<int64_t>(min_of<int64_t>(p.out_height / 7, threads), 1);
+// Parts of the rows of a batch's images, of which threads make one each, as in the steps before and after.
+inline int64_t row_bands(int64_t batch, int64_t rows, int threads) {
+  return batch >= threads ? 1 : max_of<int64_t>(min_of<int64_t>(rows / 7, threads), 1);
 }
 
 // ``Kernels::run<T>`` for the T of a path. Sums are fp32 on all of them.

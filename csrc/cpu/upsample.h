@@ -38,7 +38,7 @@ void upsample(Items& items, void* context) {
 }
 
 inline void upsample(const PoolParams& p, int threads) {
-  UpsampleTask task{p, p.batch >= threads ? 1 : min_of<int64_t>(p.height, threads)};
+  UpsampleTask task{p, row_bands(p.batch, p.height, threads)};
   const int64_t parts = p.channels_last ? 1 : p.channels;
   const double numbers = static_cast<double>(p.batch) * p.channels * p.out_height * p.out_width;
   const auto body = p.path == Path::kFloat32 ? upsample<uint32_t> : upsample<uint16_t>;

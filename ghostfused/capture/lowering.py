@@ -15,9 +15,11 @@ from torch import Tensor, fx
 from .. import ops
 from ..backends import cpu
 from ..ops import encoding
-from ..spec import DTYPES, CastArgs, ConcatArgs
+from ..spec import DTYPES, CastArgs, ConcatArgs, GlobalPoolArgs
 from .frozen import ACTIVE, Frozen
 from .steps import Item, Steps, given_tensors, is_free
+
+aten = torch.ops.aten
 
 
 class Lowered(NamedTuple):
@@ -134,7 +136,10 @@ class _Writer:
         return all(self.users.get(item.node, set()) <= inside for item in items[:-1])
 
     def _write_node(self, item: Item) -> None:
-        self.written_as[item.node] = self.new.node_copy(item.node, self._new)
+        node = self.new.node_copy(item.node, self._new)
+        if node.target is aten.view.default:  # a program's result may lie in another format than what PyTorch made
+            node.target = aten.reshape.default
+        self.written_as[item.node] = node
         if isinstance(item.args, ConcatArgs) or (item.args is None and not is_free(item.node)):
             self.left.append(item.node)
 
@@ -150,7 +155,7 @@ class _Writer:
         known = {id(t) for args, _ in calls for t in args.tensors if t is not None} - stand_ins  # type: ignore[union-attr]
         found = encoding.encode(calls, x, known)  # type: ignore[arg-type]
         assert found is not None
-        if not found.tensors:  # pooling alone, for which no program is needed
+        if all(isinstance(item.args, GlobalPoolArgs | CastArgs) for item in items):  # for which no program is needed
             for item in items:
                 self.written_as[item.node] = self.new.node_copy(item.node, self._new)
                 if not isinstance(item.args, CastArgs):

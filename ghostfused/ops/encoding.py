@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..spec import STEPS, GhostArgs, Step, tensor_names
@@ -45,6 +46,9 @@ def encode(calls: Sequence[tuple[Step, Tensor]], x: Tensor, parameters: Collecti
             if id(t) not in parameters and not unread:
                 return None
             tensors[id(t)] = t
+    if not tensors:  # by one the dispatcher knows who keeps the program
+        none = torch.empty(0, dtype=x.dtype, device=x.device)
+        tensors[id(none)] = none
     places = {key: 2 * place for place, key in enumerate([id(x), *tensors, *results])}
     last_read: dict[int, int] = {}
     code: list[int] = []

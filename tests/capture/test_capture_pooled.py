@@ -148,3 +148,33 @@ def test_which_are_steps(what, freeze):
     assert bool(variant.lowered.left) == (programs > 1)
     for _ in range(2):
         torch.testing.assert_close(captured(x), expected)
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+@pytest.mark.parametrize(
+    "what",
+    [
+        lambda y: torch.sigmoid(y),
+        lambda y: F.avg_pool2d(y, 2),
+        lambda y: F.max_pool2d(y, 3, 2, 1),
+        lambda y: F.interpolate(y, scale_factor=2),
+        lambda y: torch.cat([y, y], 1),
+    ],
+    ids=["gate", "means", "maxima", "upsampling", "concatenation"],
+)
+def test_a_result_that_lies_in_another_format_than_in_eager(what, freeze):
+    """A view of it is none there."""
+
+    class Flat(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Conv2d(3, 6, 1)
+
+        def forward(self, x):
+            made = what(F.relu(self.first(x)).contiguous(memory_format=torch.channels_last))
+            return made.permute(0, 2, 3, 1).view(x.shape[0], -1)
+
+    model, x = Flat().eval(), torch.randn(2, 3, 8, 8)
+    captured = capture(model, x, partial=True, freeze=freeze)
+    for _ in range(2):
+        torch.testing.assert_close(captured(x), model(x).detach())

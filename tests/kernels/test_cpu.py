@@ -70,6 +70,20 @@ def test_output_gates_of_any_size(dtype, layout):
             assert torch.equal(functional.run(gated, "cpu"), functional.run(args, "cpu") * spread)
 
 
+def test_a_gate_far_wider_than_the_output():
+    """Lanes past the row's end would have columns beyond int32."""
+    args = make_args(Case(1, 3, 2, 2, 8, dtype=torch.bfloat16))
+    row = torch.zeros(300_000_000, dtype=torch.bfloat16)
+    row[150_000_000] = 7
+    row[0] = 3
+    for step in (1, 2):
+        wide = row[::step].expand(1, 8, 1, -1)
+        expected = reference.run(args._replace(output_gate=None)) * torch.tensor([3, 7], dtype=torch.bfloat16)
+        torch.testing.assert_close(
+            functional.run(args._replace(output_gate=wide), "cpu"), expected, rtol=0.05, atol=0.05
+        )
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("stride", [1, 2, 3])
