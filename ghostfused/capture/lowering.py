@@ -149,10 +149,10 @@ class _Writer:
         calls: list[tuple[Any, Tensor]] = [
             (self.frozen.step(item.args) if self.frozen else item.args, item.node.meta["val"]) for item in items
         ]
-        if self.frozen is not None and self.frozen.dtype is not None:
-            calls = _in_dtype(calls, x, self.frozen.dtype)
         stand_ins = {id(x), *(id(result) for _, result in calls)}
         known = {id(t) for args, _ in calls for t in args.tensors if t is not None} - stand_ins  # type: ignore[union-attr]
+        if known and self.frozen is not None and self.frozen.dtype is not None:  # else there is nothing to multiply
+            calls = _in_dtype(calls, x, self.frozen.dtype)
         found = encoding.encode(calls, x, known)  # type: ignore[arg-type]
         assert found is not None
         if all(isinstance(item.args, GlobalPoolArgs | CastArgs) for item in items):  # for which no program is needed

@@ -117,6 +117,18 @@ def test_what_pytorch_computes_between_stays_float32():
     assert relative_error(captured(x), exact) < TOLERANCES[torch.bfloat16].factor * whole
 
 
+def test_a_program_without_weights_stays_float32():
+    """It would only round."""
+
+    class Pooled(nn.Module):
+        def forward(self, x):
+            return F.elu(F.avg_pool2d(F.elu(x), 2)).sigmoid()
+
+    x = torch.randn(2, 3, 9, 8)
+    captured = capture(Pooled().eval(), x, partial=True, freeze=True, dtype="bfloat16")
+    torch.testing.assert_close(captured(x), Pooled()(x))
+
+
 @pytest.mark.parametrize(
     ("own", "arguments", "message"),
     [

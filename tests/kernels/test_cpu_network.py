@@ -23,6 +23,8 @@ from ghostfused.spec import (
     CastArgs,
     ConcatArgs,
     DepthwiseArgs,
+    Gate,
+    GateArgs,
     GhostArgs,
     GlobalPoolArgs,
     LinearArgs,
@@ -84,6 +86,9 @@ class Recorder:
 
     def upsampled(self, x: Tensor, scale: int) -> Tensor:
         return self._call(UpsampleArgs(x, scale), F.interpolate(x, scale_factor=scale))
+
+    def gated(self, x: Tensor) -> Tensor:
+        return self._call(GateArgs(x, int(Gate.RELU6)), F.relu6(x))
 
     def pooled(self, x: Tensor) -> Tensor:
         return self._call(GlobalPoolArgs(x), x.mean((2, 3), keepdim=True))
@@ -151,7 +156,7 @@ def test_chains(shape, strides, inside, late, dtype, layout, count):
     steps=st.lists(
         st.one_of(
             st.tuples(st.sampled_from([1, 3, 5, 7]), st.sampled_from([1, 1, 2])),
-            st.sampled_from([-2, 1, 2, 3]),
+            st.sampled_from([-2, 0, 1, 2, 3]),
             st.lists(st.integers(0, 9), min_size=2, max_size=4),
         ),
         min_size=1,
@@ -162,7 +167,7 @@ def test_chains(shape, strides, inside, late, dtype, layout, count):
     layout=st.sampled_from(["nchw", "nhwc", "slices"]),
     count=st.integers(1, 3),
 )
-def test_chains_of_windows_and_joined_maps(shape, steps, inside, dtype, layout, count):
+def test_chains_of_windows_gates_and_joined_maps(shape, steps, inside, dtype, layout, count):
     """Each map may be read again and again, once it is long gone from the caches."""
     torch.set_num_threads(count)
     x = made(shape, dtype, layout)
@@ -173,6 +178,8 @@ def test_chains_of_windows_and_joined_maps(shape, steps, inside, dtype, layout, 
         if step == -2:
             if maps[-1].shape[3] < 64:
                 maps.append(recorder.upsampled(maps[-1], 2))
+        elif step == 0:
+            maps.append(recorder.gated(maps[-1]))
         elif isinstance(step, int):
             if min(maps[-1].shape[2:]) >= step:
                 maps.append(recorder.means(maps[-1], step))
