@@ -67,6 +67,8 @@ def normalize(
     batch_statistics: bool = False,
 ) -> Tensor:
     """BatchNorm with stored statistics, the identity where there are none; or with the batch's."""
+    # in channels_last PyTorch reads numbers that are further apart, or expanded, as if each followed the last
+    mean, var, gamma, beta = (t if t is None or t.is_contiguous() else t.contiguous() for t in (mean, var, gamma, beta))
     if batch_statistics:
         return F.batch_norm(x, None, None, gamma, beta, training=True, eps=eps)
     if mean is None:

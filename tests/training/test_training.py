@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from strides import with_gaps
 from torch import nn
 
 from ghostfused import Act, FusedGhostModule, ops
@@ -17,8 +18,8 @@ from ghostfused.nn.batch_statistics import ghost_module_training, update_running
 from ghostfused.numerics import relative_error
 from ghostfused.ops import autograd
 from ghostfused.ops.autograd import call, call_with_batch_statistics
-from ghostfused.spec import GhostArgs
-from ghostfused.testing import Case, make_args
+from ghostfused.spec import GhostArgs, tensor_names
+from ghostfused.testing import Case, DepthwiseCase, make, make_args
 from ghostfused.testing.training import by_autograd, by_op, judge_training
 
 ACTS = [act.name.lower() for act in Act]
@@ -38,6 +39,25 @@ def assert_right(case: Case, batch_statistics: bool, backend: str = "reference")
     verdicts = judge_training(by_op(backend, a, grad, batch_statistics), a, grad, batch_statistics)
     wrong = {name: verdict for name, verdict in verdicts.items() if not verdict.ok}
     assert not wrong, f"{case}: {wrong}"
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("change", [with_gaps, lambda t: t[:1].expand(t.shape)], ids=["gaps", "expanded"])
+def test_norm_tensors_of_other_strides(change, layout):
+    """PyTorch's own batch_norm takes them for dense where the map is in channels_last."""
+    for case in (Case(3, 6, 4, 11, 18, layout=layout), DepthwiseCase(3, 9, 4, 11, stride=2, layout=layout)):
+        args = make(case)
+        names = [name for name in tensor_names(type(args)) if getattr(args, name) is not None]
+        norms = [name for name in names if name.endswith(("mean", "var", "gamma", "beta"))]
+        args = args._replace(**{name: change(getattr(args, name)) for name in norms})
+        gradients = []
+        for dtype in (torch.float32, torch.float64):
+            leaves = {name: getattr(args, name).to(dtype).detach() for name in names}
+            trained = {name: t.requires_grad_() for name, t in leaves.items() if not name.endswith(("mean", "var"))}
+            out = reference.run(args._replace(**leaves))
+            gradients.append(torch.autograd.grad(out.square().sum(), list(trained.values())))
+        for name, own, exact in zip(trained, *gradients, strict=True):
+            assert relative_error(own, exact) < 1e-5, (case, name)
 
 
 SMOOTH = ("none", "silu", "gelu", "gelu_tanh", "mish")
