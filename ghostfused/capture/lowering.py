@@ -99,7 +99,7 @@ class _Writer:
     def _new(self, node: fx.Node) -> fx.Node:
         """What stands for ``node`` in the new graph."""
         if node not in self.written_as and node not in self.given:  # a copy or a view that steps look through
-            self.written_as[node] = self.new.node_copy(node, self._new)
+            self._copy(node)
         elif node not in self.written_as:
             name = f"tensor_{len(self.tensors)}"
             given = self.given[node]
@@ -135,11 +135,15 @@ class _Writer:
         inside = {item.node for item in items}
         return all(self.users.get(item.node, set()) <= inside for item in items[:-1])
 
+    def _copy(self, node: fx.Node) -> None:
+        """Leaves ``node`` to PyTorch."""
+        copy = self.new.node_copy(node, self._new)
+        if copy.target is aten.view.default:  # a program's result may lie in another format than what PyTorch made
+            copy.target = aten.reshape.default
+        self.written_as[node] = copy
+
     def _write_node(self, item: Item) -> None:
-        node = self.new.node_copy(item.node, self._new)
-        if node.target is aten.view.default:  # a program's result may lie in another format than what PyTorch made
-            node.target = aten.reshape.default
-        self.written_as[item.node] = node
+        self._copy(item.node)
         if isinstance(item.args, ConcatArgs) or (item.args is None and not is_free(item.node)):
             self.left.append(item.node)
 
@@ -157,7 +161,7 @@ class _Writer:
         assert found is not None
         if all(isinstance(item.args, GlobalPoolArgs | CastArgs) for item in items):  # for which no program is needed
             for item in items:
-                self.written_as[item.node] = self.new.node_copy(item.node, self._new)
+                self._copy(item.node)
                 if not isinstance(item.args, CastArgs):
                     self.left.append(item.node)
             return

@@ -134,6 +134,11 @@ class Steps:
                 break
         return node
 
+    def _map(self, node: Any) -> fx.Node | None:
+        """``_source`` of a map; None of anything else."""
+        source = self._source(node)
+        return source if isinstance(source, fx.Node) and source.meta["val"].dim() == 4 else None
+
     def _add(self, node: fx.Node, args: Step, nodes: Iterable[fx.Node]) -> bool:
         """Adds a step, if the kernels take it."""
         x = args.x
@@ -221,8 +226,8 @@ class Steps:
     def conv2d(self, node: fx.Node, a: dict[str, Any]) -> bool:
         """Padded by half an odd kernel: of all channels, or depthwise."""
         weight, groups = a["weight"], a["groups"]
-        source = self._source(a["input"])
-        if not isinstance(weight, Tensor) or not isinstance(source, fx.Node) or source.meta["val"].dim() != 4:
+        source = self._map(a["input"])
+        if not isinstance(weight, Tensor) or source is None:
             return False
         channels, per_group, kh, kw = weight.shape
         (sh, sw), (dh, dw) = _pair(a["stride"]), _pair(a["dilation"])
@@ -242,9 +247,9 @@ class Steps:
 
     def mean(self, node: fx.Node, a: dict[str, Any]) -> bool:
         """Over height and width; where these go altogether, for matrix products alone, which take the map as it is."""
-        source = self._source(a["self"])
+        source = self._map(a["self"])
         dims = [2, 3] if "output_size" in a else a.get("dim")
-        if not isinstance(source, fx.Node) or source.meta["val"].dim() != 4 or not isinstance(dims, list | tuple):
+        if source is None or not isinstance(dims, list | tuple):
             return False
         if sorted(d % 4 for d in dims) != [2, 3] or list(a.get("output_size", [1, 1])) != [1, 1] or a.get("dtype"):
             return False
@@ -285,8 +290,8 @@ class Steps:
 
     def max_pool(self, node: fx.Node, a: dict[str, Any]) -> bool:
         """Padded by half an odd square window."""
-        source = self._source(a["self"])
-        if not isinstance(source, fx.Node) or source.meta["val"].dim() != 4 or a["ceil_mode"]:
+        source = self._map(a["self"])
+        if source is None or a["ceil_mode"]:
             return False
         kernel, padding, dilation = _pair(a["kernel_size"]), _pair(a["padding"]), _pair(a["dilation"])
         stride = _pair(a["stride"]) if a["stride"] else kernel
@@ -299,8 +304,8 @@ class Steps:
 
     def avg_pool(self, node: fx.Node, a: dict[str, Any]) -> bool:
         """By a square window that moves by its own size, over whole windows."""
-        source = self._source(a["self"])
-        if not isinstance(source, fx.Node) or source.meta["val"].dim() != 4 or a["ceil_mode"]:
+        source = self._map(a["self"])
+        if source is None or a["ceil_mode"]:
             return False
         kernel, padding = _pair(a["kernel_size"]), _pair(a["padding"])
         stride = _pair(a["stride"]) if a["stride"] else kernel
@@ -313,8 +318,8 @@ class Steps:
 
     def upsample(self, node: fx.Node, a: dict[str, Any]) -> bool:
         """By a power of two: the indices of others PyTorch rounds."""
-        source = self._source(a.get("input", a.get("self")))
-        if not isinstance(source, fx.Node):
+        source = self._map(a.get("input", a.get("self")))
+        if source is None:
             return False
         before, after = source.meta["val"].shape, node.meta["val"].shape
         scale = after[-1] // before[-1]
