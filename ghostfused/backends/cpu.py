@@ -7,15 +7,12 @@ from torch import Tensor
 
 from ..spec import Args, GhostArgs
 from ..spec.arguments import memory_format
-from ..spec.kernels import COMMON, kernel_refusal, placement_refusal
+from ..spec.kernels import COMMON, TAKES, kernel_refusal, placement_refusal
 from .extension import Extension, op
 
 extension = Extension("_cpu")
 build_info = extension.build_info
 DEVICES = ("cpu",)
-PATCH_CHANNELS, FEW_CHANNELS = 128, 16
-"""Most input channels of a primary conv larger than 1×1 that ``declines`` leaves to the kernel: of float32, and of bfloat16 in
-channels_last; and else."""
 
 
 def unavailable() -> str | None:
@@ -46,7 +43,7 @@ def declines(args: Args, any_format: bool = False) -> str | None:
     k = args.kernel_size
     channels_last = memory_format(x) == torch.channels_last
     pairs = x.dtype == torch.bfloat16 and (any_format or channels_last)
-    most = PATCH_CHANNELS if x.dtype == torch.float32 or pairs else FEW_CHANNELS
+    most = TAKES["cpu"].auto_window_channels[0 if x.dtype == torch.float32 or pairs else 1]
     if x.shape[1] <= most:
         return None
     return (

@@ -35,6 +35,11 @@ class Takes(NamedTuple):
     """Of the output: the least, the greatest, and what divides them."""
     plain_windows: bool = False
     """Such a conv comes in NCHW alone, with ratio 2 and ghosts, without gates and residual."""
+    auto_window_channels: tuple[float, float] = (math.inf, math.inf)
+    """Most input channels of such a conv that ``backend="auto"`` leaves to the kernels: of float32, and of bfloat16 in
+    channels_last; and of all else."""
+    auto_nchw_windows: bool = True
+    """Whether ``backend="auto"`` leaves such a conv in NCHW to the kernels."""
     dtypes: tuple[torch.dtype, ...] = DTYPES
     dw_sizes: tuple[int, ...] = (1, 3, 5, 7)
     acts: tuple[Act, ...] = tuple(Act)
@@ -58,9 +63,9 @@ TAKES = {
         window_widths=(8, 512, 4),  # csrc/cuda/ghost/nchw/plan.cpp's: the widest fit any GPU
         plain_windows=True,
     ),
-    "triton": Takes(windows=True, eps=_NORMAL),
+    "triton": Takes(windows=True, eps=_NORMAL, auto_nchw_windows=False),
     "triton_two_kernel": Takes(windows=True, eps=_NORMAL),
-    "cpu": Takes(windows=True),
+    "cpu": Takes(windows=True, auto_window_channels=(128, 16)),
 }
 """By the backend's name. The reference takes everything."""
 COMMON = Takes()

@@ -23,7 +23,7 @@ import bench.__main__ as bench_commands
 import ghostfused
 import ghostfused.__main__ as commands
 from ghostfused import backends
-from ghostfused.spec.kernels import COMMON
+from ghostfused.spec.kernels import COMMON, TAKES
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -338,7 +338,7 @@ def test_readme_covers_what_the_kernels_take():
     assert "depthwise " + ", ".join(map(str, COMMON.dw_sizes)) in coverage("cheap operation")[0]
     sizes = [str(h) if h == w else f"{h}×{w}" for h, w in COMMON.depthwise]
     assert "depthwise " + ", ".join(sizes) in coverage("bottleneck")[0]
-    assert f"up to {backends.cpu.PATCH_CHANNELS} channels" in coverage("primary conv")[0]
+    assert f"up to {TAKES['cpu'].auto_window_channels[0]} channels" in coverage("primary conv")[0]
     isas = {path.stem.partition("_")[0] for path in (ROOT / "csrc" / "cpu" / "isa").glob("*.cpp")}
     processors = {"avx2": "x86-64", "neon": "aarch64"}
     assert {isa for isa, name in processors.items() if name in coverage("device")[0]} == isas & set(processors)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...spec import Args, DepthwiseArgs, GhostArgs, SqueezeExciteArgs, memory_format
-from ...spec.kernels import has_window, kernel_refusal
+from ...spec.kernels import TAKES, has_window, kernel_refusal
 from . import bottleneck
 from .configs import Cheap, Primary, blocks, precision
 from .launch import (
@@ -135,24 +135,12 @@ def programs(plan: dict[str, Any], images: int) -> int:
     return images * -(-plan["H"] * plan["W"] // plan["run"]) * -(-plan["Cp"] // plan["WIDTH"])
 
 
-def _ghost_module(args: GhostArgs) -> Tensor:
-    out = args.new_output()
-    if out.numel():
-        launch(args, out, scratch(args, out))
-    return out
-
-
-_FUNCTIONS: dict[type[Args], Any] = {
-    GhostArgs: _ghost_module,
-    DepthwiseArgs: bottleneck.depthwise,
-    SqueezeExciteArgs: bottleneck.squeeze_excite,
-}
-
-
 def declines(args: Args) -> str | None:
     """Windows in NCHW: each number under a tap is a load of its own, and by the counts of docs/counts.md that takes longer
     than PyTorch's convolution would move its maps."""
-    if isinstance(args, GhostArgs) and has_window(args) and not is_channels_last(args.x):
+    if TAKES["triton"].auto_nchw_windows or not isinstance(args, GhostArgs):
+        return None
+    if has_window(args) and not is_channels_last(args.x):
         k = args.kernel_size
         return f"a {k}×{k} primary conv with stride {args.stride} in NCHW is for backend='triton' alone; channels_last is not"
     return None
@@ -164,4 +152,11 @@ def forward(args: Args) -> Tensor:
     Returns:
         A fresh tensor of ``args.output_shape()``.
     """
-    return _FUNCTIONS[type(args)](args)
+    if isinstance(args, DepthwiseArgs):
+        return bottleneck.depthwise(args)
+    if isinstance(args, SqueezeExciteArgs):
+        return bottleneck.squeeze_excite(args)
+    out = args.new_output()
+    if out.numel():
+        launch(args, out, scratch(args, out))
+    return out
