@@ -6,11 +6,6 @@
 
 namespace ghostfused::cpu::GHOSTFUSED_ISA {
 
-struct AvgPoolTask {
-  const PoolParams& p;
-  int64_t bands;
-};
-
 // A vector of means, of windows or of channels ``stride`` apart: the sums of rows one after the other, as PyTorch's.
 template <typename T>
 GHOSTFUSED_INLINE Vec means(const PoolParams& p, const T* x, int64_t stride, int lanes) {
@@ -25,7 +20,7 @@ GHOSTFUSED_INLINE Vec means(const PoolParams& p, const T* x, int64_t stride, int
 
 template <typename T>
 void avg_pool(Items& items, void* context) {
-  const auto& [p, bands] = *static_cast<const AvgPoolTask*>(context);
+  const auto& [p, bands] = *static_cast<const PoolTask*>(context);
   const int64_t vector = p.channels_last ? kLanes : 1, parts = div_up(p.channels, vector);
   for_each_unit(items, [&](int64_t unit) {
     const int64_t part = unit % parts, band = unit / parts % bands, n = unit / parts / bands;
@@ -48,7 +43,7 @@ void avg_pool(Items& items, void* context) {
 }
 
 inline void avg_pool(const PoolParams& p, int threads) {
-  AvgPoolTask task{p, row_bands(p.batch, p.out_height, threads)};
+  PoolTask task{p, row_bands(p.batch, p.out_height, threads)};
   const int64_t parts = div_up(p.channels, p.channels_last ? kLanes : 1);
   const double numbers = static_cast<double>(p.batch) * p.channels * p.height * p.width;
   run(threads, p.batch * task.bands * parts, 2 * numbers, GHOSTFUSED_BY_PATH(p.path, avg_pool), &task);

@@ -85,12 +85,12 @@ class Cheap {
       strip.residual = output.residual_at(c, begin, 0);
       strip.residual_walk = p.residual.stride_h;
       strip.steps = direct;
-      depthwise_kernel<T, true>(s.dw_size)(strip);
+      cheap_kernel<T, true>(s.dw_size)(strip);
     }
     for (int64_t h = begin + direct; h < end; h += kStripRows) {
       const int64_t rows = min_of<int64_t>(kStripRows, end - h), row = max_of<int64_t>(s.width, kLanes);
       const float* y = stage(strip, strip.x1 + (h - begin) * at.x1_row, row, rows);
-      for (int64_t i = 0; i < rows; ++i, y += row) output.put_run(y, s.width, c, h + i, 0);
+      for (int64_t i = 0; i < rows; ++i, y += row) output.store_run(y, s.width, c, h + i, 0);
     }
   }
 
@@ -109,11 +109,11 @@ class Cheap {
       strip.residual_cross = p.residual.stride_h;
       strip.steps = s.width;
       strip.rows = end - begin;
-      return depthwise_kernel<T, false>(s.dw_size)(strip);
+      return cheap_kernel<T, false>(s.dw_size)(strip);
     }
     for (int64_t h = begin; h < end; ++h) {
       const float* y = stage(strip, strip.x1 + (h - begin) * at.x1_row, kLanes, s.width);
-      for (int64_t w = 0; w < s.width; ++w, y += kLanes) output.put(load(y), c, h, w, lanes, s.ratio - 1);
+      for (int64_t w = 0; w < s.width; ++w, y += kLanes) output.store(load(y), c, h, w, lanes, s.ratio - 1);
     }
   }
 
@@ -138,7 +138,7 @@ class Cheap {
                         strip.width,
                         strip.masks,
                         kLanes};
-    depthwise_kernel<float, !kChannelsLast>(s.dw_size)(staged);
+    cheap_kernel<float, !kChannelsLast>(s.dw_size)(staged);
     return staged.out;
   }
 

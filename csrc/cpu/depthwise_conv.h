@@ -82,7 +82,7 @@ class PlaneWorker {
     const T* x = static_cast<const T*>(p.x.data) + at.n * p.x.stride_n + c * p.x.stride_c;
     T* out = static_cast<T*>(p.out.data) + at.n * p.out.stride_n + c * p.out.stride_c;
     const float* weight = parameters + plan.taps + c * p.kernel_h * p.kernel_w;
-    const Finish finish(parameters + c, plan.step, p.norm.act, Finish::kNumbers);
+    const NormAffine norm_affine(parameters + c, plan.step, p.norm.act, NormAffine::kNumbers);
     int64_t copied = max_of<int64_t>(at.h0 * p.stride - p.kernel_h / 2, 0);
     for (int64_t h = at.h0; h < at.h1; h += kStrip) {
       const int strip = static_cast<int>(min_of<int64_t>(kStrip, at.h1 - h));
@@ -97,12 +97,13 @@ class PlaneWorker {
           copy_row(line, to);
         }
       }
-      (this->*strips[strip - 1])(weight, h, out, out + at.h1 * p.out_width, finish);
+      (this->*strips[strip - 1])(weight, h, out, out + at.h1 * p.out_width, norm_affine);
     }
   }
 
  private:
-  using Strip = void (PlaneWorker::*)(const float* weight, int64_t h, T* out, const T* end, const Finish& finish) const;
+  using Strip = void (PlaneWorker::*)(const float* weight, int64_t h, T* out, const T* end,
+                                      const NormAffine& norm_affine) const;
   template <int kRows>
   Strip strip_kernel() const {
     switch (p.kernel_w) {
@@ -138,7 +139,7 @@ class PlaneWorker {
   // Rows h … h + kRows - 1 of a tile that ends at ``end``. A vector that reaches past a row's end is overwritten by the
   // next row, but for the last ones.
   template <int kRows, int kColumns>
-  void strip_of_rows(const float* weight, int64_t h, T* out, const T* end, const Finish& finish) const {
+  void strip_of_rows(const float* weight, int64_t h, T* out, const T* end, const NormAffine& norm_affine) const {
     for (int64_t w = 0; w < p.out_width; w += kLanes) {
       const int64_t first = max_of<int64_t>(min_of<int64_t>(w, p.out_width - kLanes), 0);
       Vec sum[kRows];
@@ -148,7 +149,7 @@ class PlaneWorker {
           [&](int tap) { return splat(weight[tap]); }, sum);
       T* to = out + h * p.out_width + first;
       for (int i = 0; i < kRows; ++i, to += p.out_width) {
-        const Vec y = finish(sum[i]);
+        const Vec y = norm_affine(sum[i]);
         if (to + kLanes <= end) {
           store_float(to, y);
         } else {
@@ -245,8 +246,8 @@ class RowWorker {
           rows[j] = row < 0 || row >= p.height ? zeros : copies_of_vector + row % p.kernel_h * row_size;
         }
         const float* parameters = (plan.prepared ? plan.prepared : own) + first;
-        const Finish finish(parameters, plan.step, p.norm.act, Finish::kVectors);
-        (this->*kernel)(rows, parameters + plan.taps, finish, lanes, out + first);
+        const NormAffine norm_affine(parameters, plan.step, p.norm.act, NormAffine::kVectors);
+        (this->*kernel)(rows, parameters + plan.taps, norm_affine, lanes, out + first);
       }
       copied = max_of(copied, until);
     }
@@ -261,8 +262,8 @@ class RowWorker {
     }
   }
 
-  using Row = void (RowWorker::*)(const float* const* rows, const float* weight, const Finish& finish, int lanes,
-                                  T* out) const;
+  using Row = void (RowWorker::*)(const float* const* rows, const float* weight, const NormAffine& norm_affine,
+                                  int lanes, T* out) const;
   Row row_kernel() const { return p.stride == 1 ? row_kernel<1>() : row_kernel<2>(); }
   template <int kStride>
   Row row_kernel() const {
@@ -280,7 +281,8 @@ class RowWorker {
 
   // The last outputs end where the row does, so that some are made twice.
   template <int kStride, int kColumns>
-  void output_row(const float* const* rows, const float* weight, const Finish& finish, int lanes, T* out) const {
+  void output_row(const float* const* rows, const float* weight, const NormAffine& norm_affine, int lanes,
+                  T* out) const {
     const auto outputs = [&](auto count, int64_t w) __attribute__((always_inline)) {
       Vec sum[count];
       sum_taps<count, kColumns>(
@@ -290,9 +292,9 @@ class RowWorker {
       T* to = out + w * p.out.stride_w;
       for (int o = 0; o < count; ++o, to += p.out.stride_w) {
         if (lanes == kLanes) {
-          store_float(to, finish(sum[o]));
+          store_float(to, norm_affine(sum[o]));
         } else {
-          store_part(to, finish(sum[o]), lanes);
+          store_part(to, norm_affine(sum[o]), lanes);
         }
       }
     };

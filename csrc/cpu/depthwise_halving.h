@@ -75,15 +75,15 @@ class HalvingWorker {
     const int64_t n = at.n, c = at.column;
     const T* x = static_cast<const T*>(p.x.data) + n * p.x.stride_n + c * p.x.stride_c;
     T* out = static_cast<T*>(p.out.data) + n * p.out.stride_n + c * p.out.stride_c;
-    const Finish finish(parameters + c, plan.step, p.norm.act, Finish::kNumbers);
+    const NormAffine norm_affine(parameters + c, plan.step, p.norm.act, NormAffine::kNumbers);
     const float* taps = parameters + plan.taps + c * kTaps;
     const T* end = out + at.h1 * p.out_width;
     int64_t h = at.h0;
-    for (; h + 4 <= at.h1; h += 4) strip<4>(x, out, end, taps, h, finish);
+    for (; h + 4 <= at.h1; h += 4) strip<4>(x, out, end, taps, h, norm_affine);
     const int64_t left = at.h1 - h;
-    if (left == 3) strip<3>(x, out, end, taps, h, finish);
-    if (left == 2) strip<2>(x, out, end, taps, h, finish);
-    if (left == 1) strip<1>(x, out, end, taps, h, finish);
+    if (left == 3) strip<3>(x, out, end, taps, h, norm_affine);
+    if (left == 2) strip<2>(x, out, end, taps, h, norm_affine);
+    if (left == 1) strip<1>(x, out, end, taps, h, norm_affine);
   }
 
  private:
@@ -91,7 +91,7 @@ class HalvingWorker {
 
   // Output rows h … h + kRows - 1, of a tile that ends at ``end``.
   template <int kRows>
-  void strip(const T* x, T* out, const T* end, const float* taps, int64_t h, const Finish& finish) const {
+  void strip(const T* x, T* out, const T* end, const float* taps, int64_t h, const NormAffine& norm_affine) const {
     constexpr int kIn = 2 * (kRows - 1) + kSize;
     const T* rows[kIn];
     for (int i = 0; i < kIn; ++i) {
@@ -131,7 +131,7 @@ class HalvingWorker {
       T* to = out + h * p.out_width + first;
 #pragma GCC unroll 4
       for (int o = 0; o < kRows; ++o, to += p.out_width) {
-        const Vec y = finish(sum[o]);
+        const Vec y = norm_affine(sum[o]);
         if (__builtin_expect(to + kLanes <= end, 1)) {
           store_float(to, y);
         } else {

@@ -50,6 +50,10 @@ struct PoolParams {
   int batch, channels, height, width, out_height, out_width, kernel, stride;
   Tensor4 x, out;
 };
+struct PoolTask {
+  const PoolParams& p;
+  int64_t bands;  // see row_bands
+};
 
 // A weight as a kernel reads it, made once by ``pack_weight``, and the norms and depthwise weights, made by
 // ``pack_parameters``; null: the kernel makes them from the tensors at each call.

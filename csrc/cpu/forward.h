@@ -39,21 +39,26 @@ class Worker {
       if (tile != packed) continues = plan.keeps_border && tile % plan.tiles && all_made_before(tile);
       unit.x_h0 = continues ? unit.h0 + pad : max_of<int64_t>(unit.h0 - pad, 0);
       unit.x_h1 = min_of<int64_t>(unit.h1 + pad, s.height);
-      if (plan.pack_x && tile != packed) primary.pack_x();
-      packed = tile;
-      int32_t& image = block_image[block];
-      if (image < 0 && !packed_weight.parameters) {
-        prepare_parameters<T, kChannelsLast>(p, parameters, unit.c0, unit.channels, scratch + at.parameters);
-      }
-      if (plan.pack_weight && !packed_weight.data && (image < 0 || (plan.gate_weight && image != output.n)))
-        primary.pack_weights();
-      image = static_cast<int32_t>(output.n);
+      load(tile, block);
       run_unit(block);
       block_tile[block] = static_cast<int32_t>(tile);
     }
   }
 
  private:
+  // x of the tile, and the parameters and weights of the block, where they are to be packed and aren't yet.
+  void load(int64_t tile, int64_t block) {
+    if (plan.pack_x && tile != packed) primary.load_x();
+    packed = tile;
+    int32_t& image = block_image[block];
+    if (image < 0 && !packed_weight.parameters) {
+      prepare_parameters<T, kChannelsLast>(p, parameters, unit.c0, unit.channels, scratch + at.parameters);
+    }
+    if (plan.pack_weight && !packed_weight.data && (image < 0 || (plan.gate_weight && image != output.n)))
+      primary.load_weight();
+    image = static_cast<int32_t>(output.n);
+  }
+
   bool all_made_before(int64_t tile) const {
     bool all = true;
     for (int64_t b = 0; b < plan.blocks; ++b) all = all && block_tile[b] == tile - 1;
@@ -127,16 +132,16 @@ class Worker {
     if constexpr (kChannelsLast) {
       for (int64_t h = begin; h < end; ++h, x1 += at.x1_row) {
         for (int64_t w = 0; w < s.width; ++w)
-          output.put_run(x1 + (pad + w) * plan.padded_block, unit.channels, unit.c0, h, w);
+          output.store_run(x1 + (pad + w) * plan.padded_block, unit.channels, unit.c0, h, w);
       }
     } else if (output.plain && plan.x1_row == s.width) {
       for (int64_t c = 0; c < unit.channels; ++c) {
-        output.put_run(x1 + c * at.x1_channel, (end - begin) * s.width, unit.c0 + c, begin, 0);
+        output.store_run(x1 + c * at.x1_channel, (end - begin) * s.width, unit.c0 + c, begin, 0);
       }
     } else {
       for (int64_t c = 0; c < unit.channels; ++c) {
         for (int64_t h = begin; h < end; ++h) {
-          output.put_run(x1 + c * at.x1_channel + (h - begin) * at.x1_row, s.width, unit.c0 + c, h, 0);
+          output.store_run(x1 + c * at.x1_channel + (h - begin) * at.x1_row, s.width, unit.c0 + c, h, 0);
         }
       }
     }

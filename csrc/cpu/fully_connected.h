@@ -48,7 +48,7 @@ void fully_connected(Items& items, void* context) {
     for (output.n = 0; output.n < images; ++output.n) {
       Vec v = load(y + output.n * kLanes) * load(norm) + load(norm + next);
       v = is_clamp(p.primary.act) ? clamp(v, bounds) : activated(v, load(norm + 2 * next), p.primary.act);
-      output.put(v, c, 0, 0, lanes);
+      output.store(v, c, 0, 0, lanes);
     }
   });
 }

@@ -255,13 +255,8 @@ class MaxPool {
   int64_t bordered = -1;
 };
 
-struct MaxPoolTask {
-  const PoolParams& p;
-  int64_t bands;
-};
-
 template <typename T, bool kChannelsLast>
-void max_pool_units(Items& items, const MaxPoolTask& task) {
+void max_pool_units(Items& items, const PoolTask& task) {
   using Pool = MaxPool<T, kChannelsLast>;
   const PoolParams& p = task.p;
   const int64_t parts = max_of<int64_t>(p.channels / Pool::kUnitChannels, 1);
@@ -280,12 +275,12 @@ void max_pool_units(Items& items, const MaxPoolTask& task) {
 
 template <typename T>
 void max_pool(Items& items, void* context) {
-  const MaxPoolTask& task = *static_cast<const MaxPoolTask*>(context);
+  const PoolTask& task = *static_cast<const PoolTask*>(context);
   task.p.channels_last ? max_pool_units<T, true>(items, task) : max_pool_units<T, false>(items, task);
 }
 
 inline void max_pool(const PoolParams& p, int threads) {
-  MaxPoolTask task{p, row_bands(p.batch, p.out_height, threads)};
+  PoolTask task{p, row_bands(p.batch, p.out_height, threads)};
   const int64_t width = p.path == Path::kFloat32 ? kLanes : 2 * kLanes;
   const int64_t parts = max_of<int64_t>(p.channels / (p.channels_last ? 4 * width : 4), 1);
   const double numbers = static_cast<double>(p.batch) * p.channels * p.height * p.width;

@@ -12,7 +12,7 @@ struct Output {
   bool plain;     // no gate, and no residual but one whose vectors can be loaded where the output's are stored
   OutputGate<T, kChannelsLast> gate;
 
-  // ``memory``: of the gate's size.
+  // ``memory``: the gate's.
   Output(const GhostForwardParams& p, float* memory)
       : p(p), plain(!p.output_gate.data && (!p.residual.data || residual_matches())), gate(p, memory) {}
 
@@ -23,7 +23,7 @@ struct Output {
   }
 
   // channels_last: ``lanes`` numbers of y, channels c, c + step, … of a pixel.
-  void put(Vec y, int64_t c, int64_t h, int64_t w, int lanes, int step = 1) const {
+  void store(Vec y, int64_t c, int64_t h, int64_t w, int lanes, int step = 1) const {
     static_assert(kChannelsLast);
     if (gate) y *= gate.of_pixel(n, c, h, w, lanes, step);
     if (p.residual.data) y += load_strided(residual_at(c, h, w), step * p.residual.stride_c, lanes);
@@ -31,8 +31,8 @@ struct Output {
   }
 
   // Whole vectors of y that follow each other, to ``to`` and further places ``to_step`` apart. Only where plain.
-  static void put_whole(const float* y, int64_t vecs, T* to, int64_t to_step, const T* residual,
-                        int64_t residual_step) {
+  static void store_whole(const float* y, int64_t vecs, T* to, int64_t to_step, const T* residual,
+                          int64_t residual_step) {
     if (!residual) {
       for (int64_t i = 0; i < vecs; ++i) store_float(to + i * to_step, load(y + i * kLanes));
     } else {
@@ -44,7 +44,7 @@ struct Output {
 
   // ``count`` numbers of y that lie next to each other both there and in the output: unless it is plain, channels of a
   // pixel or pixels of a row.
-  void put_run(const float* y, int64_t count, int64_t c, int64_t h, int64_t w) {
+  void store_run(const float* y, int64_t count, int64_t c, int64_t h, int64_t w) {
     const float* gate_row = nullptr;
     if constexpr (!kChannelsLast) {
       if (gate) gate_row = gate.row(n, c, h) + w;
@@ -52,7 +52,7 @@ struct Output {
     const auto part = [&](int64_t i, int lanes) {
       Vec v = load(y + i);
       if constexpr (kChannelsLast) {
-        put(v, c + i, h, w, lanes);
+        store(v, c + i, h, w, lanes);
       } else {
         if (gate_row) v *= load(gate_row + i);
         if (p.residual.data) v += load_strided(residual_at(c, h, w + i), p.residual.stride_w, lanes);
@@ -62,7 +62,7 @@ struct Output {
     int64_t i = 0;
     if (plain) {
       i = count / kLanes * kLanes;
-      put_whole(y, count / kLanes, at(c, h, w), kLanes, residual_at(c, h, w), kLanes);
+      store_whole(y, count / kLanes, at(c, h, w), kLanes, residual_at(c, h, w), kLanes);
     }
     for (; i + kLanes <= count; i += kLanes) part(i, kLanes);
     if (i == count) return;

@@ -5,22 +5,26 @@
 
 namespace ghostfused::cpu::GHOSTFUSED_ISA {
 
+// The columns of an output in whole vectors.
+inline int64_t gate_columns(const GhostShape& s) { return div_up(s.width, kLanes) * kLanes; }
+
+// The floats that an OutputGate of NCHW needs.
+inline int64_t output_gate_size(const GhostShape& s) { return 2 * gate_columns(s); }
+
 template <typename T, bool kChannelsLast>
 class OutputGate {
  public:
-  // In floats, for ``memory``.
-  static int64_t memory_size(const GhostShape& s) { return 2 * padded_width(s); }
-
+  // ``memory``: of output_gate_size; nobody touches it in channels_last or without a gate.
   OutputGate(const GhostForwardParams& p, float* memory)
       : gate(p.output_gate),
         height(p.gate_height),
         width(p.gate_width),
         scale_h(static_cast<float>(height) / p.shape.height),
         scale_w(static_cast<float>(width) / p.shape.width),
-        padded(padded_width(p.shape)),
-        columns(reinterpret_cast<int32_t*>(memory)),
-        spread(memory + padded) {
+        padded(gate_columns(p.shape)) {
     if (!gate.data || kChannelsLast) return;
+    columns = reinterpret_cast<int32_t*>(memory);
+    spread = memory + padded;
     picks = gate.stride_w == 1;
     for (int64_t w = 0; w < padded; ++w) columns[w] = static_cast<int32_t>(column_of(w));
     for (int64_t w = 0; w < padded; w += kLanes) picks &= columns[w + kLanes - 1] - columns[w] < kLanes;
@@ -53,8 +57,6 @@ class OutputGate {
   }
 
  private:
-  static int64_t padded_width(const GhostShape& s) { return div_up(s.width, kLanes) * kLanes; }
-
   // The index rule of F.interpolate(mode="nearest"), in float as there.
   int64_t column_of(int64_t w) const { return min_of<int64_t>(static_cast<int64_t>(w * scale_w), width - 1); }
 
@@ -68,8 +70,8 @@ class OutputGate {
   const int64_t height, width;
   const float scale_h, scale_w;
   const int64_t padded;
-  int32_t* const columns;  // the gate's column of each of the output's
-  float* const spread;
+  int32_t* columns = nullptr;  // the gate's column of each of the output's
+  float* spread = nullptr;
   const T* last = nullptr;  // the row that is spread
   bool picks = false;       // a vector's columns are of one vector of the gate
 };

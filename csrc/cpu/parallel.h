@@ -25,9 +25,13 @@ GHOSTFUSED_INLINE void for_each_unit(Items& items, const Each& each) {
   }
 }
 
+// Rows of one image for each thread from which on threads share rows: what a core reads, it made itself in the step
+// before, and the border of its tile, made twice, is at most a seventh.
+constexpr int64_t kRowsEach = 7;
+
 // Parts of the rows of a batch's images, of which threads make one each, as in the steps before and after.
 inline int64_t row_bands(int64_t batch, int64_t rows, int threads) {
-  return batch >= threads ? 1 : max_of<int64_t>(min_of<int64_t>(rows / 7, threads), 1);
+  return batch >= threads ? 1 : max_of<int64_t>(min_of<int64_t>(rows / kRowsEach, threads), 1);
 }
 
 // ``Kernels::run<T>`` for the T of a path. Sums are fp32 on all of them.

@@ -91,11 +91,11 @@ void prepare_taps(const Taps& taps, bool by_column, int64_t first, int64_t step,
 
 // What follows a sum, with the parameters that prepare_norm made of a channel, in all lanes, or of a vector of
 // channels.
-class Finish {
+class NormAffine {
  public:
   enum Kind { kNumbers, kVectors };
 
-  GHOSTFUSED_INLINE Finish(const float* norm, int64_t next, Act act, Kind kind)
+  GHOSTFUSED_INLINE NormAffine(const float* norm, int64_t next, Act act, Kind kind)
       : scale(read(norm, kind)),
         shift(read(norm + next, kind)),
         slope(read(norm + 2 * next, kind)),

@@ -15,10 +15,6 @@ constexpr int64_t kChunkBytes = 192 << 10;  // of x1 in one chunk: stays in L2, 
 
 constexpr int64_t kPanelBlocks = 4;  // blocks of channels for which packing x into panels pays
 
-// Rows of one image for each thread from which on threads share rows: what a core reads, it made itself in the step
-// before, and the border of its tile, made twice, is at most a seventh.
-constexpr int64_t kRowsEach = 7;
-
 // NCHW: the pixels that one multiplication takes, of a run of them. The last vector ends where the run does, so that
 // some pixels are made twice where it is not a whole number of vectors.
 struct PanelPixels {
@@ -195,7 +191,7 @@ inline Scratch scratch_layout(const GhostForwardParams& p, const Plan& plan, con
   at.masks = at.planes + (plan.planes.size ? plan.lanes / lanes_at_once(s.path) * plan.planes.step + margin : 0);
   at.tile = at.masks + (s.channels_last ? 0 : div_up(s.width, kLanes) * s.dw_size * kLanes);
   at.gate = at.tile + kMaxSums * kLanes;
-  at.packed_x = at.gate + (p.output_gate.data && !s.channels_last ? OutputGate<float, false>::memory_size(s) : 0);
+  at.packed_x = at.gate + (p.output_gate.data && !s.channels_last ? output_gate_size(s) : 0);
   // pixels an odd number of lines apart, so that those read together don't share the same few sets of L1
   const int64_t pixel = plan.patches ? (div_up(plan.depth, kLine) | 1) * kLine : plan.depth;
   at.packed_x_row = s.channels_last ? pixel : pixels + (plan.panels ? 3 : 1) * kLanes;

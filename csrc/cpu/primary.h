@@ -113,7 +113,7 @@ __attribute__((noinline)) void activate_panel(const Panel<T>& p, int rows, int v
 }
 
 template <typename T, int kRows, int kVecs, bool kRowsAreChannels, bool kHalfB>
-void multiply(const Panel<T>& p) {
+void primary(const Panel<T>& p) {
   constexpr int kChannels = Operand<T, !kRowsAreChannels>::kChannels;
   int64_t a_row[kRows];
 #pragma GCC unroll 8
@@ -230,18 +230,18 @@ void multiply(const Panel<T>& p) {
 }
 
 template <typename T>
-using Multiply = void (*)(const Panel<T>&);
+using Primary = void (*)(const Panel<T>&);
 
 template <typename T, bool kRowsAreChannels, bool kHalfB, int... kIndex>
-Multiply<T> multiply_kernel(int rows, int vecs, std::integer_sequence<int, kIndex...>) {
-  static constexpr Multiply<T> kernels[] = {
-      multiply<T, kIndex / kMaxVecs<T> + 1, kIndex % kMaxVecs<T> + 1, kRowsAreChannels, kHalfB>...};
+Primary<T> primary_kernel(int rows, int vecs, std::integer_sequence<int, kIndex...>) {
+  static constexpr Primary<T> kernels[] = {
+      primary<T, kIndex / kMaxVecs<T> + 1, kIndex % kMaxVecs<T> + 1, kRowsAreChannels, kHalfB>...};
   return kernels[(rows - 1) * kMaxVecs<T> + vecs - 1];
 }
 template <typename T, bool kRowsAreChannels, bool kHalfB>
-Multiply<T> multiply_kernel(int rows, int vecs) {
-  return multiply_kernel<T, kRowsAreChannels, kHalfB>(rows, vecs,
-                                                      std::make_integer_sequence<int, kMaxRows<T> * kMaxVecs<T>>{});
+Primary<T> primary_kernel(int rows, int vecs) {
+  return primary_kernel<T, kRowsAreChannels, kHalfB>(rows, vecs,
+                                                     std::make_integer_sequence<int, kMaxRows<T> * kMaxVecs<T>>{});
 }
 
 }  // namespace ghostfused::cpu::GHOSTFUSED_ISA

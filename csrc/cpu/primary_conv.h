@@ -36,14 +36,14 @@ class PrimaryConv {
         prepared(prepared),
         output(output),
         unit(unit),
-        multiply_kernels(),
+        primary_kernels(),
         packed_x(p, plan, at, scratch) {
     for (int vecs = 1; vecs <= kMaxVecs<T>; ++vecs) {
       for (int rows = 1; rows <= kMaxRows<T>; ++rows) {
-        multiply_kernels[rows][vecs] = multiply_kernel<T, !kChannelsLast, false>(rows, vecs);
+        primary_kernels[rows][vecs] = primary_kernel<T, !kChannelsLast, false>(rows, vecs);
         if constexpr (kMayHalve) {
           if (packed_weight.bfloat16) {
-            multiply_kernels[rows][vecs] = multiply_kernel<T, !kChannelsLast, true>(rows, vecs);
+            primary_kernels[rows][vecs] = primary_kernel<T, !kChannelsLast, true>(rows, vecs);
           }
         }
       }
@@ -51,8 +51,8 @@ class PrimaryConv {
   }
 
   // x of the unit's rows, and the weights of its channels, as the multiplication reads them.
-  void pack_x() { packed_x.make(output.n, unit.x_h0, unit.h0, unit.h1, unit.x_h1); }
-  void pack_weights() const {
+  void load_x() { packed_x.make(output.n, unit.x_h0, unit.h0, unit.h1, unit.x_h1); }
+  void load_weight() const {
     const T* gate = plan.gate_weight ? gate_of<T>(p, output.n) : nullptr;
     pack_channels<T, kChannelsLast>(p, gate, unit.c0, unit.channels, plan.depth,
                                     scratch + at.weight + unit.c0 * plan.depth);
@@ -91,8 +91,8 @@ class PrimaryConv {
   bool only_to_output(bool direct) const { return direct && !plan.ghosts; }
 
   // From channel c of the pixel at row h, column w on, to x1 at ``to``.
-  void multiply(Panel<T>& panel, int64_t rows, int64_t vecs, float* to, int64_t c, int64_t h, int64_t w,
-                bool direct) const {
+  void primary(Panel<T>& panel, int64_t rows, int64_t vecs, float* to, int64_t c, int64_t h, int64_t w,
+               bool direct) const {
     const bool store_too = direct && h >= unit.h0 && h < unit.h1;
     panel.y = to;
     panel.copy = store_too ? output.at(c, h, w) : nullptr;
@@ -106,7 +106,7 @@ class PrimaryConv {
         if (whole && !panel.residual) panel.y = panel.copy, panel.y_row = panel.copy_row, panel.copy = nullptr;
       }
     }
-    multiply_kernels[rows][vecs](panel);
+    primary_kernels[rows][vecs](panel);
   }
 
   void make_pixels(Panel<T>& panel, int64_t begin, int64_t end, int64_t top, bool direct, float* x1) const {
@@ -141,7 +141,7 @@ class PrimaryConv {
           const float* a = x + (run - h * s.width) * x_w;
           multiply_tiles(a, x_w, pixels, panel.b, vecs, plan.depth, [&](int64_t pixel, int64_t j, const float* sums) {
             const int lanes = j == vecs - 1 ? panel.last : kLanes;
-            finish_tile(sums, run + pixel, begin, end, top, j * kLanes, lanes, direct);
+            norm_affine_tile(sums, run + pixel, begin, end, top, j * kLanes, lanes, direct);
           });
         }
         return;
@@ -157,7 +157,7 @@ class PrimaryConv {
           const int64_t w = i * s.width / panels, rows = (i + 1) * s.width / panels - w;
           panel.a = x + (h - begin) * x_h + w * x_w;
           float* to = x1 + (h - begin) * at.x1_row + (plan.pad + w) * plan.padded_block;
-          multiply(panel, rows, vecs, to, unit.c0, h, w, direct);
+          primary(panel, rows, vecs, to, unit.c0, h, w, direct);
         }
       }
     }
@@ -176,7 +176,7 @@ class PrimaryConv {
     panel.copy_row = p.out.stride_c;
     panel.residual_row = p.residual.stride_c;
     const auto run = [&](int64_t pixel, int64_t vecs) {  // counted from row begin's first
-      multiply_block(panel, vecs, x1, begin, pixel, direct);
+      primary_block(panel, vecs, x1, begin, pixel, direct);
     };
     // the weights of the next block, which nobody has read yet, a part of them with every panel
     const auto fetch_ahead = [&](int64_t i, int64_t panels) {
@@ -230,9 +230,9 @@ class PrimaryConv {
   }
 
   // All channels of the unit, of pixels counted from the first of row h, where x1 is.
-  void multiply_block(Panel<T>& panel, int64_t vecs, float* x1, int64_t h, int64_t pixel, bool direct) const {
+  void primary_block(Panel<T>& panel, int64_t vecs, float* x1, int64_t h, int64_t pixel, bool direct) const {
     if constexpr (kMaxRows<T> == kUsualRows) {
-      multiply(panel, unit.channels, vecs, x1 + pixel, unit.c0, h, pixel, direct);
+      primary(panel, unit.channels, vecs, x1 + pixel, unit.c0, h, pixel, direct);
     } else {  // a kernel takes a part of them, and x stays in the first cache for the other
       const int64_t parts = div_up(unit.channels, kMaxRows<T>);
       for (int64_t i = 0; i < parts; ++i) {
@@ -241,16 +241,16 @@ class PrimaryConv {
         part.a += c * panel.a_row;
         part.scale += c, part.shift += c, part.slope += c;
         part.ahead += i * kLine;
-        multiply(part, rows, vecs, x1 + c * at.x1_channel + pixel, unit.c0 + c, h, pixel, direct);
+        primary(part, rows, vecs, x1 + c * at.x1_channel + pixel, unit.c0 + c, h, pixel, direct);
       }
     }
   }
 
   // ``lanes`` channels from c on of a matrix of pixels from ``first`` on, as far as they are in rows begin … end - 1.
-  void finish_tile(const float* sums, int64_t first, int64_t begin, int64_t end, int64_t top, int64_t c, int lanes,
-                   bool direct) const {
+  void norm_affine_tile(const float* sums, int64_t first, int64_t begin, int64_t end, int64_t top, int64_t c, int lanes,
+                        bool direct) const {
     const float* norm = prepared + parameters.norms + unit.c0 + c;
-    const Finish finish(norm, parameters.step, p.primary.act, Finish::kVectors);
+    const NormAffine norm_affine(norm, parameters.step, p.primary.act, NormAffine::kVectors);
     const int64_t from = max_of(first, begin * s.width);
     int64_t left = min_of(first + kTile, end * s.width) - from, h = from / s.width, w = from % s.width;
     for (sums += (from - first) * kTile; left > 0; ++h, w = 0) {
@@ -261,7 +261,7 @@ class PrimaryConv {
       const T* residual = output.residual_at(unit.c0 + c, h, w);
       left -= pixels;
       for (int64_t i = 0; i < pixels; ++i, sums += kTile, y += plan.padded_block) {
-        Vec v = finish(load(sums));
+        Vec v = norm_affine(load(sums));
         if (plan.ghosts || !store_too) store(y, v);
         if (!store_too) continue;
         if (residual) v += load_part(residual, lanes), residual += p.residual.stride_w;
@@ -281,7 +281,7 @@ class PrimaryConv {
   const float* const prepared;
   const Output<T, kChannelsLast>& output;
   const Unit& unit;
-  Multiply<T> multiply_kernels[kMaxRows<T> + 1][kMaxVecs<T> + 1];
+  Primary<T> primary_kernels[kMaxRows<T> + 1][kMaxVecs<T> + 1];
   PackedX<T, kChannelsLast> packed_x;
 };
 

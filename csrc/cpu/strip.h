@@ -40,7 +40,7 @@ class Filter {
  public:
   template <typename T>
   GHOSTFUSED_INLINE explicit Filter(const Strip<T>& p)
-      : finish(p.norm, p.norm_step, p.act, kSplat ? Finish::kNumbers : Finish::kVectors),
+      : norm_affine(p.norm, p.norm_step, p.act, kSplat ? NormAffine::kNumbers : NormAffine::kVectors),
         weight(p.weight),
         weight_step(p.weight_step) {
 #pragma GCC unroll 16
@@ -49,7 +49,7 @@ class Filter {
 
   GHOSTFUSED_INLINE Vec tap(int i) const { return kHeld ? held[kHeld ? i : 0] : from_memory(i); }
 
-  const Finish finish;
+  const NormAffine norm_affine;
 
  private:
   GHOSTFUSED_INLINE Vec from_memory(int i) const { return kSplat ? splat(weight[i]) : load(weight + i * weight_step); }
@@ -60,8 +60,8 @@ class Filter {
 };
 
 template <int kOutputs, bool kMasked, typename T, int kSize, bool kSplat>
-GHOSTFUSED_INLINE void depthwise_step(const Filter<kSize, kSplat>& filter, const Strip<T>& p, const float* x1,
-                                      const float* mask, T* out, const T* residual) {
+GHOSTFUSED_INLINE void cheap_step(const Filter<kSize, kSplat>& filter, const Strip<T>& p, const float* x1,
+                                  const float* mask, T* out, const T* residual) {
   constexpr bool kInParts = kSize > 3;  // as in the 1×1 convolution: chains of large kernels stay short
   const int64_t cross = kSplat ? 1 : p.cross;
   Ints inside[kSize];
@@ -90,14 +90,14 @@ GHOSTFUSED_INLINE void depthwise_step(const Filter<kSize, kSplat>& filter, const
       if (tap >= 0 && tap < kSize) sum[o] = tap == 0 ? part[o] : sum[o] + part[o];
     }
   }
-  const bool plain = !residual && filter.finish.only_clamps();
+  const bool plain = !residual && filter.norm_affine.only_clamps();
 #pragma GCC unroll 4
-  for (int o = 0; o < kOutputs; ++o) sum[o] = filter.finish.clamped(sum[o]);
+  for (int o = 0; o < kOutputs; ++o) sum[o] = filter.norm_affine.clamped(sum[o]);
   if (__builtin_expect(!plain, 0)) {
     Vec y[kOutputs];  // the sums themselves stay in registers
 #pragma GCC unroll 4
     for (int o = 0; o < kOutputs; ++o) y[o] = sum[o];
-    if (!filter.finish.only_clamps()) filter.finish.activate(y);
+    if (!filter.norm_affine.only_clamps()) filter.norm_affine.activate(y);
 #pragma GCC unroll 4
     for (int o = 0; o < kOutputs; ++o) {
       sum[o] = residual ? y[o] + load_copy<kSplat>(residual + o * p.residual_walk, p.lanes) : y[o];
@@ -112,49 +112,49 @@ GHOSTFUSED_INLINE void depthwise_step(const Filter<kSize, kSplat>& filter, const
 
 // Outputs first … first + kOutputs - 1. In NCHW these are rows: it goes along them, so that memory is met in order.
 template <int kOutputs, typename T, int kSize, bool kSplat>
-GHOSTFUSED_INLINE void depthwise_outputs(const Filter<kSize, kSplat>& filter, const Strip<T>& p, int64_t first) {
+GHOSTFUSED_INLINE void cheap_outputs(const Filter<kSize, kSplat>& filter, const Strip<T>& p, int64_t first) {
   const float* x1 = p.x1 + first * p.walk;
   T* out = p.out + first * p.out_walk;
   const T* residual = p.residual ? p.residual + first * p.residual_walk : nullptr;
   if constexpr (!kSplat) {
-    depthwise_step<kOutputs, false>(filter, p, x1, nullptr, out, residual);
+    cheap_step<kOutputs, false>(filter, p, x1, nullptr, out, residual);
   } else {
     const auto residual_at = [&](int64_t w) { return residual ? residual + w : nullptr; };
     // apart from each other: of one loop over all vectors the compiler would hoist what their code shares, and spill it
     const float* mask = p.masks;
-    depthwise_step<kOutputs, true>(filter, p, x1, mask, out, residual);
+    cheap_step<kOutputs, true>(filter, p, x1, mask, out, residual);
     int64_t w = kLanes;
     for (; w + kLanes + kSize / 2 <= p.width; w += kLanes) {
-      depthwise_step<kOutputs, false>(filter, p, x1 + w, mask, out + w, residual_at(w));
+      cheap_step<kOutputs, false>(filter, p, x1 + w, mask, out + w, residual_at(w));
     }
     for (; w < p.width; w += kLanes) {
       const int64_t at = min_of(w, p.width - kLanes);
       mask = p.masks + w / kLanes * kSize * kLanes;
-      depthwise_step<kOutputs, true>(filter, p, x1 + at, mask, out + at, residual_at(at));
+      cheap_step<kOutputs, true>(filter, p, x1 + at, mask, out + at, residual_at(at));
     }
   }
 }
 
 template <typename T, int kSize, bool kSplat>
-GHOSTFUSED_INLINE void depthwise_steps(const Filter<kSize, kSplat>& filter, const Strip<T>& p) {
+GHOSTFUSED_INLINE void cheap_steps(const Filter<kSize, kSplat>& filter, const Strip<T>& p) {
   int64_t i = 0;
-  for (; i + kStripRows <= p.steps; i += kStripRows) depthwise_outputs<kStripRows>(filter, p, i);
+  for (; i + kStripRows <= p.steps; i += kStripRows) cheap_outputs<kStripRows>(filter, p, i);
   if constexpr (kSize <= 3) {
-    if (p.steps - i == 3) return depthwise_outputs<3>(filter, p, i);
-    if (p.steps - i == 2) return depthwise_outputs<2>(filter, p, i);
+    if (p.steps - i == 3) return cheap_outputs<3>(filter, p, i);
+    if (p.steps - i == 2) return cheap_outputs<2>(filter, p, i);
   }
-  for (; i < p.steps; ++i) depthwise_outputs<1>(filter, p, i);  // the code of large kernels is large
+  for (; i < p.steps; ++i) cheap_outputs<1>(filter, p, i);  // the code of large kernels is large
 }
 
 template <typename T, int kSize, bool kSplat>
-void depthwise(const Strip<T>& strip) {
+void cheap(const Strip<T>& strip) {
   const Filter<kSize, kSplat> filter(strip);
   if constexpr (kSplat) {
-    depthwise_steps(filter, strip);
+    cheap_steps(filter, strip);
   } else {
     Strip<T> row = strip;
     for (int64_t i = 0; i < strip.rows; ++i) {
-      depthwise_steps(filter, row);
+      cheap_steps(filter, row);
       row.x1 += row.cross;
       row.out += row.out_cross;
       if (row.residual) row.residual += row.residual_cross;
@@ -163,19 +163,19 @@ void depthwise(const Strip<T>& strip) {
 }
 
 template <typename T>
-using Depthwise = void (*)(const Strip<T>&);
+using CheapKernel = void (*)(const Strip<T>&);
 
 template <typename T, bool kSplat>
-Depthwise<T> depthwise_kernel(int size) {
+CheapKernel<T> cheap_kernel(int size) {
   switch (size) {
     case 1:
-      return depthwise<T, 1, kSplat>;
+      return cheap<T, 1, kSplat>;
     case 3:
-      return depthwise<T, 3, kSplat>;
+      return cheap<T, 3, kSplat>;
     case 5:
-      return depthwise<T, 5, kSplat>;
+      return cheap<T, 5, kSplat>;
     default:
-      return depthwise<T, 7, kSplat>;
+      return cheap<T, 7, kSplat>;
   }
 }
 

@@ -6,15 +6,10 @@
 
 namespace ghostfused::cpu::GHOSTFUSED_ISA {
 
-struct UpsampleTask {
-  const PoolParams& p;
-  int64_t bands;  // of x's rows
-};
-
 // Bits, of either size.
 template <typename T>
 void upsample(Items& items, void* context) {
-  const auto& [p, bands] = *static_cast<const UpsampleTask*>(context);
+  const auto& [p, bands] = *static_cast<const PoolTask*>(context);
   const int64_t parts = p.channels_last ? 1 : p.channels, scale = p.stride;
   const int64_t run = p.channels_last ? p.channels : 1;  // what is one after the other in the result, of one pixel
   const int64_t step = p.x.stride_w, bytes = run * static_cast<int64_t>(sizeof(T));
@@ -38,7 +33,7 @@ void upsample(Items& items, void* context) {
 }
 
 inline void upsample(const PoolParams& p, int threads) {
-  UpsampleTask task{p, row_bands(p.batch, p.height, threads)};
+  PoolTask task{p, row_bands(p.batch, p.height, threads)};
   const int64_t parts = p.channels_last ? 1 : p.channels;
   const double numbers = static_cast<double>(p.batch) * p.channels * p.out_height * p.out_width;
   const auto body = p.path == Path::kFloat32 ? upsample<uint32_t> : upsample<uint16_t>;

@@ -34,6 +34,7 @@ from ..spec import (
 from ..spec.activations import TABLE
 
 DEVICES = None
+_NORM_ACT = "mean", "var", "gamma", "beta", "eps", "act", "negative_slope", "slope"
 
 
 def unavailable() -> str | None:
@@ -86,17 +87,36 @@ def ghost_module(a: GhostArgs, batch_statistics: bool = False) -> Tensor:
 
     With ``batch_statistics`` both halves have a norm, by the statistics of this batch.
     """
-    x = a.x if a.input_gate is None else a.x * a.input_gate[:, :, None, None]
+    x1 = norm_affine(a, "primary", primary(a, load(a)), batch_statistics)
+    return store(a, x1, norm_affine(a, "cheap", cheap(a, x1), batch_statistics))
+
+
+# The five steps of a Ghost module, by the names that they have in each backend.
+def load(a: GhostArgs) -> Tensor:
+    """x times the input gate."""
+    return a.x if a.input_gate is None else a.x * a.input_gate[:, :, None, None]
+
+
+def primary(a: GhostArgs, x: Tensor) -> Tensor:
+    """The primary conv of x."""
     stride, dilation = within(a.stride, x), within(a.dilation, x)
     padding = dilation * (a.kernel_size - 1) // 2
-    x1 = F.conv2d(x, a.primary_weight, a.primary_bias, stride, padding, dilation, a.groups)
-    x1 = normalize(x1, a.primary_mean, a.primary_var, a.primary_gamma, a.primary_beta, a.primary_eps, batch_statistics)
-    x1 = activate(x1, a.primary_act, a.primary_negative_slope, a.primary_slope)
+    return F.conv2d(x, a.primary_weight, a.primary_bias, stride, padding, dilation, a.groups)
 
-    x2 = F.conv2d(x1, a.cheap_weight, a.cheap_bias, padding=a.dw_size // 2, groups=a.init_channels)
-    x2 = normalize(x2, a.cheap_mean, a.cheap_var, a.cheap_gamma, a.cheap_beta, a.cheap_eps, batch_statistics)
-    x2 = activate(x2, a.cheap_act, a.cheap_negative_slope, a.cheap_slope)
 
+def norm_affine(a: GhostArgs, half: str, y: Tensor, batch_statistics: bool) -> Tensor:
+    """Norm and activation of y, which the conv of ``half`` made: "primary" or "cheap"."""
+    mean, var, gamma, beta, eps, act, negative_slope, slope = (getattr(a, f"{half}_{name}") for name in _NORM_ACT)
+    return activate(normalize(y, mean, var, gamma, beta, eps, batch_statistics), act, negative_slope, slope)
+
+
+def cheap(a: GhostArgs, x1: Tensor) -> Tensor:
+    """The depthwise conv of x1."""
+    return F.conv2d(x1, a.cheap_weight, a.cheap_bias, padding=a.dw_size // 2, groups=a.init_channels)
+
+
+def store(a: GhostArgs, x1: Tensor, x2: Tensor) -> Tensor:
+    """[x1 | x2], cut to ``out_channels``, times the output gate, plus the residual."""
     out = torch.cat([x1, x2], dim=1)
     if out.shape[1] != a.out_channels:
         # a copy: our output never aliases a larger buffer, as a view would, and can be written in place

@@ -243,16 +243,16 @@ def train_forward(kernels: Kernels, a: GhostArgs, group_name: str) -> tuple[Tens
     samples = out.shape[0] * out.shape[2] * out.shape[3]
     count = torch.empty(0, dtype=dtype, device=out.device)
 
-    def finish(mean: Tensor, var: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    def complete(mean: Tensor, var: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         nonlocal count
         if group_name:
             mean, var, count = _joint_statistics(mean, var, samples, group_name)
         return mean if bias is None else mean + bias, var
 
     with torch.autocast(out.device.type, enabled=False):
-        mean, var = finish(*kernels.primary_statistics(a, out), a.primary_bias)
+        mean, var = complete(*kernels.primary_statistics(a, out), a.primary_bias)
         a = a._replace(primary_mean=mean, primary_var=var)
-        mean, var = finish(*kernels.cheap_statistics(a, out), a.cheap_bias)
+        mean, var = complete(*kernels.cheap_statistics(a, out), a.cheap_bias)
         a = a._replace(cheap_mean=mean, cheap_var=var)
         kernels.normalize(a, out)
         if a.x is not given:

@@ -1,17 +1,17 @@
 """The package's rooms: each file imports from its own room and from lower ones, and the call path of docs/kernels.md exists."""
 
 import ast
-import inspect
 import itertools
 import re
 import runpy
 from pathlib import Path
 
+import call_path
 import documents
 import pytest
-import torch
 
 import ghostfused
+from ghostfused.backends import reference
 from ghostfused.ops import autograd
 
 PACKAGE = Path(ghostfused.__file__).parent
@@ -83,36 +83,70 @@ def test_backends_do_not_import_each_other():
             assert not {each.removesuffix("_training") for each in others} & names - {own}, path
 
 
-HOP = re.compile(r"^(\d)  (\S+) +(\S+\.\w+) ", re.MULTILINE)
-
-
-def test_the_call_path_exists():
-    hops = HOP.findall((documents.ROOT / "docs" / "kernels.md").read_text())
-    assert [int(number) for number, _, _ in hops] == list(range(1, len(hops) + 1))
-    assert 1 < len(hops) <= 6
+@pytest.mark.parametrize("backend", call_path.BACKENDS)
+def test_the_call_path_exists(backend):
+    hops = call_path.listed(backend)
+    assert [hop.number for hop in hops] == [1, 2, 3, 4, 5, 6]
     for _, name, file in hops:
         text = (documents.ROOT / file).read_text()
         last = name.rpartition("::")[2].rpartition(".")[2]
         if name.startswith("ghostfused::"):
-            last = name.rpartition("::")[2].partition("_")[0]  # the op's names are made of those of spec.OPS
+            last = last.partition("_")[0]  # the op's names are made of those of spec.OPS
         assert re.search(rf"\b{last}\b", text), f"{file} has no {name}"
 
 
-def test_the_call_path_is_what_runs(monkeypatch):
-    hops = HOP.findall((documents.ROOT / "docs" / "kernels.md").read_text())
-    stacks = []
+def test_the_call_path_to_an_op_is_what_runs(monkeypatch):
+    files = call_path.files_until(monkeypatch, autograd, "forward_op", "auto")
+    for backend in call_path.BACKENDS:
+        assert files == [hop.file for hop in call_path.listed(backend)][:3]
 
-    def look(*args):
-        stacks.append([Path(frame.filename) for frame in inspect.stack()])
-        return forward_op(*args)
 
-    forward_op = autograd.forward_op
-    monkeypatch.setattr(autograd, "forward_op", look)
-    module = ghostfused.FusedGhostModule(4, 8)
-    module.eval()(torch.randn(1, 4, 5, 5))  # with gradients: read afresh
-    inside = [path.relative_to(PACKAGE.parent) for path in reversed(stacks[0]) if PACKAGE in path.parents]
-    files = [str(path) for path, _ in itertools.groupby(inside)]
-    assert files == [file for _, _, file in hops if file.startswith("ghostfused/")][:-1]
+def test_the_call_path_to_the_reference_is_what_runs(monkeypatch):
+    """To Triton's kernel: tests/kernels/test_triton.py."""
+    assert call_path.files_until(monkeypatch, reference, "store", "reference") == [
+        "ghostfused/nn/ghost_module.py",
+        "ghostfused/functional.py",
+        "ghostfused/backends/reference.py",
+    ]
+
+
+STEPS = ("load", "primary", "norm_affine", "cheap", "store")
+OTHER_NAMES = re.compile(r"\b(?:def|void|auto) _?(?:pointwise|epilogue|finish|put|put_run|put_x1)\(")
+"""What the steps were called in one place or another."""
+
+
+def steps_of_the_page() -> dict[str, list[list[str]]]:
+    """Per folder the files of each step, by the table of docs/kernels.md."""
+    rows = [line.strip("|").split("|") for line in call_path.PAGE.read_text().splitlines() if line.startswith("|")]
+    start = next(i for i, row in enumerate(rows) if [cell.strip() for cell in row] == ["folder", *STEPS])
+    table = itertools.takewhile(lambda row: len(row) == 6, rows[start + 2 :])
+    return {row[0].strip(" `"): [re.findall(r"`(\S+)`", cell) for cell in row[1:]] for row in table}
+
+
+def defined(path: Path) -> set[str]:
+    """The functions and classes of a file, in Python's spelling, without a leading underscore."""
+    text = path.read_text()
+    if path.suffix == ".py":
+        names = re.findall(r"^def (\w+)\(", text, re.MULTILINE)
+    else:
+        names = re.findall(r"\b(?:void|Vec|auto) (\w+)\(", text) + re.findall(
+            r"^(?:class|struct) (\w+)", text, re.MULTILINE
+        )
+    return {re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower().strip("_") for name in names}
+
+
+def test_each_step_has_one_name():
+    table = steps_of_the_page()
+    assert len(table) == 6
+    for folder, cells in table.items():
+        for step, files in zip(STEPS, cells, strict=True):
+            assert files
+            for file in files:
+                names = defined(documents.ROOT / folder / file)
+                assert any(name == step or name.startswith(f"{step}_") for name in names), f"{folder}/{file}: no {step}"
+        for path in (documents.ROOT / folder).glob("*.*"):
+            if path.suffix in (".py", ".h", ".cuh", ".cpp"):
+                assert not OTHER_NAMES.findall(path.read_text()), path
 
 
 def test_an_activation_goes_to_five_places():

@@ -3,6 +3,7 @@
 
 import dataclasses
 
+import call_path
 import fuzz_raw_ops
 import pytest
 import torch
@@ -20,6 +21,10 @@ pytestmark = [pytest.mark.triton, needs_triton]
 NAMES = ["triton", "triton_two_kernel"]
 TRITON = Backend("triton")
 each_layout = pytest.mark.parametrize("layout", LAYOUTS)
+
+
+def test_the_call_path_is_the_one_that_the_docs_list(monkeypatch):
+    assert call_path.files_until(monkeypatch, triton, "run", "triton", DEVICE) == call_path.python_files()
 
 
 @pytest.mark.parametrize("name", NAMES)

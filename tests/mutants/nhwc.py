@@ -177,8 +177,8 @@ MUTANTS = [
     Mutant(
         "channels_last: the residual is that of the row above",
         "cuda/ghost/nhwc/cheap.cuh",
-        "v = finish(v, true, row_h - 1 - kPad, col_w + column);",
-        "v = finish(v, true, max(row_h - 2 - kPad, 0), col_w + column);",
+        "v = gate_and_add(v, true, row_h - 1 - kPad, col_w + column);",
+        "v = gate_and_add(v, true, max(row_h - 2 - kPad, 0), col_w + column);",
         NHWC_ANY,
     ),
     Mutant(

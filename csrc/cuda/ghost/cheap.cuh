@@ -8,10 +8,10 @@ namespace ghostfused {
 
 // Channels per thread: as many as leave the weights (d * d * channels) in registers.
 template <int kD>
-constexpr int kDepthwiseChannels = kD == 3 ? 4 : 2;
+constexpr int kCheapChannels = kD == 3 ? 4 : 2;
 
 // Where a thread finds x1 and leaves x2.
-struct DepthwiseOperands {
+struct CheapOperands {
   const unsigned char* x1;  // [halo pixel][channel], rows of plan.x1_pitch bytes
   const float *affines, *weights;
   unsigned char* staging;  // channels_last: [tile pixel][channel]; NCHW: [channel][tile pixel]
@@ -42,8 +42,8 @@ __device__ __forceinline__ void stage(unsigned char* p, int pitch, const float (
 
 // kD = 3: ratio 2 and a 3×3 kernel, unrolled. kD = 0: any size and ratio.
 template <Path kPath, typename T, int kD, bool kChannelsLast>
-__device__ __forceinline__ void depthwise(const KernelParams& p, const BlockTile& t, const DepthwiseOperands& op) {
-  constexpr int kV = kDepthwiseChannels<kD>;
+__device__ __forceinline__ void cheap(const KernelParams& p, const BlockTile& t, const CheapOperands& op) {
+  constexpr int kV = kCheapChannels<kD>;
   const GhostShape& s = p.args.shape;
   const int block_c = p.plan.block_c, x1_pitch = p.plan.x1_pitch, row_pitch = t.halo_cols * x1_pitch;
   const int strips = (t.rows + p.plan.strip_h - 1) / p.plan.strip_h, positions = strips * t.cols;

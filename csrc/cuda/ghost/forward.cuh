@@ -1,10 +1,10 @@
 // The Ghost module as one kernel. A block takes one image's tile of pixels with its halo × block_c init channels:
 //
 //   load        x and the 1×1 weights → shared memory, by cp.async, ``stages`` deep             load.cuh
-//   multiply    x * w on tensor cores (FMA for IEEE fp32), sums in registers                    primary.cuh
-//   epilogue    bias, norm, activation → x1 in shared memory, in x's type, halo included
+//   primary     x * w on tensor cores (FMA for IEEE fp32), sums in registers                    primary.cuh
+//   norm_affine bias, norm, activation → x1 in shared memory, in x's type, halo included
 //   --- barrier ---
-//   depthwise   x1 → x2, staged where the pipeline was                                          cheap.cuh
+//   cheap       x1 → x2, staged where the pipeline was                                          cheap.cuh
 //   --- barrier ---
 //   store       [x1 | x2] → output, gate and residual applied                                   store.cuh
 //
@@ -22,9 +22,9 @@ namespace ghostfused {
 
 // x1 = act(norm(sums)) for the warp's pixels from m0 on.
 template <Path kPath, typename T>
-__device__ __forceinline__ void epilogue(const KernelParams& p, const BlockTile& t, const Accumulators& acc,
-                                         const float* affines, unsigned char* x1, int m0, int first_channel,
-                                         int n_tiles, int lane) {
+__device__ __forceinline__ void norm_affine(const KernelParams& p, const BlockTile& t, const Accumulators& acc,
+                                            const float* affines, unsigned char* x1, int m0, int first_channel,
+                                            int n_tiles, int lane) {
   const int block_c = p.plan.block_c, own = first_channel + lane % 4 * 2;
   float y[4][8], slopes[8];  // pixels 8 apart × two channels of each tile
 #pragma unroll
@@ -56,10 +56,10 @@ __device__ __forceinline__ void epilogue(const KernelParams& p, const BlockTile&
   }
 }
 
-// The 1×1 conv over all halo pixels: one pipeline over (pixel chunk, K chunk), K inside. ``prepare`` runs once, while
+// The 1×1 conv over all halo pixels: one pipeline over (pixel chunk, K chunk), K inside. ``load_rest`` runs once, while
 // the first stages are on their way.
 template <Path kPath, typename T, bool kChannelsLast, typename F>
-__device__ __forceinline__ void pointwise(const KernelParams& p, const BlockTile& t, unsigned char* smem, F prepare) {
+__device__ __forceinline__ void primary(const KernelParams& p, const BlockTile& t, unsigned char* smem, F load_rest) {
   const LaunchPlan& plan = p.plan;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int warp_n = warp % plan.warps_n, warp_m = warp / plan.warps_n;
@@ -94,7 +94,7 @@ __device__ __forceinline__ void pointwise(const KernelParams& p, const BlockTile
   Accumulators acc = {};
   int m0 = 0, k_chunk = 0, slot = 0;
   for (int chunk = 1 - plan.stages; chunk < chunks; ++chunk) {  // negative: fill the pipeline, nothing to multiply yet
-    if (chunk == 0) prepare();
+    if (chunk == 0) load_rest();
     if (chunk >= 0) {
       cp_async_wait(plan.stages - 2);
       __syncthreads();  // this chunk has come, for all threads; and all are done with the slot that is loaded next
@@ -127,7 +127,7 @@ __device__ __forceinline__ void pointwise(const KernelParams& p, const BlockTile
     }
     if (++slot == plan.stages) slot = 0;
     if (++k_chunk == plan.k_chunks) {
-      if (busy) epilogue<kPath, T>(p, t, acc, affines, x1, warp_pixel, first_channel, n_tiles, lane);
+      if (busy) norm_affine<kPath, T>(p, t, acc, affines, x1, warp_pixel, first_channel, n_tiles, lane);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
 #pragma unroll
@@ -164,7 +164,7 @@ __device__ __forceinline__ void cheap_and_store(const KernelParams& p, unsigned 
       if (!kChannelsLast && group < 0) {
         transpose_x1<T>(p, t, x1, staging);
       } else if (g.count > 0) {
-        depthwise<kPath, T, kD, kChannelsLast>(p, t, DepthwiseOperands{x1, affines, weights, staging, g});
+        cheap<kPath, T, kD, kChannelsLast>(p, t, CheapOperands{x1, affines, weights, staging, g});
       }
     }
     __syncthreads();  // the group is staged
@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) ghost_forward(const _
   extern __shared__ __align__(128) unsigned char smem[];
   {
     const BlockTile t = block_tile(p);
-    pointwise<kPath, T, kChannelsLast>(p, t, smem, [&] {
+    primary<kPath, T, kChannelsLast>(p, t, smem, [&] {
       load_primary_affine<T>(p, t, reinterpret_cast<float*>(smem));
       load_cheap<T, kD>(p, t, 0, reinterpret_cast<float*>(smem + p.plan.cheap_offset),
                         reinterpret_cast<float*>(smem + p.plan.dw_offset));

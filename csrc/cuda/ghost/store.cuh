@@ -19,7 +19,7 @@ __device__ __forceinline__ const T* at(const DeviceTensor& t, int n, int c, int 
 // channels_last, else along the pixels, where they may run on into the next rows and channels. Where the residual or
 // the gate can't be read as such a vector, kV is 1.
 template <typename T, int kV>
-__device__ __forceinline__ void finish(const KernelParams& p, int n, int c, int h, int w, Vector<T, kV> y) {
+__device__ __forceinline__ void store(const KernelParams& p, int n, int c, int h, int w, Vector<T, kV> y) {
   const GhostForwardParams& a = p.args;
   if (p.residual.data != nullptr || p.output_gate.data != nullptr) {
     float v[kV];
@@ -67,7 +67,7 @@ __device__ __forceinline__ void store_rows(const KernelParams& p, const BlockTil
       for (int e = 0; e < kPiece; ++e) y.at[piece + e] = part.at[e];
     }
     const int c = u < n1 ? t.c0 + u : p.args.shape.init_channels + g.first + u - n1;
-    finish<T, kV>(p, t.n, c, t.h0 + h, t.w0 + w, y);
+    store<T, kV>(p, t.n, c, t.h0 + h, t.w0 + w, y);
   }
 }
 
@@ -92,7 +92,7 @@ __device__ __forceinline__ void store_planes(const KernelParams& p, const BlockT
       ch += col / pixels, col %= pixels;
       row += col / t.cols, col %= t.cols;
     }
-    finish<T, kV>(p, t.n, c + ch, t.h0 + row, t.w0 + col, y);
+    store<T, kV>(p, t.n, c + ch, t.h0 + row, t.w0 + col, y);
   }
 }
 

@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks)
 #pragma unroll 1
   for (int64_t tile = row * s.plan.row_tiles; tile < end; ++tile) {
     const BlockTile t = block_tile(p, static_cast<unsigned>(tile * p.plan.channel_blocks + block));
-    pointwise<kPath, T, kChannelsLast>(p, t, smem, [&] {
+    primary<kPath, T, kChannelsLast>(p, t, smem, [&] {
       load_primary_affine<T>(p, t, reinterpret_cast<float*>(smem));
       if (p.args.input_gate != nullptr) load_input_gate<T>(p, t, reinterpret_cast<T*>(smem + p.plan.gate_offset));
     });

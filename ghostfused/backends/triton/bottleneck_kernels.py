@@ -16,7 +16,7 @@ import triton.language as tl
 
 from ...spec import Gate
 from .activations import NAN, _activate
-from .device import _multiple, _offset, _pixel_offset, _round, _scale_shift, _sum_products, _wide
+from .device import _multiple, _norm_affine, _offset, _pixel_offset, _round, _scale_shift, _sum_products, _wide
 
 SIGMOID = tl.constexpr(int(Gate.SIGMOID))
 HARDSIGMOID = tl.constexpr(int(Gate.HARDSIGMOID))
@@ -95,7 +95,7 @@ def depthwise_kernel(
             acc += _window_row(i, x, top, left, size, p_mask, c, c_mask, weight_ptr, KH, KW, BLOCK_P, BLOCK_C)
     scale, shift = _scale_shift((bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps), c, c_mask)
     act = (slope_ptr, slope_stride, negative_slope)
-    y = _activate(acc * scale[None, :] + shift[None, :], c, c_mask, act, ACT)
+    y = _norm_affine(acc, scale, shift, c, c_mask, act, ACT)
     out = out_ptr + image * OHW * C + _offset(p, c, OHW, C, NHWC)
     tl.store(out, _round(y, out_ptr.dtype.element_ty), mask=p_mask[:, None] & c_mask[None, :])
 

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from triton import knobs
 
+from .activations import _activate
+
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 BFLOAT16 = tl.constexpr(tl.bfloat16)
 
@@ -125,10 +127,14 @@ def _store(y, p, c, tile, offset, mask, W, residual, gate):
 
 
 @triton.jit
-def _dot(
-    acc, x, x_pixel, p_mask, weight_row, c_mask, k, Cin, input_gate, PRECISION: tl.constexpr, WEIGHT_STEP: tl.constexpr = 1
-):  # fmt: skip
-    """acc + (x * input_gate) @ weight over the input channels k, whose weights lie WEIGHT_STEP apart."""
+def _norm_affine(y, scale, shift, channel, mask, act, ACT: tl.constexpr):
+    """The activation of y * scale + shift, for y of (pixels, channels)."""
+    return _activate(y * scale[None, :] + shift[None, :], channel, mask, act, ACT)
+
+
+@triton.jit
+def _load(x, x_pixel, p_mask, weight_row, c_mask, k, Cin, input_gate, WEIGHT_STEP: tl.constexpr):
+    """x and weight * input_gate at the input channels k, whose weights lie WEIGHT_STEP apart."""
     x_ptr, stride_c = x
     k_mask = k < Cin
     x_tile = x_ptr + x_pixel[:, None] + (k * stride_c)[None, :]
@@ -137,6 +143,15 @@ def _dot(
     if input_gate is not None:  # into the weight and rounded, as training's backward has it: both see the same sums
         scale = tl.load(input_gate + k, mask=k_mask, other=0.0).to(tl.float32)
         weight = _round(weight.to(tl.float32) * scale[:, None], weight.dtype)
+    return tile, weight
+
+
+@triton.jit
+def _dot(
+    acc, x, x_pixel, p_mask, weight_row, c_mask, k, Cin, input_gate, PRECISION: tl.constexpr, WEIGHT_STEP: tl.constexpr = 1
+):  # fmt: skip
+    """acc + (x * input_gate) @ weight over the input channels k, whose weights lie WEIGHT_STEP apart."""
+    tile, weight = _load(x, x_pixel, p_mask, weight_row, c_mask, k, Cin, input_gate, WEIGHT_STEP)
     if INTERPRETED:  # whose tl.dot takes bfloat16's bits for integers
         tile, weight = tile.to(tl.float32), weight.to(tl.float32)
     if PRECISION == "blocks":  # by fma: of a plain addition the compiler makes one chain over all channels again

@@ -2,10 +2,10 @@
 
 A program owns one image, a run of consecutive pixels and WIDTH init channels. It goes in two steps.
 
-``_primary_run``: x1 = act(norm(conv of x)) for the run *and its halo*, the pixels that the depthwise conv
+``_primary``: x1 = act(norm(conv of x)) for the run *and its halo*, the pixels that the depthwise conv
 reaches from the run, stored to global memory. The conv is 1×1, or in window.py any other.
 After a barrier, x2 = act(norm(depthwise conv of x1)) for the run: in channels_last by ``_cheap_patches`` (patches.py), whose
-runs are whole rows, otherwise by ``_cheap_run``, from shifted loads of x1.
+runs are whole rows, otherwise by ``_cheap``, from shifted loads of x1.
 
 So x1 makes a round trip through the output, of which it is the first half; the loads hit L1 or L2. Halo pixels
 belong to a neighbour's run and are stored by the neighbour as well. That race is benign: a pixel's value does not
@@ -24,14 +24,13 @@ Channels are constants: a module has one number of each, and offsets become imme
 import triton
 import triton.language as tl
 
-from .activations import _activate
-from .device import _dot, _multiple, _offset, _pixel_offset, _round, _scale_shift, _store, _wide
+from .device import _dot, _multiple, _norm_affine, _offset, _pixel_offset, _round, _scale_shift, _store, _wide
 from .patches import _cheap_patches
 from .window import _window_sums
 
 
 @triton.jit
-def _primary_run(
+def _primary(
     lo, hi, begin, end, c0, c1, x, x_size, x_pixels, input_gate, weight_ptr, Cin, norm, act, size, x1, out, residual, gate,
     NHWC: tl.constexpr, ACT: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
     TAPS_FIRST: tl.constexpr, PRECISION: tl.constexpr, ONE_K: tl.constexpr,
@@ -65,7 +64,7 @@ def _primary_run(
                 for k0 in range(0, Cin, BLOCK_K):
                     k = k0 + tl.arange(0, BLOCK_K)
                     acc = _dot(acc, x, x_pixel, p_mask, weight_row, c_mask, k, Cin, input_gate, PRECISION)
-        y = _activate(acc * scale[None, :] + shift[None, :], c, c_mask, act, ACT)
+        y = _norm_affine(acc, scale, shift, c, c_mask, act, ACT)
         mask = p_mask[:, None] & c_mask[None, :]
         if x1_ptr is not None:
             tl.store(x1_ptr + _offset(p, c, HW, x1_channels, NHWC), _round(y, x1_ptr.dtype.element_ty), mask=mask)
@@ -76,7 +75,7 @@ def _primary_run(
 
 
 @triton.jit
-def _cheap_run(
+def _cheap(
     begin, end, c0, weight_ptr, Cp, norm, act, size, x1, out, residual, gate,
     NHWC: tl.constexpr, ACT: tl.constexpr, RATIO: tl.constexpr, DW_SIZE: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -108,7 +107,7 @@ def _cheap_run(
                 step = x1_channels if NHWC else 1
                 tile = tl.load(x1_tile + dy * W * step + dx * step, mask=inside[:, None] & c_mask[None, :], other=0.0)
                 acc += tile.to(tl.float32) * weights[tap][None, :]
-            y = _activate(acc * scale[None, :] + shift[None, :], j, c_mask, act, ACT)
+            y = _norm_affine(acc, scale, shift, j, c_mask, act, ACT)
             at = _offset(p, Cp + j, HW, out_channels, NHWC)
             _store(
                 y, p[:, None], (Cp + j)[None, :], out + at, at, (p < end)[:, None] & c_mask[None, :], W, residual, gate
@@ -204,7 +203,7 @@ def ghost_kernel(
             halo = DW_SIZE // 2 * W if CHEAP else 0
             lo = tl.maximum(begin - halo, 0)
             hi = tl.minimum(end + halo, HW)
-        _primary_run(
+        _primary(
             lo, hi, begin, end, c0, c1, (x_ptr + image * x_sn, x_sc), (x_h, x_w), x_pixels, input_gate,
             primary_weight_ptr, Cin,
             (primary_bias_ptr, primary_mean_ptr, primary_var_ptr, primary_gamma_ptr, primary_beta_ptr, primary_eps),
@@ -222,13 +221,13 @@ def ghost_kernel(
                 residual, gate, CHEAP_ACT, RATIO, DW_SIZE, WIDTH, PATCH_H, PATCH_W, VECTOR, LANES,
             )  # fmt: skip
         elif BLOCK_C == BLOCK_N:
-            _cheap_run(
+            _cheap(
                 begin, end, c0, cheap_weight_ptr, Cp, norm, act, size, x1, out, residual, gate,
                 NHWC, CHEAP_ACT, RATIO, DW_SIZE, BLOCK_P, BLOCK_C,
             )  # fmt: skip
         else:
             for c in range(c0, c1, BLOCK_C):
-                _cheap_run(
+                _cheap(
                     begin, end, c, cheap_weight_ptr, Cp, norm, act, size, x1, out, residual, gate,
                     NHWC, CHEAP_ACT, RATIO, DW_SIZE, BLOCK_P, BLOCK_C,
                 )  # fmt: skip

@@ -98,8 +98,8 @@ struct NchwInput {
 
 // Norm, bias and activation of a chunk's sums: to shared memory and, where x1 leaves from registers, to the output.
 template <class C>
-__device__ __forceinline__ void put_x1(const NchwParams& p, const float4& affine, float (&sum)[C::kV], uint32_t to,
-                                       unsigned char* to_out, bool stored) {
+__device__ __forceinline__ void norm_affine_chunk(const NchwParams& p, const float4& affine, float (&sum)[C::kV],
+                                                  uint32_t to, unsigned char* to_out, bool stored) {
 #pragma unroll
   for (int i = 0; i < C::kV; ++i) sum[i] = fmaf(sum[i], affine.x, affine.y);
   uint32_t v[C::kWords];
@@ -151,8 +151,8 @@ struct NchwX1 {
           float y[kV];
 #pragma unroll
           for (int i = 0; i < kV; ++i) y[i] = acc[t][i][2 * half + e];
-          put_x1<C>(p, a, y, to[e] + c * p.plan.plane_pitch, to_out[e] + p.out_halves[2 * t + half],
-                    stored[e] && c + g < b.channels);
+          norm_affine_chunk<C>(p, a, y, to[e] + c * p.plan.plane_pitch, to_out[e] + p.out_halves[2 * t + half],
+                               stored[e] && c + g < b.channels);
         }
       }
     }

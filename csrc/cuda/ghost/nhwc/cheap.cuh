@@ -55,7 +55,7 @@ struct Cheap {
   }
 
   // Stores at a column of ``row``; the column is a constant, as loops over columns are unrolled.
-  __device__ __forceinline__ void put(unsigned char* row, int column, Vec v) const {
+  __device__ __forceinline__ void store(unsigned char* row, int column, Vec v) const {
     unsigned char* to = column == 0   ? row
                         : column == 1 ? advance<1>(row, out_pixel)
                         : column == 2 ? advance<2>(row, out_pixel)
@@ -64,7 +64,7 @@ struct Cheap {
   }
 
   // v * gate + residual at a pixel; ``second``: of the output's second half.
-  __device__ __forceinline__ Vec finish(Vec v, bool second, int h, int w) const {
+  __device__ __forceinline__ Vec gate_and_add(Vec v, bool second, int h, int w) const {
     if (p.residual.data == nullptr && p.output_gate.data == nullptr) return v;
     const int half = second ? p.args.shape.init_channels * kBytes : 0;
     float y[kChannels], z[kChannels];
@@ -93,8 +93,8 @@ struct Cheap {
   }
 
   __device__ __forceinline__ void store_x1(Vec v, int column) {
-    if constexpr (kEpilogue == Epilogue::kAny) v = finish(v, false, row_h, col_w + column);
-    put(to_x1, column, v);
+    if constexpr (kEpilogue == Epilogue::kAny) v = gate_and_add(v, false, row_h, col_w + column);
+    store(to_x1, column, v);
   }
 
   __device__ __forceinline__ void store_x2(float (&y)[kChannels], int column) {
@@ -111,12 +111,12 @@ struct Cheap {
         load_shared(other.raw, from_a + column * step);
         load_shared(v.raw, from_b + column * step);
       }
-      put(to_x1, column, other);  // of the even lane's position: its x1 by the even lane, its x2 by the odd one
-      put(to_x2, column, v);      // of the odd lane's
+      store(to_x1, column, other);  // of the even lane's position: its x1 by the even lane, its x2 by the odd one
+      store(to_x2, column, v);      // of the odd lane's
     } else {
       if (!has_x2) return;  // nor are its gate and residual there
-      if constexpr (kEpilogue == Epilogue::kAny) v = finish(v, true, row_h - 1 - kPad, col_w + column);
-      put(to_x2, column, v);
+      if constexpr (kEpilogue == Epilogue::kAny) v = gate_and_add(v, true, row_h - 1 - kPad, col_w + column);
+      store(to_x2, column, v);
     }
   }
 

@@ -1,11 +1,11 @@
 // The Ghost module in channels_last as one kernel: 3×3 or (fp16, bf16) 5×5, ratio 2. A block
 // takes whole rows of an image with their halo, or whole images, × block_c init channels:
 //
-//   load          the first x → registers; 1×1 weights and x1's padding → shared memory             load.cuh
-//   norm_affine   bias and norm as scale and shift, the cheap weights times theirs → shared memory  load.cuh
+//   load          the first x → registers; 1×1 weights, norms as scale and shift, the cheap weights times theirs and
+//                 x1's padding → shared memory                                                      load.cuh
 //   --- barrier ---
-//   primary       w * x on tensor cores, scale, shift, activation → x1 in shared memory             primary.cuh
-//                 or by multiply-adds, IEEE fp32                                           primary_fma.cuh
+//   primary       w * x on tensor cores, or by multiply-adds, IEEE fp32            primary.cuh, primary_fma.cuh
+//   norm_affine   scale, shift, activation → x1 in shared memory                                    primary.cuh
 //   --- barrier ---
 //   cheap         x1 → x2 in registers, sliding down rows                                           cheap.cuh
 //   store         x1 and x2 → output, gate and residual applied                                     cheap.cuh
@@ -27,19 +27,13 @@ template <Path kPath, int kTiles, int kD, Epilogue kEpilogue>
 __global__ void __launch_bounds__(nhwc_max_threads(kTiles),
                                   kD == 1 && kStepsApart ? 1 : nhwc_min_blocks(kTiles, kD, kEpilogue))
     nhwc_forward(const __grid_constant__ NhwcParams p) {
-  using T = typename PathType<kPath>::T;
   extern __shared__ __align__(128) unsigned char smem[];
   const NhwcTile t = nhwc_tile<kD>(p);
-  const auto prepare = [&] {
-    load_primary_weight<kPath, kTiles>(p, t, smem);
-    norm_affine<T, kD>(p, t, p.plan.warps_n * kTiles * 16, reinterpret_cast<float*>(smem + p.plan.affine_offset),
-                       reinterpret_cast<float*>(smem + p.plan.cheap_offset));
-    if constexpr (kD > 1) zero_padding<kD>(p, t, smem + p.plan.x1_offset);
-  };
+  const auto load_rest = [&] { load<kPath, kTiles, kD>(p, t, smem); };
   if constexpr (kPath == Path::kFloat32) {
-    primary_fma<kTiles, kD, kEpilogue>(p, t, smem, prepare);
+    primary_fma<kTiles, kD, kEpilogue>(p, t, smem, load_rest);
   } else {
-    primary<kPath, kTiles, kD, kEpilogue>(p, t, smem, prepare);
+    primary<kPath, kTiles, kD, kEpilogue>(p, t, smem, load_rest);
   }
   if constexpr (kD > 1) {
     __syncthreads();  // x1 is complete

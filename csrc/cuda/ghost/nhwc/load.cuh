@@ -109,8 +109,8 @@ __device__ __forceinline__ void load_primary_weight(const NhwcParams& p, const N
 // [scale | shift | slope] of the primary conv; of the cheap one [taps | shift | slope], its weights already multiplied
 // by the norm's scale. Rows of ``channels``, zero beyond the block's. One loop, which has the code of affine() once.
 template <typename T, int kD>
-__device__ __forceinline__ void norm_affine(const NhwcParams& p, const NhwcTile& t, int channels, float* primary,
-                                            float* cheap) {
+__device__ __forceinline__ void load_channels(const NhwcParams& p, const NhwcTile& t, int channels, float* primary,
+                                              float* cheap) {
   const GhostForwardParams& a = p.args;
 #pragma unroll 1
   for (int i = threadIdx.x; i < (kD > 1 ? 2 : 1) * channels; i += blockDim.x) {
@@ -159,6 +159,16 @@ __device__ __forceinline__ void zero_padding(const NhwcParams& p, const NhwcTile
 #pragma unroll 1
     for (int i = begin + static_cast<int>(threadIdx.x % 32); i < end; i += 32) words[i] = uint2{};
   }
+}
+
+// All of the above, while x is on its way.
+template <Path kPath, int kTiles, int kD>
+__device__ __forceinline__ void load(const NhwcParams& p, const NhwcTile& t, unsigned char* smem) {
+  load_primary_weight<kPath, kTiles>(p, t, smem);
+  load_channels<typename PathType<kPath>::T, kD>(p, t, p.plan.warps_n * kTiles * 16,
+                                                 reinterpret_cast<float*>(smem + p.plan.affine_offset),
+                                                 reinterpret_cast<float*>(smem + p.plan.cheap_offset));
+  if constexpr (kD > 1) zero_padding<kD>(p, t, smem + p.plan.x1_offset);
 }
 
 }  // namespace ghostfused

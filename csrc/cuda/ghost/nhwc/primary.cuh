@@ -89,7 +89,7 @@ struct LaneAffine {
   // Those of tile t: two, or four with the tile that follows: what mma leaves for pixel ``i`` of four by sum(t, odd,
   // e), scaled and shifted.
   template <int kCount, typename F>
-  __device__ __forceinline__ void apply(float (&y)[kCount], int t, int i, F sum) const {
+  __device__ __forceinline__ void norm_affine(float (&y)[kCount], int t, int i, F sum) const {
     const int odd = i % 2, e = i / 2;
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
@@ -106,7 +106,7 @@ struct LaneAffine {
 
 // What a lane needs to turn sums into x1.
 template <Path kPath, int kTiles, Epilogue kEpilogue>
-struct PrimaryEpilogue {
+struct X1Results {
   using T = typename PathType<kPath>::T;
   static constexpr int kBytes = sizeof(T);
   LaneAffine<kPath, kTiles, kEpilogue> affine;
@@ -167,7 +167,7 @@ struct PrimaryEpilogue {
         const auto put = [&](auto count, uint32_t at) {
           constexpr int kCount = decltype(count)::value;
           float y[kCount];
-          affine.apply(y, t, i, sum);
+          affine.norm_affine(y, t, i, sum);
           if constexpr (kEpilogue == Epilogue::kAny) {
             float slopes[kCount];
             affine.slopes(slopes, t);
@@ -189,7 +189,7 @@ struct PrimaryEpilogue {
 
 // Without ghosts: from sums to the output, with the residual.
 template <Path kPath>
-struct OutputEpilogue {
+struct OutputResults {
   using T = typename PathType<kPath>::T;
   using Vec = ChannelVectorOf<T, 4>;
   static constexpr int kTiles = 2, kBytes = sizeof(T);
@@ -219,7 +219,7 @@ struct OutputEpilogue {
     float y[kPixels][4];
 #pragma unroll
     for (int n = 0; n < kPixels; ++n) {
-      affine.apply(y[n], 0, n % 4, [&](int t, int odd, int e) { return sums[t][n / 4 * 2 + odd][e]; });
+      affine.norm_affine(y[n], 0, n % 4, [&](int t, int odd, int e) { return sums[t][n / 4 * 2 + odd][e]; });
     }
     float slopes[4];
     affine.slopes(slopes, 0);
@@ -254,9 +254,9 @@ struct OutputEpilogue {
   }
 };
 
-// x1 = act(norm(w * x)) of the tile and its halo. ``prepare`` fills shared memory while the first x is on its way.
+// x1 = act(norm(w * x)) of the tile and its halo. ``load_rest`` fills shared memory while the first x is on its way.
 template <Path kPath, int kTiles, int kD, Epilogue kEpilogue, typename F>
-__device__ __forceinline__ void primary(const NhwcParams& p, const NhwcTile& t, unsigned char* smem, F prepare) {
+__device__ __forceinline__ void primary(const NhwcParams& p, const NhwcTile& t, unsigned char* smem, F load_rest) {
   using T = typename PathType<kPath>::T;
   const NhwcPlan& plan = p.plan;
   const int lane = threadIdx.x % 32, q = lane % 4, warp = threadIdx.x / 32;
@@ -277,7 +277,7 @@ __device__ __forceinline__ void primary(const NhwcParams& p, const NhwcTile& t, 
   const bool gated = kEpilogue != Epilogue::kLowest && p.args.input_gate != nullptr;
 
   Products<T, kTiles> products;
-  std::conditional_t<kD == 1, OutputEpilogue<kPath>, PrimaryEpilogue<kPath, kTiles, kEpilogue>> epilogue;
+  std::conditional_t<kD == 1, OutputResults<kPath>, X1Results<kPath, kTiles, kEpilogue>> results;
   auto& b = products.x;
   // Block ``k`` of kK input channels of the pixels at ``from``. Lanes beyond the last channel have zeros: with one
   // block they keep those that they begin with.
@@ -296,16 +296,16 @@ __device__ __forceinline__ void primary(const NhwcParams& p, const NhwcTile& t, 
   };
   const auto store = [&](int pixel) {
     const int here = min(pixel, last);
-    epilogue.store(p, products.sums, here, pixel - here, lane);
+    results.store(p, products.sums, here, pixel - here, lane);
   };
 
   int pixel = warp_m * kNhwcPixels;
   const unsigned char* from = at(pixel);
   fetch(b[0], from, 0);
-  prepare();
+  load_rest();
   __syncthreads();  // weights, scales and padding are there
-  epilogue.load(p, t, reinterpret_cast<const float*>(smem + plan.affine_offset), shared_address(smem) + plan.x1_offset,
-                kD / 2, warp_n, lane);
+  results.load(p, t, reinterpret_cast<const float*>(smem + plan.affine_offset), shared_address(smem) + plan.x1_offset,
+               kD / 2, warp_n, lane);
   if (blocks == 1) {
     constexpr int kFragments = 2 * kTiles;
     constexpr bool kKept = kTiles < 3;  // in registers

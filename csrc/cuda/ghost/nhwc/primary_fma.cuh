@@ -1,5 +1,5 @@
 // The 1×1 conv in IEEE fp32, by multiply-adds: x from global memory, weights from shared memory, register tiles of four
-// pixels × all of a lane's channels. Lanes hold the sums that mma leaves them in primary.cuh, so that the epilogue is
+// pixels × all of a lane's channels. Lanes hold the sums that mma leaves them in primary.cuh, so that the results is
 // one.
 #pragma once
 
@@ -42,7 +42,7 @@ struct FmaTile {
 
 // As primary() does, for Path::kFloat32.
 template <int kTiles, int kD, Epilogue kEpilogue, typename F>
-__device__ __forceinline__ void primary_fma(const NhwcParams& p, const NhwcTile& t, unsigned char* smem, F prepare) {
+__device__ __forceinline__ void primary_fma(const NhwcParams& p, const NhwcTile& t, unsigned char* smem, F load_rest) {
   const NhwcPlan& plan = p.plan;
   const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4, warp = threadIdx.x / 32;
   const int warp_n = warp % plan.warps_n, warp_m = warp / plan.warps_n;
@@ -54,11 +54,11 @@ __device__ __forceinline__ void primary_fma(const NhwcParams& p, const NhwcTile&
   const float* gates = static_cast<const float*>(p.args.input_gate) + t.n * p.args.input_gate_stride_n;
   const bool gated = kEpilogue == Epilogue::kAny && p.args.input_gate != nullptr;
 
-  prepare();
+  load_rest();
   __syncthreads();  // weights, scales and padding are there
-  PrimaryEpilogue<Path::kFloat32, kTiles, kEpilogue> epilogue;
-  epilogue.load(p, t, reinterpret_cast<const float*>(smem + plan.affine_offset), shared_address(smem) + plan.x1_offset,
-                kD / 2, warp_n, lane);
+  X1Results<Path::kFloat32, kTiles, kEpilogue> results;
+  results.load(p, t, reinterpret_cast<const float*>(smem + plan.affine_offset), shared_address(smem) + plan.x1_offset,
+               kD / 2, warp_n, lane);
   FmaTile<kTiles> tile;
 #pragma unroll 1
   for (int pixel = warp_m * kNhwcPixels; pixel < pixels; pixel += step) {
@@ -115,8 +115,8 @@ __device__ __forceinline__ void primary_fma(const NhwcParams& p, const NhwcTile&
         tile.join(sums);
         fetch(even, min(k + 1, left - 1));
       }
-      epilogue.store_half(p, half, here, pixel - here, lane,
-                          [&](int t, int odd, int e) { return sums[e % 2 * 2 + odd][2 * t + e / 2]; });
+      results.store_half(p, half, here, pixel - here, lane,
+                         [&](int t, int odd, int e) { return sums[e % 2 * 2 + odd][2 * t + e / 2]; });
     }
   }
 }
