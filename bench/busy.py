@@ -20,7 +20,7 @@ import torch
 import ghostfused
 from ghostfused.cli import inputs
 
-from . import cases, contest
+from . import cases, measure
 from .console import milliseconds, table
 from .environment import title
 from .results import Writer
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=inputs.amount, default=2.0, help="of a round, default 2")
     parser.add_argument("--fail-above", type=inputs.amount, metavar="RATIO", help="exit with 1 where a ratio is larger")
     cases.add_setting_arguments(parser, batch="1", modes=False)
-    contest.add_arguments(parser, cache="warm")
+    measure.add_arguments(parser, cache="warm")
 
 
 @contextlib.contextmanager
@@ -69,7 +69,7 @@ def summary(times: list[float]) -> dict[str, float]:
 
 def main(options: argparse.Namespace) -> int:
     """what a program that keeps one core busy costs a captured network on the CPU"""
-    device = contest.set_device(options, only="cpu")
+    device = measure.set_device(options, only="cpu")
     (model,) = cases.networks(options.network, options.size).values()
     worst, shown = 0.0, []
     with Writer(options.output, device) as writer, torch.inference_mode():

@@ -23,7 +23,7 @@ from torch import Tensor
 import ghostfused
 from ghostfused.cli import inputs
 
-from . import cases, contest
+from . import cases, measure
 from .console import table
 from .environment import title
 from .results import Writer
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--fail-below", type=inputs.amount, metavar="RATIO", help="exit with 1 where a ratio is smaller"
     )
     cases.add_setting_arguments(parser, batch="1,2", modes=False)
-    contest.add_device_arguments(parser)
+    measure.add_device_arguments(parser)
 
 
 def seconds(callers: int, calls: Sequence[Callable[[], object]]) -> float:
@@ -102,7 +102,7 @@ def check(captured: Callable[[Tensor], Tensor], inputs: list[Tensor], callers: i
 
 def main(options: argparse.Namespace) -> int:
     """throughput of many threads that call one captured network on the CPU, over that of one"""
-    device = contest.set_device(options, only="cpu")
+    device = measure.set_device(options, only="cpu")
     sizes = options.sizes
     (model,) = cases.networks(options.network, min(sizes)).values()
     batches, options.batch = options.batch, options.batch[:1]

@@ -103,16 +103,16 @@ class Layer:
 
 def layer(name: str, module: nn.Module, shape: tuple[int, int, int], count: int = 1) -> Layer:
     """``module``, for inputs of (N, *shape)."""
-    adopted = ghost.read(module)
-    if isinstance(adopted, str):
-        raise ValueError(f"{name} is no Ghost module: {adopted}")
-    primary, cheap = (ghost.read_place(module, place) for place in (adopted.primary, adopted.cheap))
+    recognized = ghost.read(module)
+    if isinstance(recognized, str):
+        raise ValueError(f"{name} is no Ghost module: {recognized}")
+    primary, cheap = (ghost.read_place(module, place) for place in (recognized.primary, recognized.cheap))
     assert not isinstance(primary, str)
     assert not isinstance(cheap, str)
     in_channels, height, width = shape
     stride = primary.conv.stride[0]
     return Layer(
-        name, (name,) * count, module, in_channels, primary.weight.shape[0], adopted.out_channels(module), height, width,
+        name, (name,) * count, module, in_channels, primary.weight.shape[0], recognized.out_channels(module), height, width,
         -(-height // stride), -(-width // stride), primary.weight.shape[2], stride, cheap.weight.shape[2],
         primary.act.name.lower(), cheap.act.name.lower(),
     )  # fmt: skip

@@ -18,7 +18,7 @@ from ghostfused.backends import cpu
 from ghostfused.ops.schemas import forward_op
 from ghostfused.spec import GhostArgs
 
-from . import cases, contest, module
+from . import cases, measure, module
 from .console import milliseconds, table
 from .environment import title
 from .results import Writer
@@ -31,7 +31,7 @@ PEAK_STEPS = 4000
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     module.add_module_arguments(parser)
     cases.add_setting_arguments(parser, batch="1", modes=False)
-    contest.add_arguments(parser, cache="warm")
+    measure.add_arguments(parser, cache="warm")
 
 
 def _with_input(args: GhostArgs, x: Tensor) -> GhostArgs:
@@ -45,8 +45,8 @@ def main(options: argparse.Namespace) -> int:
         return 1
     from ghostfused import _cpu  # type: ignore[attr-defined]
 
-    device = contest.set_device(options, only="cpu")
-    how = contest.method(options)
+    device = measure.set_device(options, only="cpu")
+    how = measure.method(options)
     layers, shown = module.layers(options), []
     with Writer(options.output, device) as writer, torch.inference_mode():
         for setting in cases.settings(options):

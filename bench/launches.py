@@ -25,7 +25,7 @@ from ghostfused.ops import OPS
 from ghostfused.spec import GhostArgs
 from ghostfused.spec.kernels import kernel_refusal
 
-from . import cases, contest
+from . import cases, measure
 from .console import table
 from .peers import LEVELS, execution
 from .results import Writer
@@ -124,12 +124,12 @@ def count_kernels(model: nn.Module, x: Tensor) -> int:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--network", default="paper", help="as in `network`; several with commas")
     parser.add_argument("--size", type=positive, default=224)
-    contest.add_device_arguments(parser)
+    measure.add_device_arguments(parser)
 
 
 def main(options: argparse.Namespace) -> int:
     """count operations and kernels per forward, unfused and fused"""
-    device = contest.set_device(options)
+    device = measure.set_device(options)
     networks = cases.networks(options.network, options.size)
     shown = []
     with Writer(options.output, device) as writer:

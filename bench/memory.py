@@ -16,7 +16,7 @@ from ghostfused.backends import unavailable_on
 from ghostfused.cli import inputs
 from ghostfused.cli.inputs import BadInput
 
-from . import cases, contest, rss
+from . import cases, measure, rss
 from .cases import Setting
 from .console import table
 from .launches import as_if_available, executions
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", default="float32", type=inputs.dtype, choices=[d for d in cases.DTYPES if d != "tf32"]
     )
-    contest.add_device_arguments(parser)
+    measure.add_device_arguments(parser)
 
 
 def saved_bytes(model: nn.Module, x: Tensor) -> int:
@@ -81,7 +81,7 @@ def main(options: argparse.Namespace) -> int:
     if len(options.batches) > 1:
         raise BadInput(f"--batch: expected one number without --rss, got {','.join(map(str, options.batches))}")
     (options.batch,) = options.batches
-    device = contest.set_device(options)
+    device = measure.set_device(options)
     networks = cases.networks(options.network, options.size)
     shown = []
     setting = Setting("meta", options.batch, options.dtype)

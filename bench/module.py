@@ -13,7 +13,7 @@ import torch
 from ghostfused.cli import inputs
 from ghostfused.cli.inputs import BadInput
 
-from . import cases, contest, traffic
+from . import cases, measure, traffic
 from .cases import Layer, Setting
 from .console import Display, absences, cell
 from .environment import title
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--time-limit", type=inputs.amount, metavar="SECONDS", help="start no further case after this time"
     )
     cases.add_setting_arguments(parser, batch="1")
-    contest.add_arguments(parser)
+    measure.add_arguments(parser)
 
 
 def layers(options: argparse.Namespace) -> list[Layer]:
@@ -96,8 +96,8 @@ def _by_mode(settings: list[Setting]) -> list[list[Setting]]:
 
 def main(options: argparse.Namespace) -> int:
     """time every Ghost module of a network against every peer"""
-    device = contest.set_device(options)
-    how = contest.method(options)
+    device = measure.set_device(options)
+    how = measure.method(options)
     peers = select(options.peers)
     found, settings = layers(options), cases.settings(options)
     start = time.perf_counter()
@@ -113,13 +113,13 @@ def main(options: argparse.Namespace) -> int:
         with Display(heading, columns, len(found) * len(settings)) as display:
             for settings_of_layer in _by_mode(settings):
                 for layer, setting in itertools.product(found, settings_of_layer):
-                    contest.set_tf32(setting.dtype == "tf32")
+                    measure.set_tf32(setting.dtype == "tf32")
                     itemsize = torch.tensor([], dtype=setting.torch_dtype).element_size()
                     if options.time_limit and time.perf_counter() - start > options.time_limit:
                         print(f"--time-limit: {layer.name}, {' '.join(map(str, vars(setting).values()))} was not run")
                         continue
                     display.case(layer.name)
-                    rows = contest.contest(
+                    rows = measure.measure(
                         layer.calibrated(), layer.shape, setting, peers, how, display.doing, options.others_tolerance
                     )
                     for row in rows:
@@ -137,7 +137,7 @@ def main(options: argparse.Namespace) -> int:
 def _cells(layer: Layer, setting: Setting, rows: list[dict]) -> list[str]:
     name = layer.name + (f" ×{len(layer.names)}" if len(layer.names) > 1 else "")
     shape = f"{layer.in_channels}→{layer.out_channels} {layer.height}×{layer.width}"
-    baseline = next((row for row in rows if row["peer"] == contest.BASELINE), None)
+    baseline = next((row for row in rows if row["peer"] == measure.BASELINE), None)
     what = f"{setting.batch} {setting.dtype} {setting.layout}" + (
         "" if setting.mode == "inference" else f" {setting.mode}"
     )

@@ -9,7 +9,7 @@ import torch
 from ghostfused.cli.inputs import positive
 from ghostfused.cli.verify import calibrate
 
-from . import cases, contest, isolate
+from . import cases, isolate, measure
 from .console import Display, absences, cell
 from .environment import title
 from .peers import select
@@ -28,16 +28,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--isolate", type=positive, metavar="ROUNDS", help="each peer in a process of its own, in turns"
     )
     # a network's activations flush the cache by themselves, and its input is a small part of what it reads
-    contest.add_arguments(parser, cache="warm")
+    measure.add_arguments(parser, cache="warm")
 
 
 def main(options: argparse.Namespace) -> int:
     """time whole networks, fused and unfused, against every peer"""
-    device = contest.set_device(options)
+    device = measure.set_device(options)
     peers = select(options.peers, network=True)
     networks = cases.networks(options.network, options.size)
     if options.isolate:
-        return isolate.main(options, list(peers), contest.BASELINE)
+        return isolate.main(options, list(peers), measure.BASELINE)
     settings = cases.settings(options)
     with Writer(options.output, device) as writer:
         heading = f"Whole networks at {options.size}², time per batch; {title(writer.environment)}"
@@ -46,9 +46,9 @@ def main(options: argparse.Namespace) -> int:
                 x = torch.randn(2, 3, options.size, options.size, generator=torch.Generator().manual_seed(0))
                 model = calibrate(network, x)
                 for setting in settings:
-                    contest.set_tf32(setting.dtype == "tf32")
+                    measure.set_tf32(setting.dtype == "tf32")
                     # at batch 1 what counts is how long a caller waits, host time included
-                    how = contest.method(options, clock="wall" if setting.batch == 1 else "events")
+                    how = measure.method(options, clock="wall" if setting.batch == 1 else "events")
                     display.case(name)
                     facts = {"kind": "network", "name": name, "count": 1, "size": options.size, **vars(setting)}
 
@@ -59,11 +59,11 @@ def main(options: argparse.Namespace) -> int:
                                 row["images_per_second"] = round(facts["batch"] / row["ms"]["p50"] * 1e3, 2)
                             writer.write(row)
 
-                    rows = contest.contest(
+                    rows = measure.measure(
                         model, tuple(x.shape[1:]), setting, peers, how, display.doing, options.others_tolerance, write
                     )
                     write(rows)
-                    baseline = next((row for row in rows if row["peer"] == contest.BASELINE), None)
+                    baseline = next((row for row in rows if row["peer"] == measure.BASELINE), None)
                     what = f"batch {setting.batch} {setting.dtype} {setting.layout}"
                     what += "" if setting.mode == "inference" else f" {setting.mode}"
                     display.row([name, what, *(cell(row, baseline) for row in rows)])

@@ -21,7 +21,7 @@ from ghostfused.nn.cache import CachesPrograms
 from ghostfused.ops.schemas import forward_op
 from ghostfused.spec import Act, BatchNorm, GhostArgs
 
-from . import contest
+from . import measure
 from .cases import Unfused
 from .console import table
 from .environment import title
@@ -34,7 +34,7 @@ REPLAYED = "module, replayed"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--calls", type=positive, default=500, help="per repeat (default 500)")
     parser.add_argument("--repeats", type=positive, default=7)
-    contest.add_device_arguments(parser)
+    measure.add_device_arguments(parser)
 
 
 def steps(backend: str, device: torch.device) -> dict[str, Callable[[], object]]:
@@ -107,7 +107,7 @@ def microseconds(functions: dict[str, Callable[[], object]], calls: int, repeats
 
 def main(options: argparse.Namespace) -> int:
     """measure host time per call: Python, checks, dispatcher, launch"""
-    device = contest.set_device(options)
+    device = measure.set_device(options)
     x = torch.randn(1, 4, 2, 2, device=device)
     eager = Unfused(FusedGhostModule(4, 8)).eval().to(device)
     functions: dict[tuple[str, str], Callable[[], object]] = {("eager", "module: its 7 layers"): lambda: eager(x)}

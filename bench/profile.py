@@ -17,7 +17,7 @@ from ghostfused.cli import inputs
 from ghostfused.cli.inputs import BadInput
 from ghostfused.fuse import fuse
 
-from . import cases, contest, module
+from . import cases, measure, module
 from .timing import Flush
 
 CALLS_BEFORE = 3
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     module.add_module_arguments(parser)
     cases.add_setting_arguments(parser, batch="64", modes=False)
     parser.add_argument("--backend", default="cuda", choices=list(BACKENDS), help="default cuda")
-    contest.add_device_arguments(parser)
+    measure.add_device_arguments(parser)
 
 
 @contextlib.contextmanager
@@ -46,7 +46,7 @@ def _profiled(device: torch.device) -> Iterator[None]:
 
 def main(options: argparse.Namespace) -> int:
     """call each module's kernel once, for a profiler"""
-    device = contest.set_device(options)
+    device = measure.set_device(options)
     if reason := unavailable_on(options.backend, device.type):
         raise BadInput(f"--backend {options.backend}: {reason}")
     layers, flush = module.layers(options), Flush(device)

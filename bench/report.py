@@ -129,7 +129,7 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
     return f'<div class="wide"><table>{_cells([html.escape(h) for h in head], "th")}\n{body}</table></div>'
 
 
-def contest_table(rows: list[dict]) -> str:
+def comparison_table(rows: list[dict]) -> str:
     """A line for each case, a column for each peer that was timed or wrong anywhere."""
     peers = [
         p
@@ -148,11 +148,11 @@ def contest_table(rows: list[dict]) -> str:
         )
         base = by_peer.get("eager")
         cells = [html.escape(first["name"]) + shape, f"{key[2]}", f"{key[3]} {key[4]} {key[5].replace('_', ' ')}"]
-        body.append(cells + [_contest_cell(by_peer.get(p), base) for p in peers])
+        body.append(cells + [_comparison_cell(by_peer.get(p), base) for p in peers])
     return _table(["", "batch", "setting", *peers], body)
 
 
-def _contest_cell(row: dict | None, base: dict | None) -> str:
+def _comparison_cell(row: dict | None, base: dict | None) -> str:
     if row is None or row["status"] == "absent":
         return "–"
     if row["status"] != "ok":
@@ -194,9 +194,9 @@ def page(results: list[tuple[dict, list[dict]]], drawn: list[tuple[str, Path]]) 
     for environment, rows in results:
         command = environment["command"]
         parts.append(f"<h2><code>{html.escape(command)}</code></h2><p>{html.escape(title(environment))}</p>")
-        contests = [r for r in rows if r["kind"] in ("module", "network")]
-        if contests:
-            parts += [contest_table(contests), absent_table(contests)]
+        comparisons = [r for r in rows if r["kind"] in ("module", "network")]
+        if comparisons:
+            parts += [comparison_table(comparisons), absent_table(comparisons)]
         for kind, fields in (
             ("memory", ("name", "mode", "execution", "batch", "dtype", "saved_bytes", "peak_bytes")),
             ("launches", ("name", "execution", "ops", "fused_ops", "kernels")),

@@ -144,13 +144,13 @@ def in_process(task: str, *arguments: object, threads: int) -> str:
 def main(options: argparse.Namespace) -> int:
     from ghostfused.cli.inputs import BadInput
 
-    from . import cases, contest
+    from . import cases, measure
     from .console import table
     from .engines import missing
     from .environment import title
     from .results import Writer
 
-    device, threads = contest.set_device(options, only="cpu"), torch.get_num_threads()
+    device, threads = measure.set_device(options, only="cpu"), torch.get_num_threads()
     names = options.network.split(",")
     if others := [name for name in names if not name.startswith("timm:")]:
         raise BadInput(f"--network: with --rss expected timm's, as in timm:ghostnet_100, got {others[0]}")

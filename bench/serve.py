@@ -27,7 +27,7 @@ import torch
 from ghostfused.cli import inputs
 from ghostfused.cli.inputs import BadInput
 
-from . import cases, contest
+from . import cases, measure
 from .cases import ROOT
 from .console import milliseconds, table
 from .engines import missing
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--rounds", type=inputs.positive, default=5, help="of each server, default 5")
     parser.add_argument("--seconds", type=inputs.amount, default=3.0, help="of a round, default 3")
-    contest.add_device_arguments(parser)
+    measure.add_device_arguments(parser)
 
 
 class Server:
@@ -143,7 +143,7 @@ def differs(answers: list[dict]) -> str | None:
 
 def main(options: argparse.Namespace) -> int:
     """requests per second and latency of a server under load, with a captured network and without"""
-    device = contest.set_device(options, only="cpu")
+    device = measure.set_device(options, only="cpu")
     if reason := missing("starlette", "uvicorn", "timm", "PIL"):
         raise BadInput(reason)
     cases.networks(f"timm:{options.model}", options.size)

@@ -218,20 +218,20 @@ class _Surgery:
 
     def ghost_modules(self) -> None:
         for fqn, module in self._candidates():
-            deployed, adopted = module, ghost.read(module)
-            if isinstance(adopted, str):
+            deployed, recognized = module, ghost.read(module)
+            if isinstance(recognized, str):
                 # a container is no Ghost module that failed, if there is one in it
                 if not ghost.claims_to_be_one(module) or self._handled_inside(fqn):
                     continue
-                deployed, reason = self._deployed(module), adopted
+                deployed, reason = self._deployed(module), recognized
                 if deployed is not module:
-                    adopted = ghost.read(deployed)
+                    recognized = ghost.read(deployed)
                 elif _deploy_method(module) is not None:
                     reason = _TRAINING_FORM
-                if isinstance(adopted, str):
+                if isinstance(recognized, str):
                     self._leave(fqn, module, reason)
                     continue
-            self._settle(fqn, module, functools.partial(self._ghost_module, deployed, adopted))
+            self._settle(fqn, module, functools.partial(self._ghost_module, deployed, recognized))
 
     def bottlenecks(self) -> None:
         for fqn, module in self._candidates():
@@ -285,8 +285,8 @@ class _Surgery:
             elif not isinstance(module, FusedGhostModule | FusedGhostBottleneck):
                 yield fqn, module
 
-    def _ghost_module(self, module: nn.Module, adopted: ghost.Adopted) -> nn.Module | str:
-        fused = FusedGhostModule.from_adopted(module, adopted, self.backend)
+    def _ghost_module(self, module: nn.Module, recognized: ghost.Recognized) -> nn.Module | str:
+        fused = FusedGhostModule.from_recognized(module, recognized, self.backend)
         if not isinstance(fused, str) and (reason := _form_refusal(_example(fused), self.backend)):
             return f"no kernel for {reason}"
         return fused

@@ -22,7 +22,7 @@ from ..ops.transforms import transformed
 from ..spec.checks import ArgumentError
 from ..spec.subclasses import takes_operations
 from ..spec.words import dtype_of
-from . import proof
+from . import equivalence
 from .frozen import Frozen
 from .given import Given
 from .graphs import RecordedGraph
@@ -103,7 +103,7 @@ def capture(
             variant = exact
             if computes_in is not None:  # of what is proven
                 variant = Program(exact.exported, inputs, partial, frozen)
-                proof.in_range(variant, exact, inputs, computes_in)
+                equivalence.in_range(variant, exact, inputs, computes_in)
             variants[key_of(inputs, dynamic_batch)] = variant
         if frozen is not None:
             frozen.round_weights()

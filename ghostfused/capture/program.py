@@ -11,10 +11,10 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from ..spec import memory_format
-from . import proof
+from . import equivalence
+from .equivalence import Inputs
 from .frozen import Frozen
 from .lowering import Lowered, lower
-from .proof import Inputs
 from .writes import without_writes
 
 Key = tuple[tuple[torch.Size, torch.dtype], ...]
@@ -109,7 +109,7 @@ def _where(node: fx.Node) -> str:
 
 
 def prove(program: Program, model: nn.Module, inputs: Inputs, dynamic_batch: bool) -> None:
-    for call in proof.calls(inputs, dynamic_batch):
+    for call in equivalence.calls(inputs, dynamic_batch):
 
         def run(*inputs: Tensor, text: str = shown(key_of(call))) -> Any:
             try:
@@ -124,7 +124,7 @@ def prove(program: Program, model: nn.Module, inputs: Inputs, dynamic_batch: boo
                 name = type(model).__name__
                 raise NotCaptured(f"{name} itself doesn't run on {text}: {type(error).__name__}: {error}") from error
 
-        if not proof.computes_the_same(run, run_model, call, program.rounds_to):
+        if not equivalence.computes_the_same(run, run_model, call, program.rounds_to):
             raise NotCaptured(
                 f"the program computes something else than {type(model).__name__} for {shown(key_of(call))}: its forward may "
                 "depend on more than its tensors, or draw random numbers"

@@ -164,42 +164,42 @@ class FusedGhostModule(CachesPrograms, nn.Module):
             raise TypeError(f"module: expected an nn.Module, got {type(module).__name__}")
         check_backend(backend)
         with named("from_module"):
-            adopted = ghost.read(module)
-            fused = adopted if isinstance(adopted, str) else cls.from_adopted(module, adopted, backend)
+            recognized = ghost.read(module)
+            fused = recognized if isinstance(recognized, str) else cls.from_recognized(module, recognized, backend)
         if isinstance(fused, str):
             raise ValueError(f"module: expected a Ghost module that can be fused, got {type(module).__name__}: {fused}")
         return fused
 
     @classmethod
-    def from_adopted(cls, module: nn.Module, adopted: ghost.Adopted, backend: str) -> FusedGhostModule | str:
+    def from_recognized(cls, module: nn.Module, recognized: ghost.Recognized, backend: str) -> FusedGhostModule | str:
         """As ``from_module``, for what ``ghost.read`` has read; returns how the two differ where that raises."""
-        kind, halves = cls, (adopted.primary, adopted.cheap)
+        kind, halves = cls, (recognized.primary, recognized.cheap)
         attributes = {
             "_halves": halves,
             "backend": "reference",
             "_cache": ProgramCache(),
-            "_cut": adopted.cut,
-            "_watched": adopted.watched,
-            "_layout": Layout.of(module, (), adopted.read_afresh, adopted.watched.looks),
+            "_cut": recognized.cut,
+            "_watched": recognized.watched,
+            "_layout": Layout.of(module, (), recognized.read_afresh, recognized.watched.looks),
         }
         if "out_channels" not in module.__dict__:  # else it is the module's own, which its forward may read
-            attributes["out_channels"] = adopted.out_channels(module)
-        if adopted.attention is not None:
+            attributes["out_channels"] = recognized.out_channels(module)
+        if recognized.attention is not None:
             from .attention import FusedAttentionGhostModule  # it derives from this class
 
             kind = FusedAttentionGhostModule
-            attributes |= FusedAttentionGhostModule.attributes(module, adopted.attention, adopted.gate_form)
+            attributes |= FusedAttentionGhostModule.attributes(module, recognized.attention, recognized.gate_form)
         from .called import called_as  # so do its classes
 
         kind, arguments = called_as(module, kind)
         reason: str | None = None
-        for order in _orders(adopted.out_channels(module)) if adopted.shuffled else (None,):
+        for order in _orders(recognized.out_channels(module)) if recognized.shuffled else (None,):
             fused = make_twin(kind, module, **attributes, **arguments, _order=order)
-            reason = prove(module, fused, adopted.in_channels)
+            reason = prove(module, fused, recognized.in_channels)
             if reason is None:
                 fused.backend = backend
                 return fused
-        other_order = "it gives out its maps in an order that no fused module has: " if adopted.shuffled else ""
+        other_order = "it gives out its maps in an order that no fused module has: " if recognized.shuffled else ""
         return f"{other_order}{reason}"
 
     def _read(self) -> tuple[ghost.Half, ghost.Half] | str:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..numerics import relative_error
 from .disturbed import undisturbed
-from .draws import OwnNumbers
+from .random_numbers import OwnNumbers
 from .trace import is_fused, shadow
 
 SAME = 1e-10

@@ -60,7 +60,7 @@ def layer_at(root: nn.Module, layer: Layer) -> nn.Module | Known:
     return get(root, cast(Path, layer))
 
 
-class Adopted(NamedTuple):
+class Recognized(NamedTuple):
     """Where a Ghost module keeps its halves."""
 
     primary: Place
@@ -262,7 +262,7 @@ def forward_is_known(module: nn.Module) -> bool:
     return not has_hooks(module) and "forward" in module.__dict__ and not forward_replaced(module)
 
 
-def read(module: nn.Module) -> Adopted | str:
+def read(module: nn.Module) -> Recognized | str:
     """Where ``module``'s halves are and how many channels it gives out; or why it is no Ghost module that can be fused."""
     if reason := scripted(module) or unusual(module):
         return reason
@@ -315,7 +315,7 @@ def read(module: nn.Module) -> Adopted | str:
     if cut is not None and cut < channels[0]:  # it may be more than there are, after pruning
         return f"it returns {cut} channels, no concatenation of {channels[0]} and {channels[1]}"
     form = "pooled first" if attention is None else gate_form(traced, attention)
-    return Adopted(primary, cheap, one.conv.in_channels, cut, traced.watched, attention, form, shuffled)
+    return Recognized(primary, cheap, one.conv.in_channels, cut, traced.watched, attention, form, shuffled)
 
 
 def claims_to_be_one(module: nn.Module) -> bool:
@@ -338,7 +338,7 @@ def claims_to_be_one(module: nn.Module) -> bool:
     return two or _by_structure(module, halves) is None
 
 
-def _of_fused(module: nn.Module) -> Adopted | str:
+def _of_fused(module: nn.Module) -> Recognized | str:
     """The same of one of ours."""
     state = module.__dict__
     primary, cheap = state["_halves"]
@@ -347,7 +347,7 @@ def _of_fused(module: nn.Module) -> Adopted | str:
         return f"{_name(primary)}: {half}"
     cut, watched = state.get("_cut", state["out_channels"]), state.get("_watched", Watched())
     attention, form, shuffled = state.get("_attention"), state.get("_gate_form", ""), state.get("_order") is not None
-    return Adopted(primary, cheap, half.conv.in_channels, cut, watched, attention, form, shuffled)
+    return Recognized(primary, cheap, half.conv.in_channels, cut, watched, attention, form, shuffled)
 
 
 def _by_structure(module: nn.Module, halves: dict[str, Half | str]) -> str | None:

@@ -12,7 +12,7 @@ import torch
 from bench_stand_ins import QUICK, SHAPE, Clock, Planted
 from spies import needs_cpu_kernels
 
-from bench import cases, contest, peers, timing
+from bench import cases, measure, peers, timing
 from bench.cases import Setting
 from bench.timing import Method, Timed, Timing, verdict
 from ghostfused.numerics import relative_error
@@ -53,7 +53,7 @@ class _WrongGradient(torch.autograd.Function):
 def test_wrong_peer_is_caught_and_not_timed(ghost, mode, change):
     wrong, right = Planted("wrong", change), Planted("right")
     setting = Setting(batch=3, mode=mode)
-    rows = contest.contest(ghost, SHAPE, setting, {"eager": peers.Eager(), "wrong": wrong, "right": right}, QUICK)
+    rows = measure.measure(ghost, SHAPE, setting, {"eager": peers.Eager(), "wrong": wrong, "right": right}, QUICK)
     by_peer = {row["peer"]: row for row in rows}
     assert by_peer["wrong"]["status"] == "WRONG"
     assert "ms" not in by_peer["wrong"]
@@ -63,7 +63,7 @@ def test_wrong_peer_is_caught_and_not_timed(ghost, mode, change):
 
 
 def test_wrong_value_is_called_wrong(ghost):
-    rows = contest.contest(ghost, SHAPE, Setting(), {"w": Planted("w", lambda out: out * 1.0001)}, QUICK)
+    rows = measure.measure(ghost, SHAPE, Setting(), {"w": Planted("w", lambda out: out * 1.0001)}, QUICK)
     assert rows[0]["status"] == "WRONG"
     assert rows[0]["error"] > rows[0]["limit"]
 
@@ -74,7 +74,7 @@ def test_others_tolerance_is_not_for_ours(ghost):
 
     slightly = 1 + 3e-6  # beyond the limit, within a hundred times the limit
     both = {"ours": Ours("ours", lambda out: out * slightly), "other": Planted("other", lambda out: out * slightly)}
-    rows = contest.contest(ghost, SHAPE, Setting(), both, QUICK, others_tolerance=100)
+    rows = measure.measure(ghost, SHAPE, Setting(), both, QUICK, others_tolerance=100)
     assert [row["status"] for row in rows] == ["WRONG", "ok"]
 
 
@@ -86,7 +86,7 @@ def test_broken_and_absent_peers_have_reasons_and_stop_nobody(ghost):
         def unavailable(self, setting):
             return "not here"
 
-    rows = contest.contest(
+    rows = measure.measure(
         ghost, SHAPE, Setting(), {"b": Planted("b", broken), "a": Absent("a"), "eager": peers.Eager()}, QUICK
     )
     assert [row["status"] for row in rows] == ["error", "absent", "ok"]
@@ -97,7 +97,7 @@ def test_broken_and_absent_peers_have_reasons_and_stop_nobody(ghost):
 def test_every_peer_is_right_or_says_why_it_is_absent(ghost):
     """But for torch.compile, which takes seconds a module."""
     chosen = {n: p for n, p in peers.all_peers().items() if not isinstance(p, peers.Compiled)}
-    rows = contest.contest(ghost, SHAPE, Setting(), chosen, QUICK, others_tolerance=10)
+    rows = measure.measure(ghost, SHAPE, Setting(), chosen, QUICK, others_tolerance=10)
     assert {row["status"] for row in rows} <= {"ok", "absent"}, rows
     assert all(row["reason"] for row in rows if row["status"] == "absent")
     assert {"eager", "bn_folded", "ghostfused_reference"} <= {row["peer"] for row in rows if row["status"] == "ok"}
@@ -130,7 +130,7 @@ def test_a_captured_peer_hands_over_its_arguments(ghost, monkeypatch):
     monkeypatch.setattr(peers, "capture", capture)
     assert peer.unavailable(Setting(dtype="float16")) == "no float16"
     assert peer.unavailable(Setting()) is None
-    (row,) = contest.contest(ghost, SHAPE, Setting(), {peer.name: peer}, QUICK)
+    (row,) = measure.measure(ghost, SHAPE, Setting(), {peer.name: peer}, QUICK)
     assert row["status"] == "ok"
     assert row["precision"] == "bfloat16"
     assert set(given) == {(True, True, "bfloat16")}
@@ -140,7 +140,7 @@ def test_a_captured_peer_hands_over_its_arguments(ghost, monkeypatch):
 def test_a_whole_network_in_bfloat16(ghost):
     """Gets float32 and gives it back, by way of bfloat16."""
     peer = peers.all_peers()["ghostfused_bf16"]
-    (row,) = contest.contest(ghost, SHAPE, Setting(), {peer.name: peer}, QUICK)
+    (row,) = measure.measure(ghost, SHAPE, Setting(), {peer.name: peer}, QUICK)
     assert (row["status"], row["precision"]) == ("ok", "bfloat16")
     x = torch.randn(1, *SHAPE)
     out = peer.prepare(copy.deepcopy(ghost), x)(x)
@@ -153,7 +153,7 @@ def test_a_whole_network_in_bfloat16(ghost):
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
 def test_modes_and_layouts(ghost, mode, layout):
     setting = Setting(batch=2, mode=mode, layout=layout)
-    rows = contest.contest(ghost, SHAPE, setting, peers.select("eager,ghostfused_reference"), QUICK)
+    rows = measure.measure(ghost, SHAPE, setting, peers.select("eager,ghostfused_reference"), QUICK)
     assert [row["status"] for row in rows] == ["ok", "ok"], rows
 
 
@@ -221,7 +221,7 @@ def test_peers_that_are_quick_to_prepare_are_heard_before_the_others(ghost):
 
     order: list = []
     everybody = {"slow": Slow("slow"), "eager": peers.Eager(), "wrong": Planted("wrong", lambda out: out * 2)}
-    rows = contest.contest(ghost, SHAPE, Setting(), everybody, QUICK, early=lambda rows: order.append(rows))
+    rows = measure.measure(ghost, SHAPE, Setting(), everybody, QUICK, early=lambda rows: order.append(rows))
     early, then = order
     assert then == "slow"
     assert [(row["peer"], row["status"], row["preliminary"]) for row in early] == [
@@ -233,7 +233,7 @@ def test_peers_that_are_quick_to_prepare_are_heard_before_the_others(ghost):
     assert rows[0]["ms"]
     assert rows[1]["ms"] != early[0]["ms"]  # timed again, beside the slow one
     order.clear()
-    contest.contest(ghost, SHAPE, Setting(), {"eager": peers.Eager()}, QUICK, early=order.append)
+    measure.measure(ghost, SHAPE, Setting(), {"eager": peers.Eager()}, QUICK, early=order.append)
     assert order == []  # nobody to wait for
 
 
@@ -241,7 +241,7 @@ def test_a_case_that_nobody_can_run_costs_itself_only():
     from ghostfused.models.paper import GhostModule
 
     setting = Setting(batch=1, mode="training_forward")  # batch statistics of one value
-    (row,) = contest.contest(GhostModule(3, 8).eval(), (3, 1, 1), setting, {"eager": peers.Eager()}, QUICK)
+    (row,) = measure.measure(GhostModule(3, 8).eval(), (3, 1, 1), setting, {"eager": peers.Eager()}, QUICK)
     assert row["status"] == "error"
     assert "more than 1 value per channel" in row["reason"]
 
@@ -254,7 +254,7 @@ def test_a_peer_that_breaks_while_timed_costs_the_case_only(ghost):
 
     broken = Planted("broken", breaks)
     wrong = Planted("wrong", lambda out: out * 2)
-    rows = contest.contest(ghost, SHAPE, Setting(), {"eager": peers.Eager(), "broken": broken, "wrong": wrong}, QUICK)
+    rows = measure.measure(ghost, SHAPE, Setting(), {"eager": peers.Eager(), "broken": broken, "wrong": wrong}, QUICK)
     assert [row["status"] for row in rows] == ["error", "error", "WRONG"]
     assert rows[0]["reason"] == "RuntimeError: out of memory"
     assert not any("ms" in row for row in rows)

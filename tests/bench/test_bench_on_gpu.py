@@ -1,6 +1,6 @@
 """The benchmarks' code for CUDA devices, run on a fake one (fake_gpu.py): every row is judged, no time is.
 
-In each row a peer's output was compared with float64 by bench/contest.py before its status became "ok", so that a graph
+In each row a peer's output was compared with float64 by bench/measure.py before its status became "ok", so that a graph
 which replays nothing, say, is a row that is WRONG.
 """
 

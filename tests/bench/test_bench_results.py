@@ -24,7 +24,7 @@ from bench_stand_ins import (
     write,
 )
 
-from bench import cases, compare, contest, launches, memory, module, peers, report, results, suite, timing
+from bench import cases, compare, launches, measure, memory, module, peers, report, results, suite, timing
 from bench import environment as facts
 from bench.__main__ import main
 from bench.cases import Setting, Unfused
@@ -66,20 +66,20 @@ def test_a_layer_knows_its_output_and_its_floor():
 
 
 def test_oracle_measures_as_the_package_does(ghost):
-    from bench.oracle import Oracle
+    from bench.correctness import Exact
 
     setting = Setting(batch=20)  # more than one chunk
     x = setting.input(SHAPE)
-    oracle = Oracle(ghost, x, setting)
+    exact = Exact(ghost, x, setting)
     with torch.no_grad():
         out = ghost(x)
-        assert relative_error(oracle.expected[0].float(), ghost.double()(x.double())) < 1e-7
+        assert relative_error(exact.expected[0].float(), ghost.double()(x.double())) < 1e-7
     ghost.float()
-    assert oracle.judge([out]).ok
-    assert not oracle.judge([out + 1e-4 * out.abs().max()]).ok
+    assert exact.judge([out]).ok
+    assert not exact.judge([out + 1e-4 * out.abs().max()]).ok
     half = out.bfloat16().float()
-    assert not oracle.judge([half]).ok
-    assert oracle.judge([half], torch.bfloat16).ok  # by the tolerance of the precision that it says it has
+    assert not exact.judge([half]).ok
+    assert exact.judge([half], torch.bfloat16).ok  # by the tolerance of the precision that it says it has
 
 
 def test_planted_slowdown_shows_in_compare(tmp_path, capsys, paper_layers):
@@ -101,14 +101,14 @@ def test_planted_slowdown_shows_in_compare(tmp_path, capsys, paper_layers):
 
 
 def test_planted_slowdown_goes_all_the_way(tmp_path, monkeypatch, capsys, ghost):
-    """From a peer that takes longer, by contest and results file, to compare's exit code; on a clock of our own."""
+    """From a peer that takes longer, by measure and results file, to compare's exit code; on a clock of our own."""
     files = []
     for name, ms in (("before", 2.0), ("after", 2.5)):
         clock = Clock()
         monkeypatch.setattr(timing, "time", clock)
         wait = clock.function(ms)
         peer = Planted("planted", lambda out, wait=wait: (wait.call(out), out)[1])
-        rows = contest.contest(ghost, SHAPE, Setting(), {"planted": peer}, QUICK)
+        rows = measure.measure(ghost, SHAPE, Setting(), {"planted": peer}, QUICK)
         monkeypatch.undo()
         layer = cases.layer("one", Unfused(FusedGhostModule(8, 12)), SHAPE)
         for row in rows:

@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from families import OfficialGhost
 from networks import assert_same, assert_same_training
 from torch import nn
+from users_networks import OfficialGhost
 
 from ghostfused import FusedGhostBottleneck, FusedGhostModule, fuse, fuse_with_report, unfuse
 from ghostfused.cli.verify import calibrate

@@ -1,8 +1,8 @@
 """fuse(model) and unfuse(model): which families are found, that nothing else changes, and the report."""
 
-import families
 import pytest
 import torch
+import users_networks
 from modules import EXACT, randomized
 from public_networks import FAMILIES, timm_model
 from torch import nn
@@ -147,7 +147,7 @@ def test_shared_bottleneck_and_tied_weights():
 
 
 def test_levels_and_filter():
-    model = randomized(families.official())
+    model = randomized(users_networks.official())
     by_module, report = fuse_with_report(model, level="module")
     assert {swap.kind for swap in report} == {"OfficialGhost"}
     assert not any(isinstance(m, FusedGhostBottleneck) for m in by_module.modules())
@@ -167,7 +167,7 @@ def test_levels_and_filter():
 
 
 def test_backend_is_that_of_the_call():
-    fused, report = fuse_with_report(randomized(families.official()).float(), backend="reference")
+    fused, report = fuse_with_report(randomized(users_networks.official()).float(), backend="reference")
     assert {m.backend for m in fused.modules() if hasattr(m, "backend")} == {"reference"}
     assert {swap.backend for swap in report} == {"reference"}
     for wrong in ({"backend": "x"}, {"level": "network"}):

@@ -3,9 +3,9 @@
 import functools
 from unittest import mock
 
-import families
 import pytest
 import torch
+import users_networks
 from public_networks import FAMILIES
 
 from bench import cases, launches
@@ -48,7 +48,7 @@ def test_kernels_of_a_fused_network(network):
 
 
 def test_every_part_of_a_bottleneck_is_fused():
-    ops = count(fuse(families.official(), backend="cuda"), "cuda")
+    ops = count(fuse(users_networks.official(), backend="cuda"), "cuda")
     assert ops == {
         "aten.conv2d": 1, "aten.batch_norm": 1, "aten.relu_": 1,  # the stem
         "ghostfused.forward_cuda": 8 + 2,  # the shortcuts' 1×1 convs are Ghost modules without ghosts

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from families import OfficialGhost
 from torch import Tensor, nn
+from users_networks import OfficialGhost
 from written import Written
 
 from ghostfused import FusedGhostModule

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from families import OfficialBottleneck, OfficialSE
 from torch import Tensor, nn
+from users_networks import OfficialBottleneck, OfficialSE
 
 from ghostfused.models import paper, seed
 

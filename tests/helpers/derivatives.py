@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
-from families import OfficialGhost
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
+from users_networks import OfficialGhost
 
 from ghostfused import FusedGhostBottleneck, FusedGhostModule, fuse
 from ghostfused.cli.verify import calibrate

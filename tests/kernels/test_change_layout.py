@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from cuda_runtime import needs_cuda
-from draws import DTYPES
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_backends import Backend
+from strategies import DTYPES
 from torch import Tensor
 from training_runtime import to
 

@@ -11,13 +11,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import draws
 import pytest
+import strategies
 import torch
-from draws import DTYPES, LAYOUTS
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_backends import Backend, needs_cpu
+from strategies import DTYPES, LAYOUTS
 from strides import shifted, with_gaps
 
 from ghostfused import backends, functional
@@ -124,12 +124,12 @@ def test_real_shapes(layout):
 
 @given(
     case=st.one_of(
-        draws.ghost_modules(
+        strategies.ghost_modules(
             in_channels=st.integers(1, 70), height=st.integers(1, 30), width=st.integers(1, 40),
             out_channels=st.integers(12, 90), seed=st.integers(0, 999),
         ),
-        draws.depthwise(channels=st.integers(2, 70), height=st.integers(1, 30), width=st.integers(1, 70)),
-        draws.squeeze_excite(channels=st.integers(2, 200)),
+        strategies.depthwise(channels=st.integers(2, 70), height=st.integers(1, 30), width=st.integers(1, 70)),
+        strategies.squeeze_excite(channels=st.integers(2, 200)),
     )
 )  # fmt: skip
 def test_larger_cases(case):

@@ -6,12 +6,12 @@ import itertools
 from pathlib import Path
 
 import aarch64
-import draws
 import pytest
+import strategies
 import torch
-from draws import DTYPES, LAYOUTS
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from strategies import DTYPES, LAYOUTS
 
 from ghostfused import spec
 from ghostfused.backends import reference
@@ -68,7 +68,7 @@ def test_ghost_modules(driver, dtype, layout):
     for dw_size in (1, 3, 5, 7):
         check(driver, Case(2, 20, 9, 11, 24, dw_size=dw_size, **common))
         check(driver, Case(1, 33, 7, 20, 29, 3, dw_size=dw_size, sliced=True, **extras, **common))
-    for act in draws.ACTS:
+    for act in strategies.ACTS:
         check(driver, Case(1, 6, 5, 6, 10, act_primary=act, act_cheap=act, per_channel_slope=True, **common))
     for size in ((1, 1), (1, 9), (13, 1), (2, 2), (7, 7), (5, 70)):
         check(driver, Case(2, 12, *size, 18, act_primary="silu", **common))
@@ -126,7 +126,7 @@ def test_depthwise(driver, dtype, layout):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_squeeze_excite_pool_and_linear(driver, dtype, layout):
     common = {"dtype": dtype, "layout": layout}
-    for gate in draws.GATES:
+    for gate in strategies.GATES:
         check(driver, SqueezeExciteCase(5, 41, 11, 7, 9, gate=gate, sliced=True, **common))
     case = SqueezeExciteCase(1, 130, 33, 1, 1, act="silu", bias=False, **common)
     args = make(case)
@@ -173,19 +173,21 @@ few = settings(max_examples=12)
 
 
 @few
-@given(case=draws.ghost_modules(seed=st.integers(0, 999)))
+@given(case=strategies.ghost_modules(seed=st.integers(0, 999)))
 def test_random_ghost_modules(driver, case):
     check(driver, case)
 
 
 @few
-@given(case=draws.depthwise(seed=st.integers(0, 999)))
+@given(case=strategies.depthwise(seed=st.integers(0, 999)))
 def test_random_depthwise(driver, case):
     check(driver, case)
 
 
 @few
-@given(case=draws.squeeze_excite(channels=st.integers(1, 60), reduced=st.integers(1, 20), seed=st.integers(0, 999)))
+@given(
+    case=strategies.squeeze_excite(channels=st.integers(1, 60), reduced=st.integers(1, 20), seed=st.integers(0, 999))
+)
 def test_random_squeeze_excite(driver, case):
     check(driver, case)
 

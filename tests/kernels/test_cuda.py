@@ -12,8 +12,8 @@ import fuzz_raw_ops
 import pytest
 import torch
 from cuda_runtime import _C, ON_CPU, general_only, needs_cuda
-from draws import LAYOUTS
 from kernel_backends import Backend
+from strategies import LAYOUTS
 
 from ghostfused.testing import Case, DepthwiseCase, SqueezeExciteCase
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from cuda_runtime import _C, needs_cuda, planned_for
-from draws import ACTS
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_backends import Backend
+from strategies import ACTS
 
 from ghostfused.spec import Act, GhostArgs
 from ghostfused.testing import Case, make_args

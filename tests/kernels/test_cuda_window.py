@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from cuda_runtime import _C, needs_cuda, needs_extension, planned_for
-from draws import ACTS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_backends import Backend
+from strategies import ACTS
 from strides import with_gaps
 
 import ghostfused

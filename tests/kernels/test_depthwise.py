@@ -2,12 +2,12 @@
 
 import dataclasses
 
-import draws
 import pytest
+import strategies
 import torch
-from draws import DTYPES, LAYOUTS
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import DTYPES, LAYOUTS
 from torch import nn
 
 from ghostfused import BatchNorm, functional
@@ -25,7 +25,7 @@ def test_every_kernel(backend, kernel, stride, dtype):
         backend.check(DepthwiseCase(1, 16, 5, 6, sliced=True, act="hardswish", **common))
 
 
-@pytest.mark.parametrize("act", draws.ACTS)
+@pytest.mark.parametrize("act", strategies.ACTS)
 def test_activations(backend, act):
     for per_channel in (False, True) if act == "prelu" else (False,):
         common = {"act": act, "per_channel_slope": per_channel, "height": 6, "width": 5}
@@ -34,26 +34,26 @@ def test_activations(backend, act):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("norm", draws.NORMS)
+@pytest.mark.parametrize("norm", strategies.NORMS)
 def test_norms(backend, norm, dtype):
     for norm_dtype in (None, torch.float32):
         backend.check(DepthwiseCase(1, 8, 5, 6, norm=norm, dtype=dtype, norm_dtype=norm_dtype))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("size", draws.SIZES, ids=str)
+@pytest.mark.parametrize("size", strategies.SIZES, ids=str)
 def test_sizes(backend, size, layout):
     cases = (
         DepthwiseCase(2, 8, *size, dtype=torch.float16, layout=layout),
         DepthwiseCase(2, 8, *size, (5, 5), 1, layout=layout, act="relu6"),
         DepthwiseCase(2, 8, *size, (1, 5), 1, layout=layout),
     )
-    backend.check(*backend.alternate(cases, draws.SIZES.index(size) + LAYOUTS.index(layout)))
+    backend.check(*backend.alternate(cases, strategies.SIZES.index(size) + LAYOUTS.index(layout)))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_channels(backend, layout):
-    for i, channels in enumerate(draws.CHANNELS):
+    for i, channels in enumerate(strategies.CHANNELS):
         backend.check(DepthwiseCase(1, channels, 5, 6, layout=layout, dtype=DTYPES[i % 3]))
 
 
@@ -75,7 +75,7 @@ def test_real_layers(backend, layout, dtype):
 
 
 @given(
-    case=draws.depthwise(channels=st.integers(1, 40), width=st.integers(1, 33)),
+    case=strategies.depthwise(channels=st.integers(1, 40), width=st.integers(1, 33)),
     multiprocessors=st.sampled_from([1, 132]),
 )
 def test_any_case(backend, case, multiprocessors):

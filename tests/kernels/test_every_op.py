@@ -2,12 +2,12 @@
 
 import dataclasses
 
-import draws
 import pytest
+import strategies
 import strides
 import torch
-from draws import LAYOUTS
 from kernel_backends import Backend, needs_cpu, on
+from strategies import LAYOUTS
 
 from ghostfused import backends, functional, ops
 from ghostfused.backends import reference
@@ -94,7 +94,7 @@ def test_nan_and_infinity(backend, op):
     case = {"forward": Case(4, 8, 7, 8, 16), "depthwise": DepthwiseCase(4, 8, 7, 8, stride=1)}.get(
         op, SqueezeExciteCase(4, 24, 8, 7, 8)
     )
-    for setting in draws.GATES if op == "squeeze_excite" else draws.ACTS:
+    for setting in strategies.GATES if op == "squeeze_excite" else strategies.ACTS:
         for layout in LAYOUTS:
             args = make(dataclasses.replace(case, layout=layout, **dict.fromkeys(names, setting)))
             args.x[:3, 3, 2, 5] = torch.tensor([float("nan"), float("inf"), -float("inf")])

@@ -5,13 +5,13 @@ import itertools
 import json
 from pathlib import Path
 
-import draws
 import pytest
+import strategies
 import torch
-from draws import ACTS, LAYOUTS, NORMS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_backends import on
+from strategies import ACTS, LAYOUTS, NORMS
 
 from ghostfused.backends import triton
 from ghostfused.testing import Case, judge, make_args
@@ -87,7 +87,7 @@ def test_output_gate_of_any_size_and_strides(backend, gate_size):
 
 
 @each_layout
-@pytest.mark.parametrize("size", [*draws.SIZES, (3, 130), (64, 5)], ids=str)
+@pytest.mark.parametrize("size", [*strategies.SIZES, (3, 130), (64, 5)], ids=str)
 def test_sizes(backend, layout, size):
     for path in backend.alternate(("float16", "float32"), sum(size) + LAYOUTS.index(layout)):
         backend.check(Case(2, 8, *size, 16, layout=layout, **PATHS[path]))
@@ -152,7 +152,7 @@ def test_large_batch(backend):
 
 @both_tritons
 @each_layout
-@pytest.mark.parametrize("dtype", draws.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", strategies.DTYPES, ids=str)
 @pytest.mark.parametrize("optional", [(), ("input_gate",), ("residual",), ("output_gate",)], ids=str)
 def test_no_ghosts(backend, optional, dtype, layout):
     """A module cut off after its first half, a 1×1 conv, never reads what the second half is made of."""
@@ -197,7 +197,7 @@ def test_real_modules(backend, row):
     max_examples=settings.default.max_examples // (2 if triton.INTERPRETED else 1)
 )  # whose two backends share them
 @given(
-    case=draws.ghost_modules(
+    case=strategies.ghost_modules(
         in_channels=st.integers(1, 70), height=st.integers(1, 10), width=st.integers(1, 13),
         out_channels=st.integers(4, 40), dw_size=st.sampled_from([1, 3, 3, 5]), allow_tf32=st.booleans(), cut=st.sampled_from([0, 0, 1, 5, 90]),
     ),

@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
-from draws import LAYOUTS
 from kernel_backends import on
+from strategies import LAYOUTS
 
 from ghostfused import functional
 from ghostfused.backends import BACKENDS

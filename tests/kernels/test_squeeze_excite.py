@@ -2,12 +2,12 @@
 
 import dataclasses
 
-import draws
 import pytest
+import strategies
 import torch
-from draws import DTYPES, LAYOUTS
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import DTYPES, LAYOUTS
 
 from ghostfused import functional
 from ghostfused.testing import SqueezeExciteCase, make
@@ -15,7 +15,7 @@ from ghostfused.testing import SqueezeExciteCase, make
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("gate", draws.GATES)
+@pytest.mark.parametrize("gate", strategies.GATES)
 def test_every_kernel(backend, gate, dtype, layout):
     common = {"gate": gate, "dtype": dtype, "layout": layout}
     backend.check(SqueezeExciteCase(3, 24, 8, 9, 13, bias=gate == "sigmoid", **common))
@@ -23,16 +23,16 @@ def test_every_kernel(backend, gate, dtype, layout):
     backend.check(SqueezeExciteCase(1, 3, 1, 1, 1, **common))
 
 
-@pytest.mark.parametrize("act", draws.GATE_ACTS)
+@pytest.mark.parametrize("act", strategies.GATE_ACTS)
 def test_activations(backend, act):
     backend.check(SqueezeExciteCase(height=5, width=6, act=act))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_sizes_and_channels(backend, layout):
-    for size in draws.SIZES:
+    for size in strategies.SIZES:
         backend.check(SqueezeExciteCase(2, 16, 6, *size, layout=layout, dtype=torch.float16))
-    for i, channels in enumerate(draws.CHANNELS):
+    for i, channels in enumerate(strategies.CHANNELS):
         backend.check(SqueezeExciteCase(2, channels, max(1, channels // 3), 5, 6, layout=layout, dtype=DTYPES[i % 3]))
 
 
@@ -57,7 +57,7 @@ def test_images_share_a_program_and_large_maps_have_several(backend, multiproces
         backend.check(SqueezeExciteCase(5, 70, 20, 60, 50, layout=layout))
 
 
-@given(case=draws.squeeze_excite(), multiprocessors=st.sampled_from([1, 132]))
+@given(case=strategies.squeeze_excite(), multiprocessors=st.sampled_from([1, 132]))
 def test_any_case(backend, case, multiprocessors):
     with backend.planned_for(multiprocessors):
         backend.check(case)

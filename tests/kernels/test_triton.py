@@ -7,8 +7,8 @@ import call_path
 import fuzz_raw_ops
 import pytest
 import torch
-from draws import LAYOUTS
 from kernel_backends import Backend
+from strategies import LAYOUTS
 from triton_runtime import DEVICE, needs_triton
 
 from ghostfused.backends import triton

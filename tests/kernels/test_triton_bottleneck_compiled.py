@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from draws import LAYOUTS
+from strategies import LAYOUTS
 from triton_compiler import compiled_on_cpu, launch_on_cpu, spilled  # noqa: F401 (a fixture)
 
 from ghostfused.backends.triton import bottleneck as triton_bottleneck

@@ -4,13 +4,13 @@ them. test_cuda_window.py has CUDA's."""
 import dataclasses
 from pathlib import Path
 
-import draws
 import pytest
+import strategies
 import torch
-from draws import LAYOUTS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_backends import Backend, on
+from strategies import LAYOUTS
 from strides import with_gaps
 from triton_runtime import DEVICE, needs_triton
 
@@ -25,7 +25,7 @@ from ghostfused.testing import Case, convert, make_args, to_device
 TRITON = Backend("triton")
 both_tritons = on("triton", "triton_two_kernel")
 each_layout = pytest.mark.parametrize("layout", LAYOUTS)
-each_dtype = pytest.mark.parametrize("dtype", draws.DTYPES, ids=str)
+each_dtype = pytest.mark.parametrize("dtype", strategies.DTYPES, ids=str)
 ALL_INPUTS = {"input_gate": True, "residual": True, "output_gate": True}
 
 
@@ -35,7 +35,7 @@ ALL_INPUTS = {"input_gate": True, "residual": True, "output_gate": True}
 @pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (3, 2), (1, 2), (5, 3)])
 def test_primary_convs(backend, kernel, stride, dtype, layout):
     common = {"kernel_size": kernel, "stride": stride, "dtype": dtype, "layout": layout}
-    number = LAYOUTS.index(layout) + draws.DTYPES.index(dtype) + kernel // 2
+    number = LAYOUTS.index(layout) + strategies.DTYPES.index(dtype) + kernel // 2
     cases = (
         Case(1, 20, 9, 11, 24, dw_size=5, **common),
         Case(2, 33, 8, 13, 29, 3, sliced=True, act_primary="silu", **ALL_INPUTS, **common),
@@ -104,7 +104,7 @@ def test_padding_is_zero_and_not_a_neighbour(backend, layout):
 @both_tritons
 @settings(max_examples=settings.default.max_examples // (4 if triton.INTERPRETED else 1))
 @given(
-    case=draws.ghost_modules(
+    case=strategies.ghost_modules(
         in_channels=st.integers(1, 70), height=st.integers(1, 12), width=st.integers(1, 13),
         out_channels=st.integers(4, 40), dw_size=st.sampled_from([1, 3, 5]), allow_tf32=st.booleans(),
         kernel_size=st.sampled_from([1, 3, 3, 5]), stride=st.integers(1, 3), dilation=st.integers(1, 2),

@@ -3,10 +3,10 @@
 import copy
 import pickle
 
-import families
 import pytest
 import torch
 import torch.nn.utils.parametrize
+import users_networks
 from modules import EXACT, independent_copy, randomized
 from torch import nn
 
@@ -206,7 +206,7 @@ def test_a_hook_that_is_removed_leaves_no_trace():
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_copies_are_independent(duplicate):
-    fused = fuse(nn.Sequential(bottleneck(), fuse(randomized(families.OfficialGhost(9, 12, mode="attn")))))
+    fused = fuse(nn.Sequential(bottleneck(), fuse(randomized(users_networks.OfficialGhost(9, 12, mode="attn")))))
     assert isinstance(fused[1], FusedAttentionGhostModule)
     x = torch.randn(2, 6, 9, 7, **X)
     independent_copy(fused, x, duplicate)
@@ -235,7 +235,7 @@ def test_output_is_fresh():
 
 
 def test_attention_gate_is_its_own():
-    fused = fuse(randomized(families.OfficialGhost(6, 9, mode="attn")))
+    fused = fuse(randomized(users_networks.OfficialGhost(6, 9, mode="attn")))
     x, gate = torch.randn(2, 6, 8, 8, **X), torch.rand(2, 6, **X)
     torch.testing.assert_close(fused(x, input_gate=gate), fused(x * gate[:, :, None, None]), **EXACT)
     with pytest.raises(ValueError, match="output_gate: expected None"):

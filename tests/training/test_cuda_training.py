@@ -12,8 +12,8 @@ import sys
 import pytest
 import torch
 from cuda_runtime import _C, ON_CPU, needs_cuda
-from draws import DTYPES, LAYOUTS
 from kernel_backends import Backend
+from strategies import DTYPES, LAYOUTS
 from training_runtime import ALL_INPUTS, check, check_args, kernels, make, run
 
 from ghostfused import ops

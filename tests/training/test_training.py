@@ -4,8 +4,8 @@ modules make of them. The kernels of CUDA and Triton are in test_training_kernel
 import copy
 import dataclasses
 
-import draws
 import pytest
+import strategies
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -72,7 +72,7 @@ def smooth(act: str) -> str:
 
 
 @given(
-    case=draws.ghost_modules(
+    case=strategies.ghost_modules(
         in_channels=st.sampled_from([4, 8]),
         height=st.integers(2, 7),
         width=st.integers(2, 7),

@@ -3,15 +3,15 @@ is in test_cuda_training.py and test_triton_training.py."""
 
 import dataclasses
 
-import draws
 import pytest
+import strategies
 import strides
 import torch
 import training_runtime
-from draws import ACTS, DTYPES, LAYOUTS
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from kernel_backends import on
+from strategies import ACTS, DTYPES, LAYOUTS
 from training_runtime import ALL_INPUTS, NORMS, check_args, kernels, make, run
 
 from ghostfused import FusedGhostModule, ops
@@ -241,7 +241,7 @@ def test_what_the_kernels_refuse_trains_on_the_reference(backend):
 
 
 @given(
-    case=draws.ghost_modules(
+    case=strategies.ghost_modules(
         in_channels=st.integers(1, 20),
         height=st.integers(2, 8),
         width=st.integers(2, 9),

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 import torch
-from draws import LAYOUTS
 from kernel_backends import Backend
+from strategies import LAYOUTS
 from training_runtime import kernels, run
 
 from ghostfused import ops

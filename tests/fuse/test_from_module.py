@@ -5,9 +5,9 @@ import pickle
 
 import pytest
 import torch
-from families import LeakyNoSlice, PReLUGhost, timm_ghost, timm_v3_deployed, ultralytics_fuse, ultralytics_ghost
 from modules import FLOAT64, independent_copy, randomize, runs_fused
 from torch import nn
+from users_networks import LeakyNoSlice, PReLUGhost, timm_ghost, timm_v3_deployed, ultralytics_fuse, ultralytics_ghost
 
 from ghostfused import FusedGhostModule
 from ghostfused.models import paper, seed

@@ -15,14 +15,14 @@ from ghostfused.cli import inputs
 from ghostfused.cli.inputs import BadInput
 
 from .cases import Setting
-from .oracle import Oracle, grad_output, snapshot
+from .correctness import Exact, grad_output, snapshot
 from .peers import Peer, Run
 from .timing import CACHES, Method, Timed, cache_bytes, rotation, time_interleaved
 
 BASELINE = "eager"
 
 
-def contest(
+def measure(
     module: nn.Module,
     shape: tuple[int, ...],
     setting: Setting,
@@ -43,7 +43,7 @@ def contest(
     inputs = rotation(x, method.cache)
     timed: dict[str, Timed] = {}
     try:
-        oracle = Oracle(module, x, setting)
+        exact = Exact(module, x, setting)
     except Exception as error:  # such as batch statistics of one value
         return [{"peer": name, **_failure(error)} for name in peers]
     torch.compiler.reset()  # graphs of earlier modules would count towards Dynamo's limit on recompilations
@@ -56,10 +56,10 @@ def contest(
             with _grad_mode(setting):
                 own = setting.place(module)
                 run = peer.prepare(own, x)
-            outputs = snapshot(oracle.outputs(run, own, x))
+            outputs = snapshot(exact.outputs(run, own, x))
         except Exception as error:
             return {"peer": name, **_failure(error)}
-        row = {"peer": name, **_verdict(oracle, outputs, peer, others_tolerance)}
+        row = {"peer": name, **_verdict(exact, outputs, peer, others_tolerance)}
         if row["status"] == "ok":
             timed[name] = _timed(run, own, setting)
         return row
@@ -99,8 +99,8 @@ def _failure(error: Exception) -> dict:
     return {"status": "error", "reason": f"{type(error).__name__}: {lines[0][:200] if lines else ''}"}
 
 
-def _verdict(oracle: Oracle, outputs: list[Tensor], peer: Peer, others_tolerance: float) -> dict:
-    verdict = oracle.judge(outputs, peer.computes_in)
+def _verdict(exact: Exact, outputs: list[Tensor], peer: Peer, others_tolerance: float) -> dict:
+    verdict = exact.judge(outputs, peer.computes_in)
     if not peer.ours:
         verdict = verdict._replace(limit=verdict.limit * others_tolerance)
     finite = math.isfinite(verdict.error)  # JSON has no infinity

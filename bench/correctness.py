@@ -30,7 +30,7 @@ def grad_output(out: Tensor) -> Tensor:
     return torch.empty_like(out).copy_(grad)
 
 
-class Oracle:
+class Exact:
     """The results of ``module`` on ``x`` in float64, from weights and inputs as rounded to the setting's dtype."""
 
     def __init__(self, module: nn.Module, x: Tensor, setting: Setting):

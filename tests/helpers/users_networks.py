@@ -179,7 +179,7 @@ class PReLUGhost(seed.GhostModule):
 
 
 def ultralytics_ghost(*args, fused=False, **kwargs):
-    modules = pytest.importorskip("ultralytics.nn.modules", reason="ultralytics' own GhostConv is what is adopted")
+    modules = pytest.importorskip("ultralytics.nn.modules", reason="ultralytics' own GhostConv is what is recognized")
     m = modules.GhostConv(*args, **kwargs)
     for bn in (m.cv1.bn, m.cv2.bn):
         bn.eps, bn.momentum = 1e-3, 0.03
@@ -200,7 +200,7 @@ def ultralytics_fuse(m):
 
 
 def timm_ghost(name, *args, **kwargs):
-    ghostnet = pytest.importorskip("timm.models.ghostnet", reason="timm's own Ghost module is what is adopted")
+    ghostnet = pytest.importorskip("timm.models.ghostnet", reason="timm's own Ghost module is what is recognized")
     return getattr(ghostnet, name)(*args, **kwargs)
 
 
