@@ -5,12 +5,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from ..ops.transforms import runs_plain
+from ..backends import cpu
+from ..ops import run_step
+from ..ops.recording import note_others
+from ..ops.transforms import runs_plain, undisturbed
 from ..recognize.watch import forward_replaced, has_hooks
+from ..spec import AvgPoolArgs, Gate, GateArgs
+from ..spec.kernels import COMMON
 from . import layers
+from .cache import may_replay
 from .ghost_module import FusedGhostModule, _gated
 
 fx.wrap("_gated")
@@ -22,6 +29,8 @@ class FusedAttentionGhostModule(FusedGhostModule):
     Made by ``FusedGhostModule.from_module`` of the V2 modules of the official repository and of timm.
     ``short_conv`` is their name for a 1×1 conv, a 1×5 and a 5×1 depthwise conv, each with BatchNorm. Others pool what
     these give, or have a module that makes the whole gate.
+
+    On a CPU pooling and sigmoid are steps of the program that it keeps. With gradients, and on a GPU, PyTorch runs them.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -33,7 +42,11 @@ class FusedAttentionGhostModule(FusedGhostModule):
     _gate_names: tuple[str, ...]
 
     def runs_our_ops(self) -> bool:
-        return False  # pooling, and the gate's sigmoid
+        """On a CPU, where pooling and sigmoid are steps of programs; of a gate whose layers all have kernels."""
+        weight = next(self.parameters(), None)
+        if weight is None or not weight.is_cpu or self._gate_form == "whole" or not self._runs:
+            return False
+        return all(run.kind(self) is not None for run in self._runs)
 
     @staticmethod
     def attributes(module: nn.Module, attention: str, gate_form: str) -> dict:
@@ -65,17 +78,70 @@ class FusedAttentionGhostModule(FusedGhostModule):
         """
         if output_gate is not None and not isinstance(output_gate, fx.Proxy):  # torch.fx can't say that it is None
             raise ValueError("output_gate: expected None, since this module makes its own, got a tensor")
+        if input_gate is None and residual is None and may_replay(x) and x.is_cpu:
+            return self._cache(self, x, self._run)
+        return self._run(x, input_gate, residual)
+
+    def _run(
+        self,
+        x: Tensor,
+        input_gate: Tensor | None = None,
+        residual: Tensor | None = None,
+        output_gate: Tensor | None = None,
+    ) -> Tensor:
+        """As ``forward``, read afresh; ``output_gate`` doesn't count."""
         if self._is_changed() or runs_plain(self.backend, x):  # its own forward makes the gate as well
             return self._run_children(x, input_gate, residual, None)
         if input_gate is not None:
             x = _gated(x, input_gate)
-        gate = F.avg_pool2d(x, 2) if self._gate_form == "pooled first" else x
+        gate = _pooled(x, self.backend) if self._gate_form == "pooled first" else x
         block = self._modules[self._attention]
         if not self._runs or self._is_changed_inside(block):  # type: ignore[arg-type]
+            note_others()
             gate = block(gate)  # type: ignore[misc]
         else:
             for run in self._runs:
                 gate = run(self, gate, self.backend)
         if self._gate_form == "pooled last":
-            gate = F.avg_pool2d(gate, 2)
-        return super().forward(x, residual=residual, output_gate=gate if self._gate_form == "whole" else gate.sigmoid())
+            gate = _pooled(gate, self.backend)
+        if self._gate_form != "whole":
+            gate = _sigmoid(gate, self.backend)
+        return super()._run(x, residual=residual, output_gate=gate)
+
+
+def _pooled(x: Tensor, backend: str) -> Tensor:
+    out = _by_kernel(AvgPoolArgs(x, 2), backend)
+    return F.avg_pool2d(x, 2) if out is None else out
+
+
+def _sigmoid(x: Tensor, backend: str) -> Tensor:
+    out = _by_kernel(GateArgs(x, _SIGMOID), backend)
+    return x.sigmoid() if out is None else out
+
+
+_SIGMOID = int(Gate.SIGMOID)
+
+
+def _by_kernel(args: AvgPoolArgs | GateArgs, backend: str) -> Tensor | None:
+    """What the CPU's kernel makes of ``args``, as a step of a recorded program does; None where PyTorch is to run."""
+    if not torch.compiler.is_compiling() and _may_run_kernel(args.x, backend):
+        try:
+            return run_step(args)
+        except RuntimeError:  # PyTorch can run it, or says what is wrong
+            pass
+    note_others()
+    return None
+
+
+def _may_run_kernel(x: Tensor, backend: str) -> bool:
+    """Whether x is a tensor for the CPU's kernels, nothing is differentiated, and nobody looks on."""
+    return (
+        backend in ("auto", "cpu")
+        and type(x) is Tensor
+        and x.is_cpu
+        and x.dtype in COMMON.dtypes
+        and not (x.requires_grad and torch.is_grad_enabled())
+        and not torch.is_autocast_enabled("cpu")
+        and cpu.unavailable() is None
+        and undisturbed()
+    )

@@ -2,7 +2,7 @@
 
 from ..spec import OPS
 from . import flops, implementations, recording
-from .programs import KeptProgram, Packs, replay_cpu
+from .programs import KeptProgram, Packs, replay_cpu, run_step
 from .schemas import STATISTICS, TRAIN_FIELDS, backward_op, forward_op, training_op
 
 __all__ = [
@@ -17,5 +17,6 @@ __all__ = [
     "implementations",
     "recording",
     "replay_cpu",
+    "run_step",
     "training_op",
 ]

@@ -16,6 +16,7 @@ from ..backends import reference
 from ..spec import Step
 from ..spec.checks import validate
 from . import encoding
+from .recording import note
 from .refusals import below_autograd
 from .schemas import define_op, fake_output, forward_op, library
 
@@ -128,6 +129,23 @@ for _backend in REPLAY_BACKENDS:
         functools.partial(_fake_replay, _backend),
         tags=torch.Tag.pt2_compliant_tag,
     )
+
+
+_program_cpu = forward_op("cpu", "program")
+
+
+def run_step(args: Step) -> Tensor:
+    """A step that is no op of its own and takes no weights, by the CPU's kernel, as a program of it alone. It has no derivative.
+
+    Raises:
+        RuntimeError: the kernel refuses it.
+    """
+    program = encoding.encode([(args, torch.empty(0, device=args.x.device))], args.x, ())
+    if program is None:
+        raise RuntimeError(f"{args.op}: expected a step without weights")
+    out = below_autograd(_program_cpu, args.x, *program)
+    note("cpu", args, out)
+    return out
 
 
 def _reference_step(args: Step) -> Tensor:
