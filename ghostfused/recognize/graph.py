@@ -91,7 +91,13 @@ def halves_of(
         )
         if (cut := _cut_of(node)) and rearranged.isdisjoint(node.all_input_nodes):
             cuts.append(cut)
-        elif attention is None or not gates:
+        elif attention is not None and gates:
+            name = str(node.target)
+            if (
+                node.op == "call_module" and name.partition(".")[0] != attention
+            ):  # its pooling, say, which is leapt over
+                watch_settings(layers[name], (name,), traced.watched)
+        else:
             return f"{shown(node)} ({node.op.removeprefix('call_')}) is no step of a Ghost module"
     if len(cuts) > 1:
         return "its output is cut more than once"

@@ -173,6 +173,17 @@ CHANGES = {
     "mode": lambda m: setattr(m, "mode", "original"),
     "the cut": lambda m: setattr(m, "oup", 12),
 }  # fmt: skip
+POOLING = {
+    "kernel": lambda m: (setattr(m.pool, "kernel_size", 3), setattr(m.pool, "stride", 3)),
+    "stride": lambda m: setattr(m.pool, "stride", 1),
+    "ceil_mode": lambda m: setattr(m.pool, "ceil_mode", True),
+    "padding": lambda m: setattr(m.pool, "padding", 1),
+    "divisor": lambda m: setattr(m.pool, "divisor_override", 3),
+    "another of its class": put("pool", lambda m: nn.AvgPool2d(3)),
+    "another class": put("pool", lambda m: nn.MaxPool2d(2)),
+    "a hook": child("pool", hook),
+    "forward": child("pool", lambda m: setattr(m, "forward", doubled(m.forward))),
+}
 
 
 def check_change(name, change, ran, part="ghost1"):
@@ -203,6 +214,13 @@ def check_change(name, change, ran, part="ghost1"):
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_takes_effect(change, ran, part):
     check_change("official", CHANGES[change], ran, part)
+
+
+@pytest.mark.parametrize("ran", [False, True])
+@pytest.mark.parametrize("name", ["pooled by a layer", "pooled last"])
+@pytest.mark.parametrize("change", POOLING)
+def test_a_change_of_the_pooling_takes_effect(change, name, ran):
+    check_change(name, POOLING[change], ran)
 
 
 PATCHES = {
