@@ -39,9 +39,12 @@ ABI3 = not sysconfig.get_config_var("Py_GIL_DISABLED")  # a Python without GIL h
 MANYLINUX = platform.libc_ver()[0] == "glibc" and platform.machine() in ("x86_64", "aarch64")
 
 # Build isolation hides the torch that the package is for, and pip's CUDA packages. One from build-system.requires would be
-# another, of 3 GB.
+# another, of 3 GB. The same interpreter without pip's variables tells where it finds packages, the system's among them.
 if importlib.util.find_spec("torch") is None:
-    sys.path += sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")} - set(sys.path))
+    usual = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONNOUSERSITE")}
+    ask = [sys.executable, "-c", "import sys; print(*sys.path[1:], sep='\\n')"]
+    paths = subprocess.run(ask, capture_output=True, text=True, check=True, env=usual).stdout.splitlines()
+    sys.path += [path for path in paths if path not in sys.path]
 
 
 def find_cuda_home() -> Path | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,8 @@ class Extension:
         if importlib.util.find_spec(self.name) is None:
             note = _PACKAGE / f"{name}_build_failure.txt"  # setup.py writes it
             why = f": {note.read_text().strip()}" if note.exists() else ""
+            if (other := _installed_elsewhere(name)) is not None:
+                why = f": Python takes the package from {_PACKAGE.parent}, not the one with this extension in {other.parent}"
             self.failure = f"the extension {self.name} is not built{why}"
             return
         try:
@@ -40,6 +43,15 @@ class Extension:
     def build_info(self) -> dict | None:
         """What it was built for; None where there is no extension."""
         return None if self.module is None else self.module.build_info()
+
+
+def _installed_elsewhere(name: str) -> Path | None:
+    """An installed ghostfused that has the extension: in a checkout's folder Python takes the checkout."""
+    for distribution in importlib.metadata.distributions(name="ghostfused"):
+        package = Path(str(distribution.locate_file("ghostfused"))).resolve()
+        if package != _PACKAGE.resolve() and any(package.glob(f"{name}.*")):
+            return package
+    return None
 
 
 def op(name: str) -> Callable[..., Any]:

@@ -201,6 +201,15 @@ def test_the_wheel_works_in_another_folder_and_has_types(installed, tmp_path):
     assert Path(path).is_relative_to(installed.parents[1])
     assert reason == "the extension ghostfused._C is not built: GHOSTFUSED_CUDA=0 when it was built"
     assert reason in elsewhere(installed, tmp_path, "-m", "ghostfused", "info")
+    # in a checkout's folder Python takes the checkout
+    checkout = tmp_path / "checkout"
+    ignored = shutil.ignore_patterns("*.so", "*_build_failure.txt", "__pycache__")
+    shutil.copytree(ROOT / "ghostfused", checkout / "ghostfused", ignore=ignored)
+    said = elsewhere(installed, checkout, "-c", "from ghostfused.backends import cpu; print(cpu.unavailable())")
+    assert said.strip() == (
+        f"the extension ghostfused._cpu is not built: Python takes the package from {checkout}, not the one with this "
+        f"extension in {Path(path).parents[1]}"
+    )
     # in this test, so that two processes of tests build one wheel
     script = tmp_path / "script.py"
     script.write_text((ROOT / "tests/typing/keeps_the_class.py").read_text())
