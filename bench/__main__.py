@@ -9,7 +9,7 @@ from functools import partial
 
 from ghostfused.cli.inputs import in_one_line
 
-COMMANDS = ("module", "network", "memory", "launches", "overhead", "cpu_peak", "busy", "callers", "serve",
+COMMANDS = ("module", "network", "memory", "launches", "overhead", "cpu_peak", "bands", "busy", "callers", "serve",
             "traffic", "profile", "suite", "compare", "predicted", "report", "readme")  # fmt: skip
 
 

@@ -29,6 +29,8 @@ FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "overhead": {"backend": str, "step": str, "us": float, "spread_us": float},
     "cpu_peak": {"name": str, "count": int, "batch": int, "dtype": str, "layout": str, "isa": str, "gflops": float,
                  "peak_gflops": float, "peak_percent": float},
+    "bands": {"name": str, "part": str, "bands": int, "batch": int, "dtype": str, "layout": str, "ms": dict, "ratio": dict,
+              "ratio_without": dict},
     "busy": {"name": str, "batch": int, "dtype": str, "layout": str, "quiet_ms": dict, "busy_ms": dict, "ratio": float},
     "callers": {"name": str, "sizes": list, "batches": list, "dtype": str, "layout": str, "threads": int, "callers": int,
                 "one_per_second": list, "many_per_second": list, "ratio": float, "growth_mb": float},
@@ -39,7 +41,7 @@ FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
 """Fields that a row of each kind has at least."""
 STATUSES = ("ok", "absent", "WRONG", "error")
 _KEY = ("kind", "name", "height", "width", "in_channels", "out_channels", "size", "device", "batch", "dtype", "layout",
-        "mode", "peer", "execution", "backend", "step", "threads", "callers", "clients")  # fmt: skip
+        "mode", "peer", "execution", "backend", "step", "threads", "callers", "clients", "part", "bands")  # fmt: skip
 
 
 def key(row: dict) -> tuple:

@@ -32,7 +32,7 @@ PROGRAMS: dict[str, Callable[[list[str]], object]] = {
     "tests.fuzz": tests.fuzz.__main__.main,
 }
 ROW = {"in_channels": 8, "out_channels": 9, "height": 5, "width": 6}
-MEASURED = ("module", "network", "cpu_peak", "busy", "callers")
+MEASURED = ("module", "network", "cpu_peak", "bands", "busy", "callers")
 """Verbs of bench that take a network, settings and the options of all that measure."""
 COUNTED = ("memory", "launches")
 PROFILE = "bench profile {new} --device cpu --backend reference"
@@ -43,17 +43,17 @@ NUMBERS = {  # of which none may be 0, negative, a fraction or a word
     "--batch": (*(f"bench {verb}" for verb in (*MEASURED, "memory", "traffic", "profile {new}")), "tools.sass --network paper",
                 "ghostfused fuse paper", "ghostfused verify --model paper"),
     "--threads": DEVICES,
-    "--samples": ["bench module", "bench network", "bench cpu_peak"],
-    "--repeats": ["bench module", "bench network", "bench cpu_peak", "bench overhead"],
+    "--samples": ["bench module", "bench network", "bench cpu_peak", "bench bands"],
+    "--repeats": ["bench module", "bench network", "bench cpu_peak", "bench bands", "bench overhead"],
     "--rounds": ["bench busy", "bench callers", "bench serve", "ghostfused fuse paper"],
     "--calls": ["bench overhead", "bench callers", "tests.fuzz"],
-    "--callers": ["bench callers"], "--sizes": ["bench callers"], "--clients": ["bench serve"], "--isolate": ["bench network"],
+    "--callers": ["bench callers"], "--sizes": ["bench callers"], "--clients": ["bench serve"], "--bands": ["bench bands"], "--chain": ["bench bands"], "--least": ["bench bands"], "--isolate": ["bench network"],
     "--itemsize": ["bench traffic"], "--max-size": ["ghostfused verify --model paper"],
     "--jobs": ["tools.sass --network paper", "tools.resources", "tools.triton_configs"],
     "--modules": ["tests.fuzz"], "--bottlenecks": ["tests.fuzz"], "--networks": ["tests.fuzz"],
 }  # fmt: skip
 AMOUNTS = {
-    "--max-seconds": ["bench module", "bench network", "bench cpu_peak"], "--time-limit": ["bench module"],
+    "--max-seconds": ["bench module", "bench network", "bench cpu_peak", "bench bands"], "--time-limit": ["bench module"],
     "--seconds": ["bench busy", "bench serve"], "--others-tolerance": ["bench module", "bench network", "bench suite"],
     "--fail-above": ["bench busy"], "--fail-below": ["bench callers"], "--minutes": ["tests.fuzz"],
 }  # fmt: skip
