@@ -8,7 +8,7 @@
 
 namespace ghostfused {
 
-// channels_last if x's strides say so and it is not contiguous as well: spec.py's memory_format.
+// channels_last if x's strides say so and it is not contiguous as well: ghostfused/spec's memory_format.
 inline bool is_channels_last(const Tensor& x) { return !x.is_contiguous() && x.stride(1) == 1 && x.size(1) > 1; }
 
 // An op of Ghost modules: its arguments are ghostfused/spec/arguments.py's GhostArgs, in order, and then some of its
@@ -103,7 +103,7 @@ struct GhostOp {
   }
 };
 
-// What a program calls its steps and their arguments: the op, and then the fields of its tuple in spec.py.
+// What a program calls its steps and their arguments: the op, and then the fields of its tuple in ghostfused/spec.
 inline constexpr const char* kForwardNames[] = {"forward",
                                                 "x",
                                                 "primary_weight",

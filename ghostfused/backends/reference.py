@@ -151,7 +151,13 @@ def squeeze_excite(a: SqueezeExciteArgs) -> Tensor:
 def _through_gate(x: Tensor, gate: int) -> Tensor:
     if gate == Gate.SIGMOID:
         return x.sigmoid()
-    return F.hardsigmoid(x) if gate == Gate.HARDSIGMOID else F.relu6(x)
+    if gate == Gate.RELU6:
+        return F.relu6(x)
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return F.hardsigmoid(x)
+    # of PyTorch's there is no second derivative: its value, and the gradient of what it is made of
+    through = F.relu6(x + 3) / 6
+    return through + (F.hardsigmoid(x) - through).detach()
 
 
 def global_pool(a: GlobalPoolArgs) -> Tensor:

@@ -3,7 +3,6 @@ and read afresh at every call, as the halves of a Ghost module are."""
 
 from __future__ import annotations
 
-import itertools
 import operator
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
@@ -15,7 +14,7 @@ from ..backends import reference
 from ..functional import conv1x1, depthwise, squeeze_excite
 from ..ops.recording import note_others
 from ..recognize import ghost
-from ..recognize.activations import Known, watch_settings
+from ..recognize.activations import Known, called, watch_settings
 from ..recognize.disturbed import undisturbed
 from ..recognize.equivalence import substituted
 from ..recognize.trace import Traced, is_fused, is_look, trace
@@ -216,14 +215,13 @@ def read_squeeze_excite(block: nn.Module, path: Path) -> tuple[SqueezeExcite, Wa
         return None
     traced = trace(block)
     (reduce, first), (expand, _) = matrices
-    if isinstance(traced, str) or not _gates(traced, block, reduce, expand):
+    if isinstance(traced, str) or (act := _act_between(traced, block, reduce, expand)) not in COMMON.gate_acts:
         return None
     channels = first._parameters["weight"].shape[1]  # type: ignore[union-attr]
-    acts = {act for m in block.modules() if (act := of_layer(m)) is not None} or {Act.RELU}
     try:
         with substituted(block, channels, training=False, draws=False) as (twin, x):
             expected = undisturbed(twin.forward)(x)
-            for act, gate in itertools.product(acts.intersection(COMMON.gate_acts), Gate):
+            for gate in Gate:
                 found = SqueezeExcite(reduce, expand, act, gate)
                 out = x * found(twin, x, "reference")[:, :, None, None]
                 if out.shape == expected.shape and torch.allclose(out, expected, rtol=1e-10, atol=1e-12):
@@ -253,10 +251,11 @@ def _adds_dimensions(node: fx.Node) -> bool:
     return all(index is None or index is Ellipsis or index == slice(None) for index in node.args[1])
 
 
-def _gates(traced: Traced, block: nn.Module, reduce: Path, expand: Path) -> bool:
-    """Whether only a mean sees the input, but for the last product, and one activation at most is between the matrices."""
+def _act_between(traced: Traced, block: nn.Module, reduce: Path, expand: Path) -> Act | None:
+    """The activation between the matrices, of which there is one at most. None unless it is known, and only a mean sees the
+    input, but for the last product."""
     matrices = [".".join(reduce), ".".join(expand)]
-    stage, acts = 0, 0  # before the mean, after it, after the first matrix, after the second
+    stage, acts = 0, []  # before the mean, after it, after the first matrix, after the second
     for node in traced.nodes:
         name = getattr(node.target, "__name__", str(node.target))
         if node is traced.start or is_look(node):
@@ -266,26 +265,26 @@ def _gates(traced: Traced, block: nn.Module, reduce: Path, expand: Path) -> bool
             if node.target in matrices:
                 stage += 1
                 if stage < 2 or node.target != matrices[stage - 2]:
-                    return False
+                    return None
             elif isinstance(layer, _MEAN_LAYERS) and stage <= 1:
                 stage = 1
-            elif stage == 2 and of_layer(layer) is not None:
-                acts += 1
+            elif stage == 2 and (act := of_layer(layer)) is not None:
+                acts.append(act)
             elif not (isinstance(layer, _LAYERS_OF_NUMBERS) and stage in (1, 3)) and not ghost.is_nothing(layer):
-                return False
+                return None
         elif name in _MEANS and stage <= 1:
             stage = 1
         elif (name in _VIEWS or _adds_dimensions(node)) and stage > 0:
             continue
-        elif stage == 2 and name in ("relu", "relu_"):
-            acts += 1
+        elif stage == 2 and (act := called(node)) is not None:
+            acts.append(act)
         elif name not in _OF_NUMBERS or stage != 3:
-            return False
+            return None
         last = node is traced.result
         if (
             traced.start in node.all_input_nodes
             and not last
             and not (stage == 1 and (name in _MEANS or node.op == "call_module"))
         ):
-            return False
-    return stage == 3 and acts <= 1
+            return None
+    return None if stage != 3 or len(acts) > 1 else acts[0] if acts else Act.NONE

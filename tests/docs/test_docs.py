@@ -372,15 +372,3 @@ def test_batch_statistics_take_the_training_kernels():
 
 def test_public_functions_have_the_arguments_that_the_pages_use():
     assert set(inspect.signature(ghostfused.fuse).parameters) >= {"inplace", "level", "strict", "verbose", "backend"}
-
-
-def test_activations_are_added_where_development_says():
-    """Each place of that table holds a case of Hardswish, and no other file of the kernels does."""
-    text = READ[ROOT / "docs" / "development.md"][1]
-    table = text[text.index("An **activation**") : text.index("A **dtype**")]
-    listed = {ROOT / name for name in re.findall(r"^\| `(.*?)`", table, re.MULTILINE)}
-    case = re.compile(r"Act::kHardswish|Act\.HARDSWISH|\bkHardswish\b|\bHARDSWISH\b")
-    package = [path for path in TEXT if path.relative_to(ROOT).parts[0] in ("ghostfused", "csrc")]
-    holding = {path for path in package if case.search(TEXT[path])}
-    assert listed - holding == set()
-    assert {path.name for path in holding - listed} <= {"listen.py", "lowering.py"}  # they translate F.hardswish back

@@ -11,8 +11,8 @@ import documents
 import pytest
 
 import ghostfused
-from ghostfused.backends import reference
-from ghostfused.ops import autograd
+from ghostfused.backends import cpu, reference
+from ghostfused.ops import autograd, programs
 
 PACKAGE = Path(ghostfused.__file__).parent
 ROOMS = {  # what each may import, beside itself
@@ -83,10 +83,10 @@ def test_backends_do_not_import_each_other():
             assert not {each.removesuffix("_training") for each in others} & names - {own}, path
 
 
-@pytest.mark.parametrize("backend", call_path.BACKENDS)
+@pytest.mark.parametrize("backend", [*call_path.BACKENDS, call_path.REPLAY])
 def test_the_call_path_exists(backend):
     hops = call_path.listed(backend)
-    assert [hop.number for hop in hops] == [1, 2, 3, 4, 5, 6]
+    assert [hop.number for hop in hops] == list(range(1, 5 if backend == call_path.REPLAY else 7))
     for _, name, file in hops:
         text = (documents.ROOT / file).read_text()
         last = name.rpartition("::")[2].rpartition(".")[2]
@@ -108,6 +108,13 @@ def test_the_call_path_to_the_reference_is_what_runs(monkeypatch):
         "ghostfused/functional.py",
         "ghostfused/backends/reference.py",
     ]
+
+
+@pytest.mark.skipif(cpu.unavailable() is not None, reason="no CPU kernels")
+def test_the_call_path_of_a_second_call_is_what_runs(monkeypatch):
+    hops = call_path.listed(call_path.REPLAY)
+    files = call_path.files_until(monkeypatch, programs, "below_autograd", "auto", replayed=True)
+    assert files == [hop.file for hop in hops[:3]]
 
 
 STEPS = ("load", "primary", "norm_affine", "cheap", "store")

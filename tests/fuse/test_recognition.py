@@ -13,6 +13,9 @@ from written import Written
 from ghostfused import FusedGhostBottleneck, FusedGhostModule, fuse, unfuse
 from ghostfused.cli.verify import calibrate
 from ghostfused.models import paper
+from ghostfused.spec import Act
+from ghostfused.spec.activations import TABLE
+from ghostfused.spec.kernels import COMMON
 
 
 class Swish(nn.Module):
@@ -328,3 +331,37 @@ def test_a_bias_before_a_norm_whose_gradient_is_rounding_is_no_difference(channe
     module.primary_conv[0] = nn.Conv2d(cin, half, 1, bias=bias)
     module.cheap_operation[0] = nn.Conv2d(half, half, kernel, padding=kernel // 2, groups=half)
     assert isinstance(fuse(nn.Sequential(module))[0], FusedGhostModule)
+
+
+class FunctionBetween(nn.Module):
+    def __init__(self, call):
+        super().__init__()
+        self.reduce, self.expand, self.call = nn.Conv2d(12, 4, 1), nn.Conv2d(4, 12, 1), call
+
+    def forward(self, x):
+        y = self.reduce(x.mean((2, 3), keepdim=True))
+        return x * self.expand(self.call(y)).sigmoid()
+
+
+WRITTEN = {"relu": lambda y: y.relu(), "relu_": lambda y: y.relu_()}
+CALLS = {
+    f"{act.name} {call}": (act, WRITTEN.get(call, call))
+    for act in COMMON.gate_acts
+    if act in TABLE
+    for call in TABLE[act].calls
+    if call is not torch.relu_  # a forward that calls it itself is left alone
+}
+
+
+@pytest.mark.parametrize("name", [*CALLS, "none"])
+def test_a_function_between_the_matrices_of_squeeze_and_excite(name):
+    act, call = CALLS.get(name, (Act.NONE, nn.Identity()))
+    torch.manual_seed(0)
+    block = paper.GhostBottleneck(6, 12, 6)
+    block.se = FunctionBetween(call)
+    model, x = calibrate(nn.Sequential(block), torch.randn(4, 6, 9, 8)), torch.randn(2, 6, 8, 9)
+    fused = fuse(model)
+    assert isinstance(fused[0], FusedGhostBottleneck)
+    assert fused[0]._main[1].act == act
+    with torch.no_grad():
+        assert_same(fused(x), model, x)

@@ -13,6 +13,7 @@ from torch import nn
 from ghostfused import FusedAttentionGhostModule, FusedGhostBottleneck, fuse, fuse_with_report
 from ghostfused.models import paper, seed
 from ghostfused.nn import layers
+from ghostfused.numerics import TOLERANCES, relative_error
 
 X = {"dtype": torch.float64}
 
@@ -270,3 +271,25 @@ def test_layers_that_no_kernel_takes_run_as_they_are(kernel):
         patch.setattr(layers, "depthwise", lambda x, w, **kwargs: weights.append(w) or depthwise(x, w, **kwargs))
         torch.testing.assert_close(fused(torch.ones(1, 6, 9, 7)), block(torch.ones(1, 6, 9, 7)))
     assert any(w is fused.conv_dw.weight for w in weights) == (kernel == 7)
+
+
+def test_second_derivatives_through_a_gate_of_relu6():
+    """The official code writes the gate as ``relu6(x + 3) / 6``, of which there is a second derivative."""
+    exact = randomized(users_networks.OfficialBottleneck(6, 12, 9, 3, 2, se=True))
+    model, x = copy.deepcopy(exact).float(), torch.randn(2, 6, 8, 9)
+    fused = fuse(model)
+
+    def penalty(module: nn.Module, given: torch.Tensor) -> list[torch.Tensor]:
+        given.requires_grad_()
+        (grad,) = torch.autograd.grad(module(given).square().sum(), given, create_graph=True)
+        weights = [p for p in module.parameters() if p.dim() > 1]
+        return list(torch.autograd.grad(grad.square().sum(), [given, *weights]))
+
+    assert isinstance(fused, FusedGhostBottleneck)
+    found = zip(penalty(fused, x.clone()), penalty(model, x.clone()), penalty(exact, x.double()), strict=True)
+    tolerance = TOLERANCES[torch.float32]
+    for ours, theirs, right in found:
+        limit = max(
+            tolerance.factor * relative_error(theirs, right), 20 * tolerance.floor
+        )  # of some 20 steps back and forth
+        assert relative_error(ours, right) <= limit
