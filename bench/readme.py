@@ -186,8 +186,10 @@ def environment(results: Results) -> str:
     where = sorted({title(e) for e in facts})
     commits = sorted({f"{(e['commit'] or 'unknown')[:10]}{' with changes' if e['dirty'] else ''}" for e in facts})
     wider = sorted({m[1] for e in facts if (m := re.search(r"--others-tolerance (\S+)", e["command"])) and m[1] != "1"})
+    days = sorted({e["time"][:10] for e in facts})
+    when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
     limit = f"; limit of the others' errors: {', '.join(wider)} times ours" if wider else ""
-    return f"{'; '.join(where)}; commit {', '.join(commits)}; {min(e['time'] for e in facts)[:10]}{limit}.\n"
+    return f"{'; '.join(where)}; commit {', '.join(commits)}; {when}{limit}.\n"
 
 
 BLOCKS: dict[str, Callable[[Results], str]] = {

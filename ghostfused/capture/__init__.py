@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends import cpu
-from ..fuse import fuse
+from ..fuse import fuse_with_report
 from ..ops.transforms import transformed
 from ..spec.checks import ArgumentError
 from ..spec.subclasses import takes_operations
@@ -292,7 +292,9 @@ def check(model: nn.Module, inputs: Sequence[Tensor]) -> torch.device:
 def _shared_copy(model: nn.Module) -> nn.Module:
     """A fused copy of ``model`` that has its very parameters and buffers."""
     memo = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    return fuse(copy.deepcopy(model, memo), inplace=True)
+    return fuse_with_report(copy.deepcopy(model, memo), inplace=True)[
+        0
+    ]  # a network without Ghost modules is captured too
 
 
 class Recorded(RecordedGraph):

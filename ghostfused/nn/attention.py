@@ -18,7 +18,7 @@ from ..spec import AvgPoolArgs, Gate, GateArgs
 from ..spec.kernels import COMMON
 from . import layers
 from .cache import may_replay
-from .ghost_module import FusedGhostModule, _gated
+from .ghost_module import FusedGhostModule, _finished, _gated
 
 fx.wrap("_gated")
 
@@ -106,6 +106,11 @@ class FusedAttentionGhostModule(FusedGhostModule):
             gate = _pooled(gate, self.backend)
         if self._gate_form != "whole":
             gate = _sigmoid(gate, self.backend)
+        if (
+            not isinstance(gate, fx.Proxy) and gate.shape[1] == 1
+        ):  # one for all channels, since its last layer was replaced
+            note_others()
+            return _finished(super()._run(x), gate, residual)
         return super()._run(x, residual=residual, output_gate=gate)
 
 

@@ -150,6 +150,9 @@ class FusedGhostBottleneck(_FusedTwin):
             if not before and self._shortcut:
                 return self._step(last, out, gate, None) + self._run_shortcut(x)
             residual = self._run_shortcut(x)
+        if not isinstance(residual, fx.Proxy) and residual.shape[1] == 1:  # one for all channels
+            note_others()
+            return self._step(last, out, gate, None) + residual
         return self._step(last, out, gate, residual)
 
     def _step(self, step: Step, x: Tensor, gate: Tensor | None, residual: Tensor | None) -> Tensor:

@@ -11,7 +11,7 @@ from ghostfused import capture
 from ghostfused.cli.verify import calibrate
 from ghostfused.models import paper
 
-pytestmark = [needs_cpu_kernels, pytest.mark.filterwarnings("ignore:fuse. nothing is fused")]
+pytestmark = [needs_cpu_kernels, pytest.mark.filterwarnings("error:fuse. nothing is fused")]
 
 
 class Maxima(nn.Module):

@@ -362,3 +362,23 @@ def test_a_gate_that_a_child_makes_is_no_program():
     with torch.no_grad():
         for _ in range(3):
             assert_same(fused(x), model, x)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("place", ["shortcut.2", "ghost1.short_conv.4"])
+def test_one_channel_for_all(place, grad):
+    """Where a layer is replaced by one of a single channel, PyTorch multiplies or adds that to each."""
+    torch.manual_seed(0)
+    model = calibrate(OfficialBottleneck(6, 12, 9, mode="attn", se=True).eval(), torch.randn(4, 6, 8, 8))
+    fused, x = fuse(model), torch.randn(2, 6, 8, 8)
+    with torch.set_grad_enabled(grad):
+        for _ in range(2):
+            fused(x)
+        parent, _, number = place.rpartition(".")
+        torch.manual_seed(1)
+        conv, norm = nn.Conv2d(model.get_submodule(place).in_channels, 1, 1), nn.BatchNorm2d(1).eval()
+        for each in (model, fused):
+            layers = each.get_submodule(parent)
+            layers[int(number)], layers[int(number) + 1] = conv, norm
+        for _ in range(2):
+            assert_same(fused(x), model, x)
