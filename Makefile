@@ -49,7 +49,7 @@ bench: $(VENV)/built
 readme-figures: $(VENV)/built
 	$(PY) -m bench readme
 
-# Counts of the machine code, with no GPU: bench/results/sass_*.jsonl and the tables of docs/counts.md.
+# Counts of the machine code, with no GPU: tools/sass/results/sass_*.jsonl and the tables of docs/counts.md.
 counts: $(VENV)/built
 	tools/sass/baselines.sh $(PY)
 	$(PY) -m tools.sass.tables

@@ -36,9 +36,12 @@ def gpu_state() -> dict | None:
     return dict(zip(_GPU_FIELDS.split(","), (v.strip() for v in text.split(",")), strict=False)) if text else None
 
 
+_RESULTS = ":(exclude,top)bench/results", ":(exclude,top)tools/sass/results"
+
+
 def has_changes() -> bool:
     """Whether a tracked file differs from the commit. Results don't count: a run before this one may have written them."""
-    return bool(_run("git", "status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude,top)bench/results"))
+    return bool(_run("git", "status", "--porcelain", "--untracked-files=no", "--", ":/", *_RESULTS))
 
 
 def collect(device: torch.device) -> dict:

@@ -63,7 +63,7 @@ def test_a_graph_is_taken_before_a_call_and_marks_are_shown(tmp_path, capsys, la
 
 def test_files_of_the_judge_are_predictions():
     """The counts of the simulator join measurements of the same modules; what takes no time limits none."""
-    found = predicted.predictions(CONFIGS.parents[2] / "bench/results/sass_float32_nhwc_forward.jsonl")
+    found = predicted.predictions(CONFIGS.parents[2] / "tools/sass/results/sass_float32_nhwc_forward.jsonl")
     assert len(found) == 22
     setting = {"dtype": "float32", "layout": "nhwc", "batch": 64, "mode": "inference"}
     for layer in layers_from_rows(CONFIGS, "timm/ghostnet_100@224"):

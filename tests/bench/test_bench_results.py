@@ -203,7 +203,12 @@ def test_predictions_look_different_and_say_so(paper_layers):
 
 def test_results_of_a_run_are_no_change_of_what_the_next_one_measures(tmp_path, monkeypatch):
     monkeypatch.setattr(facts, "ROOT", tmp_path)
-    files = {"bench/results/sass/a.jsonl": False, "bench/cases.py": True, "csrc/a.cu": True}
+    files = {
+        "bench/results/cpu/a.jsonl": False,
+        "tools/sass/results/a.jsonl": False,
+        "bench/cases.py": True,
+        "csrc/a.cu": True,
+    }
     for name in files:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("before")

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # tools/sass/baselines.sh PYTHON [SETTING...]: counts GhostNet 1.0×'s 32 Ghost modules in each setting (dtype_layout_mode)
-# and writes bench/results/sass_SETTING.jsonl; about ten minutes of one core for all of them.
+# and writes tools/sass/results/sass_SETTING.jsonl; about ten minutes of one core for all of them.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=$1
@@ -11,7 +11,7 @@ if [[ $# -eq 0 ]]; then
 fi
 for setting in "${settings[@]}"; do
   IFS=_ read -r dtype layout mode <<<"$setting"
-  out=bench/results/sass_$setting.jsonl
+  out=tools/sass/results/sass_$setting.jsonl
   what=(--batch 64 --mode "$mode")
   [[ $mode != triton ]] || what=(--batch 64 --backend triton)
   [[ $mode != latency ]] || what=(--batch 1 --latency)
@@ -20,4 +20,4 @@ for setting in "${settings[@]}"; do
   mv "$out.part" "$out"
   tail -n 1 "$out"
 done
-[[ $# -gt 0 ]] || "$python" -m tools.sass --network paper --batch 64 --json >bench/results/sass_network.jsonl
+[[ $# -gt 0 ]] || "$python" -m tools.sass --network paper --batch 64 --json >tools/sass/results/sass_network.jsonl

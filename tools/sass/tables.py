@@ -1,4 +1,4 @@
-"""Writes the tables of docs/counts.md anew, from bench/results/sass_*.jsonl: ``python -m tools.sass.tables``."""
+"""Writes the tables of docs/counts.md anew, from tools/sass/results/sass_*.jsonl: ``python -m tools.sass.tables``."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 from .build import ROOT
 
 PAGE = ROOT / "docs" / "counts.md"
-RESULTS = ROOT / "bench" / "results"
-BASELINE = RESULTS / "baseline"
+RESULTS = Path(__file__).parent / "results"
+BASELINE = RESULTS / "general"
 """Counts of the general kernels, before there were kernels of one layout each."""
 TIMES = ("issue_us", "shared_us", "hmma_us", "dram_us")
 NAMES = {"forward": "forward", "triton": "forward by Triton", "training": "training step"}
