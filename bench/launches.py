@@ -23,7 +23,7 @@ from ghostfused.cli.inputs import positive
 from ghostfused.fuse import fuse_with_report
 from ghostfused.ops import OPS
 from ghostfused.spec import GhostArgs
-from ghostfused.spec.kernels import kernel_refusal
+from ghostfused.spec.takes import kernel_refusal
 
 from . import cases, measure
 from .console import table

@@ -14,7 +14,7 @@ from .ops.autograd import call
 from .ops.transforms import refuse_transforms, runs_plain
 from .spec import Act, Args, BatchNorm, DepthwiseArgs, Gate, GhostArgs, SqueezeExciteArgs
 from .spec.checks import activation, gate_kind, validate
-from .spec.kernels import constant_to_dynamo
+from .spec.takes import constant_to_dynamo
 
 _NO_NORM = BatchNorm(None, None)  # type: ignore[arg-type]
 

@@ -25,7 +25,7 @@ from .recognize.disturbed import Disturbed, named, undisturbed
 from .recognize.equivalence import SAME, substituted
 from .recognize.swap import original
 from .spec import GhostArgs, memory_format
-from .spec.kernels import COMMON, TAKES, form_refusal
+from .spec.takes import COMMON, TAKES, form_refusal
 
 LEVELS = ("auto", "module")
 Filter = Callable[[str, nn.Module], bool]

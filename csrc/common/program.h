@@ -138,7 +138,7 @@ class ProgramChecker {
   const char* op_ = nullptr;
 };
 
-// Runs a program that has been checked, step by step. The steps are in the order of ghostfused/spec/steps.py's
+// Runs a program that has been checked, step by step. The steps are in the order of ghostfused/spec/program_steps.py's
 // STEPS.
 template <typename... Steps>
 class ProgramReader {

@@ -94,7 +94,7 @@ inline Tensor launch(SqueezeExciteParams& p, const Tensor& x) {
   return out;
 }
 
-// The steps of a program that are no ops of their own: spec/steps.py's.
+// The steps of a program that are no ops of their own: spec/program_steps.py's.
 inline Tensor global_pool(Tensor x) {
   if (x.dim() != 4) fail("x: expected 4 dimensions, got ", x.dim());
   const Checker checker(x);

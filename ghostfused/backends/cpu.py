@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..spec import Args, GhostArgs
 from ..spec.arguments import memory_format
-from ..spec.kernels import COMMON, TAKES, kernel_refusal, placement_refusal
+from ..spec.takes import COMMON, TAKES, kernel_refusal, placement_refusal
 from .extension import Extension, op
 
 extension = Extension("_cpu")

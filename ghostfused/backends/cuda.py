@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..spec import Args, GhostArgs, SqueezeExciteArgs
-from ..spec.kernels import TAKES, constant_to_dynamo, kernel_refusal, placement_refusal, window_dtype_refusal
+from ..spec.takes import TAKES, constant_to_dynamo, kernel_refusal, placement_refusal, window_dtype_refusal
 from .extension import Extension, op
 
 extension = Extension("_C")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..spec import GhostArgs, memory_format
-from ..spec.kernels import COMMON, form_refusal
+from ..spec.takes import COMMON, form_refusal
 from . import cuda
 from .extension import op
 from .training import KERNELS, Kernels

@@ -24,8 +24,8 @@ from ..spec.subclasses import takes_operations
 from ..spec.words import dtype_of
 from . import equivalence
 from .frozen import Frozen
-from .given import Given
 from .graphs import RecordedGraph
+from .model_tensors import Given
 from .program import Inputs, Key, NotCaptured, Program, export, key_of, prove, shown
 
 __all__ = ["Captured", "NotCaptured", "capture", "graphed", "load"]

@@ -17,7 +17,7 @@ from ..backends import cpu
 from ..ops import encoding
 from ..spec import DTYPES, CastArgs, ConcatArgs, GlobalPoolArgs
 from .frozen import ACTIVE, Frozen
-from .steps import Item, Steps, given_tensors, is_free
+from .graph_steps import Item, Steps, given_tensors, is_free
 
 aten = torch.ops.aten
 

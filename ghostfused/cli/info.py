@@ -15,7 +15,7 @@ import torch
 from .. import __version__
 from ..backends import BACKENDS
 from ..spec import Act
-from ..spec.kernels import TAKES
+from ..spec.takes import TAKES
 
 ISA = "GHOSTFUSED_CPU_ISA"
 VARIABLES = (
@@ -85,7 +85,7 @@ def _instruction_sets(built: dict | None) -> dict | None:
 
 
 def _words(value: object) -> object:
-    """A field of ``spec.kernels.Takes`` as JSON has it."""
+    """A field of ``spec.takes.Takes`` as JSON has it."""
     if isinstance(value, tuple):
         return [_words(each) for each in value]
     if isinstance(value, torch.dtype) or value == math.inf:  # JSON has no infinity

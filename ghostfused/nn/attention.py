@@ -15,7 +15,7 @@ from ..ops.recording import note_others
 from ..ops.transforms import runs_plain, undisturbed
 from ..recognize.watch import forward_replaced, has_hooks
 from ..spec import AvgPoolArgs, Gate, GateArgs
-from ..spec.kernels import COMMON
+from ..spec.takes import COMMON
 from . import layers
 from .cache import may_replay
 from .ghost_module import FusedGhostModule, _finished, _gated

@@ -26,8 +26,8 @@ from ..recognize.watch import Path, Watched, get
 from ..spec import Act
 from . import cache, layers
 from .ghost_module import FusedGhostModule
+from .ghost_steps import Ghost, Whole
 from .layers import Run, SqueezeExcite
-from .steps import Ghost, Whole
 
 Step = Ghost | Whole | Run | SqueezeExcite
 
@@ -51,7 +51,7 @@ class _FusedTwin(cache.CachesPrograms, nn.Module):
         layout = layers.Layout.of(module, found.beside, (), found.watched.looks)
         attributes |= {"_layout": layout, "_watched": found.watched, "_idle": found.idle}
         attributes |= {"backend": "reference", "_cache": cache.ProgramCache()}
-        from .called import called_as  # its classes derive from these
+        from .call_signature import called_as  # its classes derive from these
 
         kind, arguments = called_as(module, cls)
         fused = make_twin(kind, module, **attributes, **arguments)

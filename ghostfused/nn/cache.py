@@ -28,8 +28,8 @@ from ..ops.transforms import undisturbed
 from ..recognize.classes import Own
 from ..recognize.swap import is_ours, original
 from ..recognize.watch import CALLED, Absent, Watched, any_changed, has_hooks, hides_any, same
-from ..spec.kernels import COMMON
 from ..spec.subclasses import OWN_KINDS
+from ..spec.takes import COMMON
 
 
 class _State:

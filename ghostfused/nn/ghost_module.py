@@ -189,7 +189,7 @@ class FusedGhostModule(CachesPrograms, nn.Module):
 
             kind = FusedAttentionGhostModule
             attributes |= FusedAttentionGhostModule.attributes(module, recognized.attention, recognized.gate_form)
-        from .called import called_as  # so do its classes
+        from .call_signature import called_as  # so do its classes
 
         kind, arguments = called_as(module, kind)
         reason: str | None = None

@@ -21,7 +21,7 @@ from ..recognize.trace import Traced, is_fused, is_look, trace
 from ..recognize.watch import Path, Watched, forward_replaced, get, has_hooks, is_wrapper
 from ..spec import Act, Gate, SqueezeExciteArgs
 from ..spec.activations import of_layer
-from ..spec.kernels import COMMON, depthwise_form_refusal
+from ..spec.takes import COMMON, depthwise_form_refusal
 
 for _name in ("conv1x1", "depthwise", "squeeze_excite"):
     torch.fx.wrap(_name)  # torch.fx's symbolic tracing records the call and doesn't look inside

@@ -10,8 +10,8 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from ..spec.kernels import constant_to_dynamo
 from ..spec.subclasses import OWN_KINDS, takes_operations
+from ..spec.takes import constant_to_dynamo
 
 # looked up once: they are on every call's way
 _interpreter = torch._C._functorch.peek_interpreter_stack

@@ -36,8 +36,8 @@ from .allowed import (
     on_tensors,
     root_of,
 )
+from .child_queries import COMPARING, COMPARISONS, TELLING, Children
 from .instructions import MONITORING, Instructions, instructions_of
-from .looks import COMPARING, COMPARISONS, TELLING, Children
 from .watch import Absent, Foldable, Level, Path, Present, Watched, cell_of, has_own, in_class, is_immutable
 
 _UNKNOWN = object()
@@ -48,7 +48,7 @@ class Refused(BaseException):
     """Ends a forward that does what can't be watched. No ``except Exception`` in it holds this up."""
 
 
-class Step:
+class LayerForward:
     """The forward of a layer, which is no Python code to look into."""
 
 
@@ -205,7 +205,7 @@ class Observer:
 
         def looked(how: str) -> None:
             self.watched.looks = True
-            if how == "prints" or (module._modules and isinstance(module.__dict__.get("forward"), Step)):
+            if how == "prints" or (module._modules and isinstance(module.__dict__.get("forward"), LayerForward)):
                 self.refuse(f"{how} {'.'.join(self.paths[id(module)]) or 'itself'}, which may change inside")
 
         module.__dict__["_modules"] = Children(module._modules, looked)
@@ -216,7 +216,7 @@ class Observer:
         if isinstance(top, nn.Module):
             if id(top) not in self.paths:
                 self.refuse(f"uses {text.rpartition('.')[0]}, a module that is none of its children")
-            if isinstance(top.__dict__.get("forward"), Step) and name in top._modules:
+            if isinstance(top.__dict__.get("forward"), LayerForward) and name in top._modules:
                 self.refuse(f"looks into {'.'.join(self.paths[id(top)])}, which may change inside")
             return self._of_module(top, name)
         if isinstance(top, ModuleType):
@@ -248,7 +248,7 @@ class Observer:
     def _of_module(self, module: nn.Module, name: str) -> Any:
         path, kind, state = self.paths[id(module)], type(module), module.__dict__
         what = ".".join((*path, name))
-        if name == "forward" and isinstance(state.get(name), Step):
+        if name == "forward" and isinstance(state.get(name), LayerForward):
             return _UNKNOWN
         if name == "__class__":
             return kind

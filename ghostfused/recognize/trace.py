@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from .allowed import root_of
 from .classes import Own, of_bases
 from .disturbed import refuse_another_tracer, undisturbed
-from .observe import Observer, Refused, Step
+from .observe import LayerForward, Observer, Refused
 from .swap import PACKAGE
 from .watch import Path, Watched
 
@@ -188,7 +188,7 @@ def _trace(module: nn.Module, is_leaf: IsLeaf, training: bool) -> Traced | str:
     result = out.node if isinstance(out, fx.Proxy) else out
     observer.watched.modes = [tuple(sorted(observer.modes))] if len(observer.modes) > 1 else []
     for _, m in _inside(root, ()):  # their classes, of which somebody may replace a method later
-        step = isinstance(m.__dict__.get("forward"), Step)
+        step = isinstance(m.__dict__.get("forward"), LayerForward)
         if step or isinstance(m, nn.Sequential):
             for method in ("forward", "_conv_forward", *(() if step else ("__iter__",))):
                 if hasattr(type(m), method):
@@ -205,7 +205,7 @@ def _inside(module: nn.Module, path: Path) -> Iterator[tuple[Path, nn.Module]]:
             yield from _inside(child, (*path, name))
 
 
-class _Call(Step):
+class _Call(LayerForward):
     """The forward of a leaf's shadow: a step of the graph."""
 
     def __init__(self, recorder: _Recorder, target: str):

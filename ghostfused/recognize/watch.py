@@ -20,8 +20,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..spec.kernels import constant_to_dynamo
 from ..spec.subclasses import takes_operations
+from ..spec.takes import constant_to_dynamo
 from .allowed import root_of
 from .classes import Own, of_bases
 

@@ -13,7 +13,7 @@ from .arguments import (
     SqueezeExciteArgs,
     memory_format,
 )
-from .steps import (
+from .program_steps import (
     POOL_KERNEL,
     STEPS,
     AvgPoolArgs,

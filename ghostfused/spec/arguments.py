@@ -1,7 +1,7 @@
 """What one call of an op consists of: the tuples that every layer of the package hands on.
 
 Each op has one: ``GhostArgs``, and for what lies between the Ghost modules of a bottleneck ``DepthwiseArgs`` and
-``SqueezeExciteArgs``; the steps that only programs have are in ``steps.py``. It lists the arguments in the order of the
+``SqueezeExciteArgs``; the steps that only programs have are in ``program_steps.py``. It lists the arguments in the order of the
 op's schema, tensors first, so that a layer can pass ``*args`` to the next and none has to repeat the list.
 
 A Ghost module (Han et al., "GhostNet: More Features from Cheap Operations", CVPR 2020, section 3.1) computes::

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .activations import BY_NAME, Act
 from .arguments import DTYPES, Args, DepthwiseArgs, Gate, GhostArgs, SqueezeExciteArgs
-from .steps import (
+from .program_steps import (
     POOL_KERNEL,
     AvgPoolArgs,
     CastArgs,

@@ -23,7 +23,7 @@ import bench.__main__ as bench_commands
 import ghostfused
 import ghostfused.__main__ as commands
 from ghostfused import backends
-from ghostfused.spec.kernels import COMMON, TAKES
+from ghostfused.spec.takes import COMMON, TAKES
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from ghost_forms import Written
 from networks import assert_same
 from torch import nn
-from written import Written
 
 from ghostfused import Act, FusedGhostBottleneck, FusedGhostModule, fuse, ghost_module
 from ghostfused.cli.verify import calibrate

@@ -6,16 +6,16 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
+from ghost_forms import Written
 from networks import assert_same
 from torch import nn
-from written import Written
 
 from ghostfused import FusedGhostBottleneck, FusedGhostModule, fuse, unfuse
 from ghostfused.cli.verify import calibrate
 from ghostfused.models import paper
 from ghostfused.spec import Act
 from ghostfused.spec.activations import TABLE
-from ghostfused.spec.kernels import COMMON
+from ghostfused.spec.takes import COMMON
 
 
 class Swish(nn.Module):

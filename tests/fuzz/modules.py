@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from ghost_forms import Written
 from torch import Tensor, nn
 from users_networks import OfficialGhost
-from written import Written
 
 from ghostfused import FusedGhostModule
 from ghostfused.models import paper, seed

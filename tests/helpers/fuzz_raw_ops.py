@@ -37,7 +37,7 @@ from ghostfused.ops import encoding
 from ghostfused.ops.schemas import TRAINING_OPS
 from ghostfused.spec import STEPS, Act, Step, tensor_names
 from ghostfused.spec.checks import absent_memory, validate
-from ghostfused.spec.kernels import COMMON, TAKES
+from ghostfused.spec.takes import COMMON, TAKES
 from ghostfused.testing import Case, DepthwiseCase, SqueezeExciteCase, convert, judge, make
 
 WORDS = {"code", "numbers", "tensors", "program", *(name for kind in STEPS.values() for name in kind.__annotations__)}

@@ -8,7 +8,7 @@ import torch
 from hypothesis import strategies as st
 
 from ghostfused.spec import Act, Gate
-from ghostfused.spec.kernels import COMMON
+from ghostfused.spec.takes import COMMON
 from ghostfused.testing import Case, DepthwiseCase, SqueezeExciteCase
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

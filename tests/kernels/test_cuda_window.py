@@ -18,7 +18,7 @@ import ghostfused
 from ghostfused import backends
 from ghostfused.backends import cuda, cuda_training, reference
 from ghostfused.models import paper
-from ghostfused.spec.kernels import kernel_refusal
+from ghostfused.spec.takes import kernel_refusal
 from ghostfused.testing import Case, convert, judge, make_args
 
 CUDA = Backend("cuda")

@@ -11,7 +11,7 @@ from strategies import DTYPES, LAYOUTS
 from torch import nn
 
 from ghostfused import BatchNorm, functional
-from ghostfused.spec.kernels import COMMON
+from ghostfused.spec.takes import COMMON
 from ghostfused.testing import DepthwiseCase
 
 

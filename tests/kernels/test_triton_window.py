@@ -19,7 +19,7 @@ from ghostfused import backends
 from ghostfused.backends import reference, training, triton
 from ghostfused.cli.verify import read_cases
 from ghostfused.models import paper
-from ghostfused.spec.kernels import kernel_refusal
+from ghostfused.spec.takes import kernel_refusal
 from ghostfused.testing import Case, convert, make_args, to_device
 
 TRITON = Backend("triton")

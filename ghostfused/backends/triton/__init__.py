@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...spec import Args, DepthwiseArgs, GhostArgs, SqueezeExciteArgs, memory_format
-from ...spec.kernels import TAKES, has_window, kernel_refusal
+from ...spec.takes import TAKES, has_window, kernel_refusal
 from . import bottleneck
 from .configs import Cheap, Primary, blocks, precision
 from .launch import (

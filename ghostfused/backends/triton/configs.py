@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ...spec import GhostArgs
-from ...spec.kernels import has_window
+from ...spec.takes import has_window
 from .launch import align
 from .patch_plan import MULTIPROCESSORS, plan_patches
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...spec import memory_format
-from ...spec.kernels import constant_to_dynamo
+from ...spec.takes import constant_to_dynamo
 
 # As Triton reads it, which is imported when first needed: it takes half a second.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...spec import GhostArgs, memory_format
-from ...spec.kernels import COMMON, form_refusal
+from ...spec.takes import COMMON, form_refusal
 from .. import triton
 from ..training import KERNELS, Kernels
 from .configs import PROGRAMS, blocks, precision

@@ -11,7 +11,7 @@ import torch
 
 from .activations import WITHOUT_SLOPE, Act
 from .arguments import DTYPES, Args, DepthwiseArgs, GhostArgs, SqueezeExciteArgs, memory_format
-from .steps import tensor_names
+from .program_steps import tensor_names
 
 Function = TypeVar("Function", bound=Callable)
 

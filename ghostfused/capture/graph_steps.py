@@ -32,7 +32,7 @@ from ..spec import (
     tensor_names,
 )
 from ..spec.activations import BY_OP, with_settings
-from ..spec.kernels import COMMON, kernel_refusal
+from ..spec.takes import COMMON, kernel_refusal
 from .frozen import ACTIVE
 
 aten = torch.ops.aten
