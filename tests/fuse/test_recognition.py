@@ -345,10 +345,10 @@ class FunctionBetween(nn.Module):
 
 WRITTEN = {"relu": lambda y: y.relu(), "relu_": lambda y: y.relu_()}
 CALLS = {
-    f"{act.name} {call}": (act, WRITTEN.get(call, call))
+    f"{act.name} {i}": (act, WRITTEN.get(call, call))
     for act in COMMON.gate_acts
     if act in TABLE
-    for call in TABLE[act].calls
+    for i, call in enumerate(TABLE[act].calls)
     if call is not torch.relu_  # a forward that calls it itself is left alone
 }
 
