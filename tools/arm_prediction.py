@@ -84,7 +84,7 @@ def inner_loop(name: str) -> list[str]:
     isa, dtype, rows_are_channels = LOOPS[name]
     source = (ROOT / "csrc" / "cpu" / "isa" / f"{isa}.cpp").read_text()
     kernel = (
-        f'#include "cpu/primary.h"\nnamespace ghostfused::cpu::{isa} {{ template void multiply<{dtype}, kMaxRows<{dtype}>, kMaxVecs<{dtype}>, '
+        f'#include "cpu/primary.h"\nnamespace ghostfused::cpu::{isa} {{ template void primary<{dtype}, kMaxRows<{dtype}>, kMaxVecs<{dtype}>, '
         f"{str(rows_are_channels).lower()}, false>(const Panel<{dtype}>&); }}\n"
     )
     if 'include "cpu/kernels.h"\n' not in source:
