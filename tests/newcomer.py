@@ -11,13 +11,13 @@ import os
 import re
 import subprocess
 import sys
-import sysconfig
 import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 import cpu_sources
 import documents
+import environments
 
 from ghostfused.backends import cpu
 
@@ -34,10 +34,7 @@ def main() -> int:
         for isa in isas.glob("*.cpp"):
             if not re.search(rf"\b{cpu_sources.table_of(isa.stem)}\b", chosen):
                 isa.write_text(cpu_sources.absent_kernels([isa.stem]))
-        subprocess.run([sys.executable, "-m", "venv", environment], check=True)
-        packages = next(environment.glob("lib/python*/site-packages"))
-        # Python reads no further .pth files in a folder that one names: an editable install there stays out
-        (packages / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
+        environments.make(environment)
         variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         variables |= {"PATH": f"{environment / 'bin'}{os.pathsep}{os.environ['PATH']}", "GHOSTFUSED_CUDA": "0"}
 

@@ -292,9 +292,8 @@ def check(model: nn.Module, inputs: Sequence[Tensor]) -> torch.device:
 def _shared_copy(model: nn.Module) -> nn.Module:
     """A fused copy of ``model`` that has its very parameters and buffers."""
     memo = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    return fuse_with_report(copy.deepcopy(model, memo), inplace=True)[
-        0
-    ]  # a network without Ghost modules is captured too
+    # without fuse's warning: a network without Ghost modules is captured too
+    return fuse_with_report(copy.deepcopy(model, memo), inplace=True)[0]
 
 
 class Recorded(RecordedGraph):

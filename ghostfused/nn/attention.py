@@ -106,10 +106,8 @@ class FusedAttentionGhostModule(FusedGhostModule):
             gate = _pooled(gate, self.backend)
         if self._gate_form != "whole":
             gate = _sigmoid(gate, self.backend)
-        if (
-            not isinstance(gate, fx.Proxy) and gate.shape[1] == 1
-        ):  # one for all channels, since its last layer was replaced
-            note_others()
+        if not isinstance(gate, fx.Proxy) and gate.shape[1] == 1:
+            note_others()  # one for all channels, since its last layer was replaced
             return _finished(super()._run(x), gate, residual)
         return super()._run(x, residual=residual, output_gate=gate)
 

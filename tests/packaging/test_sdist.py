@@ -7,12 +7,12 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
 
 import cpu_sources
+import environments
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -160,12 +160,9 @@ def installed(sdist, tmp_path_factory) -> Path:
             isa.write_text(cpu_sources.absent_kernels([isa.stem]))
     wheel = built(source, "build_wheel('dist')", "*.whl", GHOSTFUSED_CUDA="0", GHOSTFUSED_CPU="1", CXX=str(quick))
     assert "-cp311-abi3-linux_" in wheel.name
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"], check=True)
-    packages = next((folder / "venv/lib").glob("python*/site-packages"))
+    packages = environments.make(folder / "venv", "--without-pip")
     with zipfile.ZipFile(wheel) as opened:
         opened.extractall(packages)
-    # Python reads no further .pth files in a folder that one names: an editable install there stays out
-    (packages / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return folder / "venv/bin/python"
 
 

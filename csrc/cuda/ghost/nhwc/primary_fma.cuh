@@ -1,5 +1,5 @@
 // The 1×1 conv in IEEE fp32, by multiply-adds: x from global memory, weights from shared memory, register tiles of four
-// pixels × all of a lane's channels. Lanes hold the sums that mma leaves them in primary.cuh, so that the results is
+// pixels × all of a lane's channels. Lanes hold the sums that mma leaves them in primary.cuh, so that what follows is
 // one.
 #pragma once
 
