@@ -141,7 +141,7 @@ def layers_of(model: nn.Module, size: int = 224) -> list[Layer]:
     ]
     x = torch.zeros(1, 3, size, size)
     with torch.no_grad():
-        inputs.run(f"{type(model).__name__} given {tuple(x.shape)}", lambda: model(x))
+        inputs.attempt(f"{type(model).__name__} given {tuple(x.shape)}", lambda: model(x))
     for handle in handles:
         handle.remove()
     return distinct([layer(name, model.get_submodule(name), shapes[name]) for name in names if name in shapes])
@@ -188,14 +188,14 @@ def network(name: str) -> nn.Module:
     """
     torch.manual_seed(0)
     if name.startswith("timm:") and name.endswith(":deploy"):
-        return inputs.run(name, lambda: _deployed(network(name.removesuffix(":deploy"))))
+        return inputs.attempt(name, lambda: _deployed(network(name.removesuffix(":deploy"))))
     if name == "yolov8n-ghost-backbone":
-        return inputs.run(name, _yolo_backbone)
+        return inputs.attempt(name, _yolo_backbone)
     kind, _, width = name.partition(":")
     if kind == "paper":
-        return inputs.run(name, lambda: GhostNet(width=inputs.amount(width or "1")).eval())
+        return inputs.attempt(name, lambda: GhostNet(width=inputs.amount(width or "1")).eval())
     model = load_model(name)[0]
-    return inputs.run(f"{name} in eval mode", model.eval)
+    return inputs.attempt(f"{name} in eval mode", model.eval)
 
 
 def networks(names: str, size: int) -> dict[str, nn.Module]:

@@ -4,7 +4,7 @@
 #include "cpu/dispatch.h"
 #include "cpu/dot.h"
 #include "cpu/output.h"
-#include "cpu/pack.h"
+#include "cpu/pack_x.h"
 #include "cpu/parallel.h"
 #include "cpu/prepared.h"
 

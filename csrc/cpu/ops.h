@@ -5,7 +5,7 @@
 #include <initializer_list>
 
 #include "common/arguments.h"
-#include "cpu/packs.h"
+#include "cpu/frozen_packs.h"
 
 namespace ghostfused::cpu {
 

@@ -4,7 +4,7 @@
 
 #include <memory>
 
-#include "cpu/pack.h"
+#include "cpu/pack_x.h"
 
 namespace ghostfused::cpu::GHOSTFUSED_ISA {
 

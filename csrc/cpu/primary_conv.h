@@ -3,9 +3,9 @@
 
 #include "cpu/output.h"
 #include "cpu/pack_weight.h"
-#include "cpu/packed_x.h"
 #include "cpu/parameters.h"
 #include "cpu/plan.h"
+#include "cpu/tile_x.h"
 #include "cpu/tiles.h"
 
 namespace ghostfused::cpu::GHOSTFUSED_ISA {
@@ -37,7 +37,7 @@ class PrimaryConv {
         output(output),
         unit(unit),
         primary_kernels(),
-        packed_x(p, plan, at, scratch) {
+        tile_x(p, plan, at, scratch) {
     for (int vecs = 1; vecs <= kMaxVecs<T>; ++vecs) {
       for (int rows = 1; rows <= kMaxRows<T>; ++rows) {
         primary_kernels[rows][vecs] = primary_kernel<T, !kChannelsLast, false>(rows, vecs);
@@ -51,7 +51,7 @@ class PrimaryConv {
   }
 
   // x of the unit's rows, and the weights of its channels, as the multiplication reads them.
-  void load_x() { packed_x.make(output.n, unit.x_h0, unit.h0, unit.h1, unit.x_h1); }
+  void load_x() { tile_x.make(output.n, unit.x_h0, unit.h0, unit.h1, unit.x_h1); }
   void load_weight() const {
     const T* gate = plan.gate_weight ? gate_of<T>(p, output.n) : nullptr;
     pack_channels<T, kChannelsLast>(p, gate, unit.c0, unit.channels, plan.depth,
@@ -184,14 +184,14 @@ class PrimaryConv {
       panel.ahead = panel.a + unit.channels * panel.a_row + i * panel.ahead_row * plan.depth;
     };
     if (plan.patches) {
-      panel.taps = packed_x.planes.offsets();
+      panel.taps = tile_x.planes.offsets();
       panel.of_tap = plan.lanes;
       panel.b_row = plan.planes.step / kLanesAtOnce<T>;
       const int64_t runs = plan.one_run ? 1 : end - begin, rows = (end - begin) / runs;
       const int64_t pixels = (rows - 1) * plan.x1_row + s.width, panels = div_up(div_up(pixels, kLanes), kMaxVecs<T>);
       for (int64_t i = 0; i < runs * panels; ++i) {
         const PanelPixels part(i % panels, pixels, kMaxVecs<T>);
-        panel.b = packed_x.planes.at(begin + i / panels, part.begin);
+        panel.b = tile_x.planes.at(begin + i / panels, part.begin);
         fetch_ahead(i, runs * panels);
         run(i / panels * plan.x1_row + part.begin, part.vecs);
       }
@@ -214,7 +214,7 @@ class PrimaryConv {
     for (int64_t i = 0; i < panels; ++i) {
       const PanelPixels part(i, pixels, kMaxVecs<T>);
       if (plan.panels) {
-        panel.b = scratch + at.packed_x + packed_x.panels_before(begin) + part.vecs_before * kLanes * plan.depth;
+        panel.b = scratch + at.packed_x + tile_x.panels_before(begin) + part.vecs_before * kLanes * plan.depth;
         panel.b_row = part.vecs * kLanes;
         fetch_ahead(i, panels);
         run(part.begin, part.vecs);
@@ -282,7 +282,7 @@ class PrimaryConv {
   const Output<T, kChannelsLast>& output;
   const Unit& unit;
   Primary<T> primary_kernels[kMaxRows<T> + 1][kMaxVecs<T> + 1];
-  PackedX<T, kChannelsLast> packed_x;
+  TileX<T, kChannelsLast> tile_x;
 };
 
 }  // namespace ghostfused::cpu::GHOSTFUSED_ISA

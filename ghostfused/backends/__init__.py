@@ -14,7 +14,7 @@ A backend is a module with three functions:
 
 and ``DEVICES``, the types of the devices whose tensors it takes, or None if it takes all.
 
-Training takes six more, which ``training.Kernels`` lists; the backends that have them register them there.
+Training takes six more, which ``training_step.TrainingKernels`` lists; the backends that have them register them there.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from ..spec import GhostArgs, memory_format
 from ..spec.takes import COMMON, form_refusal
 from . import cuda
 from .extension import op
-from .training import KERNELS, Kernels
+from .training_step import KERNELS, TrainingKernels
 
 _MAX_PIXELS = 2**31 - 2**16
 _NORMS = [f"{half}_{name}" for half in ("primary", "cheap") for name in ("mean", "var", "gamma", "beta")]
@@ -108,7 +108,7 @@ def copy(x: Tensor, out: Tensor) -> None:
 
 
 if cuda.build_info() is not None:
-    KERNELS["cuda"] = Kernels(
+    KERNELS["cuda"] = TrainingKernels(
         supports,
         primary_statistics,
         cheap_statistics,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..spec import GhostArgs
 from .reference import activate, differentiable
-from .training import KERNELS, Kernels, primary_conv
+from .training_step import KERNELS, TrainingKernels, primary_conv
 
 _aten = torch.ops.aten
 
@@ -180,6 +180,6 @@ def normalize_backward(a: GhostArgs, dz1: Tensor, y1: Tensor, means1: Tensor) ->
     dz1.copy_(p.scale * (dz1 - means1[0].view(-1, 1, 1) - p.xhat(y1) * means1[1].view(-1, 1, 1)))
 
 
-KERNELS["reference"] = Kernels(
+KERNELS["reference"] = TrainingKernels(
     supports, primary_statistics, cheap_statistics, normalize, cheap_backward, primary_backward, normalize_backward
 )

@@ -26,7 +26,7 @@ from . import equivalence
 from .frozen import Frozen
 from .graphs import RecordedGraph
 from .model_tensors import Given
-from .program import Inputs, Key, NotCaptured, Program, export, key_of, prove, shown
+from .variant import Inputs, Key, NotCaptured, Variant, export, key_of, prove, shown
 
 __all__ = ["Captured", "NotCaptured", "capture", "graphed", "load"]
 
@@ -98,11 +98,11 @@ def capture(
         frozen = Frozen(None if computes_in else rounded, computes_in) if freeze else None
         variants = {}
         for inputs in examples:
-            exact = Program(export(fused, inputs, dynamic_batch), inputs, partial, None if computes_in else frozen)
+            exact = Variant(export(fused, inputs, dynamic_batch), inputs, partial, None if computes_in else frozen)
             prove(exact, model, inputs, dynamic_batch)
             variant = exact
             if computes_in is not None:  # of what is proven
-                variant = Program(exact.exported, inputs, partial, frozen)
+                variant = Variant(exact.exported, inputs, partial, frozen)
                 equivalence.in_range(variant, exact, inputs, computes_in)
             variants[key_of(inputs, dynamic_batch)] = variant
         if frozen is not None:
@@ -346,7 +346,7 @@ def load(path: str | os.PathLike[str], *, copy_output: bool = True) -> Captured:
             variants[key_of(inputs, dynamic)] = (
                 Recorded(exported.module(check_guards=False), inputs, copy_output)
                 if device.type == "cuda"
-                else Program(exported, inputs, partial, frozen)
+                else Variant(exported, inputs, partial, frozen)
             )
     if frozen is not None:
         with torch.no_grad():

@@ -64,7 +64,7 @@ def main(options: argparse.Namespace) -> int:
         return 2
 
     name, image = f"{options.model} in {options.dtype}", x
-    verdict = inputs.run(name, lambda: network_verdict(model, fused, image, dtype, options.dtype == "tf32"))
+    verdict = inputs.attempt(name, lambda: network_verdict(model, fused, image, dtype, options.dtype == "tf32"))
     print(
         f"error against float64, relative to the largest output: {verdict.error:.2e} fused, "
         f"{verdict.torch_error:.2e} unfused, limit {verdict.limit:.2e}: {word_of(verdict)}"
@@ -74,7 +74,7 @@ def main(options: argparse.Namespace) -> int:
     model, fused, x = model.to(dtype), fused.to(dtype), inputs.cast(x, dtype)
     with torch.inference_mode():
         calls: dict[str, Callable[[], object]] = {"unfused": partial(model, x), "fused": partial(fused, x)}
-        times = inputs.run(name, lambda: time_interleaved(calls, options.rounds, device))
+        times = inputs.attempt(name, lambda: time_interleaved(calls, options.rounds, device))
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
     threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
     print(f"{tuple(x.shape)} {options.dtype} on {where}{threads}; medians of {options.rounds}, quartiles in brackets:")

@@ -206,7 +206,7 @@ def load_model(name: str) -> tuple[nn.Module, Tensor | None]:
 
         return getattr(models, name).GhostNet(), None
     if name.startswith("timm:"):
-        return run(name, lambda: _timm(name.removeprefix("timm:"))), None
+        return attempt(name, lambda: _timm(name.removeprefix("timm:"))), None
     path, _, function = name.rpartition(":")
     if not path:
         raise BadInput(f"model: expected seed, paper, timm:NAME or file.py:function, got {name!r}")
@@ -214,10 +214,10 @@ def load_model(name: str) -> tuple[nn.Module, Tensor | None]:
     if spec is None or spec.loader is None or not Path(path).is_file():
         raise BadInput(f"model: {path!r} is not a Python file")
     module = importlib.util.module_from_spec(spec)
-    run(path, lambda: spec.loader.exec_module(module))  # type: ignore[union-attr]
+    attempt(path, lambda: spec.loader.exec_module(module))  # type: ignore[union-attr]
     if not callable(getattr(module, function, None)):
         raise BadInput(f"model: {path!r} has no function {function!r}")
-    made = run(name, getattr(module, function))
+    made = attempt(name, getattr(module, function))
     model, x = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module) or not isinstance(x, Tensor | None):
         raise BadInput(f"model: expected {name} to return an nn.Module, or one and an input, got {type(made).__name__}")
@@ -230,7 +230,7 @@ def _timm(name: str) -> nn.Module:
     return timm.create_model(name)
 
 
-def run(name: str, function: Callable[[], Any]) -> Any:
+def attempt(name: str, function: Callable[[], Any]) -> Any:
     """``function()``, whose errors are those of the input ``name``: also if it is code that calls ``sys.exit``."""
     try:
         return function()
@@ -250,8 +250,10 @@ def run_once(name: str, model: nn.Module, x: Tensor) -> None:
         raise BadInput(f"model: expected {name} to have values, got tensors on the meta device")
     given = f"{name} given {tuple(x.shape)}"
     with torch.no_grad():
-        run(given, lambda: copy.deepcopy(model).eval()(x.clone()))
-        out = run(f"{given} in float64", lambda: copy.deepcopy(model).eval().double()(cast(x, torch.float64).clone()))
+        attempt(given, lambda: copy.deepcopy(model).eval()(x.clone()))
+        out = attempt(
+            f"{given} in float64", lambda: copy.deepcopy(model).eval().double()(cast(x, torch.float64).clone())
+        )
     if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(out)):
         raise BadInput(f"model: expected {name} to give a tensor, got {type(out).__name__}")
     result = first_tensor(out)

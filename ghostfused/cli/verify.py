@@ -183,7 +183,7 @@ def calibrate(model: nn.Module, x: Tensor, batches: int = 4) -> nn.Module:
 
 def calibrated(name: str, model: nn.Module, x: Tensor) -> nn.Module:
     """``calibrate(model, x)``; an error in it is one of ``name``, what ``model`` comes from."""
-    return inputs.run(f"{name} in train mode", lambda: calibrate(model, x))
+    return inputs.attempt(f"{name} in train mode", lambda: calibrate(model, x))
 
 
 def network_verdict(model: nn.Module, fused: nn.Module, x: Tensor, dtype: torch.dtype, tf32: bool = False) -> Verdict:
@@ -229,7 +229,9 @@ def _network(options: argparse.Namespace, device: str) -> Iterator[tuple[str, Ve
     if options.dtype == "tf32":
         torch.set_float32_matmul_precision("high")
     dtype, tf32 = DTYPES[options.dtype], options.dtype == "tf32"
-    verdict = inputs.run(f"{options.model} in {options.dtype}", lambda: network_verdict(model, fused, x, dtype, tf32))
+    verdict = inputs.attempt(
+        f"{options.model} in {options.dtype}", lambda: network_verdict(model, fused, x, dtype, tf32)
+    )
     yield (
         f"{options.model} {tuple(x.shape)} {options.dtype}",
         verdict,

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from ..backends import cpu
 from ..ops import run_step
 from ..ops.recording import note_others
-from ..ops.transforms import runs_plain, undisturbed
+from ..ops.transforms import undisturbed
 from ..recognize.watch import forward_replaced, has_hooks
 from ..spec import AvgPoolArgs, Gate, GateArgs
 from ..spec.takes import COMMON
@@ -52,7 +52,8 @@ class FusedAttentionGhostModule(FusedGhostModule):
     def attributes(module: nn.Module, attention: str, gate_form: str) -> dict:
         """What this has beyond a FusedGhostModule, for ``module``, whose child ``attention`` makes the gate."""
         block = module._modules[attention]
-        leaves: list[tuple[layers.Path, nn.Module]] = [((attention, name), m) for name, m in block.named_children()]  # type: ignore[union-attr]
+        children = block.named_children()  # type: ignore[union-attr]
+        leaves: list[tuple[layers.ChildPath, nn.Module]] = [((attention, name), m) for name, m in children]
         sequential = type(block) is nn.Sequential
         runs = tuple(layers.split(leaves)) if sequential else ()
         return {"_attention": attention, "_gate_form": gate_form, "_runs": runs, "_gate_names": tuple(block._modules)}  # type: ignore[union-attr]
@@ -90,7 +91,8 @@ class FusedAttentionGhostModule(FusedGhostModule):
         output_gate: Tensor | None = None,
     ) -> Tensor:
         """As ``forward``, read afresh; ``output_gate`` doesn't count."""
-        if self._is_changed() or runs_plain(self.backend, x):  # its own forward makes the gate as well
+        # its own forward makes the gate as well
+        if self._runs_plain(x) or self._is_changed():
             return self._run_children(x, input_gate, residual, None)
         if input_gate is not None:
             x = _gated(x, input_gate)

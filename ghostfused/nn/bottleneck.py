@@ -22,9 +22,10 @@ from ..recognize.classes import call
 from ..recognize.equivalence import prove
 from ..recognize.swap import make_twin, original
 from ..recognize.trace import Traced, idle_in_eval, is_fused, is_layer, is_look, more_than_one_tensor, scripted, trace
-from ..recognize.watch import Path, Watched, get
+from ..recognize.watch import ChildPath, Watched, get
 from ..spec import Act
 from . import cache, layers
+from .batch_statistics import trains_by_torch
 from .ghost_module import FusedGhostModule
 from .ghost_steps import Ghost, Whole
 from .layers import Run, SqueezeExcite
@@ -41,7 +42,7 @@ class _FusedTwin(cache.CachesPrograms, nn.Module):
     _layout: layers.Layout
     _watched: Watched
     """What the forwards that it leaps over read beside tensors and children."""
-    _idle: tuple[Path, ...]
+    _idle: tuple[ChildPath, ...]
     """Modules that it leaps over in eval mode, in which they return their input: DropPath and the like."""
     backend: str
 
@@ -65,7 +66,7 @@ class _FusedTwin(cache.CachesPrograms, nn.Module):
 
     def _run(self, x: Tensor) -> Tensor:
         """As ``forward``, read afresh."""
-        if self._is_observed() or runs_plain(self.backend, x):
+        if trains_by_torch(self, x, self.backend) or runs_plain(self.backend, x) or self._is_observed():
             note_others()
             return call(original(self), x)  # type: ignore[arg-type]
         return self._steps(x)
@@ -222,9 +223,9 @@ class _Found(NamedTuple):
 
     branches: tuple[tuple[Step, ...], tuple[Run, ...]]
     watched: Watched
-    beside: frozenset[Path]
+    beside: frozenset[ChildPath]
     """Modules that run themselves, as one step."""
-    idle: tuple[Path, ...]
+    idle: tuple[ChildPath, ...]
     """Modules that return their input in eval mode."""
     main_first: bool = True
     """Whether the first branch's first step comes before the second's."""
@@ -236,15 +237,15 @@ class _Steps:
     def __init__(self, root: nn.Module, whole: bool = False) -> None:
         self.whole = whole
         """Whether a module that isn't a Sequential is one step even if there is a Ghost module inside."""
-        self.squeeze_excites: dict[Path, tuple[SqueezeExcite, Watched]] = {}
-        self.opaque: set[Path] = set()
-        self.idle: dict[Path, Watched] = {}
-        self.first: dict[Path, Watched] = {}
+        self.squeeze_excites: dict[ChildPath, tuple[SqueezeExcite, Watched]] = {}
+        self.opaque: set[ChildPath] = set()
+        self.idle: dict[ChildPath, Watched] = {}
+        self.first: dict[ChildPath, Watched] = {}
         """Opaque steps that get the input itself."""
         self.own = Activations.of(root)
         self._find(root, ())
 
-    def _find(self, module: nn.Module, path: Path) -> None:
+    def _find(self, module: nn.Module, path: ChildPath) -> None:
         for name, child in module._modules.items():
             at = (*path, name)
             if child is None or at in self.own.acts:
@@ -265,7 +266,7 @@ class _Steps:
             else:
                 self._find(child, at)
 
-    def __call__(self, module: nn.Module, path: Path) -> bool:
+    def __call__(self, module: nn.Module, path: ChildPath) -> bool:
         steps = self.squeeze_excites.keys() | self.opaque | self.own.acts.keys() | self.idle.keys()
         return is_layer(module) or path in steps
 
@@ -376,7 +377,7 @@ def _branch(node: object, start: fx.Node, known: _Steps, root: nn.Module) -> lis
         return calls
     at = [place for call in calls if (place := graph.layer_of(call, known.own.acts)) not in known.idle]
     if at and at[0] in known.opaque:
-        path: Path = at[0]  # type: ignore[assignment]
+        path: ChildPath = at[0]  # type: ignore[assignment]
         if (watched := _leaves_its_input(get(root, path))) is None:
             return f"{'.'.join(path)}, which comes first, might change its input"
         known.first[path] = watched

@@ -7,14 +7,14 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from ..ops.recording import note_others
-from ..recognize.watch import Path, get
+from ..recognize.watch import ChildPath, get
 from .ghost_module import FusedGhostModule
 
 
 class Ghost(NamedTuple):
     """Where a fused Ghost module is."""
 
-    path: Path
+    path: ChildPath
 
     def __call__(self, root: nn.Module, x: Tensor, gate: Tensor | None, residual: Tensor | None) -> Tensor:
         module = get(root, self.path)
@@ -26,7 +26,7 @@ class Ghost(NamedTuple):
 class Whole(NamedTuple):
     """Where a module is that has a fused Ghost module inside, and does more than run it: a gate around it, say."""
 
-    path: Path
+    path: ChildPath
 
     def __call__(self, root: nn.Module, x: Tensor, gate: Tensor | None, residual: Tensor | None) -> Tensor:
         note_others()

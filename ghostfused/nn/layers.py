@@ -18,7 +18,7 @@ from ..recognize.activations import Known, called, watch_settings
 from ..recognize.disturbed import undisturbed
 from ..recognize.equivalence import substituted
 from ..recognize.trace import Traced, is_fused, is_look, trace
-from ..recognize.watch import Path, Watched, forward_replaced, get, has_hooks, is_wrapper
+from ..recognize.watch import ChildPath, Watched, forward_replaced, get, has_hooks, is_wrapper
 from ..spec import Act, Gate, SqueezeExciteArgs
 from ..spec.activations import of_layer
 from ..spec.takes import COMMON, depthwise_form_refusal
@@ -30,7 +30,7 @@ for _name in ("conv1x1", "depthwise", "squeeze_excite"):
 class Layout(NamedTuple):
     """Names and kinds of the children of each module down to the layers, by its path: what a fused module leaps over."""
 
-    kinds: dict[Path, dict[str, type]]
+    kinds: dict[ChildPath, dict[str, type]]
     read_afresh: tuple[str, ...]
     """Children of the root that aren't leapt over."""
     exact: bool
@@ -38,7 +38,11 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(
-        cls, module: nn.Module, beside: Collection[Path] = (), read_afresh: Collection[str] = (), exact: bool = False
+        cls,
+        module: nn.Module,
+        beside: Collection[ChildPath] = (),
+        read_afresh: Collection[str] = (),
+        exact: bool = False,
     ) -> Layout:
         """That of ``module``, but what is inside fused modules and at the paths ``beside``, which run themselves, and in the
         children ``read_afresh``."""
@@ -77,10 +81,12 @@ class Layout(NamedTuple):
         return True
 
 
-def _kinds(module: nn.Module, path: Path, beside: Collection[Path], leaves: bool) -> dict[Path, dict[str, type]]:
+def _kinds(
+    module: nn.Module, path: ChildPath, beside: Collection[ChildPath], leaves: bool
+) -> dict[ChildPath, dict[str, type]]:
     if is_fused(module) or (not module._modules and not leaves) or path in beside:
         return {}
-    found: dict[Path, dict[str, type]] = {path: {name: type(m) for name, m in module._modules.items()}}
+    found: dict[ChildPath, dict[str, type]] = {path: {name: type(m) for name, m in module._modules.items()}}
     for name, child in module._modules.items():
         if child is not None:
             found |= _kinds(child, (*path, name), beside, leaves)
@@ -157,13 +163,13 @@ def split(layers: Sequence[tuple[ghost.Layer, nn.Module | Known]]) -> list[Run]:
 class SqueezeExcite(NamedTuple):
     """A squeeze-and-excite block: where its two 1×1 convolutions or Linear layers are, and what it does besides."""
 
-    reduce: Path
-    expand: Path
+    reduce: ChildPath
+    expand: ChildPath
     act: Act
     gate: Gate
 
     @property
-    def paths(self) -> tuple[Path, ...]:
+    def paths(self) -> tuple[ChildPath, ...]:
         return self.reduce, self.expand
 
     def __call__(self, root: nn.Module, x: Tensor, backend: str) -> Tensor:
@@ -184,7 +190,7 @@ def _held(layer: nn.Module) -> tuple[Tensor | None, Tensor | None]:
     return (held["weight"], held["bias"]) if "weight" in held and "bias" in held else (layer.weight, layer.bias)  # type: ignore[return-value]
 
 
-def _matrices(block: nn.Module) -> list[tuple[Path, nn.Module]]:
+def _matrices(block: nn.Module) -> list[tuple[ChildPath, nn.Module]]:
     """The descendants of ``block`` that have tensors: two of them, each a Linear or a 1×1 conv; else nothing."""
     found = [
         (tuple(name.split(".")), m)
@@ -204,7 +210,7 @@ def _matrices(block: nn.Module) -> list[tuple[Path, nn.Module]]:
     return found if len(found) == 2 and sizes[0] == sizes[1][::-1] and not (block._parameters or block._buffers) else []
 
 
-def read_squeeze_excite(block: nn.Module, path: Path) -> tuple[SqueezeExcite, Watched] | None:
+def read_squeeze_excite(block: nn.Module, path: ChildPath) -> tuple[SqueezeExcite, Watched] | None:
     """``block`` as a squeeze-and-excite block, and what its forward reads; None if it doesn't compute x times such a gate.
 
     Its graph says that x goes through a mean, the two matrices with one activation between them, and functions of single
@@ -251,7 +257,7 @@ def _adds_dimensions(node: fx.Node) -> bool:
     return all(index is None or index is Ellipsis or index == slice(None) for index in node.args[1])
 
 
-def _act_between(traced: Traced, block: nn.Module, reduce: Path, expand: Path) -> Act | None:
+def _act_between(traced: Traced, block: nn.Module, reduce: ChildPath, expand: ChildPath) -> Act | None:
     """The activation between the matrices, of which there is one at most. None unless it is known, and only a mean sees the
     input, but for the last product."""
     matrices = [".".join(reduce), ".".join(expand)]

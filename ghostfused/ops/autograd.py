@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..backends import reference, training
+from ..backends import reference, training_step
 from ..spec import OPS, TENSORS, Args, GhostArgs, tensor_names
 from .recording import note
 from .refusals import below_autograd
@@ -117,7 +117,7 @@ class GhostFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, backend: str, *args) -> Tensor:
         a = GhostArgs(*args)
-        _save(ctx, a, training.choose(backend, a), False, "")
+        _save(ctx, a, training_step.choose(backend, a), False, "")
         return below_autograd(forward_op(backend), *args)
 
     @staticmethod

@@ -69,7 +69,7 @@ def encode(calls: Sequence[tuple[Step, Tensor]], x: Tensor, parameters: Collecti
     return Program(list(tensors.values()), code, numbers)
 
 
-def run(
+def run_program(
     step: Callable[[Step], Tensor], x: Tensor, tensors: Sequence[Tensor], code: Sequence[int], numbers: Sequence[float]
 ) -> Tensor:
     """The last call's result, each made by ``step``."""

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends.training import UPSTREAM
+from ..backends.training_step import UPSTREAM
 from ..spec import OPS, DepthwiseArgs, GhostArgs, LinearArgs, SqueezeExciteArgs, Step, tensor_names
 from . import encoding
 from .after_import import after_import
@@ -73,7 +73,7 @@ def _program_flops(x: Tensor, tensors: list[Tensor], code: list[int], numbers: l
     def shape_of(t: Tensor) -> Tensor:
         return torch.empty(t.shape, dtype=t.dtype, device="meta")
 
-    encoding.run(step, shape_of(x), [shape_of(t) for t in tensors], code, numbers)
+    encoding.run_program(step, shape_of(x), [shape_of(t) for t in tensors], code, numbers)
     return total
 
 

@@ -26,7 +26,7 @@ for _backend in PROGRAM_BACKENDS:
     define_op(
         f"program_{_backend}",
         "(Tensor x, Tensor[] tensors, int[] code, float[] numbers) -> Tensor",
-        functools.partial(encoding.run, fake_output),
+        functools.partial(encoding.run_program, fake_output),
         tags=torch.Tag.pt2_compliant_tag,
     )
 
@@ -114,7 +114,7 @@ def kept_program(backend: str, number: int) -> encoding.Program:
 
 
 def _fake_replay(backend: str, x: Tensor, number: int) -> Tensor:
-    return encoding.run(fake_output, x, *kept_program(backend, number))
+    return encoding.run_program(fake_output, x, *kept_program(backend, number))
 
 
 for _backend in REPLAY_BACKENDS:
@@ -154,7 +154,7 @@ def _reference_step(args: Step) -> Tensor:
 
 
 for _key in ("CPU", "CUDA"):
-    library.impl("program_reference", torch.no_grad()(functools.partial(encoding.run, _reference_step)), _key)
+    library.impl("program_reference", torch.no_grad()(functools.partial(encoding.run_program, _reference_step)), _key)
 
 
 _replay_cpu = forward_op("cpu", "replay")

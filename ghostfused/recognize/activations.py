@@ -13,7 +13,7 @@ from ..spec.activations import BY_CALL, BY_MODULE, TABLE, WITHOUT_SLOPE, with_se
 from .disturbed import undisturbed
 from .equivalence import SAME
 from .trace import is_fused, is_layer, more_than_one_tensor, shadow, trace
-from .watch import Absent, Path, Watched, is_immutable
+from .watch import Absent, ChildPath, Watched, is_immutable
 
 _OF_NUMBERS = {getattr(call, "__name__", call) for call in BY_CALL} | {
     "hardtanh", "hardtanh_", "clamp", "clamp_", "clip", "sigmoid", "sigmoid_", "hardsigmoid", "tanh", "softplus", "exp", "erf", "log", "log1p",
@@ -50,7 +50,7 @@ def called(node: fx.Node) -> Act | None:
 class Activations(NamedTuple):
     """Modules that compute an activation, by their paths, and what their forwards read."""
 
-    acts: dict[Path, Act]
+    acts: dict[ChildPath, Act]
     watched: Watched
 
     @classmethod
@@ -59,7 +59,7 @@ class Activations(NamedTuple):
         found._add(root, ())
         return found
 
-    def _add(self, module: nn.Module, path: Path) -> None:
+    def _add(self, module: nn.Module, path: ChildPath) -> None:
         for name, child in module._modules.items():
             if child is None or is_fused(child) or (is_layer(child) and type(child) is not nn.Hardtanh):
                 continue
@@ -104,7 +104,7 @@ def _read(module: nn.Module) -> tuple[Act, Watched] | None:
     return None
 
 
-def watch_settings(layer: nn.Module, path: Path, watched: Watched) -> None:
+def watch_settings(layer: nn.Module, path: ChildPath, watched: Watched) -> None:
     """The kernel size of a convolution, the size that is pooled to, …: a forward reads them when it runs. And that no method
     which it calls, such as ``_conv_forward``, is hidden by one on the instance."""
     for base in type(layer).__mro__:

@@ -19,7 +19,7 @@ from .activations import Activations, Known
 from .graph import Layer, gate_form, halves_of
 from .swap import PACKAGE
 from .trace import is_fused, is_layer, scripted, trace
-from .watch import CALLED, Path, Watched, forward_replaced, get, has_hooks, hides_any, is_wrapper
+from .watch import CALLED, ChildPath, Watched, forward_replaced, get, has_hooks, hides_any, is_wrapper
 
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 _HIDDEN = {
@@ -56,8 +56,8 @@ def layer_at(root: nn.Module, layer: Layer) -> nn.Module | Known:
     if isinstance(layer, Act):
         return Known(layer, None)
     if len(layer) == 2 and isinstance(layer[1], Act):
-        return Known(layer[1], get(root, cast(Path, layer[0])))
-    return get(root, cast(Path, layer))
+        return Known(layer[1], get(root, cast(ChildPath, layer[0])))
+    return get(root, cast(ChildPath, layer))
 
 
 class Recognized(NamedTuple):

@@ -13,9 +13,9 @@ from torch import fx, nn
 from ..spec import Act
 from .activations import called, watch_settings
 from .trace import Traced, is_look, more_than_one_tensor, shown
-from .watch import Path, get
+from .watch import ChildPath, get
 
-Layer = Path | tuple[Path, Act] | Act
+Layer = ChildPath | tuple[ChildPath, Act] | Act
 """Where a layer is; with the activation that somebody's own layer computes; or an activation that is no layer."""
 
 _CAT = (torch.cat, torch.concat, torch.concatenate)
@@ -45,7 +45,7 @@ def _without(traced: Traced, nothing: Collection[str]) -> Traced:
 
 
 def halves_of(
-    traced: Traced, root: nn.Module, attention: str | None, acts: dict[Path, Act]
+    traced: Traced, root: nn.Module, attention: str | None, acts: dict[ChildPath, Act]
 ) -> tuple[tuple[Layer, ...], tuple[Layer, ...], int | None, bool] | str:
     """The layers of both halves, in the order they run, where the output is cut, and whether its numbers change places
     after that; or why ``root``, of which the graph is, isn't such."""
@@ -136,7 +136,7 @@ def gate_form(traced: Traced, attention: str) -> str:
     return "whole" if all(node.target in scales for node in behind) else "pooled last"
 
 
-def layer_of(node: fx.Node, acts: dict[Path, Act]) -> Layer:
+def layer_of(node: fx.Node, acts: dict[ChildPath, Act]) -> Layer:
     """Where the layer is that a step calls."""
     if node.op != "call_module":
         act = called(node)

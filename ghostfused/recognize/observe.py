@@ -38,7 +38,7 @@ from .allowed import (
 )
 from .child_queries import COMPARING, COMPARISONS, TELLING, Children
 from .instructions import MONITORING, Instructions, instructions_of
-from .watch import Absent, Foldable, Level, Path, Present, Watched, cell_of, has_own, in_class, is_immutable
+from .watch import Absent, ChildPath, Foldable, Level, Present, Watched, cell_of, has_own, in_class, is_immutable
 
 _UNKNOWN = object()
 _CONSTANT = ("LOAD_CONST", "LOAD_SMALL_INT")
@@ -55,10 +55,10 @@ class LayerForward:
 class Observer:
     """What one run of a module's forward reads. ``paths`` has the path of each module that it may read, by its id."""
 
-    def __init__(self, paths: Mapping[int, Path], modules: list[nn.Module]):
+    def __init__(self, paths: Mapping[int, ChildPath], modules: list[nn.Module]):
         self.paths, self.modules = paths, modules
         self.watched = Watched()
-        self.modes: set[Path] = set()
+        self.modes: set[ChildPath] = set()
         """Of the modules of which it reads whether they train."""
         self.reason: str | None = None
         self.known: set[CodeType] = set()

@@ -20,9 +20,9 @@ from .classes import Own, of_bases
 from .disturbed import refuse_another_tracer, undisturbed
 from .observe import LayerForward, Observer, Refused
 from .swap import PACKAGE
-from .watch import Path, Watched
+from .watch import ChildPath, Watched
 
-IsLeaf = Callable[[nn.Module, Path], bool]
+IsLeaf = Callable[[nn.Module, ChildPath], bool]
 Tensors = Callable[[str, Tensor], Tensor]
 _BELOW: list[tuple[Any, str]] = [
     *((vars(F), name) for name in ("conv2d", "batch_norm", "relu")),
@@ -161,7 +161,7 @@ def scripted(module: nn.Module) -> str | None:
 @undisturbed
 def _trace(module: nn.Module, is_leaf: IsLeaf, training: bool) -> Traced | str:
     root = shadow(module)
-    paths: dict[int, Path] = {}
+    paths: dict[int, ChildPath] = {}
     recorder = _Recorder(fx.Graph())
     for path, m in _inside(root, ()):
         paths[id(m)] = path
@@ -198,7 +198,7 @@ def _trace(module: nn.Module, is_leaf: IsLeaf, training: bool) -> Traced | str:
     return Traced(start, result, list(recorder.graph.nodes), observer.watched)
 
 
-def _inside(module: nn.Module, path: Path) -> Iterator[tuple[Path, nn.Module]]:
+def _inside(module: nn.Module, path: ChildPath) -> Iterator[tuple[ChildPath, nn.Module]]:
     yield path, module
     for name, child in module._modules.items():
         if child is not None:

@@ -25,10 +25,10 @@ from ..spec.takes import constant_to_dynamo
 from .allowed import root_of
 from .classes import Own, of_bases
 
-Path = tuple[str, ...]
+ChildPath = tuple[str, ...]
 
 
-def get(root: nn.Module, path: Path) -> nn.Module:
+def get(root: nn.Module, path: ChildPath) -> nn.Module:
     """The descendant of ``root`` at ``path``; Identity if it has been removed, as a norm is when it is folded."""
     for name in path:
         # not root._modules, where torch.export has put a stand-in for root that hands out stand-ins
@@ -127,16 +127,16 @@ class Watched:
     def __init__(self) -> None:
         self.name = f"watched {next(_NUMBERS)}"
         _BY_NAME[self.name] = self
-        self.attributes: dict[Path, dict[str, Any]] = {}
+        self.attributes: dict[ChildPath, dict[str, Any]] = {}
         """By the path of each module: its attributes."""
         self.shared: dict[tuple[int, str], tuple[Any, str, Any]] = {}
         """What belongs to no module: owner (a class, function, cell, or the dictionary of globals), name and value."""
         self.looks = False
         """Whether it also looks at which children there are, or of which classes."""
-        self.modes: list[tuple[Path, ...]] = []
+        self.modes: list[tuple[ChildPath, ...]] = []
         """Modules of which it reads whether they train: those of each entry are in one mode."""
 
-    def attribute(self, path: Path, name: str, value: Any) -> None:
+    def attribute(self, path: ChildPath, name: str, value: Any) -> None:
         self.attributes.setdefault(path, {})[name] = value
 
     def of(self, owner: Any, name: str) -> Any:
@@ -145,7 +145,7 @@ class Watched:
         self.shared[id(owner), name] = owner, name, value
         return value
 
-    def update(self, other: Watched, path: Path = ()) -> None:
+    def update(self, other: Watched, path: ChildPath = ()) -> None:
         """Adds what ``other`` watches, of which the root is at ``path``."""
         for inner, values in other.attributes.items():
             self.attributes.setdefault(path + inner, {}).update(values)
@@ -179,10 +179,10 @@ class Watched:
 
 
 def _load(
-    attributes: dict[Path, dict[str, Any]],
+    attributes: dict[ChildPath, dict[str, Any]],
     shared: list[tuple[str, tuple[str, ...], Any]],
     looks: bool = False,
-    modes: list[tuple[Path, ...]] | None = None,
+    modes: list[tuple[ChildPath, ...]] | None = None,
 ) -> Watched:
     """Functions and classes are, as in every pickle, those that bear the names here and now."""
     watched = Watched()

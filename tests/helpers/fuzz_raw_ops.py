@@ -118,7 +118,7 @@ class _Joined(nn.Module):
 def compared(kept: encoding.Program, x: Tensor) -> encoding.Program:
     """``kept``, whose result is a matrix, and each image's likeness to all others: a result as another's weight."""
     steps: list[Step] = []
-    encoding.run(lambda args: steps.append(args) or args.new_output(), x, *kept)  # type: ignore[func-returns-value]
+    encoding.run_program(lambda args: steps.append(args) or args.new_output(), x, *kept)  # type: ignore[func-returns-value]
     last = 2 * (len(kept.tensors) + len(steps))
     return kept._replace(code=[*kept.code, list(STEPS).index("linear"), last, last + 1, -1])
 
@@ -277,7 +277,7 @@ def _check_call(out: Any, call: Call, backend: str) -> None:
         return fuzz_training_ops.check(call, out, functools.partial(_run, backend=backend))
     if call.op in STEPS:
         return _check(functools.partial(_run_step, backend), out, STEPS[call.op](*call.arguments))
-    expected = encoding.run(functools.partial(_checked_step, backend), *call.arguments)
+    expected = encoding.run_program(functools.partial(_checked_step, backend), *call.arguments)
     assert out.shape == expected.shape, f"shape {tuple(out.shape)}, expected {tuple(expected.shape)}"
     assert torch.equal(out.nan_to_num(), expected.nan_to_num()), "not what the program's steps make"
     return None

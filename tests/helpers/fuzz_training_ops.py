@@ -14,13 +14,13 @@ import torch
 from raw_op_faults import DTYPES, Call
 from torch import Tensor
 
-from ghostfused.backends import training
+from ghostfused.backends import training_step
 from ghostfused.numerics import TOLERANCES, rounded_anew
 from ghostfused.ops import OPS, schemas
 from ghostfused.spec import Act, Args, DepthwiseArgs, GhostArgs, SqueezeExciteArgs, memory_format, tensor_names
 from ghostfused.spec.checks import absent_memory
 from ghostfused.testing import Case, DepthwiseCase, SqueezeExciteCase, make, make_args
-from ghostfused.testing.training import _error
+from ghostfused.testing.judge_training import _error
 
 STEP_OPS = ("train_forward", "backward")
 GRADIENT_OPS: dict[str, type[Args]] = {
@@ -32,7 +32,7 @@ KERNELS = tuple(schemas.TRAINING_KERNELS)
 NAMES = (*STEP_OPS, *GRADIENT_OPS, *KERNELS)
 _FILLED = ("out", "mean", "var", "dz1", "dz2", "y2", "product", "sums", "weight")
 _SMOOTH = ("none", "silu", "gelu", "gelu_tanh", "mish")
-_REFERENCE = training.KERNELS["reference"]
+_REFERENCE = training_step.KERNELS["reference"]
 
 
 def op_of(name: str, backend: str) -> Any:
@@ -101,7 +101,7 @@ def _of_ghost_module(rng: random.Random, name: str, a: GhostArgs) -> list:
         return [*(getattr(a, field) for field in schemas.TRAIN_FIELDS), ""]
     if name == "backward":
         return [_like_output(rng, a), *a, rng.random() < 0.7, "", _needs(rng, a)]
-    a = training.with_norms_in_one_dtype(a)
+    a = training_step.with_norms_in_one_dtype(a)
     return [*a, *_memory(rng, name, a).values()]
 
 
@@ -121,7 +121,7 @@ def _memory(rng: random.Random, kernel: str, a: GhostArgs) -> dict[str, Any]:
 
     cp, new = a.init_channels, a.cheap_weight.shape[0]
     out = like_map(a.out_channels)
-    y1 = like_map(cp).copy_(training.primary_conv(a))
+    y1 = like_map(cp).copy_(training_step.primary_conv(a))
     if kernel == "primary_statistics":
         return {"out": out, "mean": floats(cp), "var": floats(cp)}
     if kernel in ("cheap_statistics", "normalize"):
@@ -206,10 +206,10 @@ def _by_reference(call: Call, dtype: torch.dtype | None, seed: int | None) -> di
     if call.op in GRADIENT_OPS:
         return _named(call.op, given, schemas._backward(GRADIENT_OPS[call.op], *arguments))
     if call.op == "train_forward":
-        return _named(call.op, given, training.train_forward(_REFERENCE, schemas.train_args(arguments[:-1]), ""))
+        return _named(call.op, given, training_step.train_forward(_REFERENCE, schemas.train_args(arguments[:-1]), ""))
     a = GhostArgs(**{name: given[name] for name in GhostArgs.__annotations__})
     if call.op == "backward":
-        made = training.backward(
+        made = training_step.backward(
             _REFERENCE, given["grad_output"], a, given["batch_statistics"], "", given["needs_grad"]
         )
         return _named(call.op, given, made)

@@ -9,18 +9,18 @@ import torch
 from kernel_backends import Backend, poisoned
 from torch import Tensor
 
-from ghostfused.backends import training
+from ghostfused.backends import training_step
 from ghostfused.spec import GhostArgs
 from ghostfused.testing import Case, make_args, to_device
-from ghostfused.testing.training import by_kernels, by_op, judge_training
+from ghostfused.testing.judge_training import by_kernels, by_op, judge_training
 
 NORMS = ["bn", "bn+bias", "bn_no_affine"]
 ALL_INPUTS = {"input_gate": True, "residual": True, "output_gate": True}
 
 
-def kernels(backend: Backend) -> training.Kernels:
+def kernels(backend: Backend) -> training_step.TrainingKernels:
     """``backend``'s kernels for CPU tensors."""
-    own = training.KERNELS[backend.name]
+    own = training_step.KERNELS[backend.name]
     moved = {name: _from_cpu(f, backend.device) for name, f in own._asdict().items() if name != "layout"}
     return own._replace(**moved)
 
@@ -61,7 +61,7 @@ def make(case: Case) -> tuple[GhostArgs, Tensor]:
 
 def check(backend: Backend, case: Case, batch_statistics: bool = True) -> None:
     a, grad = make(case)
-    assert training.KERNELS[backend.name].supports(backend.there(a)) is None
+    assert training_step.KERNELS[backend.name].supports(backend.there(a)) is None
     check_args(backend, a, grad, batch_statistics, str(case))
 
 

@@ -16,7 +16,7 @@ from triton_runtime import DEVICE, needs_triton
 
 import ghostfused
 from ghostfused import backends
-from ghostfused.backends import reference, training, triton
+from ghostfused.backends import reference, training_step, triton
 from ghostfused.cli.verify import read_cases
 from ghostfused.models import paper
 from ghostfused.spec.takes import kernel_refusal
@@ -179,7 +179,7 @@ def test_fuse_takes_triton_where_it_is_installed(as_on_a_gpu, monkeypatch):
 def test_training_stays_with_the_reference(as_on_a_gpu):
     """The training kernels' own convolution is the 1×1 one."""
     args = TRITON.there(make_args(Case(kernel_size=3, stride=2)))
-    assert training.choose("triton", args) == "reference"
+    assert training_step.choose("triton", args) == "reference"
     module = ghostfused.FusedGhostModule(20, 24, kernel_size=3, stride=2).to(DEVICE)
     plain = module.unfused()
     x = torch.randn(2, 20, 9, 11, device=DEVICE)

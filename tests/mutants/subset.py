@@ -24,7 +24,7 @@ from ghostfused.testing import (
     make_depthwise,
     make_squeeze_excite,
 )
-from ghostfused.testing.training import judge_training
+from ghostfused.testing.judge_training import judge_training
 
 CUDA = Backend("cuda")
 SM_COUNTS = (1, 132)

@@ -17,7 +17,7 @@ from strategies import DTYPES, LAYOUTS
 from training_runtime import ALL_INPUTS, check, check_args, kernels, make, run
 
 from ghostfused import ops
-from ghostfused.backends import cuda_training, reference_training, training
+from ghostfused.backends import cuda_training, reference_training, training_step
 from ghostfused.backends.extension import op
 from ghostfused.spec import GhostArgs
 from ghostfused.testing import Case, make_args, relative_error, to_device
@@ -154,7 +154,7 @@ def test_every_nhwc_step(batch, cin, height, width, cp, acts, sm_count, dtype):
     """Each against the reference's in float64 on the same numbers: a map is a rounding away, a sum less."""
     case = Case(batch, cin, height, width, 2 * cp, dtype=dtype, layout="nhwc", act_primary=acts[0], act_cheap=acts[1])
     a, grad = make(case)
-    own, reference = kernels(CUDA), training.KERNELS["reference"]
+    own, reference = kernels(CUDA), training_step.KERNELS["reference"]
     exact = GhostArgs(*(v.double() if isinstance(v, torch.Tensor) else v for v in a))
     norms = [f"{half}_{name}" for half in ("primary", "cheap") for name in ("mean", "var", "gamma", "beta")]
     a = a._replace(**{name: getattr(a, name).float() for name in norms})

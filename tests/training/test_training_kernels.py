@@ -15,12 +15,12 @@ from strategies import ACTS, DTYPES, LAYOUTS
 from training_runtime import ALL_INPUTS, NORMS, check_args, kernels, make, run
 
 from ghostfused import FusedGhostModule, ops
-from ghostfused.backends import training
-from ghostfused.backends.training import KERNELS
+from ghostfused.backends import training_step
+from ghostfused.backends.training_step import KERNELS
 from ghostfused.numerics import relative_error
 from ghostfused.spec import TENSORS, memory_format
 from ghostfused.testing import Case, make_args
-from ghostfused.testing.training import wanted
+from ghostfused.testing.judge_training import wanted
 
 SMOOTH = ["none", "silu", "gelu", "gelu_tanh", "mish"]
 STEP = Case(2, 20, 9, 11, 39, act_primary="silu", act_cheap="none", **ALL_INPUTS)
@@ -185,7 +185,7 @@ def test_only_what_is_asked_for(backend, asked, batch_statistics):
     a, grad = make(Case(2, 8, 5, 6, 15, act_primary="prelu", per_channel_slope=True, **ALL_INPUTS))
 
     def gradients(needs: list[bool]) -> dict[str, torch.Tensor]:
-        results = training.backward(kernels(backend), grad, a, batch_statistics, "", needs)
+        results = training_step.backward(kernels(backend), grad, a, batch_statistics, "", needs)
         return dict(zip([name for name, need in zip(TENSORS, needs, strict=True) if need], results, strict=True))
 
     every = gradients([t is not None for t in a.tensors])
@@ -199,7 +199,7 @@ def test_forward_is_three_kernels(backend):
     own = kernels(backend)
     steps = [name for name in own._fields if name != "layout"]
     spied = {name: lambda *args, name=name: calls.append(name) or getattr(own, name)(*args) for name in steps}
-    training.train_forward(own._replace(**spied), make_args(STEP), "")
+    training_step.train_forward(own._replace(**spied), make_args(STEP), "")
     assert calls == ["primary_statistics", "cheap_statistics", "normalize"]
 
 
@@ -236,8 +236,8 @@ def test_a_module_trains(backend, training_mode):
 
 @with_kernels
 def test_what_the_kernels_refuse_trains_on_the_reference(backend):
-    assert training.choose(backend.name, backend.there(make_args(Case(kernel_size=3)))) == "reference"
-    assert training.choose(backend.name, backend.there(make_args(Case()))) == backend.name
+    assert training_step.choose(backend.name, backend.there(make_args(Case(kernel_size=3)))) == "reference"
+    assert training_step.choose(backend.name, backend.there(make_args(Case()))) == backend.name
 
 
 @given(

@@ -6,7 +6,7 @@ from training_runtime import ALL_INPUTS
 from triton_runtime import DEVICE, needs_triton
 
 from ghostfused import ops
-from ghostfused.backends import training
+from ghostfused.backends import training_step
 from ghostfused.backends.triton import training as triton_training
 from ghostfused.spec import TENSORS
 from ghostfused.testing import Case, make_args, to_device
@@ -42,7 +42,7 @@ def test_forward_is_three_kernels(monkeypatch):
     launched = []
     monkeypatch.setattr(triton_training._Launch, "__call__", lambda self, kernel, **_: launched.append(kernel.__name__))
     a = to_device(make_args(Case(**ALL_INPUTS)), DEVICE)
-    training.train_forward(training.KERNELS["triton"], a, "")
+    training_step.train_forward(training_step.KERNELS["triton"], a, "")
     assert launched == ["primary_statistics_kernel", "cheap_statistics_kernel", "normalize_kernel"]
 
 

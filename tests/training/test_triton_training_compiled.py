@@ -12,11 +12,11 @@ import pytest
 import torch
 from triton_compiler import SHARED_LIMIT, compiled_on_cpu, launch_on_cpu, spilled  # noqa: F401 (a fixture)
 
-from ghostfused.backends import training
+from ghostfused.backends import training_step
 from ghostfused.backends.triton import training as triton_training
 from ghostfused.backends.triton.compile import compile_launch
 from ghostfused.testing import Case, make_args
-from ghostfused.testing.training import by_kernels, judge_training
+from ghostfused.testing.judge_training import by_kernels, judge_training
 
 ALL_KERNELS = [
     "primary_statistics_kernel", "cheap_statistics_kernel", "normalize_kernel",
@@ -40,7 +40,7 @@ def step(case: Case, batch_statistics: bool, launch: Callable[[Any, int, dict[st
             lambda self, kernel, **arguments: launch(kernel, *self.grid, self.shared | arguments),
         )
         try:
-            return by_kernels(training.KERNELS["triton"], a, grad, batch_statistics), a, grad
+            return by_kernels(training_step.KERNELS["triton"], a, grad, batch_statistics), a, grad
         finally:
             torch.use_deterministic_algorithms(False)
 

@@ -13,10 +13,10 @@ import math
 import torch
 from torch import Tensor
 
-from ghostfused.backends.training import KERNELS
+from ghostfused.backends.training_step import KERNELS
 from ghostfused.spec import GhostArgs
 from ghostfused.testing import Case, make_args, to_device
-from ghostfused.testing.training import by_kernels, judge_training
+from ghostfused.testing.judge_training import by_kernels, judge_training
 
 from .costs import LaunchCost, cost_of
 from .device import Handler, device

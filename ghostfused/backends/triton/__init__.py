@@ -18,8 +18,8 @@ from .launch import (
     MAX_PROGRAMS,
     align,
     is_channels_last,
+    launch_kernel,
     reach,
-    run,
     unavailable,
     x_strides,
 )
@@ -127,7 +127,7 @@ def launch(
     from .kernels import ghost_kernel
 
     kwargs = plan(args, out, x1, primary, cheap, choice)
-    run(ghost_kernel, programs(kwargs, args.x.shape[0]), kwargs, args.x.device)
+    launch_kernel(ghost_kernel, programs(kwargs, args.x.shape[0]), kwargs, args.x.device)
 
 
 def programs(plan: dict[str, Any], images: int) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...spec import DepthwiseArgs, SqueezeExciteArgs
 from .configs import NUM_WARPS, PROGRAMS, SMALL_IMAGE, cheap_blocks
-from .launch import align, is_channels_last, reach, run, x_strides
+from .launch import align, is_channels_last, launch_kernel, reach, x_strides
 
 _BLOCK_C = 64
 """Channels of a program of either squeeze-and-excite kernel."""
@@ -60,7 +60,7 @@ def depthwise(args: DepthwiseArgs) -> Tensor:
         kwargs = depthwise_plan(args, out)
         n, c, oh, ow = out.shape
         programs = n * -(-oh * ow // kwargs["BLOCK_P"]) * -(-c // kwargs["BLOCK_C"])
-        run(depthwise_kernel, programs, kwargs, args.x.device)
+        launch_kernel(depthwise_kernel, programs, kwargs, args.x.device)
     return out
 
 
@@ -107,6 +107,6 @@ def squeeze_excite(args: SqueezeExciteArgs) -> Tensor:
         groups, blocks = -(-n // kwargs["IMAGES"]), -(-c // kwargs["BLOCK_C"])
         count = blocks * -(-h * w // kwargs["chunk"])
         parts = torch.empty(n, count, args.reduce_weight.shape[0], dtype=torch.float32, device=out.device)
-        run(squeeze_kernel, groups * count, kwargs | {"parts_ptr": parts}, out.device)
-        run(excite_kernel, groups * blocks, excite_plan(args, parts, out, kwargs["IMAGES"]), out.device)
+        launch_kernel(squeeze_kernel, groups * count, kwargs | {"parts_ptr": parts}, out.device)
+        launch_kernel(excite_kernel, groups * blocks, excite_plan(args, parts, out, kwargs["IMAGES"]), out.device)
     return out

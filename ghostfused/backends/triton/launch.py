@@ -66,7 +66,7 @@ def x_strides(x: Tensor) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def run(kernel: Any, programs: int, kwargs: dict[str, Any], device: torch.device) -> None:
+def launch_kernel(kernel: Any, programs: int, kwargs: dict[str, Any], device: torch.device) -> None:
     """Launches ``kernel`` on ``device``, whichever is current."""
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[programs,](**kwargs)

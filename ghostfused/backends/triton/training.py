@@ -11,7 +11,7 @@ from torch import Tensor
 from ...spec import GhostArgs, memory_format
 from ...spec.takes import COMMON, form_refusal
 from .. import triton
-from ..training import KERNELS, Kernels
+from ..training_step import KERNELS, TrainingKernels
 from .configs import PROGRAMS, blocks, precision
 from .launch import is_channels_last, reach
 
@@ -237,6 +237,6 @@ def _zeros(y1: Tensor, *shape: int) -> Tensor:
     return torch.zeros(shape, dtype=torch.float32, device=y1.device)
 
 
-KERNELS["triton"] = Kernels(
+KERNELS["triton"] = TrainingKernels(
     supports, primary_statistics, cheap_statistics, normalize, cheap_backward, primary_backward, normalize_backward
 )

@@ -1,4 +1,4 @@
-"""The Triton kernels of training, backward: docs/training.md has their formulas, ``training.Kernels`` their contract.
+"""The Triton kernels of training, backward: docs/training.md has their formulas, ``training_step.TrainingKernels`` their contract.
 
 Device code only; triton_training_device.py says what a program does. Rows of partial sums are added up by Torch.
 """

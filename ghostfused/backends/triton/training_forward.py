@@ -1,4 +1,4 @@
-"""The Triton kernels of training, forward: docs/training.md has their formulas, ``training.Kernels`` their contract.
+"""The Triton kernels of training, forward: docs/training.md has their formulas, ``training_step.TrainingKernels`` their contract.
 
 Device code only; triton_training_device.py says what a program does. Rows of statistics are combined by the program that is
 last of its channel block.

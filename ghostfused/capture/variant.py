@@ -53,7 +53,7 @@ def export(model: nn.Module, inputs: Inputs, dynamic_batch: bool) -> torch.expor
         raise NotCaptured(f"{what} can't trace {type(model).__name__}: {type(error).__name__}: {error}") from error
 
 
-class Program:
+class Variant:
     """An exported graph, lowered."""
 
     def __init__(
@@ -108,7 +108,7 @@ def _where(node: fx.Node) -> str:
     return f"{node.target} in {path or 'the model'} ({name})"
 
 
-def prove(program: Program, model: nn.Module, inputs: Inputs, dynamic_batch: bool) -> None:
+def prove(program: Variant, model: nn.Module, inputs: Inputs, dynamic_batch: bool) -> None:
     for call in equivalence.calls(inputs, dynamic_batch):
 
         def run(*inputs: Tensor, text: str = shown(key_of(call))) -> Any:

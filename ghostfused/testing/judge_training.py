@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import ops
 from ..backends import reference
-from ..backends.training import Kernels, backward, train_forward
+from ..backends.training_step import TrainingKernels, backward, train_forward
 from ..numerics import TOLERANCES, relative_error
 from ..spec import TENSORS, GhostArgs
 from . import Verdict, convert
@@ -41,7 +41,9 @@ def by_op(backend: str, a: GhostArgs, grad_output: Tensor, batch_statistics: boo
     return _step(train, lambda g, a, *rest: gradients(g, *a, *rest), a, grad_output, batch_statistics)
 
 
-def by_kernels(kernels: Kernels, a: GhostArgs, grad_output: Tensor, batch_statistics: bool) -> dict[str, Tensor]:
+def by_kernels(
+    kernels: TrainingKernels, a: GhostArgs, grad_output: Tensor, batch_statistics: bool
+) -> dict[str, Tensor]:
     """The same by ``kernels``, which needn't be registered."""
     return _step(
         lambda a: train_forward(kernels, a, ""),

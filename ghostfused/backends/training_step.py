@@ -19,7 +19,7 @@ UPSTREAM = ("x", "input_gate", *(n for n in TENSORS if n.startswith("primary_"))
 _CHEAP = tuple(n for n in TENSORS if n.startswith("cheap_"))
 
 
-class Kernels(NamedTuple):
+class TrainingKernels(NamedTuple):
     """The six steps. "Dense" is: of the strides that ``GhostArgs.new_output`` would give. All norm tensors are float32
     (float64 if x is), and the means include the conv's bias. In the output's channels, the first Cp are the primary
     half, the others the cheap half.
@@ -57,7 +57,7 @@ class Kernels(NamedTuple):
     """(x, out): x, whose rows follow each other in one of the two layouts, to a dense map of the other."""
 
 
-KERNELS: dict[str, Kernels] = {}
+KERNELS: dict[str, TrainingKernels] = {}
 """By the backend's name; a backend that isn't here, or refuses, trains with the reference's."""
 
 
@@ -208,7 +208,7 @@ def _primary_conv_backward(a: GhostArgs, dy1: Tensor, need: dict[str, bool]) -> 
 # ---- the two ops
 
 
-def _copy(kernels: Kernels, t: Tensor, out: Tensor) -> Tensor:
+def _copy(kernels: TrainingKernels, t: Tensor, out: Tensor) -> Tensor:
     """``out``, after t has been copied to it."""
     if t.dim() != 4 or memory_format(t) == memory_format(out):
         return out.copy_(t)
@@ -217,12 +217,12 @@ def _copy(kernels: Kernels, t: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-def _copied(kernels: Kernels, t: Tensor, layout: torch.memory_format) -> Tensor:
+def _copied(kernels: TrainingKernels, t: Tensor, layout: torch.memory_format) -> Tensor:
     """A copy of ``t`` in the layout."""
     return _copy(kernels, t, torch.empty_like(t, memory_format=layout))
 
 
-def _in_best_layout(kernels: Kernels, a: GhostArgs) -> GhostArgs:
+def _in_best_layout(kernels: TrainingKernels, a: GhostArgs) -> GhostArgs:
     """``a`` with its maps as the kernels are fastest: itself, or copies. All that is made from them follows x."""
     layout = kernels.layout(a)
     if layout == memory_format(a.x):
@@ -231,7 +231,7 @@ def _in_best_layout(kernels: Kernels, a: GhostArgs) -> GhostArgs:
     return a._replace(x=_copied(kernels, a.x, layout), residual=residual)
 
 
-def train_forward(kernels: Kernels, a: GhostArgs, group_name: str) -> tuple[Tensor, ...]:
+def train_forward(kernels: TrainingKernels, a: GhostArgs, group_name: str) -> tuple[Tensor, ...]:
     """(out, primary_mean, primary_var, cheap_mean, cheap_var, count) with statistics of the batch.
 
     ``count`` has the samples of all processes in ``group_name``, shape (1,); with no group it is empty, and the samples
@@ -261,7 +261,12 @@ def train_forward(kernels: Kernels, a: GhostArgs, group_name: str) -> tuple[Tens
 
 
 def backward(
-    kernels: Kernels, grad_output: Tensor, args: GhostArgs, batch_statistics: bool, group_name: str, needs: list[bool]
+    kernels: TrainingKernels,
+    grad_output: Tensor,
+    args: GhostArgs,
+    batch_statistics: bool,
+    group_name: str,
+    needs: list[bool],
 ) -> list[Tensor]:
     """Gradients of the tensor arguments for which ``needs`` holds.
 
@@ -279,7 +284,7 @@ def backward(
     return [_promised(kernels, grads[name], getattr(args, name)) for name in TENSORS if need[name]]
 
 
-def _promised(kernels: Kernels, grad: Tensor, like: Tensor) -> Tensor:
+def _promised(kernels: TrainingKernels, grad: Tensor, like: Tensor) -> Tensor:
     """``grad`` with the dtype and the strides that the op's fake promises, and in a storage of its own."""
     promised = torch.empty_like(like)
     owned = grad.untyped_storage().nbytes() == grad.numel() * grad.element_size()
@@ -289,7 +294,7 @@ def _promised(kernels: Kernels, grad: Tensor, like: Tensor) -> Tensor:
 
 
 def _gradients(
-    kernels: Kernels, grad: Tensor, a: GhostArgs, batch: bool, group_name: str, need: dict[str, bool]
+    kernels: TrainingKernels, grad: Tensor, a: GhostArgs, batch: bool, group_name: str, need: dict[str, bool]
 ) -> dict[str, Tensor]:
     grads: dict[str, Tensor] = {}
     samples = grad.shape[0] * grad.shape[2] * grad.shape[3]

@@ -1,17 +1,17 @@
 // x under a tile's rows, as the multiplication reads it where it can't read it as it lies.
 #pragma once
 
-#include "cpu/pack.h"
+#include "cpu/pack_x.h"
 #include "cpu/patches.h"
 
 namespace ghostfused::cpu::GHOSTFUSED_ISA {
 
 template <typename T, bool kChannelsLast>
-class PackedX {
+class TileX {
   using Number = typename Operand<T, kChannelsLast>::Number;
 
  public:
-  PackedX(const GhostForwardParams& p, const Plan& plan, const Scratch& at, float* scratch)
+  TileX(const GhostForwardParams& p, const Plan& plan, const Scratch& at, float* scratch)
       : planes(p, plan, scratch + at.planes), p(p), plan(plan), at(at), to(scratch + at.packed_x) {}
 
   // Rows begin … end - 1 of image n. The tile's own are h0 … h1 - 1.
