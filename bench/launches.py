@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ghostfused.backends import BACKENDS, unavailable_on
+from ghostfused.backends.training_step import KERNELS
 from ghostfused.backends.triton import has_ghosts
 from ghostfused.cli.inputs import positive
 from ghostfused.fuse import fuse_with_report
 from ghostfused.ops import OPS
+from ghostfused.ops.schemas import TRAINING_OPS
 from ghostfused.spec import GhostArgs
 from ghostfused.spec.takes import kernel_refusal
 
@@ -90,9 +92,13 @@ def as_if_available(backend: str | None) -> Iterator[None]:
         yield
         return
     module = BACKENDS[backend]
+    # whose kernels for training need not be built: on the meta device none is run
+    trains = {backend: KERNELS["reference"]} if backend in TRAINING_OPS else {}
     with (
+        mock.patch.object(module, "DEVICES", None),
         mock.patch.object(module, "unavailable", return_value=None),
         mock.patch.object(module, "supports", lambda args: kernel_refusal(args, backend)),
+        mock.patch.dict(KERNELS, trains),
     ):
         yield
 

@@ -45,6 +45,15 @@ def _fixed_seed_and_settings():
     torch.set_float32_matmul_precision(precision)
 
 
+@pytest.fixture(params=["torch", "kernels"])
+def trained_by(request, monkeypatch):
+    """Who trains a fused module on this CPU: PyTorch, as for any user, or the training ops, as on a GPU."""
+    if request.param == "kernels":
+        from spies import train_by_kernels
+
+        train_by_kernels(monkeypatch)
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     threads = torch.get_num_threads()

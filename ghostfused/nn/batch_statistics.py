@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from .. import backends
-from ..backends import training
+from ..backends import training_step
 from ..functional import arguments
 from ..ops.autograd import call_with_batch_statistics
 from ..ops.transforms import refuse_transforms
+from ..spec import GhostArgs
 from ..spec.checks import validate_training
+from ..spec.takes import constant_to_dynamo
 
 
 class TrainingResult(NamedTuple):
@@ -26,6 +28,32 @@ class TrainingResult(NamedTuple):
     cheap_var: Tensor  # (Cp * (ratio - 1),)  biased
     samples: int | Tensor
     """Samples per channel; of all processes, as a tensor of shape (1,), if there is a process group."""
+
+
+def trains_by_torch(module: nn.Module, x: Tensor, backend: str) -> bool:
+    """Whether PyTorch's operations run a call of ``module`` and its backward, as they do unfused: it is in training mode,
+    gradients are on, and no backend that may run the call has kernels for training. They need no second forward in backward.
+
+    In eval mode a call is taken for inference, for which many forget ``torch.no_grad``.
+    """
+    return (
+        module.training
+        and torch.is_grad_enabled()
+        and isinstance(x, Tensor)
+        and not _has_training_kernels(backend, x.device.type)
+        and not any(map(group_name, module.modules() if _has_processes() else ()))  # PyTorch has none on a CPU
+    )
+
+
+def is_left_to_torch(kernels: str, backend: str, group_name: str) -> bool:
+    """Whether PyTorch takes a batch's statistics where ``backend`` may, for which ``choose`` has found the ``kernels``."""
+    return kernels == "reference" != backend and not group_name
+
+
+@constant_to_dynamo
+def _has_training_kernels(backend: str, device: str) -> bool:
+    names = backends.AUTO.get(device, ()) if backend == "auto" else (backend,)
+    return any(name in training_step.KERNELS and backends.unavailable_on(name, device) is None for name in names)
 
 
 def ghost_module_training(
@@ -51,19 +79,35 @@ def ghost_module_training(
         RuntimeError: the backend asked for can't run this call; the message says why.
     """
     args = arguments(x, primary_weight, cheap_weight, **options)
+    return train(args, choose(args, backend, group_name), group_name, then)
+
+
+def choose(args: GhostArgs, backend: str, group_name: str) -> str:
+    """The name of the backend whose kernels train ``args``, once they are checked; raises as ``ghost_module_training``."""
     validate_training(args)
-    n, _, height, width = args.output_shape()
-    samples = n * height * width
-    if samples == 1 and not group_name:
-        raise ValueError(f"x: expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
+    if _samples(args) == 1 and not group_name:
+        raise ValueError(
+            f"x: expected more than 1 value per channel when training, got input size {tuple(args.x.shape)}"
+        )
     refuse_transforms(backend)
-    name = training.choose(backends.choose(args, backend), args)
+    return training_step.choose(backends.choose(args, backend), args)
+
+
+def train(
+    args: GhostArgs, backend: str, group_name: str, then: Callable[[TrainingResult], None] | None = None
+) -> TrainingResult:
+    """``ghost_module_training`` of what ``choose`` has checked, on the backend that it chose."""
 
     def result(made: tuple[Tensor, ...]) -> TrainingResult:
-        return TrainingResult(*made[:-1], made[-1] if group_name else samples)  # type: ignore[call-arg]
+        return TrainingResult(*made[:-1], made[-1] if group_name else _samples(args))  # type: ignore[call-arg]
 
-    made = call_with_batch_statistics(name, args, group_name, None if then is None else lambda made: then(result(made)))
-    return result(made)
+    last = None if then is None else lambda made: then(result(made))
+    return result(call_with_batch_statistics(backend, args, group_name, last))
+
+
+def _samples(args: GhostArgs) -> int:
+    n, _, height, width = args.output_shape()
+    return n * height * width
 
 
 @torch.no_grad()
@@ -98,9 +142,11 @@ def update_both(norms: tuple[nn.Module, nn.Module], result: TrainingResult) -> N
 
 def group_name(norm: nn.Module) -> str:
     """The name of the process group over which ``norm`` would take its statistics; empty for none."""
-    if not isinstance(norm, nn.SyncBatchNorm) or not norm.training:
-        return ""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not (isinstance(norm, nn.SyncBatchNorm) and norm.training and _has_processes()):
         return ""
     group: Any = norm.process_group or torch.distributed.group.WORLD
     return group.group_name if group.size() > 1 else ""
+
+
+def _has_processes() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

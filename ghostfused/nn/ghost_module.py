@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..functional import ghost_module
+from ..functional import arguments, ghost_module
 from ..ops.recording import note_others
 from ..ops.transforms import runs_plain
 from ..recognize import ghost
@@ -21,6 +21,7 @@ from ..recognize.equivalence import prove
 from ..recognize.swap import make_twin, original
 from ..spec import Act
 from . import batch_statistics
+from .batch_statistics import trains_by_torch
 from .cache import CachesPrograms, ProgramCache, may_replay
 from .children import ConvNormAct, activation, check_backend, check_int
 from .layers import Layout
@@ -269,13 +270,8 @@ class FusedGhostModule(CachesPrograms, nn.Module):
     ) -> Tensor:
         """The kernel's maps, put into their order by PyTorch."""
         note_others()
-        halves = self._read()
-        order = self.__dict__["_order"]
-        if (
-            isinstance(halves, str)
-            or runs_plain(self.backend, x)
-            or (order and math.prod(order) != self._channels(*halves))
-        ):
+        order, plain = self.__dict__["_order"], self._runs_plain(x)
+        if plain or isinstance(halves := self._read(), str) or (order and math.prod(order) != self._channels(*halves)):
             module = cast(nn.Module, original(self))
             out = call(module, x if input_gate is None else _gated(x, input_gate))
         else:
@@ -291,8 +287,7 @@ class FusedGhostModule(CachesPrograms, nn.Module):
         output_gate: Tensor | None = None,
     ) -> Tensor:
         """As ``forward``, read afresh."""
-        halves = self._read()
-        if isinstance(halves, str) or runs_plain(self.backend, x):
+        if self._runs_plain(x) or isinstance(halves := self._read(), str):
             return self._run_children(x, input_gate, residual, output_gate)
         primary, cheap = halves
         conv = primary.conv
@@ -309,19 +304,23 @@ class FusedGhostModule(CachesPrograms, nn.Module):
             "stride": conv.stride[0],
             "dilation": conv.dilation[0],
             "groups": conv.groups,
-            "backend": self.backend,
         }
         options |= {"input_gate": input_gate, "residual": residual, "output_gate": output_gate}
         if primary.batch_norm is None or cheap.batch_norm is None:
-            return ghost_module(x, primary.weight, cheap.weight, **options)
+            return ghost_module(x, primary.weight, cheap.weight, backend=self.backend, **options)
         norms = primary.batch_norm, cheap.batch_norm
         groups = [batch_statistics.group_name(norm) for norm in norms]
         if groups[0] != groups[1] or isinstance(x, torch.fx.Proxy):
             return self._run_children(x, input_gate, residual, output_gate)
+        args = arguments(x, primary.weight, cheap.weight, **options)
+        name = batch_statistics.choose(args, self.backend, groups[0])
+        if batch_statistics.is_left_to_torch(name, self.backend, groups[0]):
+            return self._run_children(x, input_gate, residual, output_gate)
         update = functools.partial(batch_statistics.update_both, norms)
-        return batch_statistics.ghost_module_training(
-            x, primary.weight, cheap.weight, group_name=groups[0], then=update, **options
-        ).out
+        return batch_statistics.train(args, name, groups[0], update).out
+
+    def _runs_plain(self, x: Tensor) -> bool:
+        return runs_plain(self.backend, x) or trains_by_torch(self, x, self.backend)
 
     def _run_children(
         self, x: Tensor, input_gate: Tensor | None, residual: Tensor | None, output_gate: Tensor | None
@@ -332,7 +331,7 @@ class FusedGhostModule(CachesPrograms, nn.Module):
             x = _gated(x, input_gate)
         primary, cheap = self._halves
         named = isinstance(primary, str) and isinstance(cheap, str)
-        module = original(self) if self._is_changed() or not named or runs_plain(self.backend, x) else None
+        module = original(self) if self._runs_plain(x) or not named or self._is_changed() else None
         if module is not None:
             out = call(module, x)
         else:

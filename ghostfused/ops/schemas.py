@@ -75,19 +75,23 @@ def backward_op(op: str) -> Callable[..., list[Tensor]]:
 def _backward(kind: type[Args], grad_output: Tensor, *args) -> list[Tensor]:
     """Gradients of the tensor arguments for which ``needs_grad`` holds, by recomputing through the reference."""
     *fields, needs_grad = args
-    count = len(tensor_names(kind))
     validate_backward(kind(*fields), grad_output, needs_grad)
     for name, need in zip(tensor_names(kind), needs_grad, strict=True):
         if need and name in ("mean", "var"):
             raise ArgumentError(f"needs_grad: expected no gradient of {name}, for which PyTorch's batch_norm has none")
+    return gradients(kind(*fields), grad_output, needs_grad)
+
+
+def gradients(args: Args, grad_output: Tensor, needs_grad: list[bool]) -> list[Tensor]:
+    """Those of the tensors of ``args`` for which ``needs_grad`` holds: by autograd, after another forward of the reference."""
     if not any(needs_grad):
         return []
     with reference.differentiable(), torch.autocast(grad_output.device.type, enabled=False):
         tensors = [
             t.detach().requires_grad_(need) if t is not None else None
-            for t, need in zip(fields[:count], needs_grad, strict=True)
+            for t, need in zip(args.tensors, needs_grad, strict=True)
         ]
-        out = reference.run(kind(*tensors, *fields[count:]))  # type: ignore[arg-type]
+        out = reference.run(type(args)(*tensors, *args[len(tensors) :]))  # type: ignore[arg-type]
         wanted = [t for t, need in zip(tensors, needs_grad, strict=True) if need and t is not None]
         grads = torch.autograd.grad(out, wanted, grad_output, allow_unused=True, materialize_grads=True)
     return [_owned(grad, like, grad_output) for grad, like in zip(grads, wanted, strict=True)]
@@ -169,7 +173,7 @@ TRAINING_KERNELS = {
     "Tensor(a!)? dz1, Tensor(b!)? sums, Tensor(c!)? weight",
     "normalize_backward": "Tensor(a!) dz1, Tensor y1, Tensor means1",
 }
-"""The single kernels of ``backends.training.Kernels`` that an extension registers as ``<kernel>_cuda``, and what each takes
+"""The single kernels of ``backends.training_step.TrainingKernels`` that an extension registers as ``<kernel>_cuda``, and what each takes
 after GhostArgs: memory to read and to fill. Only the two training ops call them, so they need no fakes."""
 
 for _kernel, _memory in TRAINING_KERNELS.items():

@@ -16,6 +16,7 @@ import tomllib
 
 import documents
 import pytest
+import spies
 import torch
 from documents import PAGES, ROOT, Block
 
@@ -357,12 +358,16 @@ def test_fuse_takes_the_primary_convs_of_the_kernels(settings):
     assert [swap.fused for swap in ghostfused.fuse_with_report(model, backend="cuda")[1]] == ["kernel_size" in settings]
 
 
-def test_batch_statistics_take_the_training_kernels():
-    """Semantics says that the children don't run then, but do where one half is frozen."""
-    calls = []
+def test_batch_statistics_take_the_training_kernels(monkeypatch):
+    """Semantics says that the children don't run then, but do on a CPU and where one half is frozen."""
+    calls: list = []
     module = ghostfused.FusedGhostModule(4, 8).train()
     original = module._run_children
     module._run_children = lambda *args: calls.append(args) or original(*args)  # type: ignore[method-assign]
+    module(torch.randn(2, 4, 5, 5))
+    assert len(calls) == 1
+    calls.clear()
+    spies.train_by_kernels(monkeypatch)
     module(torch.randn(2, 4, 5, 5))
     assert not calls
     module.primary_conv[1].eval()

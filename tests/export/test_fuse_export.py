@@ -22,7 +22,7 @@ from torch import nn
 import ghostfused
 from ghostfused import fuse, unfuse
 from ghostfused.capture import graphs
-from ghostfused.capture.program import key_of
+from ghostfused.capture.variant import key_of
 
 ROOT = Path(ghostfused.__file__).parents[1]
 
@@ -61,6 +61,7 @@ def test_networks_have_no_graph_break(name):
         assert_same(compiled(x), model, x)
 
 
+@pytest.mark.usefixtures("trained_by")
 @pytest.mark.parametrize("training", [False, True])
 def test_compiled_network_trains(training):
     model = network("small").train(training)

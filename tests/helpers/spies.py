@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ghostfused import backends
+from ghostfused.nn import batch_statistics
 
 needs_cpu_kernels = pytest.mark.skipif(
     backends.BACKENDS["cpu"].unavailable() is not None,
@@ -44,3 +45,9 @@ def replays(module: nn.Module, x: torch.Tensor) -> bool:
     """Whether a call of ``module`` is one op."""
     with torch.no_grad():
         return ops_of(module, x) == ONE_OP
+
+
+def train_by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on the training ops train fused modules, as on a GPU: on a CPU the reference's."""
+    monkeypatch.setattr(batch_statistics, "_has_training_kernels", lambda *_: True)
+    monkeypatch.setattr(batch_statistics, "is_left_to_torch", lambda *_: False)

@@ -356,7 +356,7 @@ def test_opcheck(backend):
 def test_the_op_equals_its_calls():
     x, *arguments = calls_of(bottlenecks()[0], torch.randn(2, 6, 9, 8))
     out = ops.forward_op("cpu", "program")(x, *arguments)
-    by_steps = encoding.run(lambda args: ops.forward_op("cpu", args.op)(*args), x, *arguments)
+    by_steps = encoding.run_program(lambda args: ops.forward_op("cpu", args.op)(*args), x, *arguments)
     assert torch.equal(out, by_steps)
     reference = ops.forward_op("reference", "program")(x, *arguments)
     torch.testing.assert_close(out, reference, rtol=1e-4, atol=1e-5)
@@ -368,7 +368,7 @@ def test_a_result_read_twice_by_its_last_reader():
     encoded = []
     with torch.no_grad():
         y = module(x)
-        ghost = encoding.run(lambda a: encoded.append(a) or a.new_output(), *args) is not None and encoded[0]
+        ghost = encoding.run_program(lambda a: encoded.append(a) or a.new_output(), *args) is not None and encoded[0]
         calls = [(ghost._replace(x=x), y)]
         z = ops.forward_op("cpu")(*ghost._replace(x=y, residual=y))
         calls.append((ghost._replace(x=y, residual=y), z))

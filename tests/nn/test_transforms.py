@@ -45,6 +45,7 @@ from modes import (
     traced,
     traced_by_fx,
 )
+from spies import train_by_kernels
 from torch import Tensor, nn
 from torch.func import grad, jacrev, jvp, vmap
 from torch.utils._pytree import tree_leaves
@@ -120,6 +121,11 @@ def assert_alike(way: Way, unfused: nn.Module, fused: nn.Module, x: Tensor) -> N
         # root mean squares: the largest of the errors of so few numbers is a matter of chance
         error, limit = (ours - right).norm(), (theirs - right).norm() * tolerance.factor
         assert error <= max(limit, right.norm() * tolerance.floor)
+
+
+@pytest.fixture(autouse=True)
+def _trained_by_kernels(monkeypatch):
+    train_by_kernels(monkeypatch)
 
 
 def cases(ways: list[Way], training: tuple[bool, ...] = (False, True)) -> list:

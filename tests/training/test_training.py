@@ -13,14 +13,14 @@ from strides import with_gaps
 from torch import nn
 
 from ghostfused import Act, FusedGhostModule, ops
-from ghostfused.backends import reference, training
+from ghostfused.backends import reference, training_step
 from ghostfused.nn.batch_statistics import ghost_module_training, update_running_statistics
 from ghostfused.numerics import relative_error
 from ghostfused.ops import autograd
 from ghostfused.ops.autograd import call, call_with_batch_statistics
 from ghostfused.spec import GhostArgs, tensor_names
 from ghostfused.testing import Case, DepthwiseCase, make, make_args
-from ghostfused.testing.training import by_autograd, by_op, judge_training
+from ghostfused.testing.judge_training import by_autograd, by_op, judge_training
 
 ACTS = [act.name.lower() for act in Act]
 TRAINED_NORMS = ["bn", "bn+bias", "bn_no_affine"]
@@ -148,7 +148,7 @@ def test_gradcheck_of_stored_statistics():
 # ---- what is computed, and what is kept
 
 
-def spying(calls: list) -> training.Kernels:
+def spying(calls: list) -> training_step.TrainingKernels:
     """The reference's kernels, noting what is asked of each."""
 
     def spy(name, kernel):
@@ -158,7 +158,7 @@ def spying(calls: list) -> training.Kernels:
 
         return run
 
-    kernels = training.KERNELS["reference"]
+    kernels = training_step.KERNELS["reference"]
     return kernels._replace(
         **{n: spy(n, kernel) for n, kernel in kernels._asdict().items() if n not in ("layout", "copy")}
     )
@@ -184,13 +184,15 @@ def test_nothing_is_computed_that_is_not_asked_for(asked, batch_statistics, expe
     a = make_args(Case(height=4, width=5, residual=True, output_gate=True))
     leaves = [getattr(a, name).requires_grad_() for name in asked]
     op = ops.training_op
-    spied = lambda grad, *args: training.backward(spying(calls), grad, GhostArgs(*args[:-3]), *args[-3:])  # noqa: E731
+    spied = lambda grad, *args: training_step.backward(spying(calls), grad, GhostArgs(*args[:-3]), *args[-3:])  # noqa: E731
     monkeypatch.setattr(
         autograd, "training_op", lambda kind, backend: spied if kind == "backward" else op(kind, backend)
     )
     products: list = []
-    conv_backward = training._primary_conv_backward
-    monkeypatch.setattr(training, "_primary_conv_backward", lambda *args: products.append(1) or conv_backward(*args))
+    conv_backward = training_step._primary_conv_backward
+    monkeypatch.setattr(
+        training_step, "_primary_conv_backward", lambda *args: products.append(1) or conv_backward(*args)
+    )
     out = call_with_batch_statistics("reference", a, "")[0] if batch_statistics else call("reference", a)
     grad = torch.randn_like(out)
     ours = torch.autograd.grad(out, leaves, grad)
@@ -212,7 +214,9 @@ def saved(function) -> list[torch.Tensor]:
 @pytest.mark.parametrize("training_mode", [False, True])
 @pytest.mark.parametrize("options", [{}, {"input_gate": True, "residual": True, "output_gate": True}], ids=str)
 def test_saves_no_map_but_its_inputs(options, training_mode):
-    m = FusedGhostModule(6, 9, act_primary="silu").train(training_mode)
+    m = FusedGhostModule(6, 9, act_primary="silu", backend="reference" if training_mode else "auto").train(
+        training_mode
+    )
     x = torch.randn(2, 6, 8, 8, requires_grad=True)
     inputs = {name: torch.randn(shape) for name, shape in (
         ("input_gate", (2, 6)), ("residual", (2, 9, 8, 8)), ("output_gate", (2, 9, 4, 4))) if name in options}  # fmt: skip
@@ -224,6 +228,7 @@ def test_saves_no_map_but_its_inputs(options, training_mode):
     assert all(t.dim() == 1 for t in others)  # the batch's statistics
 
 
+@pytest.mark.usefixtures("trained_by")
 @pytest.mark.parametrize("training_mode", [False, True])
 def test_output_can_be_changed_in_place(training_mode):
     """GhostBottleneck adds its shortcut to it."""
@@ -291,7 +296,7 @@ def assert_same_step(
 
 
 def pair(*args, **kwargs) -> tuple[FusedGhostModule, FusedGhostModule]:
-    m = FusedGhostModule(*args, **kwargs).double().train()
+    m = FusedGhostModule(*args, backend="reference", **kwargs).double().train()
     return m, copy.deepcopy(m)
 
 
@@ -334,6 +339,7 @@ def test_frozen_batchnorm_in_a_training_module():
     assert torch.equal(m.primary_conv[1].running_mean, torch.full((5,), 0.1, dtype=torch.float64))
 
 
+@pytest.mark.usefixtures("trained_by")
 def test_one_value_per_channel_is_an_error_as_in_batchnorm():
     m = FusedGhostModule(4, 8).train()
     x = torch.randn(1, 4, 1, 1)
@@ -343,6 +349,7 @@ def test_one_value_per_channel_is_an_error_as_in_batchnorm():
         m(x)
 
 
+@pytest.mark.usefixtures("trained_by")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_module(dtype):
     """As .half() makes it, its norms and running statistics too."""
@@ -358,6 +365,7 @@ def test_half_precision_module(dtype):
         assert relative_error(p, q.double()) < 4 * torch.finfo(dtype).eps
 
 
+@pytest.mark.usefixtures("trained_by")
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_an_empty_batch_leaves_the_running_statistics_as_batchnorm_does(momentum):
     module = FusedGhostModule(4, 6).train()

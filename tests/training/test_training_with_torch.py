@@ -14,8 +14,9 @@ from ghostfused.models import seed
 from ghostfused.numerics import relative_error
 
 
-def network(**kwargs) -> nn.Sequential:
-    """Two fused Ghost modules between ordinary layers."""
+def network(backend: str = "reference", **kwargs) -> nn.Sequential:
+    """Two fused Ghost modules between ordinary layers, trained by the training ops."""
+    kwargs["backend"] = backend
     return nn.Sequential(
         nn.Conv2d(3, 6, 3, padding=1),
         FusedGhostModule(6, 9, act_primary="silu", act_cheap="silu", **kwargs),
