@@ -6,17 +6,18 @@ import operator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import backends
 from .backends import reference
 from .ops.autograd import call
 from .ops.transforms import refuse_transforms, runs_plain
 from .spec import Act, Args, BatchNorm, DepthwiseArgs, Gate, GhostArgs, SqueezeExciteArgs
-from .spec.checks import activation, gate_kind, validate
+from .spec.checks import activation, gate_kind, norm_of, validate
 from .spec.takes import constant_to_dynamo
 
-_NO_NORM = BatchNorm(None, None)  # type: ignore[arg-type]
+Norm = BatchNorm | nn.modules.batchnorm._BatchNorm
+"""The tensors of a BatchNorm, or PyTorch's module of it, of which the stored statistics count in either mode."""
 
 
 def ghost_module(
@@ -25,11 +26,11 @@ def ghost_module(
     cheap_weight: Tensor,
     *,
     primary_bias: Tensor | None = None,
-    primary_bn: BatchNorm | None = None,
+    primary_bn: Norm | None = None,
     act_primary: str | Act = "relu",
     primary_slope: float | Tensor | None = None,
     cheap_bias: Tensor | None = None,
-    cheap_bn: BatchNorm | None = None,
+    cheap_bn: Norm | None = None,
     act_cheap: str | Act = "relu",
     cheap_slope: float | Tensor | None = None,
     out_channels: int | None = None,
@@ -51,7 +52,8 @@ def ghost_module(
         primary_weight: (Cp, Cin / groups, k, k), x's dtype. The conv pads by ``dilation * (k - 1) // 2``.
         cheap_weight: (Cp * (ratio - 1), 1, d, d), d odd, x's dtype; ratio is read off its shape.
         primary_bias, cheap_bias: (Cp,) and (Cp * (ratio - 1),), added before the norm.
-        primary_bn, cheap_bn: statistics and affine tensors, of x's dtype or float32; None for no norm.
+        primary_bn, cheap_bn: statistics and affine tensors, of x's dtype or float32: a ``BatchNorm``, or an ``nn.BatchNorm2d``,
+            whose stored statistics count even in train mode; None for no norm.
         act_primary, act_cheap: "none", "relu", "relu6", "silu", "hardswish", "leaky_relu", "prelu", "gelu", "gelu_tanh" or "mish".
         primary_slope, cheap_slope: LeakyReLU's negative slope (a float, default 0.01), or PReLU's weight, of
             shape (1,) or one per channel.
@@ -80,9 +82,9 @@ def ghost_module(
 
 def arguments(
     x: Tensor, primary_weight: Tensor, cheap_weight: Tensor,
-    primary_bias: Tensor | None = None, primary_bn: BatchNorm | None = None,
+    primary_bias: Tensor | None = None, primary_bn: Norm | None = None,
     act_primary: str | Act = "relu", primary_slope: float | Tensor | None = None,
-    cheap_bias: Tensor | None = None, cheap_bn: BatchNorm | None = None,
+    cheap_bias: Tensor | None = None, cheap_bn: Norm | None = None,
     act_cheap: str | Act = "relu", cheap_slope: float | Tensor | None = None,
     out_channels: int | None = None, stride: int = 1, dilation: int = 1, groups: int = 1,
     input_gate: Tensor | None = None, residual: Tensor | None = None, output_gate: Tensor | None = None,
@@ -99,7 +101,7 @@ def arguments(
         input_gate, residual, output_gate = (
             t if t is None else t.to(x.dtype) for t in (input_gate, residual, output_gate)
         )
-    p, c = primary_bn or _NO_NORM, cheap_bn or _NO_NORM
+    p, c = norm_of("primary_bn", primary_bn), norm_of("cheap_bn", cheap_bn)
     return GhostArgs(
         x, primary_weight, primary_bias, p.mean, p.var, p.weight, p.bias, primary_prelu,
         cheap_weight, cheap_bias, c.mean, c.var, c.weight, c.bias, cheap_prelu,
@@ -128,7 +130,7 @@ def conv1x1(
     weight: Tensor,
     *,
     bias: Tensor | None = None,
-    bn: BatchNorm | None = None,
+    bn: Norm | None = None,
     act: str | Act = "none",
     slope: float | Tensor | None = None,
     input_gate: Tensor | None = None,
@@ -154,7 +156,7 @@ def conv1x1(
         weight,
         weight[:, :1],  # of the right shape, and never used
         primary_bias=bias,
-        primary_bn=bn,
+        primary_bn=norm_of("bn", bn),
         act_primary=act,
         primary_slope=slope,
         act_cheap=Act.NONE,
@@ -170,7 +172,7 @@ def depthwise(
     weight: Tensor,
     *,
     bias: Tensor | None = None,
-    bn: BatchNorm | None = None,
+    bn: Norm | None = None,
     act: str | Act = "none",
     slope: float | Tensor | None = None,
     stride: int = 1,
@@ -194,7 +196,7 @@ def depthwise(
     kind, negative_slope, prelu = activation("act", act, "slope", slope)
     if dtype := _autocast_dtype(x):
         x, weight, bias, prelu = _cast(dtype, x, weight, bias, prelu)  # type: ignore[assignment]
-    n = bn or _NO_NORM
+    n = norm_of("bn", bn)
     norm = n.mean, n.var, n.weight, n.bias
     return run(DepthwiseArgs(x, weight, bias, *norm, prelu, n.eps, kind, negative_slope, stride), backend)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -21,7 +21,7 @@ from .nn.ghost_module import FusedGhostModule
 from .nn.sequential import FusedSequential
 from .numerics import relative_error
 from .recognize import ghost
-from .recognize.disturbed import Disturbed, named, undisturbed
+from .recognize.disturbed import named, undisturbed
 from .recognize.equivalence import SAME, substituted
 from .recognize.swap import original
 from .spec import GhostArgs, memory_format
@@ -83,9 +83,9 @@ def fuse(
         backend: what the fused modules run on, "auto" or a backend's name.
 
     Raises:
-        ValueError: under ``strict``, with the modules left and the reasons, and ``model`` is as it was; or ``level`` or
-            ``backend`` is unknown.
+        ValueError: under ``strict``, with the modules left and the reasons; or ``level`` or ``backend`` is unknown.
         RuntimeError: another thread traces by torch.fx all the while, which nobody can call a module beside.
+    After an error, also one of ``filter_fn``, ``model`` is as it was.
 
     Modules in a training form of several branches (GhostNetV3) are re-parameterized first, by their own method: in a
     copy and in eval mode only, since their state_dict changes.
@@ -125,8 +125,8 @@ def fuse_with_report(
             if level != "module":
                 surgery.bottlenecks()
                 surgery.sequences()
-        except Disturbed:
-            unfuse(surgery.model, inplace=True)
+        except BaseException:
+            _restored(surgery.model, surgery.swapped.values())
             raise
     surgery.report.sort(key=lambda swap: order[swap.fqn])
     if strict:
@@ -135,7 +135,7 @@ def fuse_with_report(
         if not any(isinstance(m, FusedGhostModule) for m in surgery.model.modules()):
             left.append("the model has no Ghost module that can be fused")
         if left:
-            unfuse(surgery.model, inplace=True)
+            _restored(surgery.model, surgery.swapped.values())
             raise ValueError("strict: left unfused: " + "; ".join(left))
     return surgery.model, surgery.report  # type: ignore[return-value]
 
@@ -168,11 +168,15 @@ def unfuse(model: M, *, inplace: bool = False) -> M:
         inplace: change ``model`` itself rather than a deep copy. If ``model`` itself was swapped, the original is a
             new object all the same.
     """
-    if not inplace:
-        model = copy.deepcopy(model)
+    return _restored(model if inplace else copy.deepcopy(model))
+
+
+def _restored(model: M, made: Collection[nn.Module] | None = None) -> M:
+    """``model`` with the originals of its twins, or of those ``made``, in their places."""
     restored: dict[nn.Module, nn.Module] = {}
     while True:  # a bottleneck first, then the Ghost modules in it
-        fqn, twin = next(((n, m) for n, m in _occurrences(model) if "_original" in m.__dict__), ("", None))
+        twins = ((n, m) for n, m in _occurrences(model) if "_original" in m.__dict__ and (made is None or m in made))
+        fqn, twin = next(twins, ("", None))
         if twin is None:
             return model
         if twin not in restored:

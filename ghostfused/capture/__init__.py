@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..backends import cpu
 from ..fuse import fuse_with_report
-from ..ops.transforms import transformed
+from ..ops.transforms import onlooker
 from ..spec.checks import ArgumentError
 from ..spec.subclasses import takes_operations
 from ..spec.words import dtype_of
@@ -132,6 +132,9 @@ def _coarser(name: str, given: torch.dtype | str | None, freeze: bool, *known: t
 class Captured:
     """What ``capture`` returns: a function of the model's inputs for the shapes that it was made for."""
 
+    _beside_compilers: Callable[..., Any] | None = None
+    """``__call__`` for a compiled function, which has one graph before it and one after it."""
+
     def __init__(
         self,
         variants: dict[Key, Any],
@@ -143,20 +146,24 @@ class Captured:
     ):
         self._variants, self._device, self._frozen, self._given = variants, device, frozen, given
         self._partial, self._dynamic_batch = partial, dynamic_batch
+        if Captured._beside_compilers is None:  # which imports all of Dynamo
+            reason = "a captured model is compiled already"
+            Captured._beside_compilers = staticmethod(torch.compiler.disable(Captured.__call__, reason=reason))
 
     def __call__(self, *inputs: Tensor) -> Any:
         """What the model returns for ``inputs``: a tensor, or tuples, lists and dicts of tensors, without gradients.
 
         Raises:
             ValueError: there is no program for inputs of these shapes, dtypes and devices; or they ask for gradients, or
-                are under one of ``torch.func``'s transforms. It is a RuntimeError too, as PyTorch's own layers raise.
+                are under one of ``torch.func``'s transforms, a tracer or a mode. It is a RuntimeError too, as PyTorch's own
+                layers raise.
             TypeError: an input is no tensor.
             RuntimeError: the model has another parameter or buffer in the place of one that is read.
         """
-        if transformed():
-            raise ArgumentError(
-                "inputs: expected no transform (torch.func) and no dual level, which a captured model doesn't take"
-            )
+        if torch.compiler.is_compiling():
+            return self._beside_compilers(self, *inputs)  # type: ignore[misc]
+        if who := onlooker():
+            raise ArgumentError(f"inputs: expected no {who}, which a captured model doesn't take")
         for i, x in enumerate(inputs):
             if not isinstance(x, Tensor):
                 raise TypeError(f"input {i}: expected a tensor on {self._device}, got {type(x).__name__}")

@@ -103,8 +103,10 @@ def _checked(where: str, row: dict[str, Any]) -> dict[str, Any]:
         elif name == "source":
             if not isinstance(value, str):
                 raise BadInput(f"{where}: source: expected a string, got {value!r}")
-        elif type(value) is not int or not 1 <= value < 2**31:
-            raise BadInput(f"{where}: {name}: expected a whole number of at least 1 and below 2^31, got {value!r}")
+        elif type(value) is not int or not (least := 2 if name == "ratio" else 1) <= value < 2**31:
+            raise BadInput(
+                f"{where}: {name}: expected a whole number of at least {least} and below 2^31, got {value!r}"
+            )
     for name in ("kernel_size", "dw_size"):
         if row.get(name, 1) % 2 == 0:
             raise BadInput(f"{where}: {name}: expected an odd number, got {row[name]}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections import OrderedDict
 from typing import Any, cast
 
@@ -25,6 +24,7 @@ from .batch_statistics import trains_by_torch
 from .cache import CachesPrograms, ProgramCache, may_replay
 from .children import ConvNormAct, activation, check_backend, check_int
 from .layers import Layout
+from .output_order import fits, orders, reordered
 
 torch.fx.wrap("ghost_module")  # torch.fx's symbolic tracing records the call and doesn't look inside
 
@@ -193,8 +193,8 @@ class FusedGhostModule(CachesPrograms, nn.Module):
         from .call_signature import called_as  # so do its classes
 
         kind, arguments = called_as(module, kind)
-        reason: str | None = None
-        for order in _orders(recognized.out_channels(module)) if recognized.shuffled else (None,):
+        reason: str | None = "no memory format is that of its output"
+        for order in orders(module, recognized):
             fused = make_twin(kind, module, **attributes, **arguments, _order=order)
             reason = prove(module, fused, recognized.in_channels)
             if reason is None:
@@ -271,12 +271,11 @@ class FusedGhostModule(CachesPrograms, nn.Module):
         """The kernel's maps, put into their order by PyTorch."""
         note_others()
         order, plain = self.__dict__["_order"], self._runs_plain(x)
-        if plain or isinstance(halves := self._read(), str) or (order and math.prod(order) != self._channels(*halves)):
+        if plain or isinstance(halves := self._read(), str) or not fits(order, self._channels(*halves)):
             module = cast(nn.Module, original(self))
             out = call(module, x if input_gate is None else _gated(x, input_gate))
         else:
-            out = self._run(x, input_gate)
-            out = out.unflatten(1, order).transpose(1, 2).flatten(1, 2) if order else out.contiguous()
+            out = reordered(self._run(x, input_gate), order)
         return out if output_gate is None and residual is None else _finished(out, output_gate, residual)
 
     def _run(
@@ -360,13 +359,6 @@ class FusedGhostModule(CachesPrograms, nn.Module):
         primary, cheap = halves
         ratio = cheap.weight.shape[0] // primary.weight.shape[0] + 1
         return f"{text}, ratio={ratio}, act_primary={primary.act.name.lower()}, act_cheap={cheap.act.name.lower()}"
-
-
-def _orders(channels: int) -> tuple[tuple[int, ...], ...]:
-    """Those that GSConv's output may have, as what its channels are taken for before the two are transposed: the first and
-    second half's maps in turn, or every second map and then the others. Empty where they stay in place, in contiguous memory."""
-    half = channels // 2
-    return ((),) if channels % 2 else ((2, half), (half, 2), ())
 
 
 # torch.fx's symbolic tracing doesn't know which of these are None: the graph asks as it runs

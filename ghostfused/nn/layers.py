@@ -18,7 +18,7 @@ from ..recognize.activations import Known, called, watch_settings
 from ..recognize.disturbed import undisturbed
 from ..recognize.equivalence import substituted
 from ..recognize.trace import Traced, is_fused, is_look, trace
-from ..recognize.watch import ChildPath, Watched, forward_replaced, get, has_hooks, is_wrapper
+from ..recognize.watch import ChildPath, Watched, children_of, forward_replaced, get, has_hooks, is_wrapper
 from ..spec import Act, Gate, SqueezeExciteArgs
 from ..spec.activations import of_layer
 from ..spec.takes import COMMON, depthwise_form_refusal
@@ -57,7 +57,7 @@ class Layout(NamedTuple):
         seen: set[int] = set()
         for path, kinds in self.kinds.items():
             free = () if path else self.read_afresh
-            children: dict[str, nn.Module | None] = get(root, path).__dict__["_modules"]
+            children = children_of(get(root, path))
             for name, child in children.items():
                 if name in free:
                     continue

@@ -44,6 +44,20 @@ def undisturbed() -> bool:
     return not modes and _tracing_state() is None and not transformed()
 
 
+def onlooker() -> str | None:
+    """Names who takes an op's call or traces it, but for one who counts flops; None if nobody does."""
+    if transformed():
+        return "transform (torch.func) and no dual level"
+    if _tracing_state() is not None:
+        return "trace by torch.jit"
+    modes = (
+        [m for m in _get_current_function_mode_stack() if type(m) is not DeviceContext] if _has_function_mode() else []
+    )
+    if _dispatch_modes():
+        modes += [m for m in _get_current_dispatch_mode_stack() if type(m).__module__ != "torch.utils.flop_counter"]
+    return f"{type(modes[-1]).__name__} around it" if modes else None
+
+
 def _has_user_function_mode() -> bool:
     """Whether there is one but ``torch.device``'s, which concerns nothing but where new tensors are."""
     return _has_function_mode() and any(type(m) is not DeviceContext for m in _get_current_function_mode_stack())

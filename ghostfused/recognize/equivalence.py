@@ -93,6 +93,22 @@ def prove(module: nn.Module, fused: nn.Module, in_channels: int, untraced: bool 
     return None
 
 
+@undisturbed
+def output_format(module: nn.Module, in_channels: int) -> torch.memory_format | None:
+    """The memory format of what ``module`` returns: ``preserve_format`` if it is its input's, None if it is of no such kind."""
+    found = []
+    for given in (torch.contiguous_format, torch.channels_last):
+        with substituted(module, in_channels, training=False, draws=False) as (twin, x):
+            out = twin.float().forward(
+                x.float().contiguous(memory_format=given)
+            )  # on a CPU not all layers keep float64's
+        formats = (f for f in (torch.contiguous_format, torch.channels_last) if out.is_contiguous(memory_format=f))
+        found.append(next(formats, None))
+    if found == [torch.contiguous_format, torch.channels_last]:
+        return torch.preserve_format
+    return found[0] if found[0] is found[1] else None
+
+
 _DRAWING = (nn.modules.dropout._DropoutNd, nn.RReLU, nn.FractionalMaxPool2d)
 """Layers that draw random numbers."""
 

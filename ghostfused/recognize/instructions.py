@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dis
 import functools
+import itertools
 import sys
 from collections.abc import Callable
 from types import CodeType, FrameType
@@ -18,6 +19,14 @@ def instructions_of(code: CodeType) -> tuple[dict[int, int], list[dis.Instructio
     """Those of ``code`` without padding, and where each is by its offset."""
     listed = [i for i in dis.get_instructions(code) if i.opname not in ("CACHE", "EXTENDED_ARG", "PUSH_NULL")]
     return {i.offset: n for n, i in enumerate(listed)}, listed
+
+
+@functools.cache
+def catches(code: CodeType) -> bool:
+    """Whether it has an ``except``: what a layer raises may be the way to another result."""
+    names = [instruction.opname for instruction in instructions_of(code)[1] if instruction.opname != "NOP"]
+    bare = any(pair == ("PUSH_EXC_INFO", "POP_TOP") for pair in itertools.pairwise(names))
+    return bare or not {"CHECK_EXC_MATCH", "CHECK_EG_MATCH"}.isdisjoint(names)
 
 
 class Instructions:

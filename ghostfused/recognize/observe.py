@@ -37,7 +37,7 @@ from .allowed import (
     root_of,
 )
 from .child_queries import COMPARING, COMPARISONS, TELLING, Children
-from .instructions import MONITORING, Instructions, instructions_of
+from .instructions import MONITORING, Instructions, catches, instructions_of
 from .watch import Absent, ChildPath, Foldable, Level, Present, Watched, cell_of, has_own, in_class, is_immutable
 
 _UNKNOWN = object()
@@ -109,6 +109,8 @@ class Observer:
                 self._of_module(first, "forward")
         if code not in self.known:
             self.refuse(f"runs {code.co_name}, which is no plain function or method that can be watched")
+        if catches(code):
+            self.refuse(f"catches exceptions in {code.co_name}")
         frame.f_trace_opcodes, frame.f_trace_lines = MONITORING is None, False
         return self._step
 

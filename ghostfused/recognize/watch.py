@@ -29,11 +29,18 @@ ChildPath = tuple[str, ...]
 
 
 def get(root: nn.Module, path: ChildPath) -> nn.Module:
-    """The descendant of ``root`` at ``path``; Identity if it has been removed, as a norm is when it is folded."""
+    """The descendant of ``root`` at ``path``; Identity if it has been removed, as a norm is when it is folded, or if
+    TorchScript hides it."""
     for name in path:
-        # not root._modules, where torch.export has put a stand-in for root that hands out stand-ins
-        root = root.__dict__["_modules"].get(name) or _IDENTITY
+        root = children_of(root).get(name) or _IDENTITY
     return root
+
+
+def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
+    """Its children by their names; none that TorchScript has compiled, whose modules keep them elsewhere."""
+    # not module._modules, where torch.export has put a stand-in for module that hands out stand-ins
+    children = module.__dict__.get("_modules")
+    return children if isinstance(children, dict) else {}
 
 
 _IDENTITY = nn.Identity()
@@ -225,7 +232,7 @@ def _still(module: nn.Module, name: str, value: Any) -> bool:
     state = module.__dict__
     now = state.get(name, Absent)
     if now is Absent:
-        now = state["_modules"].get(name, Absent)
+        now = children_of(module).get(name, Absent)
     if now is value:
         return True
     if value is Present or value is Foldable:

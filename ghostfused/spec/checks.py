@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .activations import BY_NAME, Act
-from .arguments import DTYPES, Args, DepthwiseArgs, Gate, GhostArgs, SqueezeExciteArgs
+from .arguments import DTYPES, Args, BatchNorm, DepthwiseArgs, Gate, GhostArgs, SqueezeExciteArgs
 from .program_steps import (
     POOL_KERNEL,
     AvgPoolArgs,
@@ -53,7 +53,27 @@ def activation(
         return int(kind), 0.0, slope
     if isinstance(slope, Tensor) or (slope is not None and kind != Act.LEAKY_RELU):
         raise TypeError(f"{slope_name}: expected None with {kind.name.lower()}, got {type(slope).__name__}")
+    if slope is not None and not hasattr(slope, "__float__"):
+        raise TypeError(f"{slope_name}: expected a number, got {type(slope).__name__} {slope!r}")
     return int(kind), 0.01 if slope is None else float(slope), None
+
+
+def norm_of(name: str, norm: BatchNorm | nn.Module | None) -> BatchNorm:
+    """The stored statistics and affine tensors of ``norm``, all of them None for no norm."""
+    if type(norm) is BatchNorm:
+        return norm
+    if norm is None:
+        return _NO_NORM
+    if not isinstance(norm, nn.modules.batchnorm._BatchNorm):
+        raise TypeError(
+            f"{name}: expected a ghostfused.BatchNorm, an nn.BatchNorm2d or None, got {type(norm).__name__}"
+        )
+    if norm.running_mean is None:
+        raise _expect(name, "a norm that has stored statistics", f"a {type(norm).__name__} without")
+    return BatchNorm(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
+
+
+_NO_NORM = BatchNorm(None, None)
 
 
 def gate_kind(gate: str | Gate) -> int:
@@ -185,6 +205,7 @@ def _tensors(args: Step) -> None:
     """Types, dtypes and devices of all tensors; numbers of dimensions of those that can't be None."""
     x = args.x
     dimensions(args)
+    _numbers(args)
     if x.dtype not in _FLOATS:
         raise ArgumentTypeError(f"x: expected float32, float16, bfloat16 or float64, got {x.dtype}")
     for name, t in zip(tensor_names(type(args)), args.tensors, strict=True):
@@ -204,6 +225,17 @@ def _tensors(args: Step) -> None:
         raise _expect("x", "at least one channel", tuple(x.shape))
     if x.dim() == 4 and (x.shape[2] < 1 or x.shape[3] < 1):
         raise _expect("x", "height and width of at least 1", tuple(x.shape))
+
+
+def _numbers(args: Step) -> None:
+    """Types of what isn't a tensor: NumPy's numbers and a compiler's symbols are numbers too."""
+    for name, kind in type(args).__annotations__.items():
+        wanted = _NUMBERS.get(kind)
+        if wanted is not None and not hasattr(value := getattr(args, name), wanted[0]):
+            raise TypeError(f"{name}: expected {wanted[1]}, got {type(value).__name__} {value!r}")
+
+
+_NUMBERS = {int: ("__index__", "an int"), float: ("__float__", "a number")}
 
 
 def _norm_dtypes(args: Step) -> None:

@@ -114,6 +114,7 @@ BAD_ROWS = {
     "a field missing": ({"in_channels": 8}, "expected a JSON object with"),
     "a string": (ROW | {"width": "6"}, r"width: expected a whole number of at least 1 and below 2\^31, got '6'"),
     "negative": (ROW | {"dw_size": -3}, r"dw_size: expected a whole number of at least 1 and below 2\^31, got -3"),
+    "no ghosts": (ROW | {"ratio": 1}, r"ratio: expected a whole number of at least 2 and below 2\^31, got 1"),
     "a bool": (ROW | {"height": True}, "height: expected a whole number"),
     "no activation": (ROW | {"act_cheap": "elu"}, "act_cheap: expected one of .*'relu'.*, got 'elu'"),
     "misspelt": (ROW | {"dw_sise": 5}, "expected no fields beside .*, got dw_sise"),

@@ -167,6 +167,31 @@ def test_levels_and_filter():
     }  # fmt: skip
 
 
+def test_an_error_of_the_filter_leaves_the_model_as_it_was():
+    """So does strict: with what an earlier call has fused."""
+    model = randomized(users_networks.official())
+    fuse(model, inplace=True, filter_fn=lambda fqn, module: fqn.startswith("5"))
+    before = {fqn: id(module) for fqn, module in model.named_modules()}
+    calls = []
+
+    def fails(fqn, module):
+        calls.append(fqn)
+        if len(calls) > 3:
+            raise KeyError(fqn)
+        return True
+
+    with pytest.raises(KeyError):
+        fuse(model, inplace=True, filter_fn=fails)
+    kinds = [type(module).__name__ for module in model.modules()]
+    assert {fqn for fqn, _ in model.named_modules()} == before.keys()
+    assert kinds.count("FusedGhostModule") == 2
+    model.append(paper.GhostModule(6, 8))
+    model[-1].primary_conv[0].padding_mode = "circular"
+    with pytest.raises(ValueError, match="strict"):
+        fuse(model, inplace=True, strict=True)
+    assert [type(module).__name__ for module in model.modules()].count("FusedGhostModule") == 2
+
+
 def test_backend_is_that_of_the_call():
     fused, report = fuse_with_report(randomized(users_networks.official()).float(), backend="reference")
     assert {m.backend for m in fused.modules() if hasattr(m, "backend")} == {"reference"}

@@ -93,6 +93,35 @@ def test_what_torchscript_has_compiled_stays_as_it_is(where):
         torch.testing.assert_close(fused(x), model(x), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("compiler", ["script", "trace"])
+def test_torchscript_in_the_place_of_any_child(compiler):
+    """Put there after fuse, before a first call or after it."""
+    model = nn.Sequential(paper.GhostBottleneck(6, 12, 8, stride=2, se_ratio=0.25))
+    x = torch.randn(2, 6, 9, 8)
+    calibrate(model, x)
+    given: dict[str, torch.Tensor] = {}
+    for fqn, module in model.named_modules():
+        module.register_forward_hook(lambda _, inputs, out, fqn=fqn: given.update({fqn: inputs[0]}))
+    with torch.no_grad():
+        expected = model(x)
+    for module in model.modules():
+        module._forward_hooks.clear()
+    assert len(given) > 20
+    for fqn in filter(None, given):
+        child = copy.deepcopy(model.get_submodule(fqn))
+        compiled = torch.jit.script(child) if compiler == "script" else torch.jit.trace(child, given[fqn])
+        parent, _, name = fqn.rpartition(".")
+        for warm in (False, True):
+            fused = fuse(model)
+            with torch.no_grad():
+                if warm:
+                    fused(x), fused(x)
+                fused.get_submodule(parent)._modules[name] = compiled
+                for _ in range(2):
+                    torch.testing.assert_close(fused(x), expected, rtol=1e-3, atol=1e-4, msg=fqn)
+
+
 def test_fusing_leaves_other_threads_alone():
     plain, x, errors, stop = nn.Sequential(*(nn.Conv2d(6, 6, 1) for _ in range(4))), torch.randn(1, 6, 4, 4), [], []
     call, getter = nn.Module.__call__, nn.Module.__getattr__

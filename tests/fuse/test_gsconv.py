@@ -190,3 +190,38 @@ def test_no_known_order():
     _, (swap,) = fuse_with_report(model)
     assert not swap.fused
     assert swap.reason.startswith("it gives out its maps in an order that no fused module has")
+
+
+class Ends(GSConv):
+    """Not shuffled either."""
+
+    end: str
+
+    def forward(self, x):
+        y = self.maps(x)
+        if self.end == "view":
+            return y.view(y.size())
+        if self.end == "ellipsis":
+            return y[...]
+        if self.end == "contiguous":
+            return y.contiguous()
+        if self.end == "channels_last":
+            return y.contiguous(memory_format=torch.channels_last)
+        return y.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("end", ["view", "ellipsis", "contiguous", "channels_last", "permute"])
+@pytest.mark.parametrize("channels", [12, 9])
+def test_the_memory_format_of_the_output_is_the_unfused_one(end, channels):
+    """Whoever views it by that format goes on."""
+    form = type(end, (Ends,), {"end": end})
+    block = form(6, channels + channels % 2, nn.SiLU)
+    model = calibrate(nn.Sequential(block), torch.randn(4, 6, 9, 8))
+    fused = fuse(model)
+    assert isinstance(fused[0], FusedGhostModule)
+    with torch.no_grad():
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            x = torch.randn(2, 6, 9, 7).contiguous(memory_format=memory_format)
+            for _ in range(2):
+                assert fused(x).stride() == model(x).stride()
+                assert_same(fused(x), model, x)

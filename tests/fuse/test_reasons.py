@@ -220,3 +220,40 @@ def test_what_is_made_of_a_module_says_so():
     for arguments in ((), (6, 12, 6)):
         with pytest.raises(TypeError, match=r"FusedGhostBottleneck is made by ghostfused\.fuse of somebody's module"):
             type(fused[0])(*arguments)
+
+
+class Catches(paper.GhostModule):
+    def forward(self, x):
+        try:
+            return super().forward(x)
+        except RuntimeError:
+            return x
+
+
+class CatchesAll(paper.GhostModule):
+    def forward(self, x):
+        try:
+            return super().forward(x)
+        except:  # noqa: E722
+            return x
+
+
+class Finally(paper.GhostModule):
+    def forward(self, x):
+        try:
+            return super().forward(x)
+        finally:
+            x.dim()
+
+
+@pytest.mark.parametrize("form", [Catches, CatchesAll, Finally])
+def test_a_forward_that_catches_what_its_layers_raise(form):
+    """Too few channels are another result, not an error."""
+    model = calibrate(nn.Sequential(form(6, 8)), torch.randn(4, 6, 5, 5))
+    fused, report = fuse_with_report(model)
+    assert [swap.reason for swap in report] == [
+        None if form is Finally else f"{form.__name__}.forward catches exceptions in forward"
+    ]
+    x = torch.randn(2, 5, 4, 4)
+    if form is not Finally:
+        assert fused(x) is x

@@ -276,6 +276,13 @@ BN4 = BatchNorm(torch.zeros(4), torch.ones(4))
         ({"out_channels": 0}, ValueError, r"out_channels: expected a positive number, got 0"),
         ({"stride": 0}, ValueError, r"stride: expected a positive number"),
         ({"stride": -1}, ValueError, r"stride: expected a positive number"),
+        ({"stride": (1, 1)}, TypeError, r"stride: expected an int, got tuple \(1, 1\)"),
+        ({"out_channels": 5.0}, TypeError, r"out_channels: expected an int, got float 5.0"),
+        ({"cheap_bn": BN4._replace(eps="1")}, TypeError, r"cheap_eps: expected a number, got str '1'"),
+        ({"act_cheap": "leaky_relu", "cheap_slope": "1"}, TypeError, r"cheap_slope: expected a number, got str '1'"),
+        ({"primary_bn": (torch.zeros(4), torch.ones(4))}, TypeError, r"primary_bn: expected .*BatchNorm.*, got tuple"),
+        ({"cheap_bn": nn.GroupNorm(2, 4)}, TypeError, r"cheap_bn: expected .*nn.BatchNorm2d or None, got GroupNorm"),
+        ({"cheap_bn": nn.BatchNorm2d(4, track_running_stats=False)}, ValueError, r"cheap_bn: expected .* stored statistics"),
         ({"groups": 4}, ValueError, r"x: expected 24 channels, for .* and groups = 4, got 6 \("),
         ({"groups": 3, "primary_weight": torch.randn(4, 2, 1, 1)}, ValueError, r"groups: expected a divisor of .* 4 channels, got 3"),
         ({"input_gate": torch.randn(2, 5)}, ValueError, r"input_gate: expected shape .*\(2, 6\), got \(2, 5\)"),
@@ -289,6 +296,29 @@ BN4 = BatchNorm(torch.zeros(4), torch.ones(4))
 def test_bad_input_is_explained(changes, error, message):
     with pytest.raises(error, match=message):
         simple(**changes)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("settings", [{}, {"affine": False}, {"eps": 0.1}], ids=str)
+def test_a_norm_may_be_pytorchs_module(settings, backend):
+    """In either mode, by its stored statistics."""
+    norm = nn.BatchNorm2d(4, **settings)
+    norm(torch.randn(8, 4, 3, 3))
+    tensors = BatchNorm(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
+    x, primary, cheap = torch.randn(2, 6, 5, 5), torch.randn(4, 6, 1, 1), torch.randn(4, 1, 3, 3)
+    with torch.no_grad():
+        for training in (True, False):
+            given, expected = (
+                (
+                    functional.ghost_module(x, primary, cheap, primary_bn=bn, cheap_bn=bn, backend=backend),
+                    functional.conv1x1(x, primary, bn=bn, backend=backend),
+                    functional.depthwise(x[:, :4], cheap, bn=bn, backend=backend),
+                )
+                for bn in (norm.train(training), tensors)
+            )
+            assert all(map(torch.equal, given, expected))
+        with pytest.raises(TypeError, match=r"^bn: expected"):
+            functional.conv1x1(x, primary, bn=nn.ReLU())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

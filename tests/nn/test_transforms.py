@@ -48,6 +48,7 @@ from modes import (
 from spies import train_by_kernels
 from torch import Tensor, nn
 from torch.func import grad, jacrev, jvp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -255,6 +256,15 @@ def test_a_captured_model_refuses_what_it_has_no_rule_for():
     ):
         with torch.no_grad(), pytest.raises(ValueError, match="expected no transform"):
             transform()
+    for mode in (modes.Doubles(), modes.DoublesOps()):
+        with torch.no_grad(), mode, pytest.raises(ValueError, match=f"expected no {type(mode).__name__} around it"):
+            captured(x)
+    for tracer, name in (
+        (torch.jit.trace, "trace by torch.jit"),
+        (lambda f, x: make_fx(f)(x), "ProxyTorchDispatchMode"),
+    ):
+        with torch.no_grad(), pytest.raises(ValueError, match=f"expected no {name}"):
+            tracer(lambda x: captured(x), x)
     for other in (x.as_subclass(modes.Doubled), modes.Wrapped(x)):
         with pytest.raises(ValueError, match=f"input 0: expected a plain tensor, .* got a {type(other).__name__}"):
             captured(other)
@@ -265,6 +275,12 @@ def test_a_captured_model_refuses_what_it_has_no_rule_for():
     assert ours.get_total_flops() == theirs.get_total_flops()
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(captured(x), expected)
+    with torch.device("cpu"):
+        assert torch.equal(captured(x), expected)
+    compiled = torch.compile(lambda x: captured(x * 1) + 1, backend="aot_eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(x), expected + 1)
+        assert torch.equal(torch.compile(captured, backend="aot_eager")(x), expected)
 
 
 def test_a_captured_model_names_a_parameter_that_has_become_a_negative_view():
