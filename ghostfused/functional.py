@@ -13,7 +13,8 @@ from .backends import reference
 from .ops.autograd import call
 from .ops.transforms import refuse_transforms, runs_plain
 from .spec import Act, Args, BatchNorm, DepthwiseArgs, Gate, GhostArgs, SqueezeExciteArgs
-from .spec.checks import activation, gate_kind, norm_of, validate
+from .spec.checks import validate
+from .spec.conversions import activation, gate_kind, norm_of
 from .spec.takes import constant_to_dynamo
 
 Norm = BatchNorm | nn.modules.batchnorm._BatchNorm

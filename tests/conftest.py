@@ -45,13 +45,20 @@ def _fixed_seed_and_settings():
     torch.set_float32_matmul_precision(precision)
 
 
-@pytest.fixture(params=["torch", "kernels"])
-def trained_by(request, monkeypatch):
-    """Who trains a fused module on this CPU: PyTorch, as for any user, or the training ops, as on a GPU."""
-    if request.param == "kernels":
-        from spies import train_by_kernels
+@pytest.fixture
+def trained_by_kernels(monkeypatch):
+    """The training ops train fused modules, as on a GPU, where a user's on a CPU are trained by PyTorch."""
+    from spies import train_by_kernels
 
-        train_by_kernels(monkeypatch)
+    train_by_kernels(monkeypatch)
+
+
+@pytest.fixture(params=["eval", "by torch", "by kernels"])
+def training(request):
+    """Whether to train, and who trains."""
+    if request.param == "by kernels":
+        request.getfixturevalue("trained_by_kernels")
+    return request.param != "eval"
 
 
 @pytest.fixture(scope="module")

@@ -61,8 +61,6 @@ def test_networks_have_no_graph_break(name):
         assert_same(compiled(x), model, x)
 
 
-@pytest.mark.usefixtures("trained_by")
-@pytest.mark.parametrize("training", [False, True])
 def test_compiled_network_trains(training):
     model = network("small").train(training)
     fused = fuse(model)

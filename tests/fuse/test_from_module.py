@@ -36,7 +36,7 @@ FAMILIES = {
 }
 
 
-@pytest.mark.usefixtures("trained_by")
+@pytest.mark.usefixtures("trained_by_kernels")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_twin_is_the_same_module(family):
     m = randomize(FAMILIES[family]()).double()
@@ -80,8 +80,6 @@ def test_twin_can_be_copied(family, duplicate):
     independent_copy(fused, x, duplicate)
 
 
-@pytest.mark.usefixtures("trained_by")
-@pytest.mark.parametrize("training", [False, True])
 def test_twin_keeps_flags_hooks_and_norm_settings(training):
     m = seed.GhostModule(6, 12).train(training)
     m.primary_conv[1].eps, m.primary_conv[1].momentum = 0.25, 0.5
@@ -329,7 +327,7 @@ def test_read_says_where_the_halves_are():
     assert isinstance(ghost.read(nn.ReLU()), str)
 
 
-@pytest.mark.usefixtures("trained_by")
+@pytest.mark.usefixtures("trained_by_kernels")
 def test_half_registered_in_the_other_order():
     class Backwards(nn.Module):
         def __init__(self):

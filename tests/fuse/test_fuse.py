@@ -91,8 +91,6 @@ def test_training_form_is_left_alone_where_it_can_not_be_changed():
         assert all("training form" in swap.reason and reason in swap.reason for swap in report)
 
 
-@pytest.mark.usefixtures("trained_by")
-@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("family", ["seed", "official_v1", "official_v2", "ghostfacenets", "yolov8n_ghost"])
 def test_gradients_and_running_statistics(family, training):
     torch.manual_seed(0)

@@ -156,8 +156,6 @@ def test_averaged_models(kind):
 # ---- training
 
 
-@pytest.mark.usefixtures("trained_by")
-@pytest.mark.parametrize("training", [False, True])
 def test_distributed_data_parallel(training, tmp_path):
     """Alone in its group, a replica computes what the network itself does, to the bit."""
     fused, x = fuse(network("ghostnet")).train(training), torch.randn(2, 3, 64, 64)
@@ -175,7 +173,7 @@ def test_distributed_data_parallel(training, tmp_path):
     assert all(torch.equal(ours, alone) for alone, ours in zip(*results, strict=True))
 
 
-@pytest.mark.usefixtures("trained_by")
+@pytest.mark.usefixtures("trained_by_kernels")
 @pytest.mark.parametrize("frozen", [False, True])
 def test_training_by_timms_optimizer_and_scheduler(frozen):
     """Two steps; with frozen statistics the fused forward runs and backward goes through it."""
@@ -297,7 +295,7 @@ def test_ultralytics_trainer(ultralytics, tmp_path):
     assert len(result.boxes) > 0
 
 
-@pytest.mark.usefixtures("trained_by")
+@pytest.mark.usefixtures("trained_by_kernels")
 def test_a_second_fuse_changes_nothing_after_training():
     fused = fuse(network("small"))
     fused.train()(torch.randn(2, 3, 16, 12)).sum().backward()

@@ -113,7 +113,7 @@ def test_inference_and_copies(form, act):
     assert_same(torch.compile(fused, backend="eager")(x), model, x)
 
 
-@pytest.mark.usefixtures("trained_by")
+@pytest.mark.usefixtures("trained_by_kernels")
 @pytest.mark.parametrize("form", FORMS)
 def test_training(form):
     model, fused, x = made(form)

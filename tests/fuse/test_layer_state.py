@@ -111,7 +111,7 @@ def pair() -> tuple[nn.Module, nn.Module]:
     return copy.deepcopy(_pair())
 
 
-@pytest.mark.usefixtures("trained_by")
+@pytest.mark.usefixtures("trained_by_kernels")
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_a_layer_holds_in_another_way(change):
     (model, fused), x = pair(), torch.randn(2, 6, 9, 8)

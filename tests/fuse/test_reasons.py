@@ -192,7 +192,7 @@ class Celu(nn.Module):
         return F.celu(x, alpha=0.5)
 
 
-@pytest.mark.usefixtures("trained_by")
+@pytest.mark.usefixtures("trained_by_kernels")
 @pytest.mark.parametrize(
     "between",
     [nn.Softplus, nn.GELU, lambda: nn.GELU("tanh"), Celu, nn.ELU, lambda: nn.ChannelShuffle(4), lambda: nn.AvgPool2d(3, 1, 1)],

@@ -84,7 +84,7 @@ def drawn(number: int) -> Written:
     return made(form, act, [chance.random() < 0.7 for _ in range(2)], primary, chance.choice([None, 12, 14]))
 
 
-@pytest.mark.usefixtures("trained_by")
+@pytest.mark.usefixtures("trained_by_kernels")
 @pytest.mark.parametrize("number", range(24))
 def test_forms_of_ghost_modules(number):
     torch.manual_seed(number)

@@ -84,8 +84,6 @@ def test_seed_state_dict_keys():
     assert list(seed.GhostNet().state_dict()) == seed_keys()
 
 
-@pytest.mark.usefixtures("trained_by")
-@pytest.mark.parametrize("training", [False, True])
 def test_seed_network_against_an_independent_computation(training):
     model = randomize(seed.GhostNet(num_classes=7)).double().train(training)
     state = {k: v.clone() for k, v in model.state_dict().items()}

@@ -132,7 +132,7 @@ SHAPES = [
 ]
 
 
-@pytest.mark.usefixtures("trained_by")
+@pytest.mark.usefixtures("trained_by_kernels")
 @pytest.mark.parametrize("kwargs", SHAPES, ids=str)
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_forward_is_that_of_the_children(kwargs, backend):
@@ -146,8 +146,6 @@ def test_forward_is_that_of_the_children(kwargs, backend):
         torch.testing.assert_close(a, b, **FLOAT64)
 
 
-@pytest.mark.usefixtures("trained_by")
-@pytest.mark.parametrize("training", [False, True])
 def test_gates_and_residual(training):
     m, x = example()
     m.train(training)
@@ -161,8 +159,6 @@ def test_gates_and_residual(training):
         torch.testing.assert_close(m(x, **some), unfused(m, x, **some), **FLOAT64)
 
 
-@pytest.mark.usefixtures("trained_by")
-@pytest.mark.parametrize("training", [False, True])
 def test_output_is_fresh_and_writable(training):
     m, x = example()
     m.train(training)
@@ -174,8 +170,6 @@ def test_output_is_fresh_and_writable(training):
     assert torch.equal(x, before)
 
 
-@pytest.mark.usefixtures("trained_by")
-@pytest.mark.parametrize("training", [False, True])
 def test_gradients_are_the_unfused_ones(training):
     m, x = example(act_primary="prelu", act_cheap="silu")
     twin = copy.deepcopy(m)
@@ -189,7 +183,7 @@ def test_gradients_are_the_unfused_ones(training):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.usefixtures("trained_by")
+@pytest.mark.usefixtures("trained_by_kernels")
 @pytest.mark.parametrize(
     "norm",
     [
@@ -235,8 +229,6 @@ def test_no_grad_for_frozen_parameters():
 # ---- compilers
 
 
-@pytest.mark.usefixtures("trained_by")
-@pytest.mark.parametrize("training", [False, True])
 def test_compile_in_one_graph_with_dynamic_shapes(training):
     torch._dynamo.reset()
     m, _ = example(torch.float32)
@@ -270,8 +262,6 @@ def test_export(strict):
     torch.testing.assert_close(program.module()(x), unfused(m, x))
 
 
-@pytest.mark.usefixtures("trained_by")
-@pytest.mark.parametrize("training", [False, True])
 def test_fx_tracing_of_a_model(training):
     m, x = example()
     model = nn.Sequential(nn.Conv2d(6, 6, 1).double(), m).train(training)
@@ -346,8 +336,6 @@ def test_fake_tensors_of_a_bad_input_raise_too(name):
                 torch.compile(model, backend="eager", fullgraph=fullgraph)(BAD_INPUTS[name])
 
 
-@pytest.mark.usefixtures("trained_by")
-@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize(
     ("field", "value"), [("eps", float("nan")), ("eps", float("inf")), ("eps", -1e-6), ("momentum", float("nan"))]
 )

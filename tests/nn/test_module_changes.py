@@ -177,7 +177,7 @@ def test_channels_last():
         torch.testing.assert_close(out, unfused(m_, x))
 
 
-@pytest.mark.usefixtures("trained_by")
+@pytest.mark.usefixtures("trained_by_kernels")
 def test_autocast():
     m, x = example(torch.float32)
     for training in (False, True):
@@ -196,8 +196,6 @@ def test_functional_call():
     torch.testing.assert_close(torch.func.functional_call(m, other, (x,)), twin(x), **FLOAT64)
 
 
-@pytest.mark.usefixtures("trained_by")
-@pytest.mark.parametrize("training", [False, True])
 def test_distributed_data_parallel(training, tmp_path):
     m, x = example()
     twin = copy.deepcopy(m)

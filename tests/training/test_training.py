@@ -228,11 +228,9 @@ def test_saves_no_map_but_its_inputs(options, training_mode):
     assert all(t.dim() == 1 for t in others)  # the batch's statistics
 
 
-@pytest.mark.usefixtures("trained_by")
-@pytest.mark.parametrize("training_mode", [False, True])
-def test_output_can_be_changed_in_place(training_mode):
+def test_output_can_be_changed_in_place(training):
     """GhostBottleneck adds its shortcut to it."""
-    m = FusedGhostModule(6, 8).train(training_mode)
+    m = FusedGhostModule(6, 8).train(training)
     x = torch.randn(2, 6, 8, 8, requires_grad=True)
     out = m(x)
     out += torch.ones_like(out)
@@ -339,7 +337,7 @@ def test_frozen_batchnorm_in_a_training_module():
     assert torch.equal(m.primary_conv[1].running_mean, torch.full((5,), 0.1, dtype=torch.float64))
 
 
-@pytest.mark.usefixtures("trained_by")
+@pytest.mark.usefixtures("trained_by_kernels")
 def test_one_value_per_channel_is_an_error_as_in_batchnorm():
     m = FusedGhostModule(4, 8).train()
     x = torch.randn(1, 4, 1, 1)
@@ -349,7 +347,7 @@ def test_one_value_per_channel_is_an_error_as_in_batchnorm():
         m(x)
 
 
-@pytest.mark.usefixtures("trained_by")
+@pytest.mark.usefixtures("trained_by_kernels")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_module(dtype):
     """As .half() makes it, its norms and running statistics too."""
@@ -365,7 +363,7 @@ def test_half_precision_module(dtype):
         assert relative_error(p, q.double()) < 4 * torch.finfo(dtype).eps
 
 
-@pytest.mark.usefixtures("trained_by")
+@pytest.mark.usefixtures("trained_by_kernels")
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_an_empty_batch_leaves_the_running_statistics_as_batchnorm_does(momentum):
     module = FusedGhostModule(4, 6).train()
