@@ -45,7 +45,7 @@ def _rounds(text: str) -> int:
 
 def main(options: argparse.Namespace) -> int:
     """fuse a network; print the report, the error and the speed here"""
-    device = inputs.device(options.device)
+    device = inputs.device(options.device, options.dtype)
     inputs.backend_on(options.backend, device)
     dtype = DTYPES[options.dtype]
     if options.dtype == "tf32":

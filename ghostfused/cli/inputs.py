@@ -158,8 +158,8 @@ def layout(text: str) -> str:
     return words.layout_of(text)
 
 
-def device(name: str | None) -> torch.device:
-    """The device of that name, on which a tensor can be made; the first GPU, or else the CPU, if None is asked for."""
+def device(name: str | None, dtype: str = "float32") -> torch.device:
+    """The device of that name, on which a tensor of that dtype can be made; the first GPU, or else the CPU, if None is asked for."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(name)
@@ -168,6 +168,8 @@ def device(name: str | None) -> torch.device:
             raise ValueError("it has no values")
     except Exception as error:
         raise BadInput(f"--device: expected a device of this machine, got {name!r}: {_first_line(error)}") from None
+    if dtype == "tf32" and found.type == "cpu":
+        raise BadInput("--dtype: expected another one than tf32 on a CPU, whose products are float32's")
     return found
 
 

@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """compare modules or networks with float64; exit code 1 on any miss"""
-    device = str(inputs.device(options.device))
+    device = str(inputs.device(options.device, options.dtype))
     cases = _modules(options, device) if options.configs else _network(options, device)
     counts: Counter[str] = Counter()
     for name, verdict, note in cases:

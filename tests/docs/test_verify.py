@@ -317,6 +317,14 @@ def test_an_unknown_device_is_named(capsys, device):
     assert "--device: expected a device of this machine" in refused(capsys, "fuse", "paper", "--device", device)
 
 
+@pytest.mark.parametrize("command", [("verify", "--model", "paper"), ("fuse", "paper")], ids=" ".join)
+def test_a_cpu_has_no_tf32(capsys, command):
+    """Its limit would prove nothing of float32's products."""
+    assert "--dtype: expected another one than tf32 on a CPU" in refused(
+        capsys, *command, "--dtype", "tf32", "--device", "cpu"
+    )
+
+
 @pytest.mark.parametrize(
     "option", [("--size", "0"), ("--batch", "-1"), ("--batch", "x"), ("--rounds", "1"), ("--seed", "9" * 30)]
 )
