@@ -7,6 +7,7 @@ why not the output.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -117,11 +118,19 @@ class GhostFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, backend: str, *args) -> Tensor:
         a = GhostArgs(*args)
-        _save(ctx, a, training_step.choose(backend, a), False, "")
+        trains = training_step.choose(backend, a)
+        _save(ctx, a, trains, False, "")
+        ctx.runs_again = backend if trains == "reference" != backend else None
         return below_autograd(forward_op(backend), *args)
 
     @staticmethod
     def backward(ctx, grad_output: Tensor):
+        if ctx.runs_again is not None and not torch.compiler.is_compiling():
+            warnings.warn(
+                f"no kernel of {ctx.runs_again} computes the gradients of this Ghost module: backward runs the forward again by "
+                "PyTorch, and takes longer than unfused. A model in eval mode is as fast as unfused with ghostfused.unfuse(model)",
+                stacklevel=2,
+            )
         grads = _backward(ctx, grad_output, list(ctx.needs_input_grad[1 : 1 + len(TENSORS)]))
         return None, *grads, *(None for _ in ctx.settings)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -71,8 +72,22 @@ def test_who_asks_for_the_reference_gets_its_ops():
 
 
 def test_eval_mode_is_taken_for_inference():
-    ops, _ = step(FusedGhostModule(4, 8).eval(), torch.randn(2, 4, 5, 5))
-    assert [name.rpartition("_")[0] for name in ops.of_ghostfused()] in (["forward", "backward"], [])  # no extension
+    """A backward says what it costs."""
+    module, x = FusedGhostModule(4, 8).eval(), torch.randn(2, 4, 5, 5)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        ops, _ = step(module, x)
+        assert [name.rpartition("_")[0] for name in ops.of_ghostfused()] in (
+            ["forward", "backward"],
+            [],
+        )  # no extension
+        assert [w.category for w in said] == [UserWarning] * (len(ops.of_ghostfused()) // 2)
+        assert all("ghostfused.unfuse(model)" in str(w.message) for w in said)
+        said.clear()
+        step(module.train(), x)
+        with torch.no_grad():
+            module.eval()(x)
+        assert not said
 
 
 def test_batch_statistics_without_gradients_are_pytorchs():
