@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 from .. import __version__
 from ..backends import BACKENDS
 from ..spec import Act
-from ..spec.takes import TAKES
+from ..spec.takes import COMMON, TAKES, Takes
 
 ISA = "GHOSTFUSED_CPU_ISA"
 VARIABLES = (
@@ -93,9 +94,45 @@ def _words(value: object) -> object:
     return value.name.lower() if isinstance(value, Act) else value
 
 
+def described(takes: Takes) -> dict[str, str]:
+    """What ``takes`` says, in words."""
+    window = "no other"
+    if takes.windows:
+        least, greatest, step = takes.window_widths
+        limits = [
+            f"in {_list(takes.window_dtypes)}" if takes.window_dtypes != takes.dtypes else "",
+            f"under a cheap conv of {_list(takes.window_dw_sizes)}" if takes.window_dw_sizes != takes.dw_sizes else "",
+            f"of outputs {least} to {greatest} wide, a multiple of {step}"
+            if takes.window_widths != COMMON.window_widths
+            else "",
+            "in NCHW, with ratio 2, no gates and no residual" if takes.plain_windows else "",
+        ]
+        kernels = _list([(k, k) for k in takes.window_kernels]) or "any odd kernel"
+        window = ", ".join([f"{kernels} at any stride", *filter(None, limits)])
+    most, other = takes.auto_window_channels
+    left = [
+        f"up to {most} channels in float32 and in bfloat16 in channels_last, else {other}" if other < math.inf else "",
+        "" if takes.auto_nchw_windows else "in channels_last",
+    ]
+    return {
+        "dtypes": _list(takes.dtypes),
+        "primary conv": f"1×1 at stride 1; {window}",
+        "larger, for auto": " and ".join(filter(None, left)) or "all",
+        "cheap conv": _list([(d, d) for d in takes.dw_sizes]),
+        "activations": _list(takes.acts),
+        "depthwise": f"{_list(takes.depthwise)} at stride {_list(takes.depthwise_strides)}",
+        "squeeze-and-excite": _list(takes.gate_acts),
+        "eps of a norm": "any" if takes.eps == COMMON.eps else " to ".join(f"{eps:.3g}" for eps in takes.eps),
+    }
+
+
+def _list(values: Iterable) -> str:
+    return ", ".join("×".join(map(str, each)) if isinstance(each, tuple) else _short(_words(each)) for each in values)
+
+
 def _short(value: object) -> str:
     if isinstance(value, list):
-        return ", ".join("×".join(map(str, each)) if isinstance(each, list) else _short(each) for each in value)
+        return _list(value)
     return f"{value:.4g}" if isinstance(value, float) else str(value).removeprefix("torch.")
 
 
@@ -126,10 +163,10 @@ def main(options: argparse.Namespace) -> int:
                 value = "works" if value is None else f"no: {value}"
             print(f"  {name:20} {value}")
     print("\nwhat their kernels take (the reference runs the rest)")
-    for name, takes in facts["takes"].items():
+    for name, takes in TAKES.items():
         print(f"  {name}")
-        for field, value in takes.items():
-            print(f"    {field:18} {_short(value)}")
+        for what, text in described(takes).items():
+            print(f"    {what:18} {text}")
     return 0
 
 

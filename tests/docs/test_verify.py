@@ -14,7 +14,8 @@ import torch
 import ghostfused
 from ghostfused import __main__ as cli
 from ghostfused.backends import BACKENDS, reference
-from ghostfused.cli import verify
+from ghostfused.cli import info, verify
+from ghostfused.spec.takes import TAKES, Takes
 from tools.sass import build
 
 CONFIGS = Path(__file__).parents[1] / "data" / "ghost_configs.jsonl"
@@ -34,6 +35,17 @@ def test_info(capsys):
     assert facts["torch"] == torch.__version__.split("+")[0] or facts["torch"] == torch.__version__
 
 
+@pytest.mark.parametrize("field", Takes._fields)
+def test_info_says_all_of_what_a_kernel_takes(field):
+    some = TAKES["cuda"]._replace(auto_window_channels=(8.0, 4.0))
+    other = some._replace(
+        **{field: not value if isinstance(value := getattr(some, field), bool) else value[:-1] or (9,)}
+    )
+    if field in ("window_widths", "auto_window_channels", "eps"):
+        other = some._replace(**{field: (1.0, 2.0, 3)[: len(value)]})
+    assert info.described(some) != info.described(other)
+
+
 def test_info_is_what_an_issue_wants(capsys, monkeypatch):
     """Where the package is, on what, at which instruction set, with which variables: the same in text and in JSON."""
     monkeypatch.setenv("GHOSTFUSED_SOMETHING", "on")
@@ -45,7 +57,7 @@ def test_info_is_what_an_issue_wants(capsys, monkeypatch):
     assert run("info") == 0
     printed = capsys.readouterr().out
     json.loads(text, parse_constant=pytest.fail)  # Infinity is Python's own
-    assert re.search(r"triton\n(    .*\n)*    eps +1.175e-38, 3.403e\+38\n", printed)
+    assert re.search(r"triton\n(    .*\n)*    eps of a norm +1.18e-38 to 3.4e\+38\n", printed)
     assert facts["package"] == str(Path(ghostfused.__file__).parent)
     assert facts["machine"] == platform.machine()
     assert facts["cpu"]["threads"] == torch.get_num_threads()
