@@ -112,6 +112,15 @@ struct FastDivisor : Reciprocal {
   __device__ __forceinline__ int divide(int x) const { return divisor == 1 ? x : __umulhi(x, reciprocal); }
 };
 
+// F.interpolate(mode="nearest"): the row (or column) of the gate for row ``dst`` of the output. ``scale``: the gate's
+// rows over the output's.
+__device__ __forceinline__ int nearest(int dst, float scale, int gate_size) {
+  return min(static_cast<int>(floorf(dst * scale)), gate_size - 1);
+}
+__device__ __forceinline__ int nearest(int dst, int gate_size, int size) {
+  return nearest(dst, static_cast<float>(gate_size) / static_cast<float>(size), gate_size);
+}
+
 // Where (c, h, w) of an image lies. All are of 32 bits and not negative: three wide multiply-adds.
 __device__ __forceinline__ uint64_t offset_in_image(const DeviceTensor& t, uint32_t c, uint32_t h, uint32_t w) {
   return uint64_t{c} * t.stride_c + uint64_t{h} * t.stride_h + uint64_t{w} * t.stride_w;

@@ -5,11 +5,6 @@
 
 namespace ghostfused {
 
-// F.interpolate(mode="nearest"): the row (or column) of the gate for row ``dst`` of the output.
-__device__ __forceinline__ int nearest(int dst, int gate_size, int size) {
-  return min(static_cast<int>(floorf(dst * (static_cast<float>(gate_size) / static_cast<float>(size)))), gate_size - 1);
-}
-
 template <typename T>
 __device__ __forceinline__ const T* at(const DeviceTensor& t, int n, int c, int h, int w) {
   return static_cast<const T*>(t.data) + n * t.stride_n + offset_in_image(t, c, h, w);

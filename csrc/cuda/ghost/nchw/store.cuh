@@ -5,11 +5,6 @@
 
 namespace ghostfused {
 
-// F.interpolate(mode="nearest"): the row (or column) of the gate for row ``dst`` of the output.
-__device__ __forceinline__ int nearest_row(int dst, int gate_size, int size) {
-  return min(static_cast<int>(floorf(dst * (static_cast<float>(gate_size) / static_cast<float>(size)))), gate_size - 1);
-}
-
 // The output gate and the residual of kWords words of numbers. ``place(i)`` is the channel, row and column of the i-th.
 template <class C, int kWords, typename F>
 __device__ __forceinline__ void gate_and_add(const NchwParams& p, int n, uint32_t (&v)[kWords], F place) {
@@ -33,8 +28,8 @@ __device__ __forceinline__ void gate_and_add(const NchwParams& p, int n, uint32_
     for (int e = 0; e < kPerWord; ++e) {
       const int3 to = place(kPerWord * i + e);  // channel, row, column
       if (p.output_gate.data != nullptr) {
-        y[e] *= to_float(*at(p.output_gate, to.x, nearest_row(to.y, a.gate_height, a.shape.height),
-                             nearest_row(to.z, a.gate_width, a.shape.width)));
+        y[e] *= to_float(*at(p.output_gate, to.x, nearest(to.y, a.gate_height, a.shape.height),
+                             nearest(to.z, a.gate_width, a.shape.width)));
       }
       if (p.residual.data != nullptr) y[e] += to_float(*at(p.residual, to.x, to.y, to.z));
     }

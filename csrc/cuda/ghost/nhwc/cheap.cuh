@@ -70,8 +70,7 @@ struct Cheap {
     float y[kChannels], z[kChannels];
     v.to_float(y);
     if (p.output_gate.data != nullptr) {
-      const int gh = min(static_cast<int>(floorf(h * gate_scale_h)), p.args.gate_height - 1);
-      const int gw = min(static_cast<int>(floorf(w * gate_scale_w)), p.args.gate_width - 1);
+      const int gh = nearest(h, gate_scale_h, p.args.gate_height), gw = nearest(w, gate_scale_w, p.args.gate_width);
       load(p.output_gate, gate + half, gh, gw).to_float(z);
 #pragma unroll
       for (int i = 0; i < kChannels; ++i) y[i] *= z[i];
