@@ -24,7 +24,7 @@ each_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
 
 def test_the_call_path_is_the_one_that_the_docs_list(monkeypatch):
-    assert call_path.files_until(monkeypatch, triton, "run", "triton", DEVICE) == call_path.python_files()
+    assert call_path.files_until(monkeypatch, triton, "launch_kernel", "triton", DEVICE) == call_path.python_files()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -32,8 +32,8 @@ def test_the_call_path_is_the_one_that_the_docs_list(monkeypatch):
 @pytest.mark.parametrize("optional", [(), ("input_gate",), ("residual",), ("output_gate",)], ids=str)
 def test_no_ghosts_is_one_launch_with_nothing_allocated(optional, layout, name, monkeypatch):
     """A module cut off after its first half: the 1×1 conv alone, even if the depthwise conv would be 5×5 with 3 ghosts."""
-    launches, allocated, empty, run = [], [], torch.empty, triton.run
-    monkeypatch.setattr(triton, "run", lambda *a: launches.append(a) or run(*a))
+    launches, allocated, empty, run = [], [], torch.empty, triton.launch_kernel
+    monkeypatch.setattr(triton, "launch_kernel", lambda *a: launches.append(a) or run(*a))
     case = Case(out_channels=20, init_channels=20, height=9, layout=layout, act_cheap="prelu", dw_size=5, ratio=3)
     args = make_args(dataclasses.replace(case, **dict.fromkeys(optional, True)))
     on_device = to_device(args._replace(cheap_weight=args.cheap_weight.transpose(2, 3)), DEVICE)
@@ -47,8 +47,8 @@ def test_no_ghosts_is_one_launch_with_nothing_allocated(optional, layout, name, 
 
 
 def test_one_launch_and_two(monkeypatch):
-    launches, run = [], triton_bottleneck.run
-    monkeypatch.setattr(triton_bottleneck, "run", lambda *a: launches.append(a) or run(*a))
+    launches, run = [], triton_bottleneck.launch_kernel
+    monkeypatch.setattr(triton_bottleneck, "launch_kernel", lambda *a: launches.append(a) or run(*a))
     for case, count in ((DepthwiseCase(dtype=torch.float16), 1), (SqueezeExciteCase(3, 70, 30, 40, 40), 2)):
         TRITON.run(make(case))
         assert len(launches) == count

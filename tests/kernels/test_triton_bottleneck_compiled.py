@@ -25,7 +25,9 @@ def launches(args: Args, out: torch.Tensor) -> list[tuple]:
     made: list[tuple] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            triton_bottleneck, "run", lambda kernel, programs, kwargs, _: made.append((kernel, kwargs, programs))
+            triton_bottleneck,
+            "launch_kernel",
+            lambda kernel, programs, kwargs, _: made.append((kernel, kwargs, programs)),
         )
         patch.setattr(type(args), "new_output", lambda _: out)
         if isinstance(args, DepthwiseArgs):
