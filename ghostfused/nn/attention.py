@@ -17,6 +17,7 @@ from ..recognize.watch import forward_replaced, has_hooks
 from ..spec import AvgPoolArgs, Gate, GateArgs
 from ..spec.takes import COMMON
 from . import layers
+from .batch_statistics import runs_unfused
 from .cache import may_replay
 from .ghost_module import FusedGhostModule, _finished, _gated
 
@@ -92,7 +93,7 @@ class FusedAttentionGhostModule(FusedGhostModule):
     ) -> Tensor:
         """As ``forward``, read afresh; ``output_gate`` doesn't count."""
         # its own forward makes the gate as well
-        if self._runs_plain(x) or self._is_changed():
+        if runs_unfused(self, x) or self._is_changed():
             return self._run_children(x, input_gate, residual, None)
         if input_gate is not None:
             x = _gated(x, input_gate)

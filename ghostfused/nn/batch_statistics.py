@@ -12,7 +12,7 @@ from .. import backends
 from ..backends import training_step
 from ..functional import arguments
 from ..ops.autograd import call_with_batch_statistics
-from ..ops.transforms import refuse_transforms
+from ..ops.transforms import refuse_transforms, runs_plain
 from ..spec import GhostArgs
 from ..spec.checks import validate_training
 from ..spec.takes import constant_to_dynamo
@@ -43,6 +43,11 @@ def trains_by_torch(module: nn.Module, x: Tensor, backend: str) -> bool:
         and not _has_training_kernels(backend, x.device.type)
         and not any(map(group_name, module.modules() if _has_processes() else ()))  # PyTorch has none on a CPU
     )
+
+
+def runs_unfused(module: nn.Module, x: Tensor) -> bool:
+    """Whether PyTorch's operations run a call of the fused ``module``: for training, or since somebody looks at each."""
+    return trains_by_torch(module, x, module.backend) or runs_plain(module.backend, x)  # type: ignore[arg-type]
 
 
 def is_left_to_torch(kernels: str, backend: str, group_name: str) -> bool:

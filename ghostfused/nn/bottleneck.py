@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ..ops.recording import note_others
-from ..ops.transforms import runs_plain
 from ..recognize import ghost, graph
 from ..recognize.activations import Activations, Known
 from ..recognize.classes import call
@@ -25,7 +24,7 @@ from ..recognize.trace import Traced, idle_in_eval, is_fused, is_layer, is_look,
 from ..recognize.watch import ChildPath, Watched, get
 from ..spec import Act
 from . import cache, layers
-from .batch_statistics import trains_by_torch
+from .batch_statistics import runs_unfused
 from .ghost_module import FusedGhostModule
 from .ghost_steps import Ghost, Whole
 from .layers import Run, SqueezeExcite
@@ -66,7 +65,7 @@ class _FusedTwin(cache.CachesPrograms, nn.Module):
 
     def _run(self, x: Tensor) -> Tensor:
         """As ``forward``, read afresh."""
-        if trains_by_torch(self, x, self.backend) or runs_plain(self.backend, x) or self._is_observed():
+        if runs_unfused(self, x) or self._is_observed():
             note_others()
             return call(original(self), x)  # type: ignore[arg-type]
         return self._steps(x)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from ..functional import arguments, ghost_module
 from ..ops.recording import note_others
-from ..ops.transforms import runs_plain
 from ..recognize import ghost
 from ..recognize.classes import call
 from ..recognize.disturbed import named
@@ -20,7 +19,7 @@ from ..recognize.equivalence import prove
 from ..recognize.swap import make_twin, original
 from ..spec import Act
 from . import batch_statistics
-from .batch_statistics import trains_by_torch
+from .batch_statistics import runs_unfused
 from .cache import CachesPrograms, ProgramCache, may_replay
 from .children import ConvNormAct, activation, check_backend, check_int
 from .layers import Layout
@@ -270,7 +269,7 @@ class FusedGhostModule(CachesPrograms, nn.Module):
     ) -> Tensor:
         """The kernel's maps, put into their order by PyTorch."""
         note_others()
-        order, plain = self.__dict__["_order"], self._runs_plain(x)
+        order, plain = self.__dict__["_order"], runs_unfused(self, x)
         if plain or isinstance(halves := self._read(), str) or not fits(order, self._channels(*halves)):
             module = cast(nn.Module, original(self))
             out = call(module, x if input_gate is None else _gated(x, input_gate))
@@ -286,7 +285,7 @@ class FusedGhostModule(CachesPrograms, nn.Module):
         output_gate: Tensor | None = None,
     ) -> Tensor:
         """As ``forward``, read afresh."""
-        if self._runs_plain(x) or isinstance(halves := self._read(), str):
+        if runs_unfused(self, x) or isinstance(halves := self._read(), str):
             return self._run_children(x, input_gate, residual, output_gate)
         primary, cheap = halves
         conv = primary.conv
@@ -318,9 +317,6 @@ class FusedGhostModule(CachesPrograms, nn.Module):
         update = functools.partial(batch_statistics.update_both, norms)
         return batch_statistics.train(args, name, groups[0], update).out
 
-    def _runs_plain(self, x: Tensor) -> bool:
-        return runs_plain(self.backend, x) or trains_by_torch(self, x, self.backend)
-
     def _run_children(
         self, x: Tensor, input_gate: Tensor | None, residual: Tensor | None, output_gate: Tensor | None
     ) -> Tensor:
@@ -330,7 +326,7 @@ class FusedGhostModule(CachesPrograms, nn.Module):
             x = _gated(x, input_gate)
         primary, cheap = self._halves
         named = isinstance(primary, str) and isinstance(cheap, str)
-        module = original(self) if self._runs_plain(x) or not named or self._is_changed() else None
+        module = original(self) if runs_unfused(self, x) or not named or self._is_changed() else None
         if module is not None:
             out = call(module, x)
         else:
