@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from ..ops.transforms import ops_in_exports
 from ..spec import memory_format
 from . import equivalence
 from .equivalence import Inputs
@@ -46,7 +47,7 @@ def export(model: nn.Module, inputs: Inputs, dynamic_batch: bool) -> torch.expor
         if all(shape is None for shape in shapes):
             raise ValueError("dynamic_batch: expected an input of at least one dimension, got none")
     try:
-        with _exporting:
+        with _exporting, ops_in_exports():
             return without_writes(torch.export.export(model, inputs, dynamic_shapes=shapes, strict=False))
     except Exception as error:
         what = "for any batch, torch.export" if dynamic_batch else "torch.export"

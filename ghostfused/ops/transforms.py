@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -63,17 +66,42 @@ def _has_user_function_mode() -> bool:
     return _has_function_mode() and any(type(m) is not DeviceContext for m in _get_current_function_mode_stack())
 
 
+class _Export(threading.local):
+    keeps_ops = False
+
+
+_export = _Export()
+
+
+@contextlib.contextmanager
+def ops_in_exports() -> Iterator[None]:
+    """Makes this thread's ``torch.export``, unless it is strict, see an op for each kernel also of ``backend="auto"``."""
+    before, _export.keeps_ops = _export.keeps_ops, True
+    try:
+        yield
+    finally:
+        _export.keeps_ops = before
+
+
+def _exports_plain(backend: str) -> bool:
+    """Whether standard operations stand for a call in the program that ``torch.export`` makes. Converters know no others, nor
+    does a process without ghostfused."""
+    if backend != "auto":
+        return torch.onnx.is_in_onnx_export()  # what reads such a file has none of the backends
+    return torch.compiler.is_dynamo_compiling() or not _export.keeps_ops
+
+
 def runs_plain(backend: str = "auto", *tensors: Any) -> bool:
-    """Whether PyTorch's operations are to run and no op of ours: under ``transformed``, TorchScript's tracer, the ONNX
-    exporter, or a user's mode, or if one of ``tensors`` takes operations. Those of PyTorch's compilers and their fake
-    tensors take our ops.
+    """Whether PyTorch's operations are to run and no op of ours: under ``transformed``, TorchScript's tracer, an exporter, or
+    a user's mode, or if one of ``tensors`` takes operations. Those of PyTorch's compilers and their fake tensors take our
+    ops.
 
     A ``backend`` that was asked for by name runs, or says why it can't.
     """
     if torch.compiler.is_compiling():
-        return (torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()) or (
-            backend == "auto" and transformed()
-        )
+        if torch.compiler.is_exporting() and _exports_plain(backend):
+            return True
+        return backend == "auto" and transformed()
     if _tracing_state() is not None:
         return backend == "auto" or torch.onnx.is_in_onnx_export()
     if backend != "auto":

@@ -35,8 +35,9 @@ def _fresh_compiler():
 
 
 def ops(graph: torch.fx.Graph) -> Counter[str]:
-    """The ops of ours in a graph."""
-    return Counter(str(n.target) for n in graph.nodes if str(n.target).startswith("ghostfused."))
+    """The ops of ours in a graph, and in the graphs inside it."""
+    graphs = [m.graph for m in graph.owning_module.modules() if isinstance(m, torch.fx.GraphModule)]
+    return Counter(str(n.target) for g in graphs for n in g.nodes if str(n.target).startswith("ghostfused."))
 
 
 def eager_ops(fused: nn.Module, x: torch.Tensor) -> Counter[str]:
@@ -87,16 +88,18 @@ def test_inductor():
 # ---- torch.export and AOTInductor
 
 
-def exported(fused: nn.Module, x: torch.Tensor):
+def exported(fused: nn.Module, x: torch.Tensor, **options):
     batch, height, width = (torch.export.Dim(name, min=1, max=128) for name in ("batch", "height", "width"))
-    return torch.export.export(fused, (x,), dynamic_shapes=({0: batch, 2: 2 * height, 3: 2 * width},))
+    return torch.export.export(fused, (x,), dynamic_shapes=({0: batch, 2: 2 * height, 3: 2 * width},), **options)
 
 
-def test_exported_network_is_the_same_after_a_file(tmp_path):
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("backend", ["auto", KERNEL])
+def test_exported_network_is_the_same_after_a_file(backend, strict, tmp_path):
     model = network("small")
-    fused = fuse(model)
-    program = exported(fused, torch.randn(2, 3, 16, 12))
-    assert ops(program.graph) == eager_ops(fused, torch.randn(2, 3, 16, 12))
+    fused = fuse(model, backend=backend)
+    program = exported(fused, torch.randn(2, 3, 16, 12), strict=strict)
+    assert ops(program.graph) == ({} if backend == "auto" else eager_ops(fused, torch.randn(2, 3, 16, 12)))
     assert set(program.state_dict) == set(model.state_dict())
     torch.export.save(program, tmp_path / "net.pt2")
     loaded = torch.export.load(tmp_path / "net.pt2").module()
@@ -108,12 +111,28 @@ def test_exported_network_is_the_same_after_a_file(tmp_path):
 # ultralytics' layers share one activation module: torch.export then puts stand-ins in the place of modules
 @pytest.mark.parametrize("name", ["attention", "ghostnet", "yolov8n-ghost"])
 def test_export_of_networks(name):
+    """Of standard operations alone, those of the unfused network; of our ops where the backend was asked for by name."""
     model, x = network(name), torch.randn(2, 3, 64, 64)
+    first(model(x))  # makes the detector's anchors, as above
+    unfused = [n.target for n in torch.export.export(model, (x,)).graph.nodes]
+    for backend in ("auto", KERNEL):
+        fused = fuse(model, backend=backend)
+        expected_ops = eager_ops(fused, x)
+        program = torch.export.export(fused, (x,))
+        if backend == "auto":
+            assert [n.target for n in program.graph.nodes] == unfused
+        else:
+            assert ops(program.graph) == expected_ops
+        assert_same(program.module()(x), model, x)
+
+
+def test_capture_leaves_other_exports_alone():
+    """What it exports has an op for each kernel."""
+    model, x = network("small"), torch.randn(2, 3, 16, 12)
     fused = fuse(model)
-    expected_ops = eager_ops(fused, x)  # and makes the detector's anchors, as above
-    program = torch.export.export(fused, (x,))
-    assert ops(program.graph) == expected_ops
-    assert_same(program.module()(x), model, x)
+    if KERNEL == "cpu":
+        assert str(ghostfused.capture(fused, x)).endswith(": 1 program")
+    assert not ops(torch.export.export(fused, (x,)).graph)
 
 
 def test_aot_inductor_package_runs_in_another_process(tmp_path):
@@ -123,7 +142,7 @@ def test_aot_inductor_package_runs_in_another_process(tmp_path):
     wanted = {"compile_wrapper_opt_level": "O0", "precompile_headers": False}  # compiled once, they save nothing
     quick = {f"aot_inductor.{name}": value for name, value in wanted.items() if hasattr(config, name)}
     package = torch._inductor.aoti_compile_and_package(
-        exported(fuse(model), torch.randn(2, 3, 16, 12)),
+        exported(fuse(model, backend=KERNEL), torch.randn(2, 3, 16, 12)),
         package_path=str(tmp_path / "net.pt2"),
         inductor_configs=quick,
     )
@@ -177,7 +196,10 @@ def test_onnx_runtime_computes_the_same(name, dynamo, tmp_path):
     x = torch.randn(3, 3, 64, 64)
     assert_same(run_onnx(file, x), model, x)
     if name == "small":
-        assert ops(torch.export.export(fused, (x,)).graph) == eager_ops(fused, x), "the kernels are back afterwards"
+        with_ops = fuse(model, backend=KERNEL)
+        assert ops(torch.export.export(with_ops, (x,)).graph) == eager_ops(with_ops, x), (
+            "the kernels are back afterwards"
+        )
 
 
 def test_onnx_export_of_one_backend(tmp_path):

@@ -172,23 +172,17 @@ def test_tensors_swapped_by_hand():
     assert_alike(tool, network("small"))
 
 
-def test_openvino_converts_it():
-    """It runs no op of ours: a tracer sees the layers."""
+@pytest.mark.parametrize("seen_by", [None, torch.export.export], ids=["traced", "exported"])
+def test_openvino_converts_it(seen_by):
+    """A tracer and torch.export see the layers."""
     openvino = pytest.importorskip("openvino")
 
     def tool(m, x):
         thrice(m, x)
-        run = openvino.compile_model(
-            openvino.convert_model(m, example_input=x), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
+        converted = openvino.convert_model(
+            seen_by(m, (x,)) if seen_by else m, **({} if seen_by else {"example_input": x})
         )
+        run = openvino.compile_model(converted, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         return [torch.from_numpy(run(each.numpy())[0].copy()) for each in (x, x + 1)]
 
     assert_alike(tool, network("small"))
-
-
-def test_openvino_names_the_ops_of_an_export():
-    """An export of the fused model holds our ops; one of ``unfuse(model)`` doesn't."""
-    openvino = pytest.importorskip("openvino")
-    exported = torch.export.export(fuse(network("small")), (X,))
-    with pytest.raises(Exception, match=r"No conversion rule found for operations: .*ghostfused\."):
-        openvino.convert_model(exported)

@@ -47,7 +47,8 @@ def _build(name: str) -> nn.Module:
         model = tasks.DetectionModel("yolov8n-ghost.yaml", nc=3, verbose=False)
     else:
         model = pytest.importorskip("timm").create_model(name, num_classes=7)
-    return calibrate(model, torch.randn(2, 3, 64, 64))
+    # a copy: ultralytics' layers all have one activation module, which another network in train mode puts in train mode
+    return copy.deepcopy(calibrate(model, torch.randn(2, 3, 64, 64)))
 
 
 def network(name: str) -> nn.Module:
