@@ -4,6 +4,7 @@ and ``capture`` follow this table; the kernels have their own code for each."""
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -43,6 +44,15 @@ class Activation(NamedTuple):
     """The functions and the tensor's methods by which a forward may call it, of those without a slope."""
 
 
+def _leaky_relu(x: Tensor, slope: float, _: Any) -> Tensor:
+    if x.dtype != torch.float64 and _FLOAT32_MAX < abs(slope) < math.inf:
+        slope = math.copysign(math.inf, slope)  # as in the kernels; PyTorch takes no number beyond float32
+    return F.leaky_relu(x, slope)
+
+
+_FLOAT32_MAX = torch.finfo(torch.float32).max
+
+
 def _gelu_tanh() -> nn.Module:
     return nn.GELU("tanh")
 
@@ -54,7 +64,7 @@ TABLE = {
     Act.RELU6: Activation(nn.ReLU6, lambda x, _, __: F.relu6(x), (aten.hardtanh, aten.relu6), (F.relu6,)),
     Act.SILU: Activation(nn.SiLU, lambda x, _, __: F.silu(x), (aten.silu,), (F.silu,)),
     Act.HARDSWISH: Activation(nn.Hardswish, lambda x, _, __: F.hardswish(x), (aten.hardswish,), (F.hardswish,)),
-    Act.LEAKY_RELU: Activation(nn.LeakyReLU, lambda x, slope, _: F.leaky_relu(x, slope), (aten.leaky_relu,)),
+    Act.LEAKY_RELU: Activation(nn.LeakyReLU, _leaky_relu, (aten.leaky_relu,)),
     Act.PRELU: Activation(nn.PReLU, lambda x, _, weight: F.prelu(x, weight), ()),
     Act.GELU: Activation(nn.GELU, lambda x, _, __: F.gelu(x), (aten.gelu,), (F.gelu,)),
     Act.GELU_TANH: Activation(_gelu_tanh, lambda x, _, __: F.gelu(x, approximate="tanh"), ()),

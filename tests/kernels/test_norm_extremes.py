@@ -10,7 +10,7 @@ from strategies import LAYOUTS
 
 from ghostfused import functional
 from ghostfused.backends import BACKENDS
-from ghostfused.spec import Args, GhostArgs
+from ghostfused.spec import Act, Args, GhostArgs
 from ghostfused.testing import Case, DepthwiseCase, judge, make
 
 FLOAT32 = torch.finfo(torch.float32)
@@ -84,3 +84,22 @@ def test_a_variance_and_an_eps_whose_sum_is_beyond_float32(backend, var, eps):
             args = with_norm(args, half, var, eps)
         args.x.mul_(1e19)
         assert judge(backend.run(args), args).error < 1e-6
+
+
+@ALL
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("slope", [FLOAT32.max, 1e300, -1e300, math.inf, 1e-320])
+def test_slope_of_leaky_relu(backend, slope, path):
+    """Rounded to float32, beyond which it is infinite."""
+    in_float32 = float(torch.tensor(slope, dtype=torch.float64).float())
+    for make_case in (
+        Case(1, 8, 5, 6, 16, act_primary="none", **PATHS[path]),
+        DepthwiseCase(1, 8, 6, 6, **PATHS[path]),
+    ):
+        args = make(make_case)
+        half = "cheap_" if isinstance(args, GhostArgs) else ""
+        given, expected = (
+            {f"{half}act": Act.LEAKY_RELU, f"{half}negative_slope": each} for each in (slope, in_float32)
+        )
+        verdict = judge(backend.run(args._replace(**given)), args._replace(**expected))
+        assert verdict.ok, verdict
