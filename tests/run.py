@@ -18,6 +18,9 @@ import sys
 from pathlib import Path
 
 TESTS = Path(__file__).parent
+sys.path.insert(0, str(TESTS / "helpers"))
+import ptx_in_parts  # noqa: E402
+
 ROOT = TESTS.parent
 PLACES = {
     "triton": ["tests/kernels", "tests/training"],
@@ -50,6 +53,7 @@ def main() -> int:
     tool = os.environ.get("PTX_ON_CPU")
     if tool:
         os.environ["PTX_ON_CPU"] = tool = str((ROOT / tool).resolve())
+        os.environ.update(ptx_in_parts.variables())
     extension = next((ROOT / "ghostfused").glob("_C*.so"), None)
     pytest = [*PYTEST, *workers]
     now = "" if gpu else "not triton and not cuda" if tool and extension else "not triton"
@@ -59,7 +63,7 @@ def main() -> int:
         # of the PTX: to optimize the kernels too takes longer than all the tests
         os.environ.setdefault("OPT", "-O1")
         os.environ.setdefault("FLAGS", "-include tests/helpers/ptx_kernels.h")
-        # It is cached. Beside the tests, with what they leave of the cores: its first quarter, and each stage's end, keep
+        # It is cached. Beside the tests, with what they leave of the cores: its beginning, and each stage's end, keep
         # one busy alone. nproc, by which the tool counts its compilers, is what OMP_NUM_THREADS says.
         every_core = os.environ | {"OMP_NUM_THREADS": str(os.cpu_count())}
         translated = subprocess.Popen(["nice", "-n", "19", *runner, "true"], cwd=ROOT, env=every_core)
