@@ -22,7 +22,8 @@ def test_each_kernel_is_in_one_part_and_the_rest_in_all():
     names = [re.findall(r"\.entry (\w+)", part) for part in parts]
     assert names == [["a", "b"], ["c", "d"], ["e"]]
     for part, inside in zip(parts, names, strict=True):
-        assert part.startswith(HEAD) and part.count(FUNCTION) == 1
+        assert part.startswith(HEAD)
+        assert part.count(FUNCTION) == 1
         assert all(kernels[name].strip() in part for name in inside)
         assert len(part) < len(HEAD + FUNCTION) + ptx_in_parts.LIMIT + 100 or len(inside) == 1
 
