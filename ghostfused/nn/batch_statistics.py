@@ -15,7 +15,7 @@ from ..ops.autograd import call_with_batch_statistics
 from ..ops.transforms import refuse_transforms, runs_plain
 from ..spec import GhostArgs
 from ..spec.checks import validate_training
-from ..spec.takes import constant_to_dynamo
+from ..spec.takes import COMMON, constant_to_dynamo
 
 
 class TrainingResult(NamedTuple):
@@ -46,13 +46,24 @@ def trains_by_torch(module: nn.Module, x: Tensor, backend: str) -> bool:
 
 
 def runs_unfused(module: nn.Module, x: Tensor) -> bool:
-    """Whether PyTorch's operations run a call of the fused ``module``: for training, or since somebody looks at each."""
-    return trains_by_torch(module, x, module.backend) or runs_plain(module.backend, x)  # type: ignore[arg-type]
+    """Whether PyTorch's operations run a call of the fused ``module``: for training, since somebody looks at each, or since
+    ``backend="auto"`` has no kernel for such an x, and the reference takes longer than the layers."""
+    backend: str = module.backend  # type: ignore[assignment]
+    if trains_by_torch(module, x, backend) or runs_plain(backend, x):
+        return True
+    if backend != "auto" or not isinstance(x, Tensor) or not x.is_floating_point():
+        return False
+    return x.dtype not in COMMON.dtypes or not _has_kernels(x.device.type)
 
 
 def is_left_to_torch(kernels: str, backend: str, group_name: str) -> bool:
     """Whether PyTorch takes a batch's statistics where ``backend`` may, for which ``choose`` has found the ``kernels``."""
     return kernels == "reference" != backend and not group_name
+
+
+@constant_to_dynamo
+def _has_kernels(device: str) -> bool:
+    return any(backends.unavailable_on(name, device) is None for name in backends.AUTO.get(device, ()))
 
 
 @constant_to_dynamo
