@@ -53,7 +53,9 @@ def runs_unfused(module: nn.Module, x: Tensor) -> bool:
         return True
     if backend != "auto" or not isinstance(x, Tensor) or not x.is_floating_point():
         return False
-    return x.dtype not in COMMON.dtypes or not _has_kernels(x.device.type)
+    if x.dtype in COMMON.dtypes:
+        return not _has_kernels(x.device.type)
+    return all(p.dtype == x.dtype for p in module.parameters())  # else the reference names what doesn't fit
 
 
 def is_left_to_torch(kernels: str, backend: str, group_name: str) -> bool:

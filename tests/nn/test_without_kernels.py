@@ -29,6 +29,21 @@ def test_float64(name):
     assert_runs_as_unfused(model, fuse(model), torch.randn(2, 3, 32, 24, dtype=torch.float64))
 
 
+def test_float64_compiled():
+    model, x = network("small").double(), torch.randn(2, 3, 12, 10, dtype=torch.float64)
+    compiled = torch.compile(fuse(model), backend="eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_an_input_of_float64_is_named(training):
+    """Of a module of float32."""
+    fused = fuse(nn.Sequential(paper.GhostModule(6, 8)).eval())
+    with torch.no_grad(), pytest.raises((TypeError, RuntimeError), match="float64"):
+        fused.train(training)(torch.randn(2, 6, 7, 7, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("name", ["small", "attention"])
 def test_a_device_without_kernels(name, monkeypatch):
     model, x = network(name), torch.randn(2, 3, 32, 24)
