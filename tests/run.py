@@ -17,11 +17,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-TESTS = Path(__file__).parent
-sys.path.insert(0, str(TESTS / "helpers"))
-import ptx_in_parts  # noqa: E402
-
+TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
+sys.path.insert(0, str(ROOT))
+from tests.helpers import ptx_in_parts  # noqa: E402
+
 PLACES = {
     "triton": ["tests/kernels", "tests/training"],
     "cuda": ["tests/kernels", "tests/training", "tests/export", "tests/bench/test_bench_on_gpu.py"],

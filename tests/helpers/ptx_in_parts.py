@@ -6,10 +6,8 @@ The translator takes time by the square of a file's length: of the whole extensi
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,10 +21,10 @@ KERNEL, BRACE = re.compile(r"^(?:\.visible )?\.entry ", re.MULTILINE), re.compil
 
 def variables() -> dict[str, str]:
     """The environment in which ptx-on-cpu takes this; empty where there is no cuobjdump."""
-    triton = importlib.util.find_spec("triton")
-    bundled = Path(triton.origin).parent / "backends" / "nvidia" / "bin" if triton and triton.origin else None
-    whole = os.environ.get("CUOBJDUMP") or shutil.which("cuobjdump") or shutil.which("cuobjdump", path=bundled)
-    return {WHOLE: whole, "CUOBJDUMP": str(Path(__file__).resolve())} if whole and WHOLE not in os.environ else {}
+    from tools.sass.build import nvidia_tool  # which the tool itself, started in another folder, doesn't need
+
+    whole = os.environ.get("CUOBJDUMP") or nvidia_tool("cuobjdump")
+    return {WHOLE: str(whole), "CUOBJDUMP": str(Path(__file__).resolve())} if whole and WHOLE not in os.environ else {}
 
 
 def cut(ptx: str) -> tuple[list[str], str]:

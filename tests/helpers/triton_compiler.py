@@ -23,6 +23,7 @@ if triton.INTERPRETED:
     pytest.skip("compiles, so TRITON_INTERPRET must not be set", allow_module_level=True)
 
 from ghostfused.backends.triton.compile import describe
+from tools.sass.build import nvidia_tool
 
 SHARED_LIMIT = 99 * 1024  # of sm_86 and sm_89
 ORDERS = ("asc", "desc", "rand:7")
@@ -31,10 +32,9 @@ ORDERS = ("asc", "desc", "rand:7")
 
 def spilled(cubin: bytes, tmp_path: Path) -> int:
     """Bytes of local memory that a thread uses."""
-    tool = Path(importlib.util.find_spec("triton").origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     (tmp_path / "kernel.cubin").write_bytes(cubin)
     usage = subprocess.run(
-        [tool, "-res-usage", tmp_path / "kernel.cubin"], capture_output=True, text=True, check=True
+        [nvidia_tool("cuobjdump"), "-res-usage", tmp_path / "kernel.cubin"], capture_output=True, text=True, check=True
     ).stdout
     stack, local = re.search(r"STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage).groups()
     return int(stack) + int(local)
